@@ -1,0 +1,202 @@
+"""What to forget and what to draw instead: concepts, anchors, prompts, token spans.
+
+Prompts go in, row-aligned pairs (e, e*) come out: row i of a concept's prompt and the row of the
+anchor's prompt that it is to become (Alg. 1, l. 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .diffusion import TextEncoder
+
+TEMPLATES = (
+    "a photo of the {}",
+    "a photo of a {}",
+    "a picture of {}",
+    "an image of the {}",
+    "{}",
+)
+STYLE_TEMPLATES = (
+    "an artwork by {}",
+    "a painting in the style of {}",
+    "a picture in {} style",
+    "art by {}",
+    "{}",
+)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept c, the anchor c* drawn in its place, and the prompts that name it.
+
+    Raises ValueError when a name is empty, the anchor is the concept, or a template has not
+    exactly one `{}`.
+    """
+
+    name: str
+    anchor: str
+    templates: tuple[str, ...] = TEMPLATES
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not self.anchor.strip():
+            raise ValueError(
+                f"a concept and its anchor need a text each, got {self.name!r} -> {self.anchor!r}"
+            )
+        if self.name.strip().casefold() == self.anchor.strip().casefold():
+            raise ValueError(
+                f"the anchor of {self.name!r} is the concept itself: name what to draw instead, "
+                "for example 'airplane -> ground'"
+            )
+        if not self.templates:
+            raise ValueError(f"concept {self.name!r} has no template; 'a photo of the {{}}' is one")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(
+                    f"template {template!r} needs the concept's place {{}} exactly once, "
+                    "as in 'a photo of the {}'"
+                )
+
+
+def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
+    """Reads `concept -> anchor` lines; blank lines and lines that start with # are skipped.
+
+    Raises ValueError that names the line when one has no arrow, when a concept is named twice, or
+    when there is none.
+    """
+    concepts: dict[str, Concept] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, arrow, anchor = (part.strip() for part in line.partition("->"))
+        if not arrow:
+            raise ValueError(
+                f"line {number}, {line!r}, has no '->': write 'concept -> anchor', "
+                "for example 'airplane -> ground'"
+            )
+        if name.casefold() in concepts:
+            raise ValueError(f"line {number} names {name!r} a second time; keep one anchor for it")
+        concepts[name.casefold()] = Concept(name, anchor, tuple(templates))
+    if not concepts:
+        raise ValueError("no concept to erase: write one 'concept -> anchor' a line")
+    return tuple(concepts.values())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every prompt's embedding e beside the aligned embedding e* of its anchor prompt.
+
+    prompts, anchor_prompts: one per concept and template
+    context: e, [prompts, tokens, dim]
+    target: e* aligned, [prompts, tokens, dim]: row i of `context` is to become row i of `target`;
+        the two are equal outside the span
+    anchor: the anchor prompts as encoded, [prompts, tokens, dim], what the teacher sees in Eq. 8
+    span: [prompts, tokens], true from the concept's first token to the last row: end-of-text and
+        padding rows carry the concept too
+    ends: int64 [prompts], the end-of-text row
+    pooled, pooled_anchor: [prompts, pooled_dim], or None where the U-Net takes no pooled embedding
+    """
+
+    concepts: tuple[Concept, ...]
+    prompts: tuple[str, ...]
+    anchor_prompts: tuple[str, ...]
+    context: Tensor
+    target: Tensor
+    anchor: Tensor
+    span: Tensor
+    ends: Tensor
+    pooled: Tensor | None = None
+    pooled_anchor: Tensor | None = None
+
+
+def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
+    """Encodes each concept and its anchor in each template and aligns their rows (Alg. 1, l. 1).
+
+    Raises ValueError when a concept or anchor tokenises to nothing or its prompt does not fit.
+    """
+    if not concepts:
+        raise ValueError("no concept to erase: give at least one Concept(name, anchor)")
+    rows = [(c.name, c.anchor, template) for c in concepts for template in c.templates]
+    return align_pairs(text, tuple(concepts), rows)
+
+
+def align_pairs(
+    text: TextEncoder, concepts: tuple[Concept, ...], rows: Sequence[tuple[str, str, str]]
+) -> Pairs:
+    """Encodes (phrase, anchor, template) rows and aligns each phrase with its anchor."""
+    prompts = tuple(template.replace("{}", phrase) for phrase, _, template in rows)
+    anchor_prompts = tuple(template.replace("{}", anchor) for _, anchor, template in rows)
+    encoded, encoded_anchor = text.encode(prompts), text.encode(anchor_prompts)
+    context, anchor = encoded.context, encoded_anchor.context  # [prompts, tokens, dim]
+
+    tokens = context.shape[1]
+    target, span = context.clone(), torch.zeros(context.shape[:2], dtype=torch.bool)
+    ends = []
+    for i, (phrase, anchor_phrase, template) in enumerate(rows):
+        own, its = (
+            _locate(text, template, words, tokens) for words in (phrase, anchor_phrase)
+        )
+        target[i, own.first :] = anchor[i, _aligned_rows(own, its, tokens)]
+        span[i, own.first :] = True
+        ends.append(own.end)
+    return Pairs(
+        concepts,
+        prompts,
+        anchor_prompts,
+        context,
+        target,
+        anchor,
+        span.to(context.device),
+        torch.tensor(ends, device=context.device),
+        encoded.pooled,
+        encoded_anchor.pooled,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a phrase stands in its prompt, in token rows: [first, last), then a suffix, then end."""
+
+    first: int
+    last: int
+    end: int
+
+
+def _locate(text: TextEncoder, template: str, phrase: str, tokens: int) -> _Place:
+    before, _, after = template.partition("{}")
+    prompt = template.replace("{}", phrase)
+    whole, prefix, suffix = text.tokenize([prompt, before, after])
+    # Byte-pair encoding can glue a phrase to a prefix without a space ("anti{}"): the span starts
+    # where the two segmentations part.
+    first = 0
+    for ours, theirs in zip(whole[:-1], prefix[:-1], strict=False):
+        if ours != theirs:
+            break
+        first += 1
+    end = len(whole) - 1
+    last = end - (len(suffix) - 2)
+    if last <= first:
+        raise ValueError(
+            f"{phrase!r} tokenises to nothing in {prompt!r}: write it in words the tokenizer knows"
+        )
+    if end >= tokens:
+        raise ValueError(
+            f"the prompt {prompt!r} takes {len(whole)} tokens and the encoder reads {tokens}: "
+            "shorten the concept, the anchor or the template"
+        )
+    return _Place(first, last, end)
+
+
+def _aligned_rows(own: _Place, its: _Place, tokens: int) -> Tensor:
+    """The anchor row for every row of the span, int64 [tokens - own.first].
+
+    Phrase token j meets the anchor's token j (its last one while the concept is longer), suffix
+    meets suffix, end-of-text and padding meet end-of-text and padding.
+    """
+    rows = torch.arange(own.first, tokens)
+    phrase = torch.clamp(rows - own.first, max=its.last - its.first - 1) + its.first
+    later = torch.clamp(rows - own.last + its.last, max=tokens - 1)
+    return torch.where(rows < own.last, phrase, later)
