@@ -97,7 +97,8 @@ class Pairs:
     span: [prompts, tokens], true from the concept's first token to the last row: end-of-text and
         padding rows carry the concept too
     ends: int64 [prompts], the end-of-text row
-    pooled, pooled_anchor: [prompts, pooled_dim], or None where the U-Net takes no pooled embedding
+    pooled: SDXL's second path, the pooled embeddings as contexts of one row (tokens = 1), or None
+        where the U-Net takes none
     """
 
     concepts: tuple[Concept, ...]
@@ -108,8 +109,7 @@ class Pairs:
     anchor: Tensor
     span: Tensor
     ends: Tensor
-    pooled: Tensor | None = None
-    pooled_anchor: Tensor | None = None
+    pooled: "Pairs | None" = None
 
 
 def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
@@ -142,6 +142,15 @@ def align_pairs(
         target[i, own.first :] = anchor[i, _aligned_rows(own, its, tokens)]
         span[i, own.first :] = True
         ends.append(own.end)
+    pooled = None
+    if encoded.pooled is not None and encoded_anchor.pooled is not None:
+        row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[:, None]
+        everywhere = torch.ones(row.shape[:2], dtype=torch.bool, device=row.device)
+        last = torch.zeros(len(row), dtype=torch.int64, device=row.device)
+        pooled = Pairs(
+            concepts, prompts, anchor_prompts, row, its_row, its_row, everywhere, last
+        )
+    device = context.device
     return Pairs(
         concepts,
         prompts,
@@ -149,10 +158,9 @@ def align_pairs(
         context,
         target,
         anchor,
-        span.to(context.device),
-        torch.tensor(ends, device=context.device),
-        encoded.pooled,
-        encoded_anchor.pooled,
+        span.to(device),
+        torch.tensor(ends, device=device),
+        pooled,
     )
 
 
