@@ -136,9 +136,7 @@ def align_pairs(
     target, span = context.clone(), torch.zeros(context.shape[:2], dtype=torch.bool)
     ends = []
     for i, (phrase, anchor_phrase, template) in enumerate(rows):
-        own, its = (
-            _locate(text, template, words, tokens) for words in (phrase, anchor_phrase)
-        )
+        own, its = (_locate(text, template, words, tokens) for words in (phrase, anchor_phrase))
         target[i, own.first :] = anchor[i, _aligned_rows(own, its, tokens)]
         span[i, own.first :] = True
         ends.append(own.end)
@@ -147,9 +145,7 @@ def align_pairs(
         row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[:, None]
         everywhere = torch.ones(row.shape[:2], dtype=torch.bool, device=row.device)
         last = torch.zeros(len(row), dtype=torch.int64, device=row.device)
-        pooled = Pairs(
-            concepts, prompts, anchor_prompts, row, its_row, its_row, everywhere, last
-        )
+        pooled = Pairs(concepts, prompts, anchor_prompts, row, its_row, its_row, everywhere, last)
     device = context.device
     return Pairs(
         concepts,
@@ -166,7 +162,7 @@ def align_pairs(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a phrase stands in its prompt, in token rows: [first, last), then a suffix, then end."""
+    """The token rows of a phrase in its prompt, [first, last), and its end-of-text row."""
 
     first: int
     last: int

@@ -1,0 +1,405 @@
+"""Neighbor-concept mining and beyond-concept regularisation (Sec. 4.1-4.2; Alg. 1, l. 4-22).
+
+A neighbour is e + r v̂, a step from the concept's embedding towards v; what v is, is the source:
+
+- isotropic: v ~ N(0, I), the paper's;
+- bank: v is the row of a bank prompt at the same position, so that the step goes towards things
+  that prompts can say;
+- vocabulary: the neighbours are words themselves, and nothing is random but their choice.
+
+Cosines are taken around the centre of the source: the origin for isotropic noise, the mean of the
+bank or the vocabulary otherwise, since the rows of one encoder share a large common part.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from .bank import Bank
+from .concepts import Pairs, align_pairs
+from .diffusion import TextEncoder
+
+Source = Literal["isotropic", "bank", "vocabulary"]
+SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
+S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
+S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.5}
+CANDIDATES = 256  # bank prompts to step towards
+FAR_WORDS = 64  # words just outside the ring that may be drawn as beyond points
+BLOCK = 256  # draws tried at once
+MAX_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Words:
+    """The vocabulary around the concepts, each word in each template of its nearest concept.
+
+    near: the words inside the ring, nearest first; far: those just outside, nearest first, as
+    pairs of the word's prompt and the anchor's; near_prompt, far_prompt: int64, the pair of the
+    concept and template each belongs to; cosine: word -> cosine with its concept, on the
+    end-of-text row around the vocabulary's mean
+    """
+
+    near: Pairs | None
+    near_prompt: Tensor
+    far: Pairs | None
+    far_prompt: Tensor
+    cosine: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """The ring around every concept from which neighbours and beyond points are drawn.
+
+    s1, s2: a neighbour's cosine with e lies in [s2, s1], a beyond point's below s2 (Eq. 4)
+    d1, d1_anchor, d2: radii r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the embedding
+    centre: where cosines are measured from, [tokens, dim]
+    candidates: the v's of source "bank", [candidates, tokens, dim]
+    words: the words of source "vocabulary"
+    shared_noise: one v for all rows of a span instead of one a row
+    """
+
+    pairs: Pairs
+    source: Source
+    s1: float
+    s2: float
+    d1: float
+    d1_anchor: float
+    d2: float
+    centre: Tensor
+    candidates: Tensor | None = None
+    words: Words | None = None
+    shared_noise: bool = False
+    pooled: "Neighborhood | None" = None
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Accepted draws: neighbours (E and E*; Alg. 1, l. 9) or beyond points (Pre; l. 18).
+
+    context: e_c or e', [n, tokens, dim]
+    target: e*_c, [n, tokens, dim]; a beyond point is its own target, since it keeps its outputs
+    span: bool [n, tokens]; prompt: int64 [n], the pair each was drawn from
+    words: the prompts of mined words (source "vocabulary"), else empty
+    """
+
+    neighborhood: Neighborhood
+    context: Tensor
+    target: Tensor
+    span: Tensor
+    prompt: Tensor
+    words: tuple[str, ...] = ()
+    pooled: "Mined | None" = None
+
+
+def neighborhood(
+    pairs: Pairs,
+    source: Source = "isotropic",
+    *,
+    s1: float | None = None,
+    s2: float | None = None,
+    d1: float | None = None,
+    d1_anchor: float | None = None,
+    d2: float | None = None,
+    bank: Bank | None = None,
+    text: TextEncoder | None = None,
+    words: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    shared_noise: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Neighborhood:
+    """The ring around the concepts of `pairs`, with every range resolved and checked.
+
+    s1, s2: cosine limits, by source unless given. d1, d2: radii; unless given, the distances at
+    which the expected cosine falls to s2 and to 0; d1_anchor: d1 / 10 unless given.
+    bank, text: needed by the sources "bank" and "vocabulary". words: the vocabulary to search, the
+    tokenizer's own unless given; exclude: words that are not to be erased.
+
+    Raises ValueError for a range that no draw can satisfy, with one that works.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
+    s1 = S1[source] if s1 is None else s1
+    s2 = S2[source] if s2 is None else s2
+    if not -1.0 <= s2 < s1 <= 1.0:
+        raise ValueError(
+            f"S2 = {s2} and S1 = {s1}: a neighbour's cosine lies between them, so S2 must be "
+            f"smaller; S2 = {S2[source]} and S1 = {S1[source]} are the defaults of {source!r}"
+        )
+    if source == "vocabulary":
+        if text is None:
+            raise ValueError("source 'vocabulary' needs the text encoder")
+        mined = _mine_words(pairs, text, words or text.words(), exclude, s1, s2, progress)
+        return _word_neighborhood(pairs, s1, s2, mined)
+
+    candidates: Tensor | None = None
+    pooled_candidates: Tensor | None = None
+    if source == "bank":
+        if bank is None or text is None:
+            raise ValueError("source 'bank' needs the preservation bank and the text encoder")
+        stride = max(1, len(bank.prompts) // CANDIDATES)
+        chosen = [p for p in bank.prompts[::stride] if p not in bank.dropped]
+        encoding = text.encode(chosen)
+        candidates, pooled_candidates = encoding.context, encoding.pooled
+    ring = _resolve(pairs, source, s1, s2, d1, d1_anchor, d2, candidates, shared_noise)
+    if pairs.pooled is None:
+        return ring
+    if pooled_candidates is not None:
+        pooled_candidates = pooled_candidates[:, None]
+    pooled = _resolve(
+        pairs.pooled, source, s1, s2, None, None, None, pooled_candidates, shared_noise
+    )
+    return replace(ring, pooled=pooled)
+
+
+def mine_neighbors(
+    ring: Neighborhood,
+    count: int,
+    generator: torch.Generator,
+    prompts: Sequence[int] | None = None,
+) -> Mined:
+    """Draws `count` neighbours a prompt (Eq. 5-6; Alg. 1, l. 4-12).
+
+    Of the vocabulary, `count` words a prompt, or all where the ring holds fewer. prompts: the
+    pairs to draw around, all of them unless given.
+    """
+    pairs = ring.pairs
+    prompts = range(len(pairs.prompts)) if prompts is None else prompts
+    if ring.words is not None:
+        return _draw_words(ring, ring.words.near, ring.words.near_prompt, count, generator, prompts)
+    contexts, targets = [pairs.context[:0]], [pairs.target[:0]]
+    for i in prompts:
+        direction, radius = _draw(ring, i, count, (0.0, ring.d1), (ring.s2, ring.s1), generator)
+        tolerance = ring.d1_anchor * torch.rand(count, generator=generator)
+        contexts.append(pairs.context[i] + radius * direction)
+        targets.append(pairs.target[i] + tolerance[:, None, None].to(direction) * direction)
+    prompt = torch.tensor(prompts, dtype=torch.int64).to(pairs.span.device).repeat_interleave(count)
+    pooled = ring.pooled and mine_neighbors(ring.pooled, count, generator, prompts)
+    context, target = torch.cat(contexts), torch.cat(targets)
+    return Mined(ring, context, target, pairs.span[prompt], prompt, (), pooled)
+
+
+def mine_beyond(
+    ring: Neighborhood,
+    count: int,
+    generator: torch.Generator,
+    prompts: Sequence[int] | None = None,
+) -> Mined:
+    """Draws `count` beyond points a prompt (Sec. 4.2; Alg. 1, l. 13-22); as mine_neighbors."""
+    pairs = ring.pairs
+    prompts = range(len(pairs.prompts)) if prompts is None else prompts
+    if ring.words is not None:
+        far = _draw_words(ring, ring.words.far, ring.words.far_prompt, count, generator, prompts)
+        pooled = far.pooled and replace(far.pooled, target=far.pooled.context)
+        return replace(far, target=far.context, pooled=pooled)
+    contexts = [pairs.context[:0]]
+    for i in prompts:
+        direction, radius = _draw(ring, i, count, (ring.d1, ring.d2), (-1.0, ring.s2), generator)
+        contexts.append(pairs.context[i] + radius * direction)
+    prompt = torch.tensor(prompts, dtype=torch.int64).to(pairs.span.device).repeat_interleave(count)
+    pooled = ring.pooled and mine_beyond(ring.pooled, count, generator, prompts)
+    context = torch.cat(contexts)
+    return Mined(ring, context, context, pairs.span[prompt], prompt, (), pooled)
+
+
+def _draw(
+    ring: Neighborhood,
+    i: int,
+    count: int,
+    radii: tuple[float, float],
+    cosines: tuple[float, float],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """`count` accepted steps from prompt i: v̂ [count, tokens, dim], r [count, 1, 1].
+
+    Directions are zero outside the span. Blocks are drawn and their acceptable part kept.
+    """
+    e, span = ring.pairs.context[i], ring.pairs.span[i]
+    own = e[span]  # [rows, dim]
+    around = own - ring.centre[span]
+    rows, dim = own.shape
+    directions, kept, have = [], [], 0
+    for _ in range(MAX_BLOCKS if count else 0):
+        if ring.candidates is None:
+            noise_rows = 1 if ring.shared_noise else rows
+            v = torch.randn(BLOCK, noise_rows, dim, generator=generator).to(own)
+        else:
+            pick = torch.randint(len(ring.candidates), (BLOCK,), generator=generator)
+            v = ring.candidates[pick.to(own.device)][:, span]
+        direction = torch.nn.functional.normalize(v - own, dim=-1)
+        low, high = radii
+        radius = low + (high - low) * torch.rand(BLOCK, 1, 1, generator=generator).to(own)
+        cosine = cosine_similarity(around, around + radius * direction, dim=-1).mean(-1)
+        accepted = (cosine >= cosines[0]) & (cosine <= cosines[1])
+        directions.append(direction[accepted])
+        kept.append(radius[accepted])
+        have += int(accepted.sum())
+        if have >= count:
+            break
+    else:
+        if count:
+            raise ValueError(
+                f"{MAX_BLOCKS * BLOCK} draws around {ring.pairs.prompts[i]!r} gave {have} of "
+                f"{count} with a radius in [{radii[0]:.3g}, {radii[1]:.3g}) and a cosine in "
+                f"[{cosines[0]:.2f}, {cosines[1]:.2f}]: widen S2..S1, or leave D1 and D2 auto"
+            )
+    if not count:
+        return e.new_zeros(0, *e.shape), e.new_zeros(0, 1, 1)
+    whole = e.new_zeros(count, *e.shape)
+    whole[:, span] = torch.cat(directions)[:count]
+    return whole, torch.cat(kept)[:count]
+
+
+def _resolve(
+    pairs: Pairs,
+    source: Source,
+    s1: float,
+    s2: float,
+    d1: float | None,
+    d1_anchor: float | None,
+    d2: float | None,
+    candidates: Tensor | None,
+    shared_noise: bool,
+) -> Neighborhood:
+    """Radii from the measured norms (METHOD, Units), and the check that draws can succeed."""
+    if candidates is None:
+        tokens, dim = pairs.context.shape[1:]
+        centre = torch.zeros_like(pairs.context[0])
+        spread = torch.full((tokens,), math.sqrt(dim)).to(centre)
+    else:
+        centre = candidates.mean(0)
+        spread = (candidates - centre).norm(dim=-1).mean(0)  # [tokens]
+    radius = (pairs.context - centre).norm(dim=-1)[pairs.span]
+    spread = spread.expand(len(pairs.prompts), -1)[pairs.span]
+    at_s1, at_s2, at_right_angle = (_distance_at(s, radius, spread) for s in (s1, s2, 0.0))
+    if not math.isfinite(at_s2):
+        limit = float((-radius / torch.hypot(radius, spread)).mean())
+        raise ValueError(
+            f"S2 = {s2}: steps towards random points never get below a cosine of about "
+            f"{limit:.2f}; choose S2 above it, {S2[source]} is the default"
+        )
+    d1 = at_s2 if d1 is None else d1
+    d1_anchor = d1 / 10 if d1_anchor is None else d1_anchor
+    d2 = max(at_right_angle, 1.3 * d1) if d2 is None else d2
+    if d1 <= at_s1:
+        raise ValueError(
+            f"D1 = {d1:g} never reaches S1 = {s1}: the cosine falls to S1 at a distance of about "
+            f"{at_s1:.3g} and to S2 = {s2} at {at_s2:.3g}; choose D1 between them or leave it auto"
+        )
+    if d2 <= max(d1, at_s2):
+        raise ValueError(
+            f"D2 = {d2:g}: beyond points lie farther than D1 = {d1:g} with a cosine below "
+            f"S2 = {s2}, which is reached at about {at_s2:.3g}; choose D2 larger, "
+            f"{max(at_right_angle, 1.3 * d1):.3g} is the automatic value"
+        )
+    if not 0.0 <= d1_anchor < d1:
+        raise ValueError(
+            f"D1' = {d1_anchor:g}: the ball around the anchor must be smaller than D1 = {d1:g}"
+        )
+    return Neighborhood(
+        pairs, source, s1, s2, d1, d1_anchor, d2, centre, candidates, None, shared_noise
+    )
+
+
+def _distance_at(cosine: float, radius: Tensor, spread: Tensor) -> float:
+    """The mean distance r at which cos(e, e + r v̂) falls to `cosine`, for v orthogonal to e.
+
+    radius: |e| of every row; spread: |v| of every row. The triangle (centre, e, e + r v̂) has the
+    angle a between -e and v̂ at e, so that r / sin θ = |e| / sin(θ + a).
+    """
+    a = torch.acos(radius / torch.hypot(radius, spread))
+    theta = math.acos(cosine)
+    reach = radius * math.sin(theta) / torch.sin(theta + a)
+    return float(torch.where(theta + a < math.pi, reach, torch.inf).mean())
+
+
+def _mine_words(
+    pairs: Pairs,
+    text: TextEncoder,
+    words: Sequence[str],
+    exclude: Sequence[str],
+    s1: float,
+    s2: float,
+    progress: Callable[[int, int], None],
+) -> Words:
+    """Compares every word with every concept in the concept's first template.
+
+    Words whose centred cosine lies in [s2, s1] are near; the FAR_WORDS below them, and before
+    those every word the user struck out, are far.
+    """
+    struck = {word.casefold() for word in exclude}
+    names = {concept.name.casefold() for concept in pairs.concepts}
+    words = [word for word in dict.fromkeys(words) if word.casefold() not in names]
+    cosines = []
+    for number, concept in enumerate(pairs.concepts):
+        template = concept.templates[0]
+        ends = text.encode_ends([template.replace("{}", w) for w in (*words, concept.name)])
+        own, ends = ends[-1], ends[:-1]
+        centre = ends.mean(0)
+        cosines.append(cosine_similarity(own - centre, ends - centre, dim=-1).cpu())
+        progress(number + 1, len(pairs.concepts))
+    cosine, nearest = torch.stack(cosines).max(0)
+    order = cosine.argsort(descending=True, stable=True).tolist()
+    inside = [k for k in order if s2 <= cosine[k] <= s1]
+    near = [k for k in inside if words[k].casefold() not in struck]
+    far = [k for k in inside if words[k].casefold() in struck]
+    far += [k for k in order if cosine[k] < s2][:FAR_WORDS]
+
+    first = {}  # concept -> its first prompt
+    start = 0
+    for number, concept in enumerate(pairs.concepts):
+        first[number] = start
+        start += len(concept.templates)
+
+    def encode(chosen: list[int]) -> tuple[Pairs | None, Tensor]:
+        rows, prompt = [], []
+        for k in chosen:
+            concept = pairs.concepts[int(nearest[k])]
+            for j, template in enumerate(concept.templates):
+                rows.append((words[k], concept.anchor, template))
+                prompt.append(first[int(nearest[k])] + j)
+        index = torch.tensor(prompt, dtype=torch.int64, device=pairs.span.device)
+        return (align_pairs(text, pairs.concepts, rows) if rows else None), index
+
+    listed = {words[k]: float(cosine[k]) for k in near + far}
+    return Words(*encode(near), *encode(far), listed)
+
+
+def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neighborhood:
+    pooled = None
+    if pairs.pooled is not None:
+        near, far = (p and p.pooled for p in (words.near, words.far))
+        ones = Words(near, words.near_prompt, far, words.far_prompt, words.cosine)
+        pooled = _word_neighborhood(pairs.pooled, s1, s2, ones)
+    centre = torch.zeros_like(pairs.context[0])
+    return Neighborhood(
+        pairs, "vocabulary", s1, s2, 0.0, 0.0, 0.0, centre, words=words, pooled=pooled
+    )
+
+
+def _draw_words(
+    ring: Neighborhood,
+    words: Pairs | None,
+    prompt: Tensor,
+    count: int,
+    generator: torch.Generator,
+    prompts: Sequence[int],
+) -> Mined:
+    """`count` words a prompt; `words` None is a ring without any."""
+    shuffled = torch.randperm(len(prompt), generator=generator).to(prompt.device)
+    take = torch.cat([prompt[:0], *(shuffled[prompt[shuffled] == i][:count] for i in prompts)])
+    words = words or ring.pairs
+
+    def part(ring: Neighborhood, words: Pairs) -> Mined:
+        pooled = None
+        if ring.pooled is not None and words.pooled is not None:
+            pooled = part(ring.pooled, words.pooled)
+        listed = tuple(words.prompts[k] for k in take.tolist())
+        context, target, span = words.context[take], words.target[take], words.span[take]
+        return Mined(ring, context, target, span, prompt[take], listed, pooled)
+
+    return part(ring, words)
