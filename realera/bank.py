@@ -7,7 +7,6 @@ on the manifold of real prompts.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .concepts import Pairs
 from .diffusion import TextEncoder
+from .storage import replacing
 
 BATCH = 64
 
@@ -97,11 +97,8 @@ def encode_bank(
         tensors |= {"pooled_gram": pooled_gram, "pooled": torch.cat(pooled)}
     tensors["ends"] = tensors["ends"].float()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        part.close()
-        save_file(tensors, part.name)
-        os.replace(part.name, path)
+    with replacing(path) as part:
+        save_file(tensors, part)
     return _from_tensors(prompts, tensors)
 
 

@@ -44,9 +44,9 @@ class Words:
     end-of-text row around the vocabulary's mean
     """
 
-    near: Pairs | None
+    near: Pairs
     near_prompt: Tensor
-    far: Pairs | None
+    far: Pairs
     far_prompt: Tensor
     cosine: dict[str, float]
 
@@ -329,7 +329,7 @@ def _mine_words(
     """Compares every word with every concept in the concept's first template.
 
     Words whose centred cosine lies in [s2, s1] are near; the FAR_WORDS below them, and before
-    those every word the user struck out, are far.
+    those every word the user struck out, are far. Words above s1 are neither.
     """
     struck = {word.casefold() for word in exclude}
     names = {concept.name.casefold() for concept in pairs.concepts}
@@ -344,35 +344,45 @@ def _mine_words(
         progress(number + 1, len(pairs.concepts))
     cosine, nearest = torch.stack(cosines).max(0)
     order = cosine.argsort(descending=True, stable=True).tolist()
-    inside = [k for k in order if s2 <= cosine[k] <= s1]
-    near = [k for k in inside if words[k].casefold() not in struck]
-    far = [k for k in inside if words[k].casefold() in struck]
-    far += [k for k in order if cosine[k] < s2][:FAR_WORDS]
 
-    first = {}  # concept -> its first prompt
+    listed: dict[str, float] = {}
+    rows: dict[str, list[tuple[str, str, str]]] = {"near": [], "far": []}
+    prompt: dict[str, list[int]] = {"near": [], "far": []}
     start = 0
     for number, concept in enumerate(pairs.concepts):
-        first[number] = start
+        own_words = [k for k in order if int(nearest[k]) == number and cosine[k] <= s1]
+        inside = [k for k in own_words if cosine[k] >= s2]
+        left_out = [k for k in inside if words[k].casefold() in struck]
+        outside = [k for k in own_words if cosine[k] < s2][:FAR_WORDS]
+        near = [words[k] for k in inside if words[k].casefold() not in struck]
+        far = [words[k] for k in left_out + outside]
+        listed |= {words[k]: float(cosine[k]) for k in inside + outside}
+        for j, template in enumerate(concept.templates):
+            # The concept is its own first neighbour, so that no ring is ever empty.
+            for kind, chosen in (("near", [concept.name, *near]), ("far", far)):
+                rows[kind] += [(word, concept.anchor, template) for word in chosen]
+                prompt[kind] += [start + j] * len(chosen)
         start += len(concept.templates)
-
-    def encode(chosen: list[int]) -> tuple[Pairs | None, Tensor]:
-        rows, prompt = [], []
-        for k in chosen:
-            concept = pairs.concepts[int(nearest[k])]
-            for j, template in enumerate(concept.templates):
-                rows.append((words[k], concept.anchor, template))
-                prompt.append(first[int(nearest[k])] + j)
-        index = torch.tensor(prompt, dtype=torch.int64, device=pairs.span.device)
-        return (align_pairs(text, pairs.concepts, rows) if rows else None), index
-
-    listed = {words[k]: float(cosine[k]) for k in near + far}
-    return Words(*encode(near), *encode(far), listed)
+    if not rows["far"]:
+        raise ValueError(
+            f"all {len(words)} words lie within S2 = {s2} of the concepts, none is left as a "
+            "beyond point: raise S2 or give more words"
+        )
+    device = pairs.span.device
+    return Words(
+        align_pairs(text, pairs.concepts, rows["near"]),
+        torch.tensor(prompt["near"], device=device),
+        align_pairs(text, pairs.concepts, rows["far"]),
+        torch.tensor(prompt["far"], device=device),
+        listed,
+    )
 
 
 def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neighborhood:
     pooled = None
     if pairs.pooled is not None:
-        near, far = (p and p.pooled for p in (words.near, words.far))
+        near, far = words.near.pooled, words.far.pooled
+        assert near is not None and far is not None
         ones = Words(near, words.near_prompt, far, words.far_prompt, words.cosine)
         pooled = _word_neighborhood(pairs.pooled, s1, s2, ones)
     centre = torch.zeros_like(pairs.context[0])
@@ -383,16 +393,15 @@ def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neig
 
 def _draw_words(
     ring: Neighborhood,
-    words: Pairs | None,
+    words: Pairs,
     prompt: Tensor,
     count: int,
     generator: torch.Generator,
     prompts: Sequence[int],
 ) -> Mined:
-    """`count` words a prompt; `words` None is a ring without any."""
+    """`count` words for each of `prompts`, in their order."""
     shuffled = torch.randperm(len(prompt), generator=generator).to(prompt.device)
     take = torch.cat([prompt[:0], *(shuffled[prompt[shuffled] == i][:count] for i in prompts)])
-    words = words or ring.pairs
 
     def part(ring: Neighborhood, words: Pairs) -> Mined:
         pooled = None

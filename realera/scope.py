@@ -1,7 +1,7 @@
 """What an erasure takes along, before an image is drawn: the scope report.
 
-T tells it. For the end-of-text row x of a prompt, *moved* is |T x - x| / |x| and *toward the anchor*
-is how much of e - e* was exchanged for the anchor's meaning.
+T tells it. For the end-of-text row x of a prompt, *moved* is |T x - x| / |x| and *toward the
+anchor* is how much of e - e* was exchanged for the anchor's meaning.
 """
 
 from collections.abc import Sequence
