@@ -190,8 +190,7 @@ def edited(unet: nn.Module, edit: Edit) -> Iterator[None]:
     handles = []
     try:
         for layer in projections(unet).values():
-            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            handles.append(base.register_forward_pre_hook(transform))
+            handles.append(layer.register_forward_pre_hook(transform))
         yield
     finally:
         for handle in handles:

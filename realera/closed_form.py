@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .bank import Bank
-    from .mining import Beyond, Neighbors
+    from .mining import Mined
 
 # How much more an unperturbed pair counts than a mined one, so that T e = e* holds whatever M is.
 PAIR_WEIGHT = 100.0
@@ -139,8 +139,8 @@ class Sums:
 
 
 def collect(
-    neighbors: "Neighbors",
-    beyond: "Beyond | None" = None,
+    neighbors: "Mined",
+    beyond: "Mined | None" = None,
     bank: "Bank | None" = None,
     pair_weight: float = PAIR_WEIGHT,
 ) -> Sums:
@@ -148,8 +148,7 @@ def collect(
     pairs = neighbors.neighborhood.pairs
     sums = Sums.zeros(pairs.context.shape[-1], bank)
     sums = sums.erasing(pairs.context[pairs.span], pairs.target[pairs.span], pair_weight)
-    if len(neighbors.prompt):
-        sums = sums.erasing(neighbors.context[neighbors.span], neighbors.target[neighbors.span])
-    if beyond is not None and len(beyond.prompt):
+    sums = sums.erasing(neighbors.context[neighbors.span], neighbors.target[neighbors.span])
+    if beyond is not None:
         sums = sums.preserving(beyond.context[beyond.span])
     return sums

@@ -83,8 +83,9 @@ class Mined:
 
     context: e_c or e', [n, tokens, dim]
     target: e*_c, [n, tokens, dim]; a beyond point is its own target, since it keeps its outputs
-    span: bool [n, tokens]; prompt: int64 [n], the pair each was drawn from
-    words: the prompts of mined words (source "vocabulary"), else empty
+    span: bool [n, tokens]; prompt: int64 [n], the pair each was drawn from, -1 for a prompt that
+        the user preserves
+    words: the prompts of mined words (source "vocabulary") and of preserved prompts, at the end
     """
 
     neighborhood: Neighborhood
@@ -204,6 +205,41 @@ def mine_beyond(
     pooled = ring.pooled and mine_beyond(ring.pooled, count, generator, prompts)
     context = torch.cat(contexts)
     return Mined(ring, context, context, pairs.span[prompt], prompt, (), pooled)
+
+
+def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mined:
+    """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
+
+    Raises ValueError for a prompt that names a concept to be erased.
+    """
+    pairs = beyond.neighborhood.pairs
+    for prompt in prompts:
+        for concept in pairs.concepts:
+            if concept.name.casefold() in prompt.casefold():
+                raise ValueError(
+                    f"the prompt to preserve {prompt!r} names {concept.name!r}, which is to be "
+                    "erased: take it from the list"
+                )
+    if not prompts:
+        return beyond
+    encoding = text.encode(prompts)
+
+    def append(mined: Mined, context: Tensor) -> Mined:
+        everywhere = torch.ones_like(context[..., 0], dtype=torch.bool)
+        nowhere = torch.full((len(context),), -1, device=mined.prompt.device)
+        return replace(
+            mined,
+            context=torch.cat([mined.context, context]),
+            target=torch.cat([mined.target, context]),
+            span=torch.cat([mined.span, everywhere]),
+            prompt=torch.cat([mined.prompt, nowhere]),
+            words=(*mined.words, *prompts),
+        )
+
+    pooled = beyond.pooled
+    if pooled is not None and encoding.pooled is not None:
+        pooled = append(pooled, encoding.pooled[:, None])
+    return replace(append(beyond, encoding.context), pooled=pooled)
 
 
 def _draw(
