@@ -142,7 +142,7 @@ def align_erasure(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Erasure:
-    """The erasure with a LoRA trained on top (l. 25-31); `images` of every anchor are drawn first."""
+    """The erasure with a LoRA trained on top (l. 25-31), on `images` of every anchor."""
     anchors = draw_anchors(model, mining.ring, images, seed=training.seed, cache=cache)
     lora = align(
         model,
