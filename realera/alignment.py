@@ -22,8 +22,8 @@ from torch.nn.functional import mse_loss
 
 from .closed_form import Edit
 from .diffusion import Diffusion, Encoding, projections
+from .files import writing
 from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
-from .storage import replacing
 
 ADAPTER = "realera"
 Lora = dict[str, tuple[Tensor, Tensor]]
@@ -266,7 +266,7 @@ def draw_anchors(
         start += len(concept.templates)
     latents = torch.stack(drawn)
     if path is not None:
-        with replacing(path) as part:
+        with writing(path, overwrite=True) as part:
             save_file({"latents": latents.cpu().contiguous()}, part)
     return latents
 
@@ -300,7 +300,7 @@ def _save(path: Path, run: str, step: int, layers: Lora, optimizer: torch.optim.
             tensors[f"{name}.{letter}"] = weight.detach().cpu().contiguous()
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{letter}.{moment}"] = optimizer.state[weight][moment].cpu()
-    with replacing(path) as part:
+    with writing(path, overwrite=True) as part:
         save_file(tensors, part, metadata={"run": run, "step": str(step)})
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .concepts import Pairs
 from .diffusion import TextEncoder
-from .storage import replacing
+from .files import writing
 
 BATCH = 64
 
@@ -97,7 +97,7 @@ def encode_bank(
         tensors |= {"pooled_gram": pooled_gram, "pooled": torch.cat(pooled)}
     tensors["ends"] = tensors["ends"].float()
 
-    with replacing(path) as part:
+    with writing(path, overwrite=True) as part:
         save_file(tensors, part)
     return _from_tensors(prompts, tensors)
 
