@@ -1,0 +1,177 @@
+"""Safetensors files, read without trust and written without a trace of failure.
+
+A file's header is checked whole against the file before a byte of a tensor is used; a file that is
+written appears under its name only when it is complete.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in the file: where it lies and what it is. Offsets count from the data's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The checked header of a safetensors file; `read` gets one tensor at a time.
+
+    start: byte at which the data begins
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    start: int
+
+    def read(self, key: str) -> Tensor:
+        """The tensor as stored, in memory of its own."""
+        entry = self.entries[key]
+        data = bytearray(entry.end - entry.begin)
+        with self.path.open("rb") as file:
+            file.seek(self.start + entry.begin)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
+        if not data:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+
+def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> TensorFile:
+    """Reads and checks a safetensors header; the tensors stay on disk.
+
+    Raises FileNotFoundError, or ValueError when the file is a pickle, cut off or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if path.suffix.lower() in PICKLES or prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+            raise ValueError(
+                f"{path} is a pickle, which can run any program when it is opened, so it is "
+                "refused. Convert it on a machine you can afford to lose: python -c \"import "
+                "torch, safetensors.torch as s; c = torch.load('in.ckpt', map_location='cpu', "
+                "weights_only=True); s.save_file({k: v.contiguous() for k, v in "
+                "c.get('state_dict', c).items() if hasattr(v, 'contiguous')}, "
+                "'out.safetensors')\""
+            )
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= max_header or 8 + length > size:
+            raise ValueError(
+                f"{path} is not a safetensors file or was cut off: its first 8 bytes announce a "
+                f"header of {length} bytes and the file has {size} (at most {max_header} allowed)"
+            )
+        header = file.read(length)
+    try:
+        content = json.loads(header, object_pairs_hook=_without_duplicates)
+        metadata = content.pop("__metadata__", {})
+        if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
+            raise ValueError("metadata is not text")
+        entries = {key: _entry(key, value) for key, value in content.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} has a corrupt safetensors header: {error}") from error
+
+    position = 0  # the tensors fill the data without gap or overlap
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise ValueError(
+                f"{path} has a corrupt safetensors header: {key!r} begins at byte {entry.begin} "
+                f"of the data and {position} was due"
+            )
+        position = entry.end
+    if 8 + length + position != size:
+        raise ValueError(
+            f"{path} is {'cut off' if size < 8 + length + position else 'corrupt'}: its header "
+            f"describes {8 + length + position} bytes and the file has {size}; get it again"
+        )
+    return TensorFile(path, metadata, entries, 8 + length)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return content
+
+
+def _entry(key: str, value: Any) -> Entry:
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 8:
+        raise ValueError(f"{key!r} has the shape {shape} at bytes {begin} to {end}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{key!r} has the data type {dtype!r}; known are {', '.join(DTYPES)}")
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{key!r}, {dtype} {list(shape)}, does not fit bytes {begin} to {end}")
+    return Entry(dtype, shape, begin, end)
+
+
+def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
+    """A safetensors header, length prefix included, padded so that the data stay aligned."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for key, entry in entries.items():
+        offsets = [entry.begin, entry.end]
+        content[key] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes as safetensors stores them."""
+    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+@contextmanager
+def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path beside `destination` to write a file to, which takes its name when complete.
+
+    Whatever interrupts the block, nothing is left behind and a file that was there stays.
+    Raises FileExistsError when there is one and `overwrite` is false.
+    """
+    destination = Path(destination)
+    if destination.is_dir() or (destination.exists() and not overwrite):
+        raise FileExistsError(f"{destination} exists: choose another name, or ask to overwrite it")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, destination)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
