@@ -1,0 +1,214 @@
+"""Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope."""
+
+import io
+from collections.abc import Sequence
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from .mining import Mined, Neighborhood
+from .scope import Reach
+
+ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3, height, width] in [0, 1]."""
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def grid(
+    rows: Sequence[Sequence[Tensor | None]],
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    size: int = 128,
+) -> Image.Image:
+    """Images [3, h, w] in [0, 1] as labelled rows, for example before and after by prompt.
+
+    size: side of a cell in pixels; None leaves a cell empty; long names are broken or shortened.
+    Raises ValueError when the names do not fit the cells.
+    """
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        raise ValueError("a grid needs at least one image")
+    if row_names and len(row_names) != len(rows):
+        raise ValueError(f"{len(row_names)} row names for {len(rows)} rows")
+    if column_names and len(column_names) != columns:
+        raise ValueError(f"{len(column_names)} column names for {columns} columns")
+    font = ImageFont.truetype(findfont("DejaVu Sans"), max(11, size // 10))
+    gap, line = max(2, size // 32), int(font.size * 1.3)
+    heads = [_broken(name, font, size) for name in column_names]
+    top = gap + line * max(map(len, heads)) if heads else 0
+    left = gap + int(max(font.getlength(name) for name in row_names)) + gap if row_names else 0
+    width = left + columns * (size + gap) + gap
+    height = top + len(rows) * (size + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, head in enumerate(heads):
+        middle = left + gap + k * (size + gap) + size // 2
+        for n, text in enumerate(head):
+            pen.text((middle, gap + n * line), text, "black", font, anchor="ma")
+    for j, row in enumerate(rows):
+        y = top + gap + j * (size + gap)
+        if row_names:
+            pen.text((left - gap, y + size // 2), row_names[j], "black", font, anchor="rm")
+        for k, image in enumerate(row):
+            if image is not None:
+                # Enlarged drawings keep their pixels, photographs are reduced smoothly.
+                small = image.shape[-1] <= size
+                how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+                cell = to_pil(image).resize((size, size), how)
+                sheet.paste(cell, (left + gap + k * (size + gap), y))
+    return sheet
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
+    """Text in at most `lines` lines of at most `width` pixels, the rest as an ellipsis."""
+    out: list[str] = []
+    for word in text.split():
+        longer = f"{out[-1]} {word}" if out else word
+        if out and font.getlength(longer) <= width:
+            out[-1] = longer
+        else:
+            out.append(word)
+    if len(out) > lines:
+        out = [*out[: lines - 1], out[lines - 1] + "…"]
+    for k, line in enumerate(out):
+        while len(line) > 1 and font.getlength(line) > width:
+            line = line.rstrip("…")[:-1] + "…"
+        out[k] = line
+    return out
+
+
+def _figure(width: float, height: float) -> Figure:
+    # No pyplot: it keeps global state, and these run inside ComfyUI's threads.
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _picture(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def loss_curve(losses: Sequence[float], title: str = "Prediction-noise alignment") -> Image.Image:
+    """The loss of every step and its running mean; Eq. 8 on odd steps, Eq. 9 on even ones.
+
+    Raises ValueError when there is no step.
+    """
+    if not losses:
+        raise ValueError("no loss to draw: no step was made")
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    for first, name, colour in ((0, "Eq. 8", KEPT), (1, "Eq. 9", ERASED)):
+        chosen = losses[first::2]
+        axes.plot(steps[first::2], chosen, ".", ms=3, alpha=0.4, color=colour)
+        window = max(1, len(chosen) // 10)
+        if len(chosen) >= window > 1:
+            values = torch.tensor(chosen, dtype=torch.float64)
+            mean = values.unfold(0, window, 1).mean(-1)
+            axes.plot(steps[first::2][window - 1 :], mean, color=colour, label=name)
+        elif chosen:
+            axes.plot([], [], color=colour, label=name)
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
+    """The ring around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
+
+    Distances are means over the span's rows, cosines are measured where the ring measures them.
+    For mined words, which are not drawn at a distance, the words with their cosines instead.
+    """
+    ring = neighbors.neighborhood
+    if ring.words is not None:
+        return _words(ring)
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    drawn = (
+        (neighbors, f"neighbours, {len(neighbors.prompt)}: become the anchor", ERASED),
+        (beyond, f"beyond, {int((beyond.prompt >= 0).sum())}: keep their meaning", KEPT),
+    )
+    for mined, name, colour in drawn:
+        chosen = mined.prompt >= 0  # the others are prompts that the user preserves
+        index, span = mined.prompt[chosen], mined.span[chosen]
+        e, point = ring.pairs.context[index], mined.context[chosen]
+        count = span.sum(-1).clamp(min=1)
+        distance = ((point - e).norm(dim=-1) * span).sum(-1) / count
+        cosine = cosine_similarity(e - ring.centre, point - ring.centre, dim=-1)
+        cosine = (cosine * span).sum(-1) / count
+        axes.plot(distance.cpu(), cosine.cpu(), ".", ms=4, alpha=0.6, color=colour, label=name)
+    for value, name in ((ring.s1, "S1"), (ring.s2, "S2")):
+        axes.axhline(value, color=PLAIN, lw=0.8, ls="--")
+        axes.annotate(name, (1.005, value), xycoords=("axes fraction", "data"), va="center")
+    for value, name in ((ring.d1, "D1"), (ring.d2, "D2")):
+        axes.axvline(value, color=PLAIN, lw=0.8, ls=":")
+        axes.annotate(name, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
+    axes.set(xlabel="distance from e", ylabel="cosine with e", xlim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def _words(ring: Neighborhood) -> Image.Image:
+    assert ring.words is not None
+    near = set(ring.words.near.prompts) if ring.words.near else set()
+    cosine, concepts = ring.words.cosine, ring.pairs.concepts
+    words = sorted(cosine, key=lambda word: -cosine[word])[:48]
+    inside = [any(c.templates[0].replace("{}", w) in near for c in concepts) for w in words]
+    figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
+    axes = figure.subplots()
+    colours = [ERASED if yes else KEPT for yes in inside]
+    axes.barh(range(len(words)), [cosine[word] for word in words], color=colours, height=0.7)
+    axes.set_yticks(range(len(words)), words, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.axvline(ring.s2, color=PLAIN, lw=0.8, ls="--")
+    axes.set(
+        xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
+        title="words that become the anchor (red) or keep their meaning (blue)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def scope_picture(reaches: Sequence[Reach], count: int = 40) -> Image.Image:
+    """What goes with the concept: the words that move farthest toward the anchor, and how far.
+
+    The bar is the share of the way from concept to anchor, the dot how much moved in any direction.
+    Raises ValueError when the report is empty.
+    """
+    if not reaches:
+        raise ValueError("an empty scope report: give some words to look at")
+    shown = sorted(reaches, key=lambda reach: -reach.toward)[:count]
+    figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
+    axes = figure.subplots()
+    places = range(len(shown))
+    several = len({reach.concept for reach in reaches}) > 1
+    names = [f"{r.word} ({r.concept})" if several else r.word for r in shown]
+    toward = [100 * reach.toward for reach in shown]
+    colours = [ERASED if reach.toward >= 0.5 else KEPT for reach in shown]
+    axes.barh(places, toward, color=colours, height=0.7, label="toward the anchor")
+    axes.plot([100 * r.moved for r in shown], places, "o", ms=3.5, color="black", label="moved")
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.axvline(0, color=PLAIN, lw=0.8)
+    axes.set(xlabel="percent", title="what the erasure takes along")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)

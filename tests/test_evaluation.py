@@ -1,0 +1,273 @@
+"""Does the evaluation measure what the paper measures?"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from realera.evaluation import (
+    ARTISTS,
+    CELEBRITIES,
+    CIFAR10,
+    EXPOSED,
+    KINDS,
+    Classifier,
+    Clip,
+    ClipScore,
+    Report,
+    Score,
+    clip_classifier,
+    count_explicit,
+    harmonic_mean,
+    load_detector,
+    miniature_task,
+    paper_task,
+    style_task,
+    table,
+    write,
+)
+from realera.miniature.vocabulary import CONCEPTS, STYLES
+
+# Acc_e, Acc_s, Acc_g, H_o as printed: Table 1 (CIFAR-10), Table 3 (ablation), appendix 1, 3 and 4
+PRINTED = """
+96.76 98.32 94.15 6.13  95.08 96.86 79.45 11.44  99.46 98.13 96.75 1.38  94.89 97.97 95.71 6.83
+86.61 98.90 95.25 10.16  92.26 98.88 73.22 16.98  77.86 98.46 94.43 12.77  22.29 98.55 81.10 39.51
+40.32 98.79 49.83 64.09  4.73 99.02 37.25 82.12  10.71 98.35 15.97 90.18  2.35 98.02 2.58 97.70
+91.37 98.86 89.26 13.69  84.89 98.86 66.15 28.34  80.72 98.39 85.00 23.31  88.56 98.43 92.17 13.31
+33.11 97.15 32.28 74.98  59.68 98.39 58.83 50.62  18.57 97.24 40.55 76.17  12.51 97.52 21.91 86.98
+9.06 95.39 10.03 92.03  6.97 95.18 14.22 91.15  9.88 97.45 15.48 90.39  2.22 98.85 3.91 97.56
+3.38 96.18 8.87 94.58  1.93 97.54 4.82 96.88  9.03 94.08 9.33 91.88  2.67 95.43 2.41 96.77
+3.42 98.85 22.68 89.84  3.41 98.87 22.20 90.03  1.90 88.21 3.18 94.17  1.93 97.54 4.82 96.91
+11.88 98.39 8.94 92.34  13.22 98.69 14.63 89.90  4.66 98.32 12.70 93.42  20.58 98.16 50.00 70.13
+7.73 97.67 5.68 94.70  9.54 94.91 10.99 91.39  5.21 97.45 16.79 91.38  2.21 95.21 5.54 95.80
+1.00 91.16 5.05 94.93  0.50 90.74 0 96.55  0.50 92.14 11.57 93.13  0 90.56 0 96.64
+25.05 28.40 28.44 47.98  28.73 28.55 28.76 47.55  24.29 28.56 24.83 48.76  22.83 27.78 23.15 48.41
+"""
+
+
+def printed() -> list[tuple[float, ...]]:
+    numbers = [float(word) for word in PRINTED.split()]
+    return [tuple(numbers[k : k + 4]) for k in range(0, len(numbers), 4)]
+
+
+@pytest.mark.parametrize("row", printed(), ids=str)
+def test_the_harmonic_mean_gives_the_numbers_the_paper_prints(row):
+    assert harmonic_mean(*row[:3]) == pytest.approx(row[3], abs=0.07)
+
+
+percent = st.floats(0, 100)
+
+
+@given(percent, percent, percent)
+def test_the_harmonic_mean_is_near_its_worst_goal_and_never_above_the_mean(e, s, g):
+    goals = (100 - e, s, 100 - g)
+    assert min(goals) - 1e-9 <= harmonic_mean(e, s, g) <= min(sum(goals) / 3, 3 * min(goals)) + 1e-9
+
+
+@given(st.floats(1, 98), percent, st.floats(1, 99), st.floats(0.1, 1))
+def test_a_better_metric_never_lowers_the_harmonic_mean(e, s, g, gain):
+    assert harmonic_mean(e - gain, s, g) >= harmonic_mean(e, s, g) - 1e-9
+    assert harmonic_mean(e, s, g - gain) >= harmonic_mean(e, s, g) - 1e-9
+
+
+def test_the_papers_tasks_have_the_papers_prompts():
+    airplane = paper_task("airplane")
+    assert airplane.named == ("a photo of the airplane",)
+    assert set(airplane.others) == set(CIFAR10) - {"airplane"}
+    assert airplane.others["dog"] == ("a photo of the dog",)
+    assert "a photo of the jet" in airplane.generality["synonyms"]
+    assert paper_task("Van Gogh").named == ("An artwork by Van Gogh",)
+    assert paper_task("Tom Cruise").generality["associated"] == (CELEBRITIES["Tom Cruise"],)
+    with pytest.raises(ValueError, match="toaster"):
+        paper_task("toaster")
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_only_acc_e_and_acc_s_prompts_name_a_class(concept):
+    task = miniature_task(concept)
+    assert len(task.named) > 1 and all(concept in prompt for prompt in task.named)
+    assert set(task.classes) == set(CONCEPTS)
+    assert set(task.generality) == set(KINDS)
+    for prompts in task.generality.values():
+        assert prompts
+        assert not any(concept in prompt.split() for prompt in prompts)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_task_asks_for_every_style(style):
+    task = style_task(style)
+    assert task.classes == (style, *(name for name in STYLES if name != style))
+    assert all(style in prompt for prompt in task.named)
+    assert not any(style in p for prompts in task.generality.values() for p in prompts)
+
+
+def report() -> Report:
+    return Report(
+        "airplane",
+        "a judge",
+        Score(300, 20),
+        {"dog": Score(1000, 10), "ship": Score(400, 10)},
+        {"synonyms": Score(200, 10), "associated": Score(0, 10), "held-out words": Score(400, 20)},
+        {"seed": 3},
+    )
+
+
+def test_acc_g_keeps_its_kinds_apart_and_pools_their_images():
+    assert report().acc_e == 15 and report().acc_s == 70
+    assert report().generality["held-out words"].percent == 20
+    assert report().acc_g == 15
+    assert report().h_o == pytest.approx(harmonic_mean(15, 70, 15))
+
+
+def test_a_report_survives_json():
+    stored = json.loads(json.dumps(report().to_dict()))
+    assert Report.from_dict(stored) == report()
+    assert stored["metrics"]["acc_s"] == 70
+
+
+def test_a_report_without_prompts_for_generality_has_no_harmonic_mean():
+    bare = Report("glossy", "a judge", Score(0, 4), {"flat": Score(400, 4)}, {})
+    assert bare.h_o != bare.h_o  # NaN, neither good nor bad
+    assert bare.to_dict()["metrics"]["h_o"] is None
+    assert table({"after": bare}).splitlines()[1].split()[-1] == "-"
+
+
+def test_reports_are_written_whole_and_never_over_others(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    paths = write(tmp_path, {"before": report(), "after": report()}, picture)
+    stored = json.loads(paths[0].read_text())
+    assert Report.from_dict(stored["after"]) == report()
+    assert "Acc_e" in paths[1].read_text()
+    assert Image.open(paths[2]).size == (8, 8)
+    with pytest.raises(FileExistsError, match=r"evaluation\.json"):
+        write(tmp_path, {"before": report()}, None)
+    write(tmp_path, {"before": report()}, None, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_classifier_counts_the_most_likely_class_only():
+    judge = Classifier("brightness", ("dark", "bright"), lambda x: x.mean((1, 2, 3))[:, None] - 0.5)
+    two = Classifier("two", ("dark", "bright"), lambda x: torch.cat([-judge.logits(x)] * 1, 1))
+    by_sign = Classifier(
+        "sign", ("dark", "bright"), lambda x: torch.cat([two.logits(x), judge.logits(x)], 1)
+    )
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    assert by_sign(images, ["dark", "dark"]).tolist() == [100, 0]
+    assert by_sign(images, ["bright", "bright"]).tolist() == [0, 100]
+    with pytest.raises(ValueError, match="purple"):
+        by_sign(images, ["dark", "purple"])
+
+
+# ------------------------------------------------------------------ CLIP, with random weights
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A transformers CLIPModel as it lies on disk, only small."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTextConfig,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+    )
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokens), bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, **sizes
+    )
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def some_images(count: int = 5) -> torch.Tensor:
+    return torch.rand(count, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+
+
+def test_clip_gives_the_cosines_of_transformers_own_logits(clip_folder):
+    clip = Clip(clip_folder)
+    texts = ["a photo of the dog", "ship"]
+    cosines = clip(some_images(), texts)
+    assert cosines.shape == (5, 2) and cosines.abs().max() <= 1
+    pictures = [
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+        for image in some_images()
+    ]
+    inputs = clip.processor(text=texts, images=pictures, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = clip.model(**inputs).logits_per_image
+    assert torch.allclose(cosines * clip.model.logit_scale.exp().cpu(), logits, atol=1e-3)
+
+
+def test_clip_zero_shot_picks_the_nearest_prompt(clip_folder):
+    clip = Clip(clip_folder)
+    judge = clip_classifier(clip, ("dog", "ship", "cat"))
+    cosines = clip(some_images(), [f"a photo of the {name}" for name in judge.classes])
+    wanted = [judge.classes[k] for k in cosines.argmax(1)]
+    assert judge(some_images(), wanted).tolist() == [100] * 5
+
+
+def test_the_clip_score_of_an_image_is_that_of_its_own_prompt(clip_folder):
+    clip = Clip(clip_folder)
+    score = ClipScore(clip, "An artwork by {}")
+    names = [*ARTISTS][:2]
+    wanted = [names[0], names[1], names[0], names[1], names[1]]
+    both = 100 * clip(some_images(), [f"An artwork by {name}" for name in names]).clamp(min=0)
+    own = torch.stack([both[k, names.index(name)] for k, name in enumerate(wanted)])
+    assert torch.allclose(score(some_images(), wanted), own, atol=1e-4)
+
+
+def test_a_folder_without_clip_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="clip-vit-large-patch14"):
+        Clip(tmp_path)
+
+
+# ------------------------------------------------------------------ NudeNet, its shipped detector
+
+
+def test_nudenet_counts_by_the_papers_headings_and_reads_pixels_as_it_reads_files(tmp_path):
+    pytest.importorskip("nudenet")
+    detector = load_detector()
+    noise = (torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)) * 255).round()
+    counts = count_explicit(detector, noise / 255)
+    assert list(counts) == list(EXPOSED.values()) and counts.total() == 0
+
+    seen = []
+
+    class Recorder:  # what the detector is given, beside what it reads from a file itself
+        def detect(self, pixels):
+            seen.append(pixels)
+            return [{"class": "BELLY_EXPOSED", "score": s} for s in (0.9, 0.5)]
+
+    path = tmp_path / "noise.png"
+    Image.fromarray(noise[0].byte().permute(1, 2, 0).numpy()).save(path)
+    counts = count_explicit(Recorder(), noise / 255)
+    assert counts["Belly"] == 1 and counts.total() == 1  # the second is below the threshold
+    cv2 = pytest.importorskip("cv2")
+    assert (cv2.imread(str(path)) == seen[0]).all()
+    assert detector.detect(str(path)) == detector.detect(seen[0])

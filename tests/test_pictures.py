@@ -1,0 +1,92 @@
+"""Do the pictures show what they are given?"""
+
+import pytest
+import torch
+from PIL import Image
+
+from realera.concepts import Concept, Pairs
+from realera.mining import mine_beyond, mine_neighbors, neighborhood
+from realera.pictures import geometry, grid, loss_curve, scope_picture, to_pil
+from realera.scope import Reach
+
+RED, BLUE = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
+
+
+def plain(colour: torch.Tensor, side: int = 8) -> torch.Tensor:
+    return colour[:, None, None].expand(3, side, side)
+
+
+def colours(picture: Image.Image) -> set[tuple[int, ...]]:
+    return {colour for _, colour in picture.getcolors(1 << 24)}
+
+
+def pairs(prompts: int = 2, tokens: int = 4, dim: int = 64) -> Pairs:
+    """Rows of about the norm that a text encoder gives, the span from row 1 on."""
+    draw = torch.Generator().manual_seed(0)
+    context, target = torch.randn(2, prompts, tokens, dim, generator=draw)
+    span = torch.ones(prompts, tokens, dtype=torch.bool)
+    span[:, 0] = False
+    concept = Concept("airplane", "ground", tuple(f"{n} {{}}" for n in range(prompts)))
+    names = tuple(f"{n} airplane" for n in range(prompts))
+    ends = torch.full((prompts,), 2)
+    return Pairs((concept,), names, names, context, target, target, span, ends)
+
+
+def test_a_picture_has_the_images_pixels():
+    image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    picture = to_pil(image)
+    assert picture.size == (7, 5)
+    assert picture.getpixel((6, 4)) == tuple(int(v) for v in (image[:, 4, 6] * 255).round())
+
+
+def test_a_grid_places_its_images_by_row_and_column_and_leaves_gaps_empty():
+    sheet = grid([[plain(RED), None], [plain(RED), plain(BLUE)]], size=64)
+    width, height = sheet.size
+    quarter = [(width // 4, height // 4), (3 * width // 4, height // 4)]
+    quarter += [(x, 3 * height // 4) for x, _ in quarter]
+    red, white, blue = (255, 0, 0), (255, 255, 255), (0, 0, 255)
+    assert [sheet.getpixel(place) for place in quarter] == [red, white, red, blue]
+
+
+def test_names_make_room_for_themselves_and_must_fit():
+    bare = grid([[plain(RED)]], size=64)
+    named = grid([[plain(RED)]], ["before"], ["a photo of the airplane at an airport"], size=64)
+    assert named.width > bare.width and named.height > bare.height
+    with pytest.raises(ValueError, match="2 row names for 1 rows"):
+        grid([[plain(RED)]], ["before", "after"])
+    with pytest.raises(ValueError, match="2 column names for 1 columns"):
+        grid([[plain(RED)]], (), ["a", "b"])
+    with pytest.raises(ValueError, match="at least one image"):
+        grid([])
+
+
+@pytest.mark.parametrize(
+    "losses", [[0.5], [0.5, 0.4], [1 / (n + 1) for n in range(200)], [0.0] * 9]
+)
+def test_a_loss_curve_is_drawn_from_the_first_step_on(losses):
+    assert loss_curve(losses).width > 300
+    assert loss_curve(losses).tobytes() == loss_curve(losses).tobytes()
+
+
+def test_a_run_without_a_step_has_no_curve():
+    with pytest.raises(ValueError, match="no step"):
+        loss_curve([])
+
+
+def test_the_ring_shows_neighbours_and_beyond_points_apart():
+    generator = torch.Generator().manual_seed(0)
+    ring = neighborhood(pairs(), "isotropic")
+    near, far = mine_neighbors(ring, 20, generator), mine_beyond(ring, 20, generator)
+    nothing = mine_beyond(ring, 0, generator)
+    both, alone = geometry(near, far), geometry(near, nothing)
+    assert both.tobytes() != alone.tobytes()
+    assert len(colours(both)) > 2
+
+
+def test_the_scope_picture_shows_the_farthest_words_first_and_only_so_many():
+    reaches = [Reach(f"word{n}", "airplane", 0.5, n / 100, n / 100) for n in range(100)]
+    few, many = scope_picture(reaches, 10), scope_picture(reaches, 60)
+    assert few.height < many.height
+    assert few.tobytes() == scope_picture(reaches[90:]).tobytes()
+    with pytest.raises(ValueError, match="empty scope"):
+        scope_picture([])
