@@ -83,7 +83,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         if path.suffix.lower() in PICKLES or prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
             raise ValueError(
                 f"{path} is a pickle, which can run any program when it is opened, so it is "
-                "refused. Convert it on a machine you can afford to lose: python -c \"import "
+                'refused. Convert it on a machine you can afford to lose: python -c "import '
                 "torch, safetensors.torch as s; c = torch.load('in.ckpt', map_location='cpu', "
                 "weights_only=True); s.save_file({k: v.contiguous() for k, v in "
                 "c.get('state_dict', c).items() if hasattr(v, 'contiguous')}, "
@@ -150,9 +150,27 @@ def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> bytes:
     """The tensor's bytes as safetensors stores them."""
-    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file in the order given, so that the same content is the same bytes.
+
+    safetensors' own writer shuffles the metadata and refuses tensors that share memory.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Entry] = {}
+    position = 0
+    for key, tensor in tensors.items():
+        end = position + tensor.numel() * tensor.element_size()
+        entries[key] = Entry(names[tensor.dtype], tuple(tensor.shape), position, end)
+        position = end
+    with path.open("wb") as file:
+        file.write(header_bytes(metadata, entries))
+        for tensor in tensors.values():
+            file.write(raw_bytes(tensor))
 
 
 @contextmanager
