@@ -117,8 +117,6 @@ def erase(
     """
     mining = mine(text, concepts, settings)
     sums, pooled_sums = sums_of(mining, settings)
-    edit = sums.solve(settings.lambda1, settings.lambda2)
-    pooled_edit = pooled_sums and pooled_sums.solve(settings.lambda1, settings.lambda2)
     provenance = {
         "concepts": [asdict(concept) for concept in concepts],
         "settings": asdict(settings),
@@ -128,7 +126,8 @@ def erase(
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         },
     }
-    return Erasure(edit, pooled_edit, {}, sums, pooled_sums, provenance), mining
+    erasure = Erasure.fit(sums, pooled_sums, settings.lambda1, settings.lambda2, provenance)
+    return erasure, mining
 
 
 def align_erasure(
