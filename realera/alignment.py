@@ -22,11 +22,11 @@ from torch.nn.functional import mse_loss
 
 from .closed_form import Edit
 from .diffusion import Diffusion, Encoding, projections
+from .erasure import Lora
 from .files import writing
 from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
 
 ADAPTER = "realera"
-Lora = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

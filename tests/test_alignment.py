@@ -1,0 +1,177 @@
+"""Eq. 8-9 on a small U-Net with random weights: what is trained, and what is left as it was."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import realera.miniature
+from realera.alignment import Training, adapted, align, draw_anchors, edited, original
+from realera.closed_form import Edit, collect
+from realera.concepts import Concept, encode_pairs
+from realera.diffusion import DiffusersModel, Encoding, projections
+from realera.mining import mine_neighbors, neighborhood
+
+SHORT = Training(steps=6, rank=2, learning_rate=1e-3, batch=2, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusersModel:
+    folder = Path(realera.miniature.__file__).parent / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+        )
+        vae = AutoencoderKL(block_out_channels=(32,))
+        encoder = CLIPTextModel(config)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return DiffusersModel(
+        StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **parts)
+    )
+
+
+@pytest.fixture(scope="module")
+def job(model):
+    """The ring, the edit and the anchors of one erasure."""
+    ring = neighborhood(encode_pairs(model.text, [Concept("airplane", "ground")]))
+    edit = collect(mine_neighbors(ring, 2, torch.Generator().manual_seed(0))).solve()
+    anchors = draw_anchors(model, ring, 3, steps=2)
+    return ring, edit, anchors
+
+
+def state_of(unet) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+
+
+def same(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def run(model, job, training=SHORT, **options):
+    ring, edit, anchors = job
+    return align(model, ring, ring, edit, None, anchors, training, **options)
+
+
+def test_training_lowers_the_loss_it_is_trained_on(model, job):
+    losses = []
+    long = replace(SHORT, steps=60, learning_rate=1e-2, batch=4)
+    lora = run(model, job, long, on_step=lambda step, loss: losses.append(loss))
+    assert lora.keys() == projections(model.unet).keys()
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
+    before, modules = state_of(model.unet), [name for name, _ in model.unet.named_modules()]
+    gradients = [p.requires_grad for p in model.unet.parameters()]
+
+    def cancel(step: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    run(model, job)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, job, on_step=cancel)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        ring, edit, anchors = job
+        run(model, (ring, Edit(edit.matrix * torch.inf), anchors))
+    assert same(before, state_of(model.unet))
+    assert modules == [name for name, _ in model.unet.named_modules()]
+    assert gradients == [p.requires_grad for p in model.unet.parameters()]
+    assert not hasattr(model.unet, "peft_config")
+    for module in model.unet.modules():
+        assert not module._forward_pre_hooks
+
+
+def test_a_cancelled_run_resumes_to_the_result_of_one_that_was_not(model, job, tmp_path):
+    state = tmp_path / "state.safetensors"
+
+    def cancel(step: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, job, state=state, on_step=cancel)
+    steps = []
+    resumed = run(model, job, state=state, on_step=lambda step, loss: steps.append(step))
+    assert steps == [4, 5, 6]
+    whole = run(model, job)
+    for name, (a, b) in whole.items():
+        assert torch.allclose(a, resumed[name][0], atol=1e-6)
+        assert torch.allclose(b, resumed[name][1], atol=1e-6)
+    with pytest.raises(ValueError, match="state of another run"):
+        run(model, job, replace(SHORT, seed=1), state=state)
+
+
+def test_the_same_seed_gives_the_same_lora_and_another_seed_does_not(model, job):
+    first, second, other = (run(model, job, replace(SHORT, seed=s)) for s in (0, 0, 1))
+    name = next(iter(first))
+    assert torch.equal(first[name][1], second[name][1])
+    assert not torch.equal(first[name][1], other[name][1])
+
+
+def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job):
+    ring, edit, _ = job
+    unet, pairs = model.unet, ring.pairs
+    z, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    encoding = Encoding(pairs.context[:1])
+    with torch.no_grad():
+        plain = model.predict_noise(z, t, encoding)
+        on_edited_context = model.predict_noise(z, t, Encoding(edit(pairs.context[:1])))
+        with adapted(unet, 2, 0) as layers:
+            for _, b in layers.values():
+                b.data = torch.ones_like(b)
+            with original(unet):
+                teacher = model.predict_noise(z, t, encoding)
+                with edited(unet, edit):
+                    edit_alone = model.predict_noise(z, t, encoding)
+            with edited(unet, edit):
+                student = model.predict_noise(z, t, encoding)
+        weights = state_of(unet)
+        for name, layer in projections(unet).items():
+            a, b = layers[name]
+            layer.weight.copy_(edit.edit(layer.weight) + b @ a)
+        erased = model.predict_noise(z, t, encoding)
+        unet.load_state_dict(weights)
+    assert torch.equal(teacher, plain)
+    assert torch.allclose(edit_alone, on_edited_context, atol=1e-5)
+    assert torch.allclose(student, erased, atol=1e-4)
+    assert not torch.allclose(student, edit_alone, atol=1e-3)
+
+
+def test_anchors_are_drawn_once_and_read_back_by_content(model, job, tmp_path):
+    ring = job[0]
+    first = draw_anchors(model, ring, 2, steps=2, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    again = draw_anchors(model, ring, 2, steps=2, cache=tmp_path)
+    assert torch.equal(first, again) and file.stat().st_mtime_ns == stamp
+    draw_anchors(model, ring, 2, steps=2, seed=1, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}])
+def test_training_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Training(**wrong)
