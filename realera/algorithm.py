@@ -1,17 +1,17 @@
 """Algorithm 1, whole: concepts in, an erasure out."""
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
 
 from .alignment import Training, align, draw_anchors
 from .bank import Bank, encode_bank, spare_concepts
-from .closed_form import PAIR_WEIGHT, Sums, collect
+from .closed_form import PAIR_WEIGHT, collect
 from .concepts import Concept, Pairs, encode_pairs
 from .diffusion import Diffusion, TextEncoder
 from .erasure import Erasure
@@ -68,12 +68,19 @@ class Mining:
     bank: Bank | None
 
 
-def mine(text: TextEncoder, concepts: Sequence[Concept], settings: Settings = Settings()) -> Mining:
-    """Alg. 1, l. 1-23."""
+def mine(
+    text: TextEncoder,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Mining:
+    """Alg. 1, l. 1-23. progress is called with (done, in all) of each of its long parts."""
     pairs = encode_pairs(text, concepts)
     bank = None
     if settings.bank or settings.source == "bank":
-        bank = spare_concepts(encode_bank(text), text, pairs, settings.bank_limit)
+        bank = spare_concepts(
+            encode_bank(text, progress=progress), text, pairs, settings.bank_limit
+        )
     ring = neighborhood(
         pairs,
         settings.source,
@@ -86,6 +93,7 @@ def mine(text: TextEncoder, concepts: Sequence[Concept], settings: Settings = Se
         text=text,
         exclude=settings.exclude,
         shared_noise=settings.shared_noise,
+        progress=progress,
     )
     generator = torch.Generator().manual_seed(settings.seed)
     neighbors = mine_neighbors(ring, settings.neighbors, generator)
@@ -94,40 +102,26 @@ def mine(text: TextEncoder, concepts: Sequence[Concept], settings: Settings = Se
     return Mining(pairs, ring, neighbors, beyond, bank if settings.bank else None)
 
 
-def sums_of(mining: Mining, settings: Settings) -> tuple[Sums, Sums | None]:
-    """The sums of Eq. 7 for the context and, in SDXL, for the pooled embedding."""
-    weight, bank = settings.pair_weight, mining.bank
-    own = collect(mining.neighbors, mining.beyond, bank, weight)
-    pooled = mining.neighbors.pooled and collect(
-        mining.neighbors.pooled, mining.beyond.pooled, bank and bank.pooled, weight
-    )
-    return own, pooled
-
-
 def erase(
-    text: TextEncoder,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    *,
-    source: dict[str, Any] | None = None,
-) -> tuple[Erasure, Mining]:
-    """The closed-form part (l. 1-24), which needs no U-Net.
+    mining: Mining, settings: Settings = Settings(), source: Mapping[str, Any] | None = None
+) -> Erasure:
+    """The closed form (l. 24) for the context and, in SDXL, for the pooled embedding.
 
     source: what to note about the model the erasure was made for.
     """
-    mining = mine(text, concepts, settings)
-    sums, pooled_sums = sums_of(mining, settings)
+    near, far, bank = mining.neighbors, mining.beyond, mining.bank
+    sums = collect(near, far, bank, settings.pair_weight)
+    pooled = near.pooled and collect(
+        near.pooled, far.pooled, bank and bank.pooled, settings.pair_weight
+    )
+    packages = ("torch", "diffusers", "transformers", "peft")
     provenance = {
-        "concepts": [asdict(concept) for concept in concepts],
+        "concepts": [asdict(concept) for concept in mining.pairs.concepts],
         "settings": asdict(settings),
-        "source": source or {},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-        },
+        "source": dict(source or {}),
+        "versions": {"python": python_version(), **{name: version(name) for name in packages}},
     }
-    erasure = Erasure.fit(sums, pooled_sums, settings.lambda1, settings.lambda2, provenance)
-    return erasure, mining
+    return Erasure.fit(sums, pooled, settings.lambda1, settings.lambda2, provenance)
 
 
 def align_erasure(
