@@ -59,14 +59,18 @@ class TensorFile:
     def read(self, key: str) -> Tensor:
         """The tensor as stored, in memory of its own."""
         entry = self.entries[key]
-        data = bytearray(entry.end - entry.begin)
         with self.path.open("rb") as file:
             file.seek(self.start + entry.begin)
-            if file.readinto(data) != len(data):
-                raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
+            return self.decode(key, file.read(entry.end - entry.begin))
+
+    def decode(self, key: str, data: bytes) -> Tensor:
+        """The tensor from its bytes. Raises ValueError when some are missing."""
+        entry = self.entries[key]
+        if len(data) != entry.end - entry.begin:
+            raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
         if not data:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        return torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> TensorFile:
