@@ -1,0 +1,10 @@
+"""RealEra for ComfyUI: ComfyUI's way in. The core lives in `realera/`, the nodes in `nodes/`."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """Called by ComfyUI, which alone has the API that the nodes are written for."""
+    from .nodes import RealEraExtension
+
+    return RealEraExtension()

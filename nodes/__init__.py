@@ -1,0 +1,30 @@
+"""The nodes, one file a stage of the graph."""
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class RealEraExtension(ComfyExtension):
+    """All of RealEra's nodes, in the order of a graph."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # Imported here so that the files of this folder can be imported one by one.
+        from .align import LoraAlign
+        from .bundled import BundledModel
+        from .compare import Compare
+        from .edit import ApplyErasure, ClosedFormEdit, MergeErasures
+        from .files import LoadErasure, SaveErasedCheckpoint, SaveErasure
+        from .mining import BeyondSampler, NeighborSampler
+
+        return [
+            BundledModel,
+            NeighborSampler,
+            BeyondSampler,
+            ClosedFormEdit,
+            LoraAlign,
+            ApplyErasure,
+            MergeErasures,
+            Compare,
+            SaveErasure,
+            LoadErasure,
+            SaveErasedCheckpoint,
+        ]

@@ -1,0 +1,198 @@
+"""LoRA Align: prediction-noise alignment (Sec. 4.3, Eq. 8-9; Alg. 1, l. 25-31)."""
+
+from dataclasses import asdict
+
+import torch
+from comfy_api.latest import io, ui
+from server import PromptServer
+from torch import Tensor
+
+from ..realera import pictures
+from ..realera.alignment import Training, align, draw_anchors
+from .comfy_model import ComfyDiffusion, training
+from .files import state_path
+from .page import to_image
+from .progress import reporter, tell
+from .schema import Beyond, Erasure, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+
+DEFAULTS = Training()
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LoraAlign(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraLoraAlign",
+            display_name="LoRA Align",
+            description=(
+                "Trains a small LoRA on top of the edit, so that the edited model draws the anchor "
+                "as the original one would (RealEra, Sec. 4.3). Give it the original MODEL."
+            ),
+            search_aliases=[
+                "train lora",
+                "noise alignment",
+                "fine-tune erasure",
+                "concept erasure",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The original MODEL, not the edited one."),
+                Erasure.Input("erasure", tooltip="From Closed-Form Edit."),
+                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
+                Beyond.Input(
+                    "beyond",
+                    optional=True,
+                    tooltip="From Beyond Sampler; without it Eq. 9 keeps its first term only.",
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip=(
+                        "Images of the anchors, equally many for every concept and in their order. "
+                        "Without them the original model draws some."
+                    ),
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=DEFAULTS.steps,
+                    min=1,
+                    max=100_000,
+                    tooltip="Training steps; the paper takes 200.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=DEFAULTS.rank,
+                    min=1,
+                    max=128,
+                    tooltip="Rank of the LoRA: how much it can learn, and how large its file is.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULTS.learning_rate,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-7,
+                    tooltip="Step size of the optimiser; the paper takes 1e-5.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=DEFAULTS.batch,
+                    min=1,
+                    max=64,
+                    tooltip="Prompts per step. Lower it when memory runs out.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "images",
+                        default=8,
+                        min=1,
+                        max=256,
+                        tooltip="Images of every anchor to draw when no LATENT is given.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "precision",
+                        options=list(PRECISIONS),
+                        default="auto",
+                        tooltip=(
+                            "What the U-Net computes in. auto: as ComfyUI draws. float32 "
+                            "needs more memory and never overflows."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "resume",
+                        default="",
+                        placeholder="name of a saved state",
+                        tooltip=(
+                            "A name to keep the training state under, in output/realera. A run "
+                            "that was cancelled goes on from there. Empty: keep none."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "seed",
+                        default=0,
+                        min=0,
+                        max=2**31 - 1,
+                        tooltip="The same seed trains the same LoRA.",
+                    )
+                ),
+            ],
+            outputs=[
+                Erasure.Output(display_name="erasure", tooltip="The erasure with its LoRA."),
+                io.Image.Output(display_name="loss", tooltip="The loss of every step."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        erasure,
+        neighbors: FoundNeighbors,
+        steps: int,
+        rank: int,
+        learning_rate: float,
+        batch: int,
+        images: int,
+        precision: str,
+        resume: str,
+        seed: int,
+        beyond: FoundBeyond | None = None,
+        latents: dict | None = None,
+    ) -> io.NodeOutput:
+        node = cls.hidden.unique_id
+        run = Training(steps, rank, learning_rate, batch, seed)
+        ring = neighbors.mined.neighborhood
+        model = model.clone()
+        if PRECISIONS[precision] is not None:
+            model.set_model_compute_dtype(PRECISIONS[precision])
+        diffusion = ComfyDiffusion(model, neighbors.text)
+        if latents is None:
+            tell(node, "drawing images of the anchors")
+            anchors = draw_anchors(diffusion, ring, images, seed=seed)
+        else:
+            samples = model.model.process_latent_in(latents["samples"])
+            anchors = _by_concept(samples, len(ring.pairs.concepts))
+
+        losses: list[float] = []
+        report = reporter(node, "aligning")
+
+        def on_step(step: int, loss: float) -> None:
+            losses.append(loss)
+            server = PromptServer.instance
+            step_made = {"node": node, "step": step, "steps": steps, "loss": loss}
+            server.send_sync("realera.step", step_made, server.client_id)
+            report(step, steps)
+
+        with training(model):
+            lora = align(
+                diffusion,
+                ring,
+                beyond and beyond.mined.neighborhood,
+                erasure.edit,
+                erasure.pooled_edit,
+                anchors.clone(),
+                run,
+                on_step=on_step,
+                state=state_path(resume) if resume else None,
+            )
+        picture = to_image(pictures.loss_curve(losses))
+        return io.NodeOutput(
+            erasure.with_lora(lora, asdict(run)), picture, ui=ui.PreviewImage(picture, cls=cls)
+        )
+
+
+def _by_concept(samples: Tensor, concepts: int) -> Tensor:
+    """[n, channels, h, w] -> [concepts, n / concepts, channels, h, w]."""
+    if len(samples) % concepts:
+        raise ValueError(
+            f"{len(samples)} latents for {concepts} concepts: give equally many images of every "
+            "anchor, in the order of the concepts"
+        )
+    return samples.unflatten(0, (concepts, -1))

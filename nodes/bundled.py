@@ -1,0 +1,196 @@
+"""Bundled Model: the miniature that ships with the project, as ComfyUI's MODEL, CLIP and VAE."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from safetensors import safe_open
+
+from ..realera import miniature
+from .files import checkpoint_path
+from .schema import BUNDLED, Classifier, schema
+
+
+class BundledModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraBundledModel",
+            display_name="Bundled Model",
+            description=(
+                "A tiny text-to-image model that ships with RealEra and draws 64x64 icons, so that "
+                "every example runs with no download."
+            ),
+            search_aliases=["miniature", "demo model", "load checkpoint", "toy model"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[BUNDLED, *folder_paths.get_filename_list("checkpoints")],
+                    default=BUNDLED,
+                    tooltip=(
+                        "The bundled model as it is, or an erased copy of it that you saved. Other "
+                        "checkpoints belong in Load Checkpoint."
+                    ),
+                )
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The U-Net; draws at 64x64."),
+                io.Clip.Output(display_name="clip", tooltip="Its text encoder."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
+                Classifier.Output(
+                    display_name="classifier",
+                    tooltip="Tells which of the model's concepts an image shows; for Compare.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        model, clip, vae = load_miniature(checkpoint_path(checkpoint))
+        return io.NodeOutput(model, clip, vae, miniature.load_classifier())
+
+
+def load_miniature(path: Path) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of the bundled checkpoint or of an erased copy of it.
+
+    Raises ValueError when the file has another layout.
+    """
+    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+    config = _configuration(miniature.CHECKPOINT)
+    ours = comfy.utils.load_torch_file(str(miniature.CHECKPOINT), safe_load=True)
+    unet = "model.diffusion_model."
+    if any(weights.get(k) is None or weights[k].shape != ours[k].shape for k in ours if unet in k):
+        raise ValueError(
+            f"{path.name} is not the bundled model or an erased copy of it; load other checkpoints "
+            "with Load Checkpoint"
+        )
+    return (
+        _model(weights, config),
+        _clip(weights, config["text_encoder"]),
+        _vae(weights, config["vae"]),
+    )
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """The configuration in the checkpoint's metadata, one JSON text a part."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return json.loads(metadata["config"])
+
+
+def _model(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    unet = config["unet"]
+    widths, layers = unet["block_out_channels"], unet["layers_per_block"]
+    crossed = [int("CrossAttn" in block) for block in unet["down_block_types"]]
+    heads = unet["attention_head_dim"]  # diffusers' name for the number of heads
+    layout = {
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+        "in_channels": unet["in_channels"],
+        "out_channels": unet["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [layers] * len(widths),
+        "transformer_depth": [depth for depth in crossed for _ in range(layers)],
+        "transformer_depth_output": [depth for depth in crossed for _ in range(layers + 1)],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": unet.get("use_linear_projection", False),
+        "context_dim": unet["cross_attention_dim"],
+        "use_temporal_resblock": False,
+        "use_temporal_attention": False,
+    }
+
+    class Miniature(comfy.supported_models.SD15):
+        unet_config = layout
+        unet_extra_config = {"num_heads": heads, "num_head_channels": -1}  # noqa: RUF012
+        latent_size = unet["sample_size"]
+        latent_format = partial(comfy.latent_formats.SD15, config["vae"]["scaling_factor"])
+
+    management = comfy.model_management
+    model_config = Miniature(layout)
+    prefix = "model.diffusion_model."
+    parameters = comfy.utils.calculate_parameters(weights, prefix)
+    device = management.get_torch_device()
+    dtype = management.unet_dtype(
+        model_params=parameters,
+        supported_dtypes=model_config.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(weights, prefix),
+    )
+    cast = management.unet_manual_cast(dtype, device, model_config.supported_inference_dtypes)
+    model_config.set_inference_dtype(dtype, cast)
+    offload = management.unet_offload_device()
+    model = model_config.get_model(weights, prefix, device=offload)
+    model.load_model_weights(dict(weights), prefix)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def _clip(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    def encoder(device: Any, dtype: Any, model_options: dict) -> comfy.sd1_clip.SDClipModel:
+        special = {"start": config["bos_token_id"], "end": config["eos_token_id"]}
+        model = comfy.sd1_clip.SDClipModel(
+            device=device,
+            dtype=dtype,
+            return_projected_pooled=False,
+            special_tokens={**special, "pad": config["eos_token_id"]},
+            model_options=model_options,
+        )
+        # ComfyUI's CLIP has OpenAI's vocabulary built in; this one has its own.
+        size = (config["vocab_size"], config["hidden_size"])
+        words = model.operations.Embedding(*size, dtype=dtype, device=device)
+        model.transformer.set_input_embeddings(words.requires_grad_(False))
+        return model
+
+    tokenizer = partial(
+        comfy.sd1_clip.SDTokenizer,
+        tokenizer_path=str(miniature.TOKENIZER),
+        embedding_size=config["hidden_size"],
+    )
+    target = comfy.supported_models.supported_models_base.ClipTarget(
+        partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer), comfy.sd1_clip.SD1ClipModel
+    )
+    target.params["clip_model"] = encoder
+    text = comfy.utils.state_dict_prefix_replace(
+        dict(weights), {"cond_stage_model.": "clip_l."}, filter_keys=True
+    )
+    clip = comfy.sd.CLIP(
+        target,
+        parameters=comfy.utils.calculate_parameters(text),
+        model_options={"clip_l_model_config": config},
+    )
+    clip.load_sd(text, full_model=True)
+    return clip
+
+
+def _vae(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    widths = config["block_out_channels"]
+    layout = {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": config["sample_size"],
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    pictures = comfy.utils.state_dict_prefix_replace(
+        dict(weights), {"first_stage_model.": ""}, filter_keys=True
+    )
+    params = {"ddconfig": layout, "embed_dim": config["latent_channels"]}
+    return comfy.sd.VAE(sd=pictures, config={"params": params})

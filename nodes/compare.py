@@ -1,0 +1,178 @@
+"""Compare: the same prompts and seeds before and after, side by side."""
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..realera.pictures import grid
+from .comfy_model import ComfyDiffusion, ComfyText
+from .mining import lines
+from .page import to_image
+from .progress import tell
+from .schema import Classifier, advanced, schema
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraCompare",
+            display_name="Compare",
+            description=(
+                "Draws every prompt with every seed before and after, from the same noise, and "
+                "says what a classifier sees."
+            ),
+            search_aliases=["before after", "grid", "side by side", "xy plot", "evaluate erasure"],
+            inputs=[
+                io.Model.Input("before", tooltip="The original model."),
+                io.Model.Input("after", tooltip="The model that has forgotten."),
+                io.Model.Input("third", optional=True, tooltip="A third model to compare."),
+                io.Model.Input("fourth", optional=True, tooltip="A fourth model to compare."),
+                io.Clip.Input("clip", tooltip="The text encoder of all of them."),
+                io.Vae.Input("vae", tooltip="The autoencoder of all of them."),
+                Classifier.Input(
+                    "classifier",
+                    optional=True,
+                    tooltip="From Bundled Model: says what it sees in every image.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="a photo of the airplane\na photo of the jet\na photo of the dog",
+                    tooltip="One prompt a line: the concept, what implies it, and what must stay.",
+                ),
+                io.String.Input(
+                    "names",
+                    default="before, after",
+                    tooltip="What to call the models, separated by commas.",
+                ),
+                io.Int.Input("seeds", default=2, min=1, max=16, tooltip="Images per prompt."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, tooltip="The first of the seeds."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.5,
+                    tooltip="How strictly the image follows the prompt.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "size",
+                        default=0,
+                        min=0,
+                        max=4096,
+                        step=8,
+                        tooltip="Side of an image in pixels. 0: what the model was trained for.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "sampler",
+                        options=comfy.samplers.KSampler.SAMPLERS,
+                        default="ddim",
+                        tooltip="The sampler, as in KSampler.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "scheduler",
+                        options=comfy.samplers.KSampler.SCHEDULERS,
+                        default="ddim_uniform",
+                        tooltip="The noise schedule, as in KSampler.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="All images with their labels."),
+                io.Image.Output(display_name="before", tooltip="The first model's images."),
+                io.Image.Output(display_name="after", tooltip="The second model's images."),
+                io.String.Output(display_name="verdict", tooltip="What the classifier sees."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        before,
+        after,
+        clip,
+        vae,
+        prompts: str,
+        names: str,
+        seeds: int,
+        seed: int,
+        steps: int,
+        cfg: float,
+        size: int,
+        sampler: str,
+        scheduler: str,
+        third=None,
+        fourth=None,
+        classifier=None,
+    ) -> io.NodeOutput:
+        asked = lines(prompts)
+        if not asked:
+            raise ValueError("no prompt to draw: write one a line")
+        models = [model for model in (before, after, third, fourth) if model is not None]
+        labels = [name.strip() for name in names.split(",")]
+        labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
+        text = ComfyText(clip)
+        heads = [prompt for prompt in asked for _ in range(seeds)]
+        encoding, negative = text.encode(heads), text.encode([""])
+        drawn = []  # [prompts * seeds, 3, height, width] of every model
+        for label, model in zip(labels, models, strict=False):
+            tell(cls.hidden.unique_id, f"drawing with {label}")
+            diffusion = ComfyDiffusion(model, text, vae)
+            noise = _noise(diffusion, size, range(seed, seed + seeds)).repeat(len(asked), 1, 1, 1)
+            latents = diffusion.denoise(
+                encoding, negative, noise, steps, cfg, sampler, scheduler, seed
+            )
+            drawn.append(diffusion.decode(latents))
+
+        seen = [_verdicts(classifier, images) for images in drawn]
+        rows = [list(images) for images in drawn]
+        sheet = grid(rows, labels[: len(rows)], heads, size=max(96, min(256, drawn[0].shape[-1])))
+        told = "\n".join(
+            f"{label}, {prompt}: {verdict}"
+            for label, verdicts in zip(labels, seen, strict=False)
+            for prompt, verdict in zip(heads, verdicts, strict=False)
+        )
+        first, second = (images.movedim(1, -1) for images in drawn[:2])
+        picture = to_image(sheet)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        pair = [ui.PreviewImage(images, cls=cls).as_dict()["images"] for images in (first, second)]
+        shown["realera_pairs"] = [
+            {"prompt": prompt, "before": one, "after": other}
+            for prompt, one, other in zip(heads, *pair, strict=True)
+        ]
+        return io.NodeOutput(picture, first, second, told, ui=shown)
+
+
+def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
+    """One latent of noise per seed, the same for every model and prompt."""
+    channels, *sides = diffusion.latent_shape
+    shape = (channels, *(size // 8 or side for side in sides))
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def _verdicts(classifier: Any, images: Tensor) -> list[str]:
+    if classifier is None:
+        return []
+    with torch.no_grad():
+        concepts, _ = classifier(images)
+    sure, best = concepts.softmax(-1).max(-1)
+    return [
+        f"{classifier.concepts[k]} {100 * p:.0f} %"
+        for k, p in zip(best.tolist(), sure.tolist(), strict=True)
+    ]

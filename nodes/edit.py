@@ -1,0 +1,194 @@
+"""Closed-Form Edit (Eq. 7; Alg. 1, l. 24), Apply Erasure (l. 31) and Merge Erasures."""
+
+from dataclasses import replace
+
+import comfyui_version
+import torch
+from comfy_api.latest import io, ui
+
+from ..realera import pictures
+from ..realera.algorithm import Mining, Settings, erase
+from ..realera.bank import spare_concepts
+from ..realera.erasure import Erasure as ErasureOf
+from ..realera.mining import mine_beyond
+from ..realera.scope import scope
+from .comfy_model import apply_erasure
+from .page import to_image
+from .progress import tell
+from .schema import Beyond, Erasure, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+
+DEFAULTS = Settings()
+
+
+class ClosedFormEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraClosedFormEdit",
+            display_name="Closed-Form Edit",
+            description=(
+                "Solves for the one small matrix that maps the concept and its neighbours to the "
+                "anchor and keeps everything else (RealEra, Eq. 7). Takes seconds; the model can "
+                "be used at once."
+            ),
+            search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is to forget; it stays as it is."),
+                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
+                Beyond.Input(
+                    "beyond",
+                    optional=True,
+                    tooltip="From Beyond Sampler: what is to keep its meaning.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "lambda1",
+                        display_name="λ1",
+                        default=DEFAULTS.lambda1,
+                        min=0.0,
+                        max=100.0,
+                        step=0.01,
+                        tooltip="Weight of what is preserved. Larger keeps more, erases less.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "lambda2",
+                        display_name="λ2",
+                        default=DEFAULTS.lambda2,
+                        min=1e-6,
+                        max=1.0,
+                        step=1e-6,
+                        tooltip="Weight of staying near the original; keeps Eq. 7 solvable.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "bank",
+                        display_name="keep everyday things",
+                        default=DEFAULTS.bank,
+                        tooltip=(
+                            "Preserve a thousand everyday prompts as well. Without it, mining "
+                            "costs much of what is not to be erased."
+                        ),
+                    )
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The edited model."),
+                Erasure.Output(display_name="erasure", tooltip="To align, apply, merge or save."),
+                io.Image.Output(
+                    display_name="scope",
+                    tooltip="Which words went with the concept: wanted ones and collateral.",
+                ),
+                io.String.Output(display_name="scope_text", tooltip="The same as text."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        neighbors: FoundNeighbors,
+        lambda1: float,
+        lambda2: float,
+        bank: bool,
+        beyond: FoundBeyond | None = None,
+    ) -> io.NodeOutput:
+        tell(cls.hidden.unique_id, "solving Eq. 7")
+        text, ring = neighbors.text, neighbors.mined.neighborhood
+        found = beyond or FoundBeyond(
+            mine_beyond(ring, 0, torch.Generator()), replace(neighbors.settings, beyond=0)
+        )
+        settings = replace(found.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
+        spared = spare_concepts(neighbors.bank, text, ring.pairs, settings.bank_limit)
+        mining = Mining(ring.pairs, ring, neighbors.mined, found.mined, spared if bank else None)
+        erasure = erase(mining, settings, {"comfyui": comfyui_version.__version__})
+        edited = apply_erasure(model, erasure)
+        tell(cls.hidden.unique_id, "looking at what goes with the concept")
+        if ring.words is not None:
+            reaches = scope(erasure.edit, text, ring.pairs, list(ring.words.cosine))
+        else:
+            reaches = scope(erasure.edit, text, ring.pairs, neighbors.bank.prompts[1:], "{}")
+        picture = to_image(pictures.scope_picture(reaches))
+        listed = "\n".join(
+            f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
+            f"{100 * reach.moved:.0f} % moved"
+            for reach in reaches
+        )
+        shown = {
+            "realera_scope": [
+                [r.word, r.concept, round(r.toward, 3), round(r.moved, 3)] for r in reaches
+            ]
+        }
+        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
+
+
+class ApplyErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraApplyErasure",
+            display_name="Apply Erasure",
+            description=(
+                "Puts an erasure on a MODEL, as LoraLoader puts a LoRA on it: the MODEL that you "
+                "give stays as it is. LoRAs before this node are edited with the model, LoRAs "
+                "after it act on top."
+            ),
+            search_aliases=["erase", "forget", "apply concept erasure", "unlearn"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is to forget."),
+                Erasure.Input("erasure", tooltip="What it is to forget."),
+                io.Float.Input(
+                    "edit_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the closed-form edit is applied. 0: none, 1: all of it.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the aligned LoRA is applied, where the erasure has one.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model that has forgotten.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, erasure, edit_strength: float, lora_strength: float) -> io.NodeOutput:
+        return io.NodeOutput(apply_erasure(model, erasure, edit_strength, lora_strength))
+
+
+class MergeErasures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraMergeErasures",
+            display_name="Merge Erasures",
+            description=(
+                "One erasure that forgets what all of them forget, solved jointly and not one "
+                "after the other."
+            ),
+            search_aliases=["combine erasures", "several concepts", "join erasures"],
+            inputs=[
+                Erasure.Input("first", tooltip="An erasure for a model of some family."),
+                Erasure.Input("second", tooltip="Another one for the same family."),
+                Erasure.Input("third", optional=True, tooltip="One more, if there is one."),
+                Erasure.Input("fourth", optional=True, tooltip="One more, if there is one."),
+            ],
+            outputs=[Erasure.Output(display_name="erasure", tooltip="Forgets all of them.")],
+        )
+
+    @classmethod
+    def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
+        given = [erasure for erasure in (first, second, third, fourth) if erasure is not None]
+        return io.NodeOutput(ErasureOf.merge(given))

@@ -1,0 +1,251 @@
+"""Save Erasure, Load Erasure and Save Erased Checkpoint: files in ComfyUI's own folders only."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..realera import miniature
+from ..realera.checkpoints import lora_tensors, write_checkpoint
+from ..realera.diffusion import projections
+from ..realera.erasure import POOLED
+from ..realera.erasure import Erasure as ErasureOf
+from ..realera.files import write_tensors, writing
+from .comfy_model import weights_of
+from .progress import tell
+from .schema import BUNDLED, Erasure, advanced, schema
+
+FOLDER = "erasures"
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folder_paths.add_model_folder_path(
+    FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
+)
+
+
+def new_path(folder: str, name: str) -> Path:
+    """A file of that name in a folder of ComfyUI's output folder, with the next free number.
+
+    Raises ValueError when the name leads out of that folder.
+    """
+    home = Path(folder_paths.get_output_directory(), folder).resolve()
+    target = (home / name).resolve()
+    if not name.strip() or target == home or home not in target.parents:
+        raise ValueError(
+            f"the file name {name!r} leads out of {home}: give a plain name such as 'no-airplane'"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := target.with_name(f"{target.name}_{number:05}_.safetensors")).exists():
+        number += 1
+    return path
+
+
+def state_path(name: str) -> Path:
+    """Where LoRA Align keeps a training state of that name. Raises ValueError as new_path."""
+    return new_path("realera", name).with_name(f"{Path(name).name}.safetensors")
+
+
+class SaveErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraSaveErasure",
+            display_name="Save Erasure",
+            description=(
+                "Saves an erasure: as a LoRA that any LoRA loader reads, and as an erasure file "
+                "that can be merged and applied exactly."
+            ),
+            search_aliases=["export lora", "save lora", "save concept erasure"],
+            inputs=[
+                Erasure.Input("erasure", tooltip="What to save."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The original MODEL; a LoRA file is made of its weights.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="realera",
+                    tooltip=(
+                        "Name of the files, in ComfyUI's output folder; a number is added and "
+                        "nothing is overwritten."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "lora",
+                    default=True,
+                    tooltip="Write a LoRA to output/loras; LoraLoader lists it. Needs the MODEL.",
+                ),
+                io.Boolean.Input(
+                    "erasure_file",
+                    default=True,
+                    tooltip="Write the erasure to output/erasures; Load Erasure lists it.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "tolerance",
+                        default=1e-3,
+                        min=1e-6,
+                        max=0.5,
+                        step=1e-6,
+                        tooltip=(
+                            "How much of the edit a LoRA file may leave out, as a share of its "
+                            "size. Smaller: larger file."
+                        ),
+                    )
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="lora_name", tooltip="The LoRA's file name."),
+                io.String.Output(display_name="erasure_name", tooltip="The erasure's file name."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, erasure, filename: str, lora: bool, erasure_file: bool, tolerance: float, model=None
+    ) -> io.NodeOutput:
+        lora_name = erasure_name = ""
+        if lora:
+            if model is None:
+                raise ValueError(
+                    "a LoRA file is made of the model's weights: connect the original MODEL, or "
+                    "switch 'lora' off"
+                )
+            path = new_path("loras", filename)
+            _write_lora(path, model, erasure, tolerance)
+            lora_name = _listed("loras", path)
+        if erasure_file:
+            path = new_path(FOLDER, filename)
+            erasure.save(path)
+            erasure_name = _listed(FOLDER, path)
+        names = [name for name in (lora_name, erasure_name) if name]
+        if not names:
+            raise ValueError("nothing to save: switch 'lora' or 'erasure_file' on")
+        saved = "\n".join(f"saved {name}" for name in names)
+        return io.NodeOutput(lora_name, erasure_name, ui=ui.PreviewText(saved))
+
+
+class LoadErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraLoadErasure",
+            display_name="Load Erasure",
+            description="Reads an erasure file that Save Erasure wrote, to apply or merge it.",
+            search_aliases=["open erasure", "import erasure"],
+            inputs=[
+                io.Combo.Input(
+                    "erasure_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in output/erasures or models/erasures.",
+                )
+            ],
+            outputs=[Erasure.Output(display_name="erasure", tooltip="To apply, merge or align.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, erasure_name: str) -> float:
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, erasure_name))
+
+    @classmethod
+    def execute(cls, erasure_name: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(FOLDER, erasure_name)
+        return io.NodeOutput(ErasureOf.load(path))
+
+
+class SaveErasedCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraSaveErasedCheckpoint",
+            display_name="Save Erased Checkpoint",
+            description=(
+                "Writes a copy of a checkpoint file in which only the edited weights differ; every "
+                "other tensor stays bit for bit. LoRAs on a MODEL are not part of it."
+            ),
+            search_aliases=["bake erasure", "export checkpoint", "save model", "merge erasure"],
+            inputs=[
+                Erasure.Input("erasure", tooltip="What the checkpoint is to forget."),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[BUNDLED, *folder_paths.get_filename_list("checkpoints")],
+                    default=BUNDLED,
+                    tooltip="The original checkpoint file; it is only read.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="realera",
+                    tooltip=(
+                        "Name of the new file in output/checkpoints; a number is added and nothing "
+                        "is overwritten."
+                    ),
+                ),
+                io.Float.Input(
+                    "edit_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the closed-form edit to bake in.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the aligned LoRA to bake in.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="checkpoint_name", tooltip="The new file, as loaders list it."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, erasure, checkpoint: str, filename: str, edit_strength: float, lora_strength: float
+    ) -> io.NodeOutput:
+        path = new_path("checkpoints", filename)
+        tell(cls.hidden.unique_id, f"writing {path.name}")
+        write_checkpoint(
+            checkpoint_path(checkpoint),
+            erasure,
+            path,
+            edit_strength=edit_strength,
+            lora_strength=lora_strength,
+        )
+        name = _listed("checkpoints", path)
+        return io.NodeOutput(name, ui=ui.PreviewText(f"saved {name}"))
+
+
+def checkpoint_path(name: str) -> Path:
+    """The file behind an entry of a checkpoint list."""
+    if name == BUNDLED:
+        return miniature.CHECKPOINT
+    return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+
+
+def _write_lora(path: Path, model: Any, erasure: ErasureOf, tolerance: float) -> None:
+    names = list(projections(model.model.diffusion_model))
+    if erasure.pooled_edit is not None:
+        names.append(POOLED)
+    tensors, _ = lora_tensors(weights_of(model, names), erasure, tolerance)
+    metadata = {"format": "pt", "realera": json.dumps(erasure.provenance)}
+    with writing(path) as part:
+        write_tensors(part, tensors, metadata)
+
+
+def _listed(folder: str, path: Path) -> str:
+    """The file's name in that folder's list, which ComfyUI's loaders show."""
+    home = Path(folder_paths.get_output_directory(), folder).resolve()
+    return str(path.relative_to(home))

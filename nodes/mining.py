@@ -1,0 +1,322 @@
+"""Neighbor Sampler and Beyond Sampler (Sec. 4.1-4.2; Alg. 1, l. 4-22)."""
+
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..realera import pictures
+from ..realera.algorithm import Settings
+from ..realera.bank import encode_bank, spare_concepts
+from ..realera.concepts import TEMPLATES, encode_pairs, parse_concepts
+from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, neighborhood, preserving
+from .comfy_model import ComfyText
+from .page import geometry, to_image
+from .progress import reporter, tell
+from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+
+AUTO_COSINE = -1.0
+AUTO_DISTANCE = 0.0
+
+
+class NeighborSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraNeighborSampler",
+            display_name="Neighbor Sampler",
+            description=(
+                "Names what to erase and mines what only implies it: embeddings around the concept "
+                "that are to become the anchor too (RealEra, Sec. 4.1)."
+            ),
+            search_aliases=["concept erasure", "erase concept", "unlearn", "mining", "neighbor"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model to edit."),
+                io.String.Input(
+                    "concepts",
+                    multiline=True,
+                    default="airplane -> ground",
+                    tooltip=(
+                        "One 'concept -> anchor' a line: what to erase, and what to draw in its "
+                        "place. Choose an anchor as wide as the concept: an object's background, "
+                        "'person' for a name, 'painting' for a style."
+                    ),
+                ),
+                io.Combo.Input(
+                    "source",
+                    options=list(SOURCES),
+                    default="vocabulary",
+                    tooltip=(
+                        "Where neighbours come from. vocabulary: real words near the concept, "
+                        "which you can read and strike out. bank: steps towards everyday prompts. "
+                        "isotropic: random directions, as in the paper."
+                    ),
+                ),
+                io.Int.Input(
+                    "count",
+                    display_name="M",
+                    default=8,
+                    min=0,
+                    max=1000,
+                    tooltip=(
+                        "Neighbours per prompt. More reach further into what implies the concept, "
+                        "and cost more of everything else. 0: the concept alone."
+                    ),
+                ),
+                io.String.Input(
+                    "leave_out",
+                    multiline=True,
+                    default="",
+                    placeholder="words to leave out, for example: rocket, bird",
+                    tooltip=(
+                        "Words of the vocabulary that are no part of the concept, separated by "
+                        "commas or lines; they are preserved instead."
+                    ),
+                ),
+                advanced(
+                    io.String.Input(
+                        "templates",
+                        multiline=True,
+                        default="\n".join(TEMPLATES),
+                        tooltip="The prompts that name the concept, one a line; {} is its place.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "s1",
+                        display_name="S1",
+                        default=AUTO_COSINE,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip=(
+                            "A neighbour's largest cosine with the concept. -1: the source's own "
+                            "(isotropic and bank 0.7, vocabulary 1)."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "s2",
+                        display_name="S2",
+                        default=AUTO_COSINE,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip=(
+                            "A neighbour's smallest cosine with the concept. -1: the source's own. "
+                            "Smaller reaches further."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "d1",
+                        display_name="D1",
+                        default=AUTO_DISTANCE,
+                        min=0.0,
+                        max=1000.0,
+                        step=0.1,
+                        tooltip=(
+                            "The longest step from the concept to a neighbour, in units of the "
+                            "embedding. 0: where the cosine falls to S2."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "d1_anchor",
+                        display_name="D1'",
+                        default=AUTO_DISTANCE,
+                        min=0.0,
+                        max=1000.0,
+                        step=0.1,
+                        tooltip=(
+                            "The size of the ball around the anchor that neighbours are mapped "
+                            "into. 0: a tenth of D1."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "seed",
+                        default=0,
+                        min=0,
+                        max=2**63 - 1,
+                        tooltip="The same seed draws the same neighbours.",
+                    )
+                ),
+            ],
+            outputs=[
+                Neighbors.Output(display_name="neighbors", tooltip="For the nodes that follow."),
+                io.Image.Output(display_name="geometry", tooltip="The neighbourhood as a picture."),
+                io.String.Output(display_name="words", tooltip="The mined words, nearest first."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip,
+        concepts: str,
+        source: str,
+        count: int,
+        leave_out: str,
+        templates: str,
+        s1: float,
+        s2: float,
+        d1: float,
+        d1_anchor: float,
+        seed: int,
+    ) -> io.NodeOutput:
+        node = cls.hidden.unique_id
+        text = ComfyText(clip)
+        pairs = encode_pairs(text, parse_concepts(concepts, lines(templates)))
+        bank = encode_bank(text, progress=reporter(node, "reading the bank of everyday prompts"))
+        tell(node, "mining neighbours")
+        settings = Settings(
+            source=source,
+            neighbors=count,
+            s1=None if s1 == AUTO_COSINE else s1,
+            s2=None if s2 == AUTO_COSINE else s2,
+            d1=d1 or None,
+            d1_anchor=d1_anchor or None,
+            exclude=tuple(lines(leave_out.replace(",", "\n"))),
+            seed=seed,
+        )
+        ring = neighborhood(
+            pairs,
+            source,
+            s1=settings.s1,
+            s2=settings.s2,
+            d1=settings.d1,
+            d1_anchor=settings.d1_anchor,
+            bank=spare_concepts(bank, text, pairs, settings.bank_limit),
+            text=text,
+            exclude=settings.exclude,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        mined, nothing = mine_neighbors(ring, count, generator), mine_beyond(ring, 0, generator)
+        picture = to_image(pictures.geometry(mined, nothing))
+        cosines = ring.words.cosine if ring.words is not None else {}
+        words = [word for word, cosine in cosines.items() if cosine >= ring.s2]
+        listed = "\n".join(f"{word} {cosines[word]:.2f}" for word in words)
+        shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
+        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        found = FoundNeighbors(mined, text, bank, settings)
+        return io.NodeOutput(found, picture, listed, ui=shown)
+
+
+class BeyondSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraBeyondSampler",
+            display_name="Beyond Sampler",
+            description=(
+                "Finds what lies just beyond the neighbourhood and keeps its meaning, with the "
+                "prompts that you name (RealEra, Sec. 4.2)."
+            ),
+            search_aliases=["preserve concept", "regularisation", "specificity", "beyond"],
+            inputs=[
+                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
+                io.Int.Input(
+                    "count",
+                    display_name="N",
+                    default=16,
+                    min=0,
+                    max=1000,
+                    tooltip="Beyond points per prompt; their meaning is kept.",
+                ),
+                io.String.Input(
+                    "preserve",
+                    multiline=True,
+                    default="",
+                    placeholder="prompts to preserve, one a line",
+                    tooltip=(
+                        "Prompts or words that must keep their meaning, one a line. A click on a "
+                        "word of the scope list adds it here."
+                    ),
+                ),
+                advanced(
+                    io.Float.Input(
+                        "s2",
+                        display_name="S2",
+                        default=AUTO_COSINE,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip=(
+                            "Beyond points have a smaller cosine with the concept than this. -1: "
+                            "as in Neighbor Sampler."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "d2",
+                        display_name="D2",
+                        default=AUTO_DISTANCE,
+                        min=0.0,
+                        max=1000.0,
+                        step=0.1,
+                        tooltip=(
+                            "The longest step from the concept to a beyond point. 0: where the "
+                            "cosine falls to 0."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "seed",
+                        default=1,
+                        min=0,
+                        max=2**63 - 1,
+                        tooltip="The same seed draws the same points.",
+                    )
+                ),
+            ],
+            outputs=[
+                Beyond.Output(display_name="beyond", tooltip="For the nodes that follow."),
+                io.Image.Output(display_name="geometry", tooltip="Neighbours and beyond points."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, neighbors: FoundNeighbors, count: int, preserve: str, s2: float, d2: float, seed: int
+    ) -> io.NodeOutput:
+        ring = neighbors.mined.neighborhood
+        settings = replace(
+            neighbors.settings,
+            beyond=count,
+            preserve=tuple(lines(preserve)),
+            s2=neighbors.settings.s2 if s2 == AUTO_COSINE else s2,
+            d2=d2 or None,
+        )
+        if (settings.s2, settings.d2) != (neighbors.settings.s2, None):
+            ring = neighborhood(
+                ring.pairs,
+                ring.source,
+                s1=settings.s1,
+                s2=settings.s2,
+                d1=settings.d1,
+                d1_anchor=settings.d1_anchor,
+                d2=settings.d2,
+                bank=neighbors.bank,
+                text=neighbors.text,
+                exclude=settings.exclude,
+            )
+        mined = mine_beyond(ring, count, torch.Generator().manual_seed(seed))
+        mined = preserving(mined, neighbors.text, settings.preserve)
+        picture = to_image(pictures.geometry(neighbors.mined, mined))
+        shown = {"realera_geometry": [geometry(ring, neighbors.mined, mined)]}
+        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(FoundBeyond(mined, settings), picture, ui=shown)
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a widget that hold something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,33 @@
+"""Progress bars, text with the time left, and Cancel, as ComfyUI has them."""
+
+import time
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+
+def reporter(node_id: str | None, what: str) -> Callable[[int, int], None]:
+    """A callback(done, total) that shows progress and raises when the user has cancelled."""
+    bar = comfy.utils.ProgressBar(1)
+    started = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+        left = (time.monotonic() - started) / max(done, 1) * (total - done)
+        tell(node_id, f"{what}: {done} of {total}, {_clock(left)} left")
+
+    return report
+
+
+def tell(node_id: str | None, text: str) -> None:
+    """Shows a line of text under the node while it runs."""
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
