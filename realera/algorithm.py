@@ -111,9 +111,10 @@ def erase(
     """
     near, far, bank = mining.neighbors, mining.beyond, mining.bank
     sums = collect(near, far, bank, settings.pair_weight)
-    pooled = near.pooled and collect(
-        near.pooled, far.pooled, bank and bank.pooled, settings.pair_weight
-    )
+    pooled = None
+    if near.pooled is not None:
+        own = None if bank is None else bank.pooled
+        pooled = collect(near.pooled, far.pooled, own, settings.pair_weight)
     packages = ("torch", "diffusers", "transformers", "peft")
     provenance = {
         "concepts": [asdict(concept) for concept in mining.pairs.concepts],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from .closed_form import Edit
+from .concepts import Pairs
 from .diffusion import Diffusion, Encoding, projections
 from .erasure import Lora
 from .files import writing
@@ -97,9 +99,9 @@ def align(
                 z_t = model.add_noise(z, noise, t.to(z.device))
 
                 prompts = chosen.tolist()
-                anchor = _take(pairs.anchor, pairs.pooled and pairs.pooled.anchor, chosen)
+                anchor = _anchor_of(pairs, chosen)
                 if step % 2:  # Eq. 8
-                    own = _take(pairs.context, pairs.pooled and pairs.pooled.context, chosen)
+                    own = _concept_of(pairs, chosen)
                     students, teachers = [own], [anchor]
                 else:  # Eq. 9
                     students = [_encoding(mine_neighbors(neighbors, 1, generator, prompts))]
@@ -162,7 +164,7 @@ def adapted(unet: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
         generator = torch.Generator().manual_seed(seed)
         layers: Lora = {}
         for name in names:
-            layer = unet.get_submodule(name)
+            layer: Any = unet.get_submodule(name)
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             a.data = torch.randn(a.shape, generator=generator).to(a.device) / rank
             b.data = torch.zeros_like(b, dtype=torch.float32)
@@ -210,9 +212,16 @@ def original(unet: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def _take(context: Tensor, pooled: Tensor | None, chosen: Tensor) -> Encoding:
-    chosen = chosen.to(context.device)
-    return Encoding(context[chosen], None if pooled is None else pooled[chosen, 0])
+def _concept_of(pairs: Pairs, chosen: Tensor) -> Encoding:
+    chosen = chosen.to(pairs.context.device)
+    pooled = None if pairs.pooled is None else pairs.pooled.context[chosen, 0]
+    return Encoding(pairs.context[chosen], pooled)
+
+
+def _anchor_of(pairs: Pairs, chosen: Tensor) -> Encoding:
+    chosen = chosen.to(pairs.context.device)
+    pooled = None if pairs.pooled is None else pairs.pooled.anchor[chosen, 0]
+    return Encoding(pairs.anchor[chosen], pooled)
 
 
 def _encoding(mined: Mined) -> Encoding:
@@ -257,7 +266,7 @@ def draw_anchors(
     drawn, start = [], 0
     for concept in pairs.concepts:
         prompts = torch.arange(count) % len(concept.templates) + start
-        anchor = _take(pairs.anchor, pairs.pooled and pairs.pooled.anchor, prompts)
+        anchor = _anchor_of(pairs, prompts)
         negative = Encoding(
             empty.context.expand_as(anchor.context),
             None if empty.pooled is None else empty.pooled.expand(count, -1),

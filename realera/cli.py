@@ -17,7 +17,7 @@ from . import pictures
 from .algorithm import Settings, align_erasure, erase, mine
 from .alignment import Training
 from .bank import cache_folder
-from .checkpoints import family_of, load_model, load_text, write_checkpoint, write_lora
+from .checkpoints import write_checkpoint, write_lora
 from .concepts import STYLE_TEMPLATES, TEMPLATES, Concept, encode_pairs, parse_concepts
 from .diffusion import DiffusersModel
 from .erasure import Erasure, applied
@@ -34,6 +34,7 @@ from .evaluation import (
     table,
 )
 from .evaluation import write as write_evaluation
+from .families import family_of, load_model, load_text
 from .files import open_tensors, writing
 from .scope import Reach, scope
 

@@ -52,10 +52,21 @@ class TextEncoder(Protocol):
 class Diffusion(Protocol):
     """A text-to-image latent diffusion model."""
 
-    text: TextEncoder
-    unet: nn.Module
-    train_timesteps: int
-    latent_shape: tuple[int, int, int]
+    @property
+    def text(self) -> TextEncoder:
+        """The encoder of its prompts."""
+
+    @property
+    def unet(self) -> nn.Module:
+        """The module whose layers `projections` finds."""
+
+    @property
+    def train_timesteps(self) -> int:
+        """Timesteps of the forward process, 1000 in every family."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent, as `sample` draws it."""
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
         """The U-Net's own prediction (epsilon or v), float32 like `latents` [n, 4, h, w]."""
@@ -196,7 +207,7 @@ class DiffusersModel:
         projections(pipeline.unet)
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
         self.pipeline, self.unet, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()
-        self.text: TextEncoder = DiffusersText(
+        self.text = DiffusersText(
             [getattr(pipeline, "tokenizer" + n) for n in names],
             [getattr(pipeline, "text_encoder" + n) for n in names],
         )
@@ -269,11 +280,14 @@ class DiffusersModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         config, dtype = self.vae.config, self.vae.dtype
-        if dtype == torch.float16 and config.force_upcast:  # SDXL's VAE overflows in half precision
+        # SDXL's VAE overflows in half precision.
+        upcast = dtype == torch.float16 and config.force_upcast
+        if upcast:
             self.vae.to(torch.float32)
         images = [
             self.vae.decode(part.to(self.vae.device, self.vae.dtype) / config.scaling_factor).sample
             for part in latents.split(4)
         ]
-        self.vae.to(dtype)
+        if upcast:
+            self.vae.to(dtype)
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1).cpu()

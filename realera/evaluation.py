@@ -171,7 +171,9 @@ def style_task(style: str, nouns: Sequence[str] = ("dog", "ship", "flower", "hou
 class Judge(Protocol):
     """Says how far each image shows what was wanted."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
 
     def __call__(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
         """Percent [n] for images [n, 3, height, width] in [0, 1] and the class wanted of each."""

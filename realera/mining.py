@@ -179,7 +179,9 @@ def mine_neighbors(
         contexts.append(pairs.context[i] + radius * direction)
         targets.append(pairs.target[i] + tolerance[:, None, None].to(direction) * direction)
     prompt = torch.tensor(prompts, dtype=torch.int64).to(pairs.span.device).repeat_interleave(count)
-    pooled = ring.pooled and mine_neighbors(ring.pooled, count, generator, prompts)
+    pooled = None
+    if ring.pooled is not None:
+        pooled = mine_neighbors(ring.pooled, count, generator, prompts)
     context, target = torch.cat(contexts), torch.cat(targets)
     return Mined(ring, context, target, pairs.span[prompt], prompt, (), pooled)
 
@@ -202,7 +204,9 @@ def mine_beyond(
         direction, radius = _draw(ring, i, count, (ring.d1, ring.d2), (-1.0, ring.s2), generator)
         contexts.append(pairs.context[i] + radius * direction)
     prompt = torch.tensor(prompts, dtype=torch.int64).to(pairs.span.device).repeat_interleave(count)
-    pooled = ring.pooled and mine_beyond(ring.pooled, count, generator, prompts)
+    pooled = None
+    if ring.pooled is not None:
+        pooled = mine_beyond(ring.pooled, count, generator, prompts)
     context = torch.cat(contexts)
     return Mined(ring, context, context, pairs.span[prompt], prompt, (), pooled)
 
