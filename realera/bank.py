@@ -74,9 +74,7 @@ def encode_bank(
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return _from_tensors(prompts, tensors)
 
-    gram: Tensor | float = 0.0
-    pooled_gram: Tensor | float = 0.0
-    total: Tensor | float = 0.0
+    gram = pooled_gram = total = torch.zeros((), dtype=torch.float64)
     ends, pooled = [], []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -92,11 +90,10 @@ def encode_bank(
             pooled.append(encoding.pooled.double().cpu())
             pooled_gram = pooled_gram + pooled[-1].T @ pooled[-1]
         progress(start + len(batch), len(prompts))
-    tensors = {"gram": gram, "mean": (total / len(prompts)).float(), "ends": torch.cat(ends)}
+    mean = (total / len(prompts)).float()
+    tensors = {"gram": gram, "mean": mean, "ends": torch.cat(ends).float()}
     if pooled:
         tensors |= {"pooled_gram": pooled_gram, "pooled": torch.cat(pooled)}
-    tensors["ends"] = tensors["ends"].float()
-
     with writing(path, overwrite=True) as part:
         save_file(tensors, part)
     return _from_tensors(prompts, tensors)
