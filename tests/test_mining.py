@@ -169,6 +169,27 @@ def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(pairs, range
         neighborhood(pairs, **ranges)
 
 
+def test_many_neighbours_have_the_moments_that_geometry_predicts(pairs):
+    """A neighbour is (R - c r) ê + s r u, with c, s the cosine and sine between -e and v̂."""
+    ring = neighborhood(pairs)
+    near = mine_neighbors(ring, 3000, drawn(), prompts=[0])
+    own = pairs.context[0][pairs.span[0]]
+    rows = near.context[:, pairs.span[0]]  # [draws, rows, dim]
+    norm = own.norm(dim=-1)
+    along = (rows * own).sum(-1) / norm
+    across = (rows.square().sum(-1) - along.square()).clamp(min=0)
+
+    # v is nearly orthogonal to e: of length sqrt(dim), it lies at a right angle on average.
+    c = norm / torch.hypot(norm, torch.tensor(DIM**0.5))
+    radius = (near.context - pairs.context[0])[:, pairs.span[0]].norm(dim=-1)[:, 0]
+    r, r2 = radius.mean(), radius.square().mean()
+    assert torch.allclose(along.mean(0), norm - c * r, rtol=0.05)
+    assert torch.allclose(across.mean(0), (1 - c.square()) * r2, rtol=0.05)
+    shortest, longest = ring.d1 * 0.5, ring.d1
+    assert shortest < radius.min() and radius.max() < longest
+    assert abs(r - (radius.min() + radius.max()) / 2) < 0.03 * r  # uniform on what is accepted
+
+
 def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text):
     pairs = encode_pairs(text, [Concept("airplane", "ground"), Concept("dog", "tree")])
     words = text.words()[:200]
