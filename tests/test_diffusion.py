@@ -1,0 +1,189 @@
+import pytest
+import torch
+from torch import nn
+
+from realera.diffusion import DiffusersModel, DiffusersText, Encoding, projections
+
+PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
+FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
+
+
+@pytest.fixture(scope="module")
+def models(pipelines):
+    return {name: DiffusersModel(pipeline) for name, pipeline in pipelines.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encode_gives_what_the_pipeline_reads(models, pipelines, name):
+    encoding = models[name].text.encode(PROMPTS)
+    theirs = pipelines[name].encode_prompt(
+        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(encoding.context, theirs[0])
+    if name == "sdxl":
+        torch.testing.assert_close(encoding.pooled, theirs[2])
+    else:
+        assert encoding.pooled is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encode_ends_is_the_end_of_text_row_of_encode(models, name):
+    text = models[name].text
+    # Of every length, so that the buckets mix and the order must come back.
+    prompts = ["cat", *PROMPTS, "", "dog", "the red cat"]
+    context = text.encode(prompts).context
+    rows = [min(len(ids), 77) - 1 for ids in text.tokenize(prompts)]
+    expected = context[torch.arange(len(prompts)), rows]
+    torch.testing.assert_close(text.encode_ends(prompts), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_encoding_in_batches_changes_nothing(models, monkeypatch):
+    text = models["sdxl"].text
+    whole = text.encode(PROMPTS)
+    monkeypatch.setattr("realera.diffusion.BATCH", 2)
+    parts = text.encode(PROMPTS)
+    torch.testing.assert_close(parts.context, whole.context)
+    torch.testing.assert_close(parts.pooled, whole.pooled)
+
+
+def test_tokenize_neither_pads_nor_cuts_off(models):
+    short, long = models["sd1"].text.tokenize(["airplane", "airplane " * 100])
+    assert short == [49406, 16451, 49407]
+    assert long == [49406, *[16451] * 100, 49407]
+
+
+def test_words_are_whole_words_of_letters(models):
+    words = models["sd1"].text.words()
+    assert {"airplane", "dog", "ship"} <= set(words)
+    assert words == sorted(set(words)) and all(w.isascii() and w.isalpha() for w in words)
+    assert len(words) > 20_000
+
+
+def test_the_fingerprint_changes_with_one_weight_and_not_with_a_copy(pipelines):
+    pipeline = pipelines["sd1"]
+    encoder = pipeline.text_encoder
+    before = DiffusersText([pipeline.tokenizer], [encoder]).fingerprint
+    assert DiffusersText([pipeline.tokenizer], [encoder]).fingerprint == before
+    weight = next(encoder.parameters())
+    with torch.no_grad():
+        old = weight[0, 0].item()
+        weight[0, 0] += 1
+        assert DiffusersText([pipeline.tokenizer], [encoder]).fingerprint != before
+        weight[0, 0] = old
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sample_draws_what_the_pipeline_draws(models, pipelines, name, guidance):
+    model, prompts = models[name], ["a photo of the airplane", "a dog"]
+    encoding, negative = model.text.encode(prompts), model.text.encode(["ugly"])
+    ours = model.sample(encoding, negative, torch.Generator().manual_seed(3), 4, guidance)
+    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(3))
+    pipelines[name].set_progress_bar_config(disable=True)
+    theirs = pipelines[name](
+        prompts,
+        negative_prompt=["ugly"] * 2,
+        latents=noise,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        output_type="latent",
+        height=64,
+        width=64,
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_sample_is_deterministic_and_follows_its_generator(models):
+    model = models["sd1"]
+    encoding, negative = model.text.encode(["a dog"]), model.text.encode([""])
+
+    def draw(seed):
+        return model.sample(encoding, negative, torch.Generator().manual_seed(seed), 2, 3.0)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.allclose(draw(0), draw(1))
+
+
+def test_decode_gives_images_in_range_on_the_cpu(models, pipelines):
+    model = models["sd1"]
+    latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    images = model.decode(latents)
+    assert images.shape == (5, 3, 64, 64) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    vae = pipelines["sd1"].vae
+    with torch.no_grad():
+        theirs = vae.decode(latents[4:] / vae.config.scaling_factor).sample / 2 + 0.5
+    torch.testing.assert_close(images[4:], theirs.clamp(0, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_flow_to_the_context(models):
+    model = models["sdxl"]
+    encoding = model.text.encode(["a dog"])
+    context = encoding.context.clone().requires_grad_()
+    noise = model.predict_noise(
+        torch.zeros(1, 4, 8, 8), torch.tensor([10]), Encoding(context, encoding.pooled)
+    )
+    assert noise.shape == (1, 4, 8, 8) and noise.dtype == torch.float32
+    noise.square().sum().backward()
+    assert context.grad is not None and context.grad.abs().sum() > 0
+
+
+def test_the_pooled_embedding_reaches_the_prediction(models):
+    model = models["sdxl"]
+    one, two = model.text.encode(["a dog"]), model.text.encode(["a cat"])
+    latents, t = torch.ones(1, 4, 8, 8), torch.tensor([500])
+    first = model.predict_noise(latents, t, one)
+    assert not torch.allclose(
+        first, model.predict_noise(latents, t, Encoding(one.context, two.pooled))
+    )
+
+
+def test_inpainting_paints_everything(models):
+    model = models["sd1 inpainting"]
+    seen = []
+    handle = model.unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = model.predict_noise(latents, torch.tensor([1, 999]), model.text.encode(["a", "b"]))
+    handle.remove()
+    assert noise.shape == (2, 4, 8, 8) and model.latent_shape == (4, 8, 8)
+    assert torch.equal(seen[0][:, :4], latents)
+    assert seen[0][:, 4].eq(1).all() and seen[0][:, 5:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_pipelines_take_and_give_float32(make_pipeline, dtype):
+    model = DiffusersModel(make_pipeline("sd1").to(dtype))
+    encoding = model.text.encode(["a dog"])
+    latents = model.sample(encoding, encoding, torch.Generator().manual_seed(0), 2, 2.0)
+    assert encoding.context.dtype == latents.dtype == torch.float32
+    assert latents.isfinite().all() and model.unet.dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "count"), [("sd1", 32), ("sd1 one layer", 20), ("sdxl", 56)])
+def test_projections_are_the_cross_attention_keys_and_values(models, name, count):
+    layers = projections(models[name].unet)
+    assert all(isinstance(layer, nn.Linear) for layer in layers.values())
+    width = models[name].text.encode(["a"]).context.shape[-1]
+    assert {layer.in_features for layer in layers.values()} == {width}
+    assert len(layers) == count
+
+
+def test_projections_looks_through_peft(models):
+    import peft
+
+    unet = models["sd1 one layer"].unet
+    before = projections(unet)
+    config = peft.LoraConfig(r=1, target_modules=list(before))
+    wrapped = peft.PeftModel(unet, config)
+    try:
+        assert projections(wrapped) == before
+    finally:
+        wrapped.unload()
+    assert projections(unet) == before
+
+
+def test_a_model_without_cross_attention_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"Sequential has no cross-attention.*SDXL"):
+        projections(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="has no U-Net"):
+        DiffusersModel(object())

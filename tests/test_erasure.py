@@ -1,0 +1,291 @@
+import copy
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realera.closed_form import Edit, Sums
+from realera.diffusion import projections
+from realera.erasure import POOLED, Erasure, applied, apply, canonical
+
+DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
+
+
+def random_sums(dim, seed, bank=True):
+    g = torch.Generator().manual_seed(seed)
+    gram = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    gram = gram.T @ gram
+    dropped = {f"a prompt about {seed}": torch.randn(7, dim, generator=g) / 10}
+    nothing = torch.zeros(dim, dim, dtype=torch.float64)
+    sums = Sums(nothing, nothing, nothing, gram if bank else nothing, dropped if bank else {})
+    rows, targets = torch.randn(6, dim, generator=g), torch.randn(6, dim, generator=g)
+    return sums.erasing(rows, targets).preserving(torch.randn(9, dim, generator=g))
+
+
+def random_erasure(seed=0, names=()):
+    g = torch.Generator().manual_seed(seed)
+    sums, pooled = random_sums(DIM, seed), random_sums(POOLED_DIM, seed, bank=False)
+    erasure = Erasure.fit(sums, pooled, 0.2, 1e-3, {"concepts": ["äirplane"], "seed": seed})
+    lora = {n: (torch.randn(2, DIM, generator=g), torch.randn(32, 2, generator=g)) for n in names}
+    return erasure.with_lora(lora, {"steps": 3}) if names else erasure
+
+
+@pytest.fixture
+def saved(tmp_path, pipelines):
+    names = list(canonical(projections(pipelines["sdxl"].unet)).values())
+    path = tmp_path / "erasure.safetensors"
+    erasure = random_erasure(0, names[:4])
+    erasure.save(path)
+    return erasure, path
+
+
+# --- what an erasure does to a weight ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_delta_is_w_t_plus_b_a_in_the_weights_dtype(dtype):
+    name = "middle_block.1.transformer_blocks.0.attn2.to_k"
+    erasure = random_erasure(0, [name])
+    weight = torch.randn(32, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+    a, b = erasure.lora[name]
+    for s, r in [(1.0, 1.0), (0.3, 0.0), (0.0, 2.0)]:
+        t = torch.eye(DIM) + s * (erasure.edit.matrix - torch.eye(DIM))
+        expected = weight.double() @ t.double() + r * (b.double() @ a.double())
+        got = erasure.delta(name, weight, s, r)
+        assert got.dtype == dtype
+        torch.testing.assert_close(
+            got.double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-3 * float(s + r)
+        )
+    assert torch.equal(erasure.delta(name, weight, 0.0, 0.0), weight)
+
+
+def test_only_the_pooled_columns_of_the_added_embedding_change():
+    erasure = random_erasure()
+    weight = torch.randn(16, POOLED_DIM + 48, generator=torch.Generator().manual_seed(1))
+    erased = erasure.delta(POOLED, weight)
+    assert torch.equal(erased[:, POOLED_DIM:], weight[:, POOLED_DIM:])
+    expected = weight[:, :POOLED_DIM] @ erasure.pooled_edit.matrix
+    torch.testing.assert_close(erased[:, :POOLED_DIM], expected)
+
+
+def test_an_erasure_of_another_family_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"96 numbers and x\.attn2\.to_k reads 768"):
+        random_erasure().delta("x.attn2.to_k", torch.zeros(2, 768))
+
+
+def test_a_result_that_is_not_finite_is_refused():
+    erasure = Erasure(Edit(1e6 * torch.eye(4)))
+    with pytest.raises(ValueError, match=r"would not be finite in torch\.float16"):
+        erasure.delta("x", torch.ones(2, 4, dtype=torch.float16))
+
+
+def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipelines):
+    unet = copy.deepcopy(pipelines["sdxl"].unet)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    names = canonical(projections(unet))
+    erasure = random_erasure(0, list(names.values()))
+    with applied(erasure, unet, 0.5, 2.0):
+        changed = {
+            n for n, tensor in unet.state_dict().items() if not torch.equal(tensor, before[n])
+        }
+        for name, layer in projections(unet).items():
+            expected = erasure.delta(names[name], before[name + ".weight"], 0.5, 2.0)
+            assert torch.equal(layer.weight, expected)
+    assert changed == {name + ".weight" for name in names} | {"add_embedding.linear_1.weight"}
+    assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
+    apply(erasure, unet)
+    assert not torch.equal(unet.state_dict()[next(iter(changed))], before[next(iter(changed))])
+
+
+def test_a_refused_apply_leaves_the_unet_as_it_was(pipelines):
+    unet = copy.deepcopy(pipelines["sd1"].unet)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with pytest.raises(ValueError, match="pooled part"):
+        apply(random_erasure(), unet)
+    stray = {"input_blocks.9.1.transformer_blocks.0.attn2.to_k": (torch.ones(1, 32),) * 2}
+    with pytest.raises(ValueError, match=r"LoRA for input_blocks\.9"):
+        apply(Erasure(Edit(torch.eye(32) * 2), lora=stray), unet)
+    with pytest.raises(ValueError, match="reads 32"):
+        apply(Erasure(Edit(torch.eye(48))), unet)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd1 one layer", "sd2", "sdxl"])
+def test_canonical_names_are_those_of_the_single_file(pipelines, singles, name):
+    layers = projections(pipelines[name].unet)
+    stored, names = load_file(singles[name]), canonical(layers)
+    for key, layer in layers.items():
+        assert torch.equal(stored[f"model.diffusion_model.{names[key]}.weight"], layer.weight)
+    assert canonical(names.values()) == {n: n for n in names.values()}
+
+
+# --- saving and loading --------------------------------------------------------------------------
+
+
+def test_an_erasure_comes_back_as_it_was_saved(saved):
+    erasure, path = saved
+    again = Erasure.load(path)
+    assert torch.equal(again.edit.matrix, erasure.edit.matrix)
+    assert torch.equal(again.pooled_edit.matrix, erasure.pooled_edit.matrix)
+    assert again.lora.keys() == erasure.lora.keys()
+    for name, pair in erasure.lora.items():
+        assert all(torch.equal(x, y) for x, y in zip(again.lora[name], pair, strict=True))
+    for part in ("erase", "moved", "preserve", "bank"):
+        assert torch.equal(getattr(again.sums, part), getattr(erasure.sums, part))
+        assert torch.equal(getattr(again.pooled_sums, part), getattr(erasure.pooled_sums, part))
+    assert again.sums.dropped.keys() == erasure.sums.dropped.keys()
+    assert again.provenance == erasure.provenance
+    assert (again.lambda1, again.lambda2) == (0.2, 1e-3)
+
+
+def test_the_same_erasure_is_the_same_bytes(saved, tmp_path):
+    erasure, path = saved
+    erasure.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_saving_never_overwrites_unasked(saved):
+    erasure, path = saved
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists"):
+        Erasure(erasure.edit).save(path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+    Erasure(erasure.edit).save(path, overwrite=True)
+    assert Erasure.load(path).sums is None
+
+
+def test_saved_sums_merge_to_exactly_the_joint_fit(tmp_path):
+    name = "middle_block.1.transformer_blocks.0.attn2.to_k"
+    parts = [random_erasure(seed, [name]) for seed in (1, 2, 3)]
+    for number, part in enumerate(parts):
+        part.save(tmp_path / f"{number}.safetensors")
+    merged = Erasure.merge([Erasure.load(tmp_path / f"{n}.safetensors") for n in range(3)])
+    joint = random_sums(DIM, 1) + random_sums(DIM, 2) + random_sums(DIM, 3)
+    assert torch.equal(merged.edit.matrix, joint.solve(0.2, 1e-3).matrix)
+    weight = torch.zeros(32, DIM)
+    added = sum(part.lora[name][1] @ part.lora[name][0] for part in parts)
+    torch.testing.assert_close(merged.delta(name, weight), added, atol=1e-5, rtol=1e-5)
+    assert merged.provenance["merged"] == [part.provenance for part in parts]
+    # The merged one can be merged again.
+    four = Erasure.merge([merged, random_erasure(4)])
+    expected = (joint + random_sums(DIM, 4)).solve(0.2, 1e-3).matrix
+    assert torch.equal(four.edit.matrix, expected)
+
+
+def test_what_cannot_be_merged_says_why():
+    erasure = random_erasure()
+    with pytest.raises(ValueError, match="without its sums"):
+        Erasure.merge([erasure, Erasure(erasure.edit)])
+    with pytest.raises(ValueError, match=r"λ1, λ2 are 0\.1"):
+        Erasure.merge(
+            [erasure, Erasure.fit(random_sums(DIM, 1), random_sums(POOLED_DIM, 1, False))]
+        )
+    with pytest.raises(ValueError, match="different model families"):
+        Erasure.merge([erasure, Erasure.fit(random_sums(DIM, 1), None, 0.2, 1e-3)])
+    with pytest.raises(ValueError, match="nothing to merge"):
+        Erasure.merge([])
+
+
+# --- a file from a stranger ----------------------------------------------------------------------
+
+
+def rewritten(path, tensors=(), metadata=(), without=()):
+    """The saved erasure with tensors and metadata changed."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        old = file.metadata()
+    state = {k: v for k, v in load_file(path).items() if k not in without} | dict(tensors)
+    save_file(state, path, old | dict(metadata))
+    return path
+
+
+SQUARE = torch.eye(DIM)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors": {"stowaway": SQUARE}}, "'stowaway', which does not belong"),
+        ({"tensors": {"lora.../../x.down": SQUARE}}, "is not the name of a cross-attention"),
+        ({"tensors": {"lora.middle_block.1.attn2.to_k.down": SQUARE}}, "is not the name"),
+        ({"tensors": {"edit": SQUARE.double()}}, r"'edit' is F64 \[96, 96\], expected F32"),
+        ({"tensors": {"edit": torch.ones(DIM, DIM + 1)}}, "96 x 97, not square"),
+        ({"tensors": {"edit": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
+        ({"tensors": {"edit": torch.ones(1, 9000)}}, r"F32 \[1, 9000\]"),
+        (
+            {"tensors": {"edit": torch.full((DIM, DIM), torch.nan)}},
+            "'edit' holds numbers that are not",
+        ),
+        ({"tensors": {"sums.bank": SQUARE}}, "'sums.bank' is F32"),
+        ({"tensors": {"sums.moved": torch.eye(5).double()}}, r"'sums.moved' is F64 \[5, 5\]"),
+        ({"tensors": {"sums.dropped.0": torch.ones(7, 5)}}, r"'sums.dropped.0' is F32 \[7, 5\]"),
+        ({"without": ["edit"]}, "'edit'"),
+        ({"without": ["sums.erase"]}, "'sums.erase'"),
+        ({"metadata": {"realera_erasure": "2"}}, "format is '2'"),
+        ({"metadata": {"realera": "{not json"}}, "not a sound"),
+        ({"metadata": {"realera": "[]"}}, "not a sound"),
+        ({"metadata": {"realera": "[" * 100_000}}, "not a sound"),
+        ({"metadata": {"realera": '{"provenance": 3}'}}, "provenance"),
+    ],
+)
+def test_a_changed_erasure_file_is_refused(saved, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Erasure.load(rewritten(saved[1], **changes))
+
+
+def test_a_lora_of_the_wrong_shape_is_refused(saved):
+    erasure, path = saved
+    key = f"lora.{next(iter(erasure.lora))}"
+    with pytest.raises(ValueError, match=r"down' is F32 \[2, 5\]"):
+        Erasure.load(rewritten(path, {key + ".down": torch.ones(2, 5)}))
+    with pytest.raises(ValueError, match=r"up' is F32 \[32, 2\]"):
+        Erasure.load(rewritten(path, {key + ".down": torch.ones(3, DIM)}))
+    with pytest.raises(ValueError, match=r"up'"):
+        Erasure.load(rewritten(path, without=[key + ".up"]))
+
+
+def raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"edit": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234", "cut off"),
+        ({"edit": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12345678", "corrupt"),
+        ({"edit": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, b"1234", "does not fit"),
+        ({"edit": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", "was due"),
+        ({"edit": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, b"", "shape"),
+        ({"edit": {"dtype": "F32", "shape": [2**50, 2**50], "data_offsets": [0, 4]}}, b"", "shape"),
+        ({"edit": {"dtype": "OBJ", "shape": [1], "data_offsets": [0, 4]}}, b"1234", "'OBJ'"),
+        ({"edit": 3}, b"", "corrupt"),
+        ({"__metadata__": {"realera": 3}}, b"", "not text"),
+        (b'{"a": 1, "a": 2}', b"", "twice"),
+        (b"[" * 50_000, b"", "corrupt"),
+        (b"\xff\xfe\xfd", b"", "corrupt"),
+    ],
+)
+def test_a_malformed_header_is_refused_before_a_tensor_is_read(tmp_path, header, data, message):
+    with pytest.raises(ValueError, match=message):
+        Erasure.load(raw(tmp_path / "x.safetensors", header, data))
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 2**63) + b"{}", b"{}" * 100])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a safetensors file or was cut off"):
+        Erasure.load(path)
+
+
+@pytest.mark.parametrize("size", [10, 5_000, -1])
+def test_a_truncated_erasure_is_refused(saved, size):
+    path = saved[1]
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="cut off"):
+        Erasure.load(path)
