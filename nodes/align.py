@@ -13,7 +13,16 @@ from .comfy_model import ComfyDiffusion, training
 from .files import state_path
 from .page import to_image
 from .progress import reporter, tell
-from .schema import Beyond, Erasure, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+from .schema import (
+    Beyond,
+    Erasure,
+    FoundBeyond,
+    FoundNeighbors,
+    Neighbors,
+    advanced,
+    schema,
+    seed_input,
+)
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,15 +121,7 @@ class LoraAlign(io.ComfyNode):
                         ),
                     )
                 ),
-                advanced(
-                    io.Int.Input(
-                        "seed",
-                        default=0,
-                        min=0,
-                        max=2**31 - 1,
-                        tooltip="The same seed trains the same LoRA.",
-                    )
-                ),
+                seed_input("The same seed trains the same LoRA."),
             ],
             outputs=[
                 Erasure.Output(display_name="erasure", tooltip="The erasure with its LoRA."),

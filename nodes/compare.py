@@ -12,7 +12,7 @@ from .comfy_model import ComfyDiffusion, ComfyText
 from .mining import lines
 from .page import to_image
 from .progress import tell
-from .schema import Classifier, advanced, schema
+from .schema import Classifier, advanced, schema, seed_input
 
 
 class Compare(io.ComfyNode):
@@ -31,6 +31,7 @@ class Compare(io.ComfyNode):
                 io.Model.Input("after", tooltip="The model that has forgotten."),
                 io.Model.Input("third", optional=True, tooltip="A third model to compare."),
                 io.Model.Input("fourth", optional=True, tooltip="A fourth model to compare."),
+                io.Model.Input("fifth", optional=True, tooltip="A fifth model to compare."),
                 io.Clip.Input("clip", tooltip="The text encoder of all of them."),
                 io.Vae.Input("vae", tooltip="The autoencoder of all of them."),
                 Classifier.Input(
@@ -50,9 +51,7 @@ class Compare(io.ComfyNode):
                     tooltip="What to call the models, separated by commas.",
                 ),
                 io.Int.Input("seeds", default=2, min=1, max=16, tooltip="Images per prompt."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="The first of the seeds."
-                ),
+                seed_input("The first of the seeds."),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps."),
                 io.Float.Input(
                     "cfg",
@@ -117,12 +116,13 @@ class Compare(io.ComfyNode):
         scheduler: str,
         third=None,
         fourth=None,
+        fifth=None,
         classifier=None,
     ) -> io.NodeOutput:
         asked = lines(prompts)
         if not asked:
             raise ValueError("no prompt to draw: write one a line")
-        models = [model for model in (before, after, third, fourth) if model is not None]
+        models = [model for model in (before, after, third, fourth, fifth) if model is not None]
         labels = [name.strip() for name in names.split(",")]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         text = ComfyText(clip)

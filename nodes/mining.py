@@ -13,7 +13,7 @@ from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, neighborhood,
 from .comfy_model import ComfyText
 from .page import geometry, to_image
 from .progress import reporter, tell
-from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema, seed_input
 
 AUTO_COSINE = -1.0
 AUTO_DISTANCE = 0.0
@@ -137,15 +137,7 @@ class NeighborSampler(io.ComfyNode):
                         ),
                     )
                 ),
-                advanced(
-                    io.Int.Input(
-                        "seed",
-                        default=0,
-                        min=0,
-                        max=2**63 - 1,
-                        tooltip="The same seed draws the same neighbours.",
-                    )
-                ),
+                seed_input("The same seed draws the same neighbours."),
             ],
             outputs=[
                 Neighbors.Output(display_name="neighbors", tooltip="For the nodes that follow."),
@@ -267,15 +259,7 @@ class BeyondSampler(io.ComfyNode):
                         ),
                     )
                 ),
-                advanced(
-                    io.Int.Input(
-                        "seed",
-                        default=1,
-                        min=0,
-                        max=2**63 - 1,
-                        tooltip="The same seed draws the same points.",
-                    )
-                ),
+                seed_input("The same seed draws the same points.", 1),
             ],
             outputs=[
                 Beyond.Output(display_name="beyond", tooltip="For the nodes that follow."),

@@ -48,3 +48,16 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     """Marks an input as advanced, in releases with and without an argument for it."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def seed_input(tooltip: str, default: int = 0) -> io.Int.Input:
+    """A seed that stays what it is from run to run, so that nothing is mined or trained twice."""
+    seed = io.Int.Input(
+        "seed",
+        default=default,
+        min=0,
+        max=2**31 - 1,
+        control_after_generate=False,
+        tooltip=tooltip,
+    )
+    return advanced(seed)
