@@ -1,0 +1,35 @@
+"""The small CNN that says what a picture of the miniature shows; it plays CLIP's part in Acc."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """Images [n, 3, 64, 64] in [0, 1] to logits (concept [n, concepts], style [n, styles])."""
+
+    def __init__(self, concepts: tuple[str, ...], styles: tuple[str, ...]) -> None:
+        super().__init__()
+        self.concepts, self.styles = concepts, styles
+        widths = (3, 32, 64, 128, 192)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1)
+            for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        self.mix_norm = nn.BatchNorm2d(widths[-1])
+        self.concept = nn.Linear(widths[-1], len(concepts))
+        self.style = nn.Linear(widths[-1], len(styles))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps at 32, 16, 8 and 4 pixels: what a perceptual loss compares."""
+        h, maps = images * 2 - 1, []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            h = F.relu(norm(conv(h)))
+            maps.append(h)
+        return maps
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.features(images)[-1]
+        pooled = (last + F.relu(self.mix_norm(self.mix(last)))).mean(dim=(2, 3))
+        return self.concept(pooled), self.style(pooled)

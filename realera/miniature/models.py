@@ -1,0 +1,70 @@
+"""The sizes of the miniature, as configurations that diffusers and transformers understand."""
+
+from typing import Any
+
+IMAGE_SIZE = 64
+LATENT_SHAPE = (4, 8, 8)
+
+VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    # no residual block on the way down: the encoder embeds 8x8 patches and then thinks in `mid`.
+    # 64 channels: ComfyUI normalises in 32 groups, and a group of one channel loses its mean.
+    "block_out_channels": [64, 64, 64, 64],
+    "layers_per_block": 0,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": IMAGE_SIZE,
+}
+
+VECTOR_SIZE = 100  # of the word vectors that the token embedding is a linear image of
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 256,
+}
+
+
+def text_config(tokens: int) -> dict[str, Any]:
+    """Configuration for a tokenizer whose last two tokens are start and end of text."""
+    start, end = tokens - 2, tokens - 1
+    return TEXT | {
+        "vocab_size": tokens,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "cross_attention_dim": 256,
+    "attention_head_dim": 4,  # diffusers' name for the number of heads, in SD 1.x as here
+    "norm_num_groups": 32,
+}
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
