@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
@@ -184,9 +184,8 @@ class LoraAlign(io.ComfyNode):
                 state=state_path(resume) if resume else None,
             )
         picture = to_image(pictures.loss_curve(losses))
-        return io.NodeOutput(
-            erasure.with_lora(lora, asdict(run)), picture, ui=ui.PreviewImage(picture, cls=cls)
-        )
+        aligned = erasure.with_lora(lora, asdict(run))
+        return io.NodeOutput(aligned, picture, ui={"realera_loss": losses})
 
 
 def _by_concept(samples: Tensor, concepts: int) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import comfyui_version
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..realera import pictures
 from ..realera.algorithm import Mining, Settings, erase
@@ -122,7 +122,6 @@ class ClosedFormEdit(io.ComfyNode):
                 [r.word, r.concept, round(r.toward, 3), round(r.moved, 3)] for r in reaches
             ]
         }
-        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..realera import pictures
 from ..realera.algorithm import Settings
@@ -195,7 +195,6 @@ class NeighborSampler(io.ComfyNode):
         words = [word for word, cosine in cosines.items() if cosine >= ring.s2]
         listed = "\n".join(f"{word} {cosines[word]:.2f}" for word in words)
         shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
-        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
         found = FoundNeighbors(mined, text, bank, settings)
         return io.NodeOutput(found, picture, listed, ui=shown)
 
@@ -297,7 +296,6 @@ class BeyondSampler(io.ComfyNode):
         mined = preserving(mined, neighbors.text, settings.preserve)
         picture = to_image(pictures.geometry(neighbors.mined, mined))
         shown = {"realera_geometry": [geometry(ring, neighbors.mined, mined)]}
-        shown |= ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(FoundBeyond(mined, settings), picture, ui=shown)
 
 

@@ -1,0 +1,380 @@
+// RealEra in the page: the neighbourhood, the scope list, the live loss, before and after.
+// Each view is a widget under its node and shows what the node sent when it ran.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const CONCEPT = "#d1495b";
+const NEAR = "#edae49";
+const FAR = "#6c8ebf";
+const GREY = "#8a8a8a";
+
+const TEXTS = {
+  en: {
+    run: "Run the graph to see this.",
+    hint: "Click a word to preserve it.",
+    connect: "Connect a Beyond Sampler to preserve words.",
+    near: "become the anchor",
+    far: "keep their meaning",
+    before: "before",
+    after: "after",
+    step: "step",
+    loss: "loss",
+  },
+  zh: {
+    run: "运行工作流后显示。",
+    hint: "点击词语即可将其保留。",
+    connect: "连接“外围采样器”后才能保留词语。",
+    near: "变为锚点",
+    far: "保持原意",
+    before: "之前",
+    after: "之后",
+    step: "步",
+    loss: "损失",
+  },
+};
+
+function text(key) {
+  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+  return (TEXTS[locale] ?? TEXTS.en)[key];
+}
+
+function element(tag, style = {}, content = "") {
+  const made = document.createElement(tag);
+  Object.assign(made.style, style);
+  made.textContent = content;
+  return made;
+}
+
+/** Adds a view of a fixed height under a node; it is neither saved nor sent. */
+function addView(node, name, content, height) {
+  const options = { serialize: false, hideOnZoom: false };
+  const widget = node.addDOMWidget(name, name, content, {
+    ...options,
+    getMinHeight: () => height,
+    getMaxHeight: () => height,
+  });
+  widget.serialize = false;
+  return widget;
+}
+
+function addCanvas(node, name, height, draw) {
+  const canvas = element("canvas", { width: "100%", height: "100%", display: "block" });
+  addView(node, name, canvas, height);
+  const redraw = () => {
+    const { clientWidth, clientHeight } = canvas;
+    if (!clientWidth) return;
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = clientWidth * ratio;
+    canvas.height = clientHeight * ratio;
+    const pen = canvas.getContext("2d");
+    pen.scale(ratio, ratio);
+    pen.font = "11px sans-serif";
+    draw(pen, clientWidth, clientHeight);
+  };
+  new ResizeObserver(redraw).observe(canvas);
+  return { canvas, redraw };
+}
+
+function say(pen, width, height, message) {
+  pen.fillStyle = GREY;
+  pen.textAlign = "center";
+  pen.fillText(message, width / 2, height / 2);
+}
+
+function widgetValue(node, name) {
+  return node.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+/** The numbers of a ring as they stand in the node's widgets now, automatic ones as last run. */
+function ringOf(node, geometry) {
+  const pick = (name, auto) => {
+    const value = widgetValue(node, name);
+    return value === undefined || value === auto ? geometry[name] : value;
+  };
+  return { s1: pick("s1", -1), s2: pick("s2", -1), d1: pick("d1", 0), d2: pick("d2", 0) };
+}
+
+// ------------------------------------------------------------------------ the neighbourhood
+
+function drawPoints(pen, width, height, geometry, ring) {
+  // The plane of the centre of cosines, left, and the concept, in the middle.
+  const reach = 1.15 * Math.max(ring.d2, geometry.radius);
+  const scale = Math.min(width, height) / (2 * reach);
+  const x = (along) => width / 2 + along * scale;
+  const y = (across) => height / 2 - across * scale;
+  const origin = x(-geometry.radius);
+
+  for (const [cosine, name] of [[ring.s1, "S1"], [ring.s2, "S2"]]) {
+    const angle = Math.acos(Math.max(-1, Math.min(1, cosine)));
+    pen.strokeStyle = GREY;
+    pen.setLineDash([4, 4]);
+    pen.beginPath();
+    for (const side of [1, -1]) {
+      pen.moveTo(origin, y(0));
+      const far = 4 * reach * scale;
+      pen.lineTo(origin + far * Math.cos(angle), y(0) - side * far * Math.sin(angle));
+    }
+    pen.stroke();
+    const label = Math.min(0.92 * reach / Math.max(Math.sin(angle), 0.05), 1.9 * reach);
+    pen.fillStyle = GREY;
+    pen.textAlign = "center";
+    const at = [origin + label * scale * Math.cos(angle), y(label * Math.sin(angle))];
+    pen.fillText(`${name} ${cosine.toFixed(2)}`, ...at);
+  }
+  pen.setLineDash([]);
+  for (const [distance, name, color] of [[ring.d1, "D1", NEAR], [ring.d2, "D2", FAR]]) {
+    pen.strokeStyle = pen.fillStyle = color;
+    pen.beginPath();
+    pen.arc(x(0), y(0), distance * scale, 0, 2 * Math.PI);
+    pen.stroke();
+    pen.textAlign = "center";
+    pen.fillText(`${name} ${distance.toFixed(1)}`, x(0), y(-distance) + 12);
+  }
+  const dots = (points, color) => {
+    pen.fillStyle = color;
+    points.forEach(([along, across], k) => {
+      pen.beginPath();
+      pen.arc(x(along), y(k % 2 ? across : -across), 2.5, 0, 2 * Math.PI);
+      pen.fill();
+    });
+  };
+  dots(geometry.neighbors, NEAR);
+  dots(geometry.beyond, FAR);
+  pen.fillStyle = CONCEPT;
+  pen.beginPath();
+  pen.arc(x(0), y(0), 6, 0, 2 * Math.PI);
+  pen.fill();
+  pen.fillText(geometry.concepts.map(([name]) => name).join(", "), x(0), y(0) - 10);
+}
+
+function drawWords(pen, width, height, geometry, ring) {
+  // Words around the concept: the smaller their cosine, the farther out.
+  const words = [...geometry.words].sort((a, b) => b[1] - a[1]);
+  const inside = words.filter(([, cosine]) => cosine >= ring.s2).slice(0, 40);
+  const shown = [...inside, ...words.filter(([, cosine]) => cosine < ring.s2).slice(0, 16)];
+  const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
+  const scale = (0.46 * Math.min(width, height)) / span;
+  const middle = [width / 2, height / 2];
+  pen.strokeStyle = pen.fillStyle = GREY;
+  pen.setLineDash([4, 4]);
+  pen.textAlign = "center";
+  for (const [cosine, name] of [[ring.s1, "S1"], [ring.s2, "S2"]]) {
+    if (cosine >= 1) continue;
+    pen.beginPath();
+    pen.arc(...middle, (1 - cosine) * scale, 0, 2 * Math.PI);
+    pen.stroke();
+    pen.fillText(`${name} ${cosine.toFixed(2)}`, middle[0], middle[1] + (1 - cosine) * scale + 12);
+  }
+  pen.setLineDash([]);
+  const golden = Math.PI * (3 - Math.sqrt(5));
+  const wide = Math.max(1, width / height);
+  shown.forEach(([word, cosine], k) => {
+    const distance = (1 - cosine) * scale;
+    const x = middle[0] + wide * distance * Math.cos(golden * k);
+    const y = middle[1] + distance * Math.sin(golden * k);
+    pen.fillStyle = cosine >= ring.s2 ? NEAR : FAR;
+    pen.fillText(word, x, y);
+  });
+  pen.fillStyle = CONCEPT;
+  pen.font = "bold 12px sans-serif";
+  pen.fillText(geometry.concepts.map(([name]) => name).join(", "), ...middle);
+}
+
+function addNeighborhood(node) {
+  let geometry = null;
+  const { redraw } = addCanvas(node, "realera_neighborhood", 280, (pen, width, height) => {
+    if (!geometry) return say(pen, width, height, text("run"));
+    const draw = geometry.words.length ? drawWords : drawPoints;
+    draw(pen, width, height, geometry, ringOf(node, geometry));
+    pen.textAlign = "left";
+    pen.font = "11px sans-serif";
+    [[NEAR, text("near")], [FAR, text("far")]].forEach(([color, label], k) => {
+      pen.fillStyle = color;
+      pen.fillText(`● ${label}`, 6, 14 + 14 * k);
+    });
+  });
+  for (const widget of node.widgets.filter(({ name }) => /^[sd][12]$/.test(name))) {
+    const changed = widget.callback;
+    widget.callback = function (...values) {
+      changed?.apply(this, values);
+      redraw();
+    };
+  }
+  return (output) => {
+    if (!output.realera_geometry) return;
+    [geometry] = output.realera_geometry;
+    redraw();
+  };
+}
+
+// ------------------------------------------------------------------------ the scope list
+
+/** The Beyond Sampler that feeds a Closed-Form Edit, or none. */
+function beyondOf(node) {
+  const slot = node.inputs.findIndex(({ name }) => name === "beyond");
+  const source = slot < 0 ? null : node.getInputNode(slot);
+  return source?.comfyClass === "RealEraBeyondSampler" ? source : null;
+}
+
+function togglePreserved(node, word) {
+  const widget = beyondOf(node)?.widgets.find(({ name }) => name === "preserve");
+  if (!widget) return;
+  const lines = widget.value.split("\n").filter((line) => line.trim());
+  const kept = lines.filter((line) => line.trim() !== word);
+  widget.value = (kept.length < lines.length ? kept : [...lines, word]).join("\n");
+  widget.callback?.(widget.value);
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function addScope(node) {
+  const list = element("div", { overflowY: "auto", fontSize: "11px", height: "100%" });
+  list.className = "realera-scope";
+  list.append(element("div", { color: GREY, textAlign: "center" }, text("run")));
+  addView(node, "realera_scope", list, 300);
+  let reaches = [];
+
+  const fill = () => {
+    const preserve = beyondOf(node)?.widgets.find(({ name }) => name === "preserve")?.value;
+    const kept = new Set((preserve ?? "").split("\n").map((line) => line.trim()));
+    const hint = preserve === undefined ? text("connect") : text("hint");
+    list.replaceChildren(element("div", { color: GREY, padding: "2px 4px" }, hint));
+    for (const [word, concept, toward, moved] of reaches) {
+      const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
+      row.style.cursor = "pointer";
+      row.title = `${Math.round(100 * toward)} % → ${concept}, ${Math.round(100 * moved)} % moved`;
+      const color = kept.has(word) ? FAR : toward >= 0.5 ? CONCEPT : NEAR;
+      const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
+      const share = Math.max(0, Math.min(1, toward));
+      bar.append(element("div", { width: `${100 * share}%`, height: "100%", background: color }));
+      const name = element("span", { width: "42%", overflow: "hidden", whiteSpace: "nowrap" }, word);
+      name.style.color = kept.has(word) ? FAR : "inherit";
+      row.append(name, bar, element("span", { width: "34px", textAlign: "right" }));
+      row.lastChild.textContent = `${Math.round(100 * toward)} %`;
+      row.addEventListener("click", () => {
+        togglePreserved(node, word);
+        fill();
+      });
+      list.append(row);
+    }
+  };
+  return (output) => {
+    if (!output.realera_scope) return;
+    reaches = output.realera_scope;
+    fill();
+  };
+}
+
+// ------------------------------------------------------------------------ the loss
+
+function addLoss(node) {
+  let steps = [];
+  let total = 1;
+  const { redraw } = addCanvas(node, "realera_loss", 200, (pen, width, height) => {
+    if (!steps.length) return say(pen, width, height, text("run"));
+    const left = 8;
+    const bottom = height - 18;
+    const top = Math.max(...steps.map(({ loss }) => loss)) || 1;
+    const x = (step) => left + ((width - 2 * left) * step) / total;
+    const y = (loss) => bottom - ((bottom - 16) * loss) / top;
+    pen.strokeStyle = GREY;
+    pen.strokeRect(left, 16, width - 2 * left, bottom - 16);
+    for (const { step, loss } of steps) {
+      pen.fillStyle = step % 2 ? NEAR : FAR;
+      pen.fillRect(x(step) - 1, y(loss) - 1, 2.5, 2.5);
+    }
+    pen.strokeStyle = CONCEPT;
+    pen.lineWidth = 2;
+    pen.beginPath();
+    let mean = 0;
+    steps.forEach(({ step, loss }, k) => {
+      mean += (loss - mean) / Math.min(k + 1, 20);
+      pen.lineTo(x(step), y(mean));
+    });
+    pen.stroke();
+    const last = steps.at(-1);
+    pen.fillStyle = GREY;
+    pen.textAlign = "left";
+    const label = `${text("step")} ${last.step} / ${total}, ${text("loss")} ${mean.toFixed(4)}`;
+    pen.fillText(label, left, height - 4);
+  });
+  node.realeraStep = (made) => {
+    if (made.step <= (steps.at(-1)?.step ?? 0)) steps = [];
+    steps.push(made);
+    total = made.steps;
+    redraw();
+  };
+  return (output) => {
+    if (!output.realera_loss) return;
+    total = output.realera_loss.length;
+    steps = output.realera_loss.map((loss, k) => ({ step: k + 1, loss }));
+    redraw();
+  };
+}
+
+api.addEventListener("realera.step", ({ detail }) => {
+  app.graph.getNodeById(detail.node)?.realeraStep?.(detail);
+});
+
+// ------------------------------------------------------------------------ before and after
+
+function addSlider(node) {
+  const box = element("div", { display: "flex", flexDirection: "column", height: "100%" });
+  box.className = "realera-slider";
+  const choice = element("select", { fontSize: "11px", marginBottom: "4px" });
+  const stage = element("div", { position: "relative", flex: "1", overflow: "hidden" });
+  const fit = { position: "absolute", width: "100%", height: "100%", objectFit: "contain" };
+  const [before, after] = [element("img", fit), element("img", fit)];
+  for (const image of [before, after]) image.style.imageRendering = "pixelated";
+  const names = element("div", { display: "flex", justifyContent: "space-between" });
+  names.style.fontSize = "11px";
+  names.append(element("span", {}, text("before")), element("span", {}, text("after")));
+  const slider = element("input", { width: "100%" });
+  Object.assign(slider, { type: "range", min: 0, max: 100, value: 50 });
+  stage.append(before, after);
+  box.append(choice, stage, names, slider);
+  addView(node, "realera_slider", box, 320);
+
+  let pairs = [];
+  const url = ({ filename, subfolder, type }) =>
+    api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  const cut = () => (after.style.clipPath = `inset(0 0 0 ${slider.value}%)`);
+  const show = () => {
+    const pair = pairs[choice.selectedIndex];
+    if (!pair) return;
+    before.src = url(pair.before);
+    after.src = url(pair.after);
+  };
+  slider.addEventListener("input", cut);
+  choice.addEventListener("change", show);
+  cut();
+  return (output) => {
+    if (!output.realera_pairs) return;
+    pairs = output.realera_pairs;
+    choice.replaceChildren(
+      ...pairs.map(({ prompt }, k) => element("option", {}, `${k + 1}: ${prompt}`)),
+    );
+    show();
+  };
+}
+
+const VIEWS = {
+  RealEraNeighborSampler: addNeighborhood,
+  RealEraBeyondSampler: addNeighborhood,
+  RealEraClosedFormEdit: addScope,
+  RealEraLoraAlign: addLoss,
+  RealEraCompare: addSlider,
+};
+
+app.registerExtension({
+  name: "RealEra",
+  nodeCreated(node) {
+    const add = VIEWS[node.comfyClass];
+    if (!add) return;
+    const update = add(node);
+    const executed = node.onExecuted;
+    node.onExecuted = function (output) {
+      executed?.call(this, output);
+      update(output);
+    };
+  },
+});
