@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .alignment import Training, align, draw_anchors
-from .bank import Bank, encode_bank, spare_concepts
+from .bank import Bank, bank_prompts, encode_bank, spare_concepts
 from .closed_form import PAIR_WEIGHT, collect
 from .concepts import Concept, Pairs, encode_pairs
 from .diffusion import Diffusion, TextEncoder
@@ -24,6 +24,7 @@ from .mining import (
     neighborhood,
     preserving,
 )
+from .scope import Reach, scope
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ def erase(
         "versions": {"python": python_version(), **{name: version(name) for name in packages}},
     }
     return Erasure.fit(sums, pooled, settings.lambda1, settings.lambda2, provenance)
+
+
+def reach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
+    """The scope report over the words that were mined, in the ring and just outside it; where
+    none were, over the bank's prompts."""
+    if mining.ring.words is not None:
+        return scope(erasure.edit, text, mining.pairs, list(mining.ring.words.cosine))
+    return scope(erasure.edit, text, mining.pairs, bank_prompts(), "{}")
 
 
 def align_erasure(

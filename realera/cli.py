@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import pictures
-from .algorithm import Settings, align_erasure, erase, mine
+from .algorithm import Settings, align_erasure, erase, mine, reach
 from .alignment import Training
 from .bank import cache_folder
 from .checkpoints import write_checkpoint, write_lora
@@ -167,7 +167,7 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
                 on_step=on_step,
                 state=out / "alignment-state.safetensors",
             )
-    reaches = scope(erasure.edit, model.text, mining.pairs, model.text.words())
+    reaches = reach(model.text, erasure, mining)
     noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
     erasure = replace(erasure, provenance=noted)
 
@@ -336,11 +336,11 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--overwrite", action="store_true")
     _device_options(judge)
 
-    reach = command("scope", run_scope, "what an erasure takes along, before an image is drawn")
-    reach.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
-    reach.add_argument("erasure", help="erasure.safetensors")
-    reach.add_argument("--words", help="text file, one word or phrase a line; else the vocabulary")
-    reach.add_argument("--count", type=int, default=40, help="lines to print")
+    outlook = command("scope", run_scope, "what an erasure takes along, before an image is drawn")
+    outlook.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
+    outlook.add_argument("erasure", help="erasure.safetensors")
+    outlook.add_argument("--words", help="text file, one word or phrase a line; else the vocabulary")
+    outlook.add_argument("--count", type=int, default=40, help="lines to print")
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")
