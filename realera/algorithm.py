@@ -126,7 +126,7 @@ def erase(
     return Erasure.fit(sums, pooled, settings.lambda1, settings.lambda2, provenance)
 
 
-def reach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
+def outreach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
     if mining.ring.words is not None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import pictures
-from .algorithm import Settings, align_erasure, erase, mine, reach
+from .algorithm import Settings, align_erasure, erase, mine, outreach
 from .alignment import Training
 from .bank import cache_folder
 from .checkpoints import write_checkpoint, write_lora
@@ -167,7 +167,7 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
                 on_step=on_step,
                 state=out / "alignment-state.safetensors",
             )
-    reaches = reach(model.text, erasure, mining)
+    reaches = outreach(model.text, erasure, mining)
     noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
     erasure = replace(erasure, provenance=noted)
 
@@ -339,7 +339,9 @@ def _parser() -> argparse.ArgumentParser:
     outlook = command("scope", run_scope, "what an erasure takes along, before an image is drawn")
     outlook.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
     outlook.add_argument("erasure", help="erasure.safetensors")
-    outlook.add_argument("--words", help="text file, one word or phrase a line; else the vocabulary")
+    outlook.add_argument(
+        "--words", help="text file, one word or phrase a line; else the vocabulary"
+    )
     outlook.add_argument("--count", type=int, default=40, help="lines to print")
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")

@@ -1,0 +1,103 @@
+"""The command line on the bundled model: every command, and every file it leaves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realera.cli import main
+from realera.erasure import Erasure
+from realera.files import open_tensors
+from realera.miniature import CHECKPOINT
+
+QUICK = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1"]
+FILES = ("checkpoint.safetensors", "lora.safetensors", "erasure.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`realera erase` with two steps of alignment."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    arguments = ["erase", "miniature", "-c", "airplane -> sky", "-o", str(out), *QUICK]
+    assert main([*arguments, "--steps", "2", "--batch", "1", "--prompt", "a dog"]) == 0
+    return out
+
+
+def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(folder):
+    left = {path.name for path in folder.iterdir()}
+    pictures = {"before-after.png", "loss.png", "neighbourhood.png", "scope.png"}
+    assert left == {*FILES, *pictures, "scope.txt"}
+    assert "airplane" in (folder / "scope.txt").read_text("utf-8")
+    original, erased = load_file(CHECKPOINT), load_file(folder / FILES[0])
+    assert original.keys() == erased.keys()
+    changed = {key for key in original if not torch.equal(original[key], erased[key])}
+    assert changed == {
+        k for k in original if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+    note = json.loads(open_tensors(folder / FILES[0]).metadata["realera"])
+    assert note["concepts"][0]["name"] == "airplane" and note["training"]["steps"] == 2
+
+
+def test_apply_writes_the_checkpoint_and_the_lora_that_erase_wrote(folder, tmp_path):
+    erasure = str(folder / FILES[2])
+    assert main(["apply", "miniature", erasure, str(tmp_path / "c.safetensors")]) == 0
+    assert main(["apply", "miniature", erasure, str(tmp_path / "l.safetensors"), "--lora"]) == 0
+    for name, written in (("c", FILES[0]), ("l", FILES[1])):
+        first, second = load_file(tmp_path / f"{name}.safetensors"), load_file(folder / written)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_merging_two_erasures_is_the_joint_fit(tmp_path):
+    concepts = ("airplane -> sky", "dog -> tree")
+    runs = {"one": concepts[:1], "two": concepts[1:], "both": concepts}
+    for name, these in runs.items():
+        chosen = [part for concept in these for part in ("-c", concept)]
+        quick = ["--source", "isotropic", "--neighbors", "0", "--beyond", "0", "--steps", "0"]
+        out = ["-o", str(tmp_path / name), "--prompt", "a dog"]
+        assert main(["erase", "miniature", *chosen, *quick, *out]) == 0
+    files = [str(tmp_path / name / FILES[2]) for name in ("one", "two")]
+    assert main(["merge", *files, "-o", str(tmp_path / "merged.safetensors")]) == 0
+    merged = Erasure.load(tmp_path / "merged.safetensors").edit.matrix
+    joint = Erasure.load(tmp_path / "both" / FILES[2]).edit.matrix
+    assert torch.allclose(merged, joint, atol=1e-5)
+    assert not torch.allclose(merged, torch.eye(len(merged)), atol=1e-2)
+
+
+def test_scope_and_info_print_what_a_file_does(folder, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("airplane\nhouse\n", "utf-8")
+    assert main(["scope", "miniature", str(folder / FILES[2]), "--words", str(words)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("airplane") and lines[2].startswith("house")
+    for name in FILES:
+        assert main(["info", str(folder / name)]) == 0
+        assert '"airplane"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["erase", "nowhere.safetensors", "-c", "cat -> dog"], "nowhere.safetensors"),
+        (["erase", "miniature", "-c", "cat"], "no '->'"),
+        (["erase", "miniature", "-c", "cat -> cat"], "the concept itself"),
+        (["erase", "miniature", "-c", "cat -> dog", "--preserve", "a cat", *QUICK], "to be erased"),
+        (["erase", "miniature", "-c", "cat -> dog", "--s1", "0.1", *QUICK], "S2 must be smaller"),
+        (["erase", "miniature", "-c", "cat -> dog", "--source", "words"], "none of"),
+        (["info", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, capsys):
+    if arguments[0] == "erase":
+        arguments = [*arguments, "-o", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_file_that_exists_is_not_overwritten(folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert main(["erase", "miniature", "-c", "cat -> dog", "-o", str(folder), *QUICK]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
