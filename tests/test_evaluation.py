@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from realera.diffusion import DiffusersModel
 from realera.evaluation import (
     ARTISTS,
     CELEBRITIES,
@@ -22,12 +23,15 @@ from realera.evaluation import (
     Score,
     clip_classifier,
     count_explicit,
+    draw,
+    evaluate,
     harmonic_mean,
     load_detector,
     miniature_task,
     paper_task,
     style_task,
     table,
+    task_of,
     write,
 )
 from realera.miniature.vocabulary import CONCEPTS, STYLES
@@ -160,6 +164,65 @@ def test_a_classifier_counts_the_most_likely_class_only():
     assert by_sign(images, ["bright", "bright"]).tolist() == [0, 100]
     with pytest.raises(ValueError, match="purple"):
         by_sign(images, ["dark", "purple"])
+
+
+# ------------------------------------------------------------------ drawing, on a tiny model
+
+
+@pytest.fixture(scope="module")
+def model(pipelines) -> DiffusersModel:
+    return DiffusersModel(pipelines["sd1"])
+
+
+PROMPTS = ("a photo of the dog", "a photo of the ship", "fog")
+
+
+def test_an_image_has_its_own_noise_whatever_the_batch(model):
+    def drawn(**how):
+        return torch.cat([*draw(model, PROMPTS, 2, steps=2, **how)])
+
+    one_by_one, at_once = drawn(batch=1), drawn(batch=6)
+    assert one_by_one.shape == at_once.shape == (6, 3, 64, 64)
+    assert torch.allclose(one_by_one, at_once, atol=1e-3)
+    assert not torch.allclose(at_once[0], at_once[1], atol=1e-2)  # two images of one prompt
+    assert torch.equal(at_once, drawn(batch=6, seed=0))
+    assert not torch.allclose(at_once, drawn(batch=6, seed=1), atol=1e-2)
+
+
+def test_every_image_is_judged_once_under_what_its_prompt_wanted(model):
+    task = task_of("dog", ("dog", "ship", "cat"), synonyms=("hound",), associated=("a leash",))
+    asked = []
+
+    class Recorder:
+        name = "recorder"
+
+        def __call__(self, images, wanted):
+            asked.extend(zip(images, wanted, strict=True))
+            return torch.arange(len(images), dtype=torch.float32)
+
+    done = []
+    report, firsts = evaluate(
+        model,
+        task,
+        Recorder(),
+        images=2,
+        steps=1,
+        batch=3,
+        progress=lambda *at: done.append(at),
+    )
+    assert [wanted for _, wanted in asked] == [*["dog"] * 2, *["ship"] * 2, *["cat"] * 2] + [
+        "dog"
+    ] * 4
+    assert done == [(3, 10), (6, 10), (9, 10), (10, 10)]
+    assert report.efficacy == Score(0 + 1, 2)
+    assert report.specificity == {"ship": Score(2 + 0, 2), "cat": Score(1 + 2, 2)}
+    assert report.generality == {"synonyms": Score(0 + 1, 2), "associated": Score(2 + 0, 2)}
+    assert list(firsts) == [
+        *task.named,
+        *(p for own in task.others.values() for p in own),
+        *(p for own in task.generality.values() for p in own),
+    ]
+    assert all(torch.equal(image, asked[2 * k][0]) for k, image in enumerate(firsts.values()))
 
 
 # ------------------------------------------------------------------ CLIP, with random weights

@@ -1,0 +1,149 @@
+"""Does the scope report tell what the images will show? Rank correlations on the miniature.
+
+    python -m benchmarks.scope_correlation --concepts automobile,dog --images 2
+
+Every name, synonym and never-trained word of the miniature is drawn before and after an erasure,
+and so is the anchor, from the same noise. What the report foretells of a word is compared with
+what its images x did, in pixels and in the classifier's eyes:
+
+- moved, |T e - e| / |e|: |after - before|
+- toward the anchor: <after - before, anchor - before> / |anchor - before|², the share of the way
+- toward the anchor: by how much the probability of what the word had shown fell
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.ablation import ANCHORS, REPORTING, RESULTS
+from realera.algorithm import erase, mine
+from realera.concepts import Concept
+from realera.diffusion import DiffusersModel, Diffusion
+from realera.erasure import applied
+from realera.evaluation import OBJECT, aligned, draw, miniature_classifier
+from realera.files import writing
+from realera.miniature.vocabulary import CONCEPTS
+from realera.scope import scope
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, ties share their mean: float64 [n]."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double() - 1
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Rank correlation of x and y [n]; NaN when one of them is constant."""
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def vocabulary() -> list[str]:
+    """Every word that a concept of the miniature is known by, trained or held out."""
+    words = [
+        word
+        for concept in CONCEPTS.values()
+        for word in (concept.name, *concept.synonyms, *concept.held_out_words)
+    ]
+    return list(dict.fromkeys(words))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the images of every word show.
+
+    pixels: [words, images, 3 x height x width]; probability: [words, images, classes]
+    """
+
+    pixels: Tensor
+    probability: Tensor
+
+
+@torch.no_grad()
+def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> Seen:
+    """Image k of word n has the same noise in every call with as many words."""
+    prompts = [OBJECT.replace("{}", word) for word in words]
+    batches = draw(model, prompts, options.images, seed=options.seed, steps=options.steps, batch=64)
+    images = torch.cat([*batches])
+    probability = miniature_classifier().logits(images).softmax(-1)
+    shape = (len(words), options.images, -1)
+    return Seen(images.view(shape), probability.view(shape))
+
+
+def shown(before: Seen, after: Seen, anchor: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every word, means over its images: distance, share of the way, fall of probability."""
+    change, way = after.pixels - before.pixels, anchor.pixels - before.pixels
+    distance = change.norm(dim=-1).mean(1)
+    share = ((change * way).sum(-1) / way.square().sum(-1).clamp(min=1e-12)).mean(1)
+    own = before.probability.mean(1).argmax(-1)  # what the word had shown
+    at = own[:, None, None].expand(-1, before.probability.shape[1], 1)
+    fall = (before.probability - after.probability).gather(2, at).mean((1, 2))
+    return distance, share, fall
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from realera.miniature import load_pipeline
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--concepts", default=",".join(REPORTING))
+    parser.add_argument("--images", type=int, default=4, help="a word")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
+
+    model, words = DiffusersModel(load_pipeline()), vocabulary()
+    before = see(model, words, options)
+    anchors: dict[str, Seen] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name in tqdm(options.concepts.split(","), unit="concept"):
+        concept = Concept(name, ANCHORS[name])
+        if concept.anchor not in anchors:
+            anchors[concept.anchor] = see(model, [concept.anchor] * len(words), options)
+        mining = mine(model.text, [concept])
+        erasure = erase(mining)
+        with applied(erasure, model.unet):
+            after = see(model, words, options)
+        distance, share, fall = shown(before, after, anchors[concept.anchor])
+        reaches = {r.word: r for r in scope(erasure.edit, model.text, mining.pairs, words)}
+        moved = torch.tensor([reaches[word].moved for word in words])
+        toward = torch.tensor([reaches[word].toward for word in words])
+        found[name] = {
+            "moved, distance of the images": spearman(moved, distance),
+            "toward, share of the way": spearman(toward, share),
+            "toward, fall of probability": spearman(toward, fall),
+        }
+
+    heads = list(next(iter(found.values())))
+    mean = {head: sum(row[head] for row in found.values()) / len(found) for head in heads}
+    lines = [["erased", *heads]]
+    for name, row in (found | {"mean": mean}).items():
+        lines.append([name, *(f"{row[head]:.2f}" for head in heads)])
+    text = (
+        "# Scope report against generated images\n\n"
+        f"`python -m benchmarks.scope_correlation {command}`: Spearman's rank correlation over "
+        f"{len(words)} words, {options.images} images a word from the same noise before and after, "
+        f"{options.steps} steps.\n\n```\n{aligned(lines)}\n```\n"
+    )
+    with writing(options.out / "scope_correlation.md", overwrite=True) as part:
+        part.write_text(text)
+    stored = {"command": command, "words": words, "concepts": found, "mean": mean}
+    with writing(options.out / "scope_correlation.json", overwrite=True) as part:
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
