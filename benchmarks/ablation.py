@@ -263,18 +263,19 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
     first = next(iter(next(iter(results.values())).values())).report
     count = sum(s.images for s in [first.efficacy, *first.generality.values()])
     count += sum(s.images for s in first.specificity.values())
-    error = 50 / math.sqrt(count / 3)
+    error = 50 / math.sqrt(first.efficacy.images)
     notes = [
         f"`python -m benchmarks.ablation {options.command}`, {platform.processor() or 'CPU'}, "
         f"torch {torch.__version__}.",
         f"Percent. {options.images} images a prompt ({count} a row and concept), seed "
         f"{options.seed}, {options.steps} steps, guidance 7.5, judged by the bundled classifier; "
-        "all rows of a concept share their noise. A metric of one concept has a standard error of "
-        f"up to about {error:.0f} points. H_o is the mean over the concepts, as in the paper.",
+        "all rows of a concept share their noise. Acc_e of one concept, from "
+        f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
+        "H_o is the mean over the concepts, as in the paper.",
         "Anchors: " + ", ".join(f"{c} → {ANCHORS[c]}" for c in results) + ".",
         "Rows without the bank follow the paper (isotropic noise, weight 1 on the pair); what is "
         "added to them is named. *UCE*, *SPEED* and *ESD-x* are our own small implementations "
-        "(`benchmarks/peers.py`). Parameters were chosen on the tuning half alone. *held-out "
+        "(`benchmarks/peers.py`). Parameters may be chosen on the tuning half alone. *held-out "
         "words* occur in no caption that the miniature was trained on.",
     ]
     stored = {
