@@ -76,7 +76,7 @@ def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> 
     images = torch.cat([*batches])
     probability = miniature_classifier().logits(images).softmax(-1)
     shape = (len(words), options.images, -1)
-    return Seen(images.view(shape), probability.view(shape))
+    return Seen(images.reshape(shape), probability.reshape(shape))
 
 
 def shown(before: Seen, after: Seen, anchor: Seen) -> tuple[Tensor, Tensor, Tensor]:

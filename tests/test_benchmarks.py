@@ -1,5 +1,6 @@
 """Do the baselines do what their papers say, and do the benchmarks measure what they claim?"""
 
+import argparse
 import copy
 import json
 from functools import partial
@@ -175,6 +176,13 @@ def test_the_share_of_the_way_is_measured_towards_the_anchor():
     assert share.tolist() == pytest.approx([0.4, 0.4])
     assert distance.tolist() == pytest.approx([0.2 * 5**0.5] * 2)
     assert fall.tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_a_word_is_seen_alike_in_every_call(model):
+    options = argparse.Namespace(images=2, seed=0, steps=1)
+    one, other = (scope_correlation.see(model, ["dog", "ship"], options) for _ in range(2))
+    assert one.pixels.shape == (2, 2, 3 * 64 * 64) and torch.equal(one.pixels, other.pixels)
+    assert torch.allclose(one.probability.sum(-1), torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("size", speed.SIZES, ids=lambda size: size.name)
