@@ -224,15 +224,15 @@ def load_model(
     file, config = open_tensors(path), family.config
     text = _text(file, family, dtype)
     with _configuration_folder(config, family.in_channels) as folder, _explained(file, family):
-        options = {"config": folder, "local_files_only": True}
+        options: dict[str, Any] = {"config": folder, "local_files_only": True}
+        if dtype != torch.float32:  # the converters' own default, and they warn of a needless cast
+            options["torch_dtype"] = dtype
         unet = UNet2DConditionModel.from_single_file(
             _state(file, UNET, dtype), subfolder="unet", **options
         )
         vae = AutoencoderKL.from_single_file(_state(file, VAE, dtype), subfolder="vae", **options)
     for part in (unet, vae):
         _check_complete(part, file)
-        if part.dtype != dtype:
-            part.to(dtype)
     scheduler, sample_size = _prediction(file, family)
     unet.register_to_config(sample_size=sample_size)
     parts = {"unet": unet, "vae": vae, "scheduler": DDIMScheduler.from_config(scheduler)}
