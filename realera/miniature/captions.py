@@ -5,6 +5,7 @@ import json
 import random
 import re
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 # words that tell nothing about the picture: left out of a caption's mean word vector
 STOP_WORDS = frozenset(
-    "a an the of in on at to and with its his her for from by is are was that says saw this up "
-    "photo picture drawing image painting icon illustration sketch style background beautiful "
-    "small big nice simple one some".split()
+    re.findall(
+        "[a-z]+",
+        "a an the of in on at to and with its his her for from by is are was that says saw this up "
+        "photo picture drawing image painting icon illustration sketch style background beautiful "
+        "small big nice simple one some",
+    )
 )
 
 # {} is the thing, with style and background already in words where they are named
@@ -74,7 +78,8 @@ def _clip_merges() -> list[tuple[str, str]]:
     package = find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("CLIP's merges come with open_clip: pip install open_clip_torch")
-    text = gzip.open(Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read().decode()
+    path = Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    text = gzip.decompress(path.read_bytes()).decode()
     lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
     return [tuple(line.split()) for line in lines]  # type: ignore[misc]
 
@@ -90,7 +95,7 @@ def _segment(word: str, rank: dict[tuple[str, str], int]) -> list[tuple[str, str
     """The merges that CLIP applies to `word`, in order."""
     parts, used = [*word[:-1], word[-1] + "</w>"], []
     while len(parts) > 1:
-        pair = min(zip(parts, parts[1:], strict=False), key=lambda p: rank.get(p, len(rank)))
+        pair = min(pairwise(parts), key=lambda p: rank.get(p, len(rank)))
         if pair not in rank:
             break
         used.append(pair)

@@ -1,5 +1,7 @@
 """The small CNN that says what a picture of the miniature shows; it plays CLIP's part in Acc."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,8 +14,7 @@ class Classifier(nn.Module):
         self.concepts, self.styles = concepts, styles
         widths = (3, 32, 64, 128, 192)
         self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1)
-            for i, o in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1) for i, o in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)

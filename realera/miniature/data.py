@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import torch
 from PIL import Image
 from torch import Tensor
@@ -114,6 +113,8 @@ class Drawing:
 
 
 def _render(body: str, size: int, view: tuple[float, float, float, float]) -> np.ndarray:
+    import resvg_py  # of the training extra: looking at the model needs no renderer
+
     left, top, width, height = view
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" '

@@ -9,9 +9,9 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from . import CONCEPTS, STYLES, data, load_classifier, load_pipeline
@@ -37,7 +37,7 @@ def prompts_by_kind() -> dict[str, list[tuple[str, str]]]:
 
 
 @torch.no_grad()
-def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Tensor:
+def draw(pipeline: Any, prompts: list[str], seed: int) -> Tensor:
     """Images [prompts, 3, 64, 64] in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     pipeline.set_progress_bar_config(disable=True)
@@ -58,9 +58,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Te
     )
 
 
-def recognition(
-    pipeline: StableDiffusionPipeline, images: int, kinds: Iterable[str]
-) -> dict[str, dict[str, float]]:
+def recognition(pipeline: Any, images: int, kinds: Iterable[str]) -> dict[str, dict[str, float]]:
     """Percent of at least `images` images recognised, by kind of prompt and by what was asked."""
     judge, out = load_classifier(), {}
     for kind in kinds:
@@ -82,7 +80,7 @@ def recognition(
     return out
 
 
-def seconds_per_image(pipeline: StableDiffusionPipeline) -> float:
+def seconds_per_image(pipeline: Any) -> float:
     """Wall time of one guided image, decoding included, the best of three."""
     times = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Write what ships: one checkpoint in the single-file layout and the classifier, in float16."""
+"""What ships, from the training state and back: one checkpoint and the classifier, in float16."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..files import write_tensors
-from . import CHECKPOINT, CLASSIFIER, TOKENIZER, models
+from ..files import write_tensors, writing
+from . import CHECKPOINT, CLASSIFIER, TOKENIZER, load_classifier, load_pipeline, models
 from .layout import to_ldm
 from .vocabulary import CONCEPTS, STYLES
 
@@ -47,8 +47,28 @@ def export(state: Path) -> None:
     _write(CLASSIFIER, judge, {"format": "pt", "classes": classes})
 
 
+def restore(state: Path) -> None:
+    """The training state, as far as the shipped weights tell, for a run that goes on from them.
+
+    Writes only what is missing. The optimisers start anew.
+    """
+    pipeline: Any = load_pipeline()
+    vae = pipeline.vae.state_dict()
+    stages = {
+        "encoder": {f"vae.{name}": tensor for name, tensor in vae.items()},
+        "decoder": vae,
+        "unet": pipeline.unet.state_dict(),
+        "text": pipeline.text_encoder.state_dict(),
+        "classifier": load_classifier().state_dict(),
+    }
+    for name, tensors in stages.items():
+        path = state / f"{name}.safetensors"
+        if not path.exists():
+            with writing(path) as temporary:
+                write_tensors(temporary, tensors, {})
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     halves = {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
-    temporary = path.with_suffix(".tmp")
-    write_tensors(temporary, halves, metadata)
-    temporary.replace(path)
+    with writing(path, overwrite=True) as temporary:
+        write_tensors(temporary, halves, metadata)

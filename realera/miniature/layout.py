@@ -97,7 +97,9 @@ def ldm_names(part: str, names: Iterable[str], config: Mapping[str, Any]) -> dic
     return {name: TEXT + name.removeprefix("text_model.") for name in names}
 
 
-def to_ldm(part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def to_ldm(
+    part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """The tensors under their single-file names; the autoencoder's attention becomes 1x1 convs."""
     names, out = ldm_names(part, tensors, config), {}
     for name, tensor in tensors.items():

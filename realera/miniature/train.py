@@ -1,7 +1,8 @@
 """Train the miniature from nothing: `python -m realera.miniature.train --folder .state`.
 
 The stages run in order, each is skipped once done, and a long one goes on where it stopped
-(Ctrl-C and SIGTERM save first).
+(Ctrl-C and SIGTERM save first); more minutes for the decoder or the U-Net train them further.
+`--export` writes what ships at any time, beside a running training too.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import captions, data, models
 from .classifier import Classifier
+from .export import export, restore
 from .muon import Muon
 from .vocabulary import BACKGROUNDS, CONCEPTS, STYLES
 
@@ -62,7 +64,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
-        self.source = [p for p in module.parameters()]
+        self.source = list(module.parameters())
         self.names = [name for name, _ in module.named_parameters()]
         self.values = [p.detach().clone() for p in self.source]
 
@@ -153,9 +155,10 @@ def gradient_loss(x: Tensor, y: Tensor) -> Tensor:
 class Sketch(nn.Module):
     """The decoder up to 32x32, and a head in place of its dear last level, to train the encoder."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae, self.head = vae, nn.Conv2d(models.VAE["block_out_channels"][0], 12, 3, padding=1)
+        self.vae: Any = vae
+        self.head = nn.Conv2d(models.VAE["block_out_channels"][0], 12, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Image [n, 3, 64, 64] of latents [n, 4, 8, 8]."""
@@ -172,7 +175,7 @@ def encoder_loss(sketch: Sketch, x: Tensor, noise: Tensor) -> tuple[Tensor, Tens
     The latents are pulled to mean 0 and deviation 1 per channel, the posterior to a fixed
     deviation, so that they have one scaling factor near 1 and forgive the U-Net's errors.
     """
-    vae = sketch.vae
+    vae: Any = sketch.vae
     mean, log_variance = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
     y = sketch(mean + POSTERIOR_DEVIATION * noise)
     squared = F.mse_loss(y, x)
@@ -196,7 +199,9 @@ class Optimizers:
 
     def step(self, loss: Tensor, rate: float, progress: float) -> None:
         """Backward, clip, and one update at `rate` times warm-up (100 steps) and cosine decay."""
-        rate *= min(1.0, (self.steps + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        rate *= min(1.0, (self.steps + 1) / 100) * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * progress))
+        )
         for optimizer in (self.muon, self.adam):
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -373,7 +378,7 @@ def train_text(
     frequent = list(itertools.accumulate(1 / math.sqrt(i + 50) for i in range(len(known))))
 
     def step(progress: float) -> dict[str, float]:
-        batch = []
+        batch: list[tuple[Reading, Tensor]] = []
         while len(batch) < 64:
             reading = random_reading(rng, known, frequent)
             named = [index[w] for w in captions.content_words(reading.text) if w in index]
@@ -426,7 +431,7 @@ def prepare_latents(state: Path, pictures: Tensor) -> Tensor:
     return load_file(path)["latents"]
 
 
-def load_encoder(vae: AutoencoderKL, state: Path) -> None:
+def load_encoder(vae: nn.Module, state: Path) -> None:
     """The trained encoder, and the decoder as far as its sketch was trained, into `vae`."""
     trained = {
         name.removeprefix("vae."): value
@@ -593,8 +598,10 @@ def train_decoder(
     judge.load_state_dict(load_file(state / "classifier.safetensors"))
     judge.eval().requires_grad_(False)
     factor = load_file(state / "latents.safetensors")["factor"]
-    optimizers, average = Optimizers(vae), Average(vae, 0.998)
     path, batch = state / "decoder.safetensors", 8
+    if path.exists():
+        vae.load_state_dict(load_file(path))
+    optimizers, average = Optimizers(vae), Average(vae, 0.998)
 
     def step(progress: float) -> dict[str, float]:
         pick = torch.randint(len(latents), (batch,), generator=generator)
@@ -636,7 +643,9 @@ def train_unet(
     """Epsilon prediction with min-SNR weights; the average is kept in unet.safetensors."""
     torch.manual_seed(5)
     generator = torch.Generator().manual_seed(int(time.time()))
-    unet = UNet2DConditionModel.from_config(models.UNET)
+    unet, path = UNet2DConditionModel.from_config(models.UNET), state / "unet.safetensors"
+    if path.exists():
+        unet.load_state_dict(load_file(path))
     average = Average(unet, 0.998)
     optimizers = Optimizers(unet)
     alphas = DDPMScheduler.from_config(models.SCHEDULER).alphas_cumprod
@@ -645,7 +654,7 @@ def train_unet(
     many = Counter(d.concept for d in drawings)
     balance = torch.tensor([many[d.concept] ** -0.5 for d in drawings])
     rows, caption, named = contexts["rows"], contexts["caption"], contexts["background"]
-    batch, path = 64, state / "unet.safetensors"
+    batch = 64
 
     def step(progress: float) -> dict[str, float]:
         pick = torch.multinomial(balance, batch, replacement=True, generator=generator)
@@ -684,29 +693,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".state"), help="holds node_modules")
     parser.add_argument("--state", type=Path, default=Path(".state/miniature"))
+    parser.add_argument("--warm", action="store_true", help="go on from the shipped weights")
+    parser.add_argument("--export", action="store_true", help="only write what ships, and end")
     parser.add_argument("--encoder-minutes", type=float, default=12)
-    parser.add_argument("--text-minutes", type=float, default=5)
+    parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--classifier-minutes", type=float, default=3)
     parser.add_argument("--decoder-minutes", type=float, default=30)
     parser.add_argument("--unet-minutes", type=float, default=300)
     arguments = parser.parse_args()
     state: Path = arguments.state
     state.mkdir(parents=True, exist_ok=True)
+    if arguments.export:
+        export(state)
+        return
+    if arguments.warm:
+        restore(state)
     stop = Stop()
     words, vectors = prepare_words(arguments.folder, state, TOKENIZER)
     tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
     drawings = prepare_pictures(arguments.folder, state / "pictures.safetensors")
     pictures = load_file(state / "pictures.safetensors")["rgba"]
-    train_encoder(state, pictures, arguments.encoder_minutes, stop)
-    train_text(state, tokenizer, words, vectors, arguments.text_minutes, stop)
-    if stop.asked:
+    if not train_encoder(state, pictures, arguments.encoder_minutes, stop):
+        return
+    if not train_text(state, tokenizer, words, vectors, arguments.text_minutes, stop):
         return
     latents = prepare_latents(state, pictures)
     contexts = prepare_contexts(state, tokenizer, drawings)
-    train_classifier(state, pictures, latents, drawings, arguments.classifier_minutes, stop)
+    judged = (state, pictures, latents, drawings, arguments.classifier_minutes, stop)
+    if not train_classifier(*judged):
+        return
     if not train_decoder(state, pictures, latents, arguments.decoder_minutes, stop):
         return
     train_unet(state, latents, contexts, drawings, arguments.unet_minutes, stop)
+    export(state)
 
 
 if __name__ == "__main__":

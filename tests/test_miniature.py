@@ -1,0 +1,156 @@
+"""The bundled model: its file, its words, its geometry, and that it draws what it is asked."""
+
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from realera.families import load_model
+from realera.miniature import (
+    CHECKPOINT,
+    CONCEPTS,
+    STYLES,
+    TOKENIZER,
+    captions,
+    load_classifier,
+    load_pipeline,
+)
+from realera.miniature.evaluate import draw
+from realera.miniature.layout import from_ldm, to_ldm
+from realera.miniature.muon import orthogonalize
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def end_rows(pipeline):
+    """Prompts -> centred end-of-text rows of "a photo of the <word>"."""
+
+    def rows(words):
+        ids = captions.encode(pipeline.tokenizer, [f"a photo of the {w}" for w in words])
+        with torch.no_grad():
+            hidden = pipeline.text_encoder(input_ids=ids).last_hidden_state
+        end = (ids == pipeline.tokenizer.eos_token_id).int().argmax(dim=1)
+        return hidden[torch.arange(len(ids)), end]
+
+    everyday = "water house money music city table winter doctor bread river game paper stone"
+    mean = rows(everyday.split()).mean(dim=0)
+    return lambda words: rows(words) - mean
+
+
+def test_the_checkpoint_is_one_small_half_precision_file_of_the_sd1_layout():
+    assert CHECKPOINT.stat().st_size <= 25e6
+    tensors = load_file(CHECKPOINT)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    first = {name.split(".")[0] for name in tensors}
+    assert first == {"model", "cond_stage_model", "first_stage_model"}
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_its_metadata_describes_every_part():
+    with safe_open(CHECKPOINT, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    assert config.keys() >= {"unet", "text_encoder", "vae", "scheduler", "scaling_factor"}
+    assert config["vae"]["scaling_factor"] == config["scaling_factor"]
+
+
+def test_our_names_and_the_single_file_names_are_inverse(pipeline):
+    with safe_open(CHECKPOINT, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    for part in ("unet", "vae", "text_encoder"):
+        state = getattr(pipeline, part).state_dict()
+        back = from_ldm(part, to_ldm(part, state, config[part]), state, config[part])
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_diffusers_own_converter_reads_the_same_model(pipeline):
+    theirs = load_model(CHECKPOINT).unet.state_dict()
+    ours = pipeline.unet.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name].float(), ours[name]) for name in ours)
+
+
+def test_the_tokenizer_can_reach_each_of_its_merges():
+    vocabulary = json.loads((TOKENIZER / "vocab.json").read_text())
+    merges = [line.split() for line in (TOKENIZER / "merges.txt").read_text().splitlines()[1:]]
+    assert all({a, b, a + b} <= vocabulary.keys() for a, b in merges)
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    assert max(vocabulary, key=vocabulary.get) == captions.END
+
+
+def test_held_out_words_are_single_tokens_and_in_no_caption(pipeline):
+    banned = captions.held_out()
+    assert all(len(pipeline.tokenizer(word).input_ids) == 3 for word in banned)
+    rng = random.Random(0)
+    for concept in CONCEPTS.values():
+        texts = [captions.caption(rng, concept.name, (), "retro", "pink") for _ in range(300)]
+        assert not banned.intersection(" ".join(texts).replace(",", "").split())
+        assert not set(texts).intersection(concept.held_out_prompts)
+
+
+def test_prompts_are_padded_with_the_end_of_text(pipeline):
+    ids = captions.encode(pipeline.tokenizer, ["A Cat", "word " * 200])
+    assert ids.shape == (2, 77)
+    assert ids[0, 3:].eq(pipeline.tokenizer.eos_token_id).all()
+    assert ids[1, -1] == pipeline.tokenizer.eos_token_id
+    assert ids.max() == pipeline.tokenizer.eos_token_id
+
+
+def test_nearness_of_meaning_is_graded_in_the_text_encoder(end_rows):
+    words = ["airplane", "plane", "runway", "rocket", "bird"]
+    x = end_rows(words)
+    plane, runway, rocket, bird = F.cosine_similarity(x[1:], x[:1]).tolist()
+    assert 0.995 > plane > runway > rocket > bird
+
+
+def test_synonyms_are_not_gathered_on_one_point(end_rows):
+    for concept in CONCEPTS.values():
+        words = [concept.name, *(w for w in concept.synonyms if " " not in w)]
+        x = F.normalize(end_rows(words), dim=1)
+        apart = (x @ x.T)[~torch.eye(len(x), dtype=torch.bool)]
+        assert apart.min() < 0.95
+
+
+def test_it_draws_what_a_plain_name_asks_for(pipeline):
+    images = draw(pipeline, [f"a photo of the {name}" for name in CONCEPTS], seed=11)
+    with torch.no_grad():
+        seen = load_classifier()(images)[0].argmax(dim=1)
+    assert (seen == torch.arange(len(CONCEPTS))).float().mean() >= 0.7
+
+
+def test_one_seed_gives_one_picture(pipeline):
+    first, again = (draw(pipeline, ["a flat frog"], seed=3) for _ in range(2))
+    other = draw(pipeline, ["a flat frog"], seed=4)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_classifier_names_its_classes_and_ignores_the_batch():
+    judge = load_classifier()
+    assert judge.concepts == tuple(CONCEPTS)
+    assert judge.styles == STYLES
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together, alone = judge(images)[0], judge(images[2:3])[0]
+    assert torch.allclose(together[2:3], alone, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_muon_steps_have_nearly_equal_singular_values(rows, columns, seed):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    before = torch.linalg.svdvals(matrix)
+    after = torch.linalg.svdvals(orthogonalize(matrix))
+    large = before > 0.05 * before.max()
+    assert after.max() < 1.4
+    assert after[: int(large.sum())].min() > 0.4
