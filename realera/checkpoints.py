@@ -205,9 +205,8 @@ def _stream(
     digest = hashlib.sha256()
 
     def header() -> bytes:
-        earlier = json.loads(file.metadata.get("realera", "[]"))
         source = {"file": file.path.name, "sha256": digest.hexdigest()}
-        notes = [*(earlier if isinstance(earlier, list) else [earlier]), {**note, "from": source}]
+        notes = [*_notes(file), {**note, "from": source}]
         return header_bytes({**file.metadata, "realera": json.dumps(notes)}, file.entries)
 
     with file.path.open("rb") as source, destination.open("wb") as out:
@@ -228,6 +227,16 @@ def _stream(
         out.write(header())
     if destination.stat().st_size != start + file.path.stat().st_size - file.start:
         raise ValueError(f"{file.path} changed while it was read: try again")
+
+
+def _notes(file: TensorFile) -> list[Any]:
+    """What was erased from the file before; whatever else stands in its place is kept as it is."""
+    text = file.metadata.get("realera", "[]")
+    try:
+        earlier = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    return earlier if isinstance(earlier, list) else [earlier]
 
 
 def _check_space(destination: Path, size: int) -> None:

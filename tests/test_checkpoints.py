@@ -358,6 +358,10 @@ def test_erasing_twice_keeps_both_notes(tmp_path, pipelines, singles):
     write_checkpoint(tmp_path / "one.safetensors", erasure, tmp_path / "two.safetensors")
     notes = json.loads(metadata_of(tmp_path / "two.safetensors")["realera"])
     assert [note["from"]["file"] for note in notes] == ["sd1.safetensors", "one.safetensors"]
+    # Text of another tool under our key is not lost either.
+    save_file(load_file(singles["sd1"]), tmp_path / "in", {"realera": "not JSON"})
+    write_checkpoint(tmp_path / "in", erasure, tmp_path / "out")
+    assert json.loads(metadata_of(tmp_path / "out")["realera"])[0] == "not JSON"
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
