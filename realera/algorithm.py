@@ -57,6 +57,11 @@ class Settings:
     bank_limit: float = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("neighbors", "beyond"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
+
 
 @dataclass(frozen=True)
 class Mining:
@@ -130,7 +135,9 @@ def outreach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
     if mining.ring.words is not None:
-        return scope(erasure.edit, text, mining.pairs, list(mining.ring.words.cosine))
+        words = mining.ring.words
+        centre = words.centre[0]
+        return scope(erasure.edit, text, mining.pairs, list(words.cosine), centre=centre)
     return scope(erasure.edit, text, mining.pairs, bank_prompts(), "{}")
 
 

@@ -29,6 +29,8 @@ from .files import writing
 from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
 
 ADAPTER = "realera"
+LOSS_SCALE = 2.0**14  # keeps the gradients of a half-precision U-Net above its smallest number
+ANCHOR_BATCH = 4  # anchor images drawn at once
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ def align(
         optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
         run = _fingerprint(neighbors, beyond, edit, pooled_edit, anchors, training)
         done = _resume(state, run, layers, optimizer)
+        if done > training.steps:
+            raise ValueError(
+                f"{state} holds {done} steps and {training.steps} were asked for: ask for more, or "
+                "name another file to start afresh"
+            )
+        anchors, stepping = anchors.to(weights[0].device), False
         try:
             for step in range(done + 1, training.steps + 1):
                 # A generator a step, so that a resumed run draws what an uninterrupted one did.
@@ -126,14 +134,20 @@ def align(
                         f"(now {training.learning_rate:g}) or run the U-Net in float32"
                     )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                (LOSS_SCALE * loss).backward()
+                for weight in weights:
+                    if weight.grad is not None:
+                        weight.grad /= LOSS_SCALE
+                stepping = True
                 optimizer.step()
-                done = step
+                done, stepping = step, False
                 if state is not None and step % training.save_every == 0:
                     _save(state, run, done, layers, optimizer)
                 on_step(step, loss.item())
+        except FloatingPointError:
+            raise
         except BaseException:
-            if state is not None and done:
+            if state is not None and done and not stepping:
                 _save(state, run, done, layers, optimizer)
             raise
         return {
@@ -186,8 +200,14 @@ def adapted(unet: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
 def edited(unet: nn.Module, edit: Edit) -> Iterator[None]:
     """Every K/V projection computes W_org T e; an adapter on top of it still reads e."""
 
+    converted: dict[tuple[torch.device, torch.dtype], Edit] = {}
+
     def transform(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (edit(inputs[0]), *inputs[1:])
+        rows = inputs[0]
+        kind = (rows.device, rows.dtype)
+        if kind not in converted:
+            converted[kind] = Edit(edit.matrix.to(rows))
+        return (converted[kind](rows), *inputs[1:])
 
     handles = []
     try:
@@ -249,12 +269,15 @@ def draw_anchors(
     """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
 
     Returns [concepts, count, channels, height, width]. They are drawn once: with a cache folder, a
-    file named for their content (model, prompts, seed, steps, guidance, shape) is read back.
+    file named for what they are drawn from (K/V projections and their dtype, encoded prompts, seed,
+    steps, guidance, shape) is read back. Raises FloatingPointError when one is not finite.
     """
     pairs = neighbors.pairs
     key = hashlib.sha256()
     for name, layer in projections(model.unet).items():
-        key.update(name.encode() + layer.weight.detach().float().cpu().numpy().tobytes())
+        weight = layer.weight.detach()
+        key.update(f"{name} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
+    key.update(pairs.anchor.cpu().numpy().tobytes())
     key.update(json.dumps([pairs.anchor_prompts, count, seed, steps, guidance]).encode())
     key.update(json.dumps(model.latent_shape).encode())
     path = cache and cache / f"anchors-{key.hexdigest()[:24]}.safetensors"
@@ -266,14 +289,19 @@ def draw_anchors(
     drawn, start = [], 0
     for concept in pairs.concepts:
         prompts = torch.arange(count) % len(concept.templates) + start
-        anchor = _anchor_of(pairs, prompts)
-        negative = Encoding(
-            empty.context.expand_as(anchor.context),
-            None if empty.pooled is None else empty.pooled.expand(count, -1),
-        )
-        drawn.append(model.sample(anchor, negative, generator, steps, guidance).float())
+        images = []
+        for some in prompts.split(ANCHOR_BATCH):
+            anchor = _anchor_of(pairs, some)
+            pooled = None if empty.pooled is None else empty.pooled.expand(len(some), -1)
+            negative = Encoding(empty.context.expand_as(anchor.context), pooled)
+            images.append(model.sample(anchor, negative, generator, steps, guidance).float())
+        drawn.append(torch.cat(images))
         start += len(concept.templates)
     latents = torch.stack(drawn)
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            "an anchor image is not finite: run the U-Net in float32 or bfloat16"
+        )
     if path is not None:
         with writing(path, overwrite=True) as part:
             save_file({"latents": latents.cpu().contiguous()}, part)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ class Bank:
 
 def bank_prompts() -> tuple[str, ...]:
     """The prompts that ship with the project, about a thousand everyday things."""
-    lines = files("realera").joinpath("bank.txt").read_text("utf-8").splitlines()
+    lines = Path(__file__).with_name("bank.txt").read_text("utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -120,11 +119,10 @@ def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) ->
         (bank.ends - centre)[:, None], (own - centre)[None], dim=-1
     )  # [bank prompts, prompts]
     close = (cosine.amax(1) >= limit).tolist()
-    names = [concept.name.casefold() for concept in pairs.concepts]
     dropped = [
         prompt
         for prompt, near in zip(bank.prompts, close, strict=True)
-        if prompt and (near or any(name in prompt.casefold() for name in names))
+        if prompt and (near or any(concept.named_in(prompt) for concept in pairs.concepts))
     ]
     if not dropped:
         return bank

@@ -96,6 +96,8 @@ def write_lora(
 ) -> LoraReport:
     """The whole erasure as a LoRA file for the source, as `lora_tensors` lays it out."""
     path = locate(source)
+    if Path(destination).resolve() == path.resolve():
+        raise ValueError(f"{destination} is the source: choose another destination")
     family, files = family_of(path), unet_files(path)
     weights = {name: file.read(key) for file, keys in files for key, name in keys.items()}
     _check_fit(erasure, weights.keys(), path)
@@ -143,7 +145,7 @@ def lora_tensors(
             a, b = erasure.lora[name]
             narrow, wide = torch.cat([narrow, a.float()]), torch.cat([wide, b.float()], dim=1)
         prefix = "lora_unet_" + names[name].replace(".", "_")
-        tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)), dtype=dtype)
+        tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
         tensors[prefix + ".lora_down.weight"] = narrow.to(dtype)
         tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
     own, pooled = (_measured(edits[kind], factors.get(kind)) for kind in (False, True))

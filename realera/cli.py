@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -34,10 +34,14 @@ from .evaluation import (
     table,
 )
 from .evaluation import write as write_evaluation
-from .families import family_of, load_model, load_text
+from .families import family_of, load_model, load_text, locate
 from .files import open_tensors, writing
 from .scope import Reach, scope
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+}
 DEMO = "airplane -> ground"
 DEMO_PROMPTS = (
     "a photo of the airplane",
@@ -55,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("interrupted: no file was half-written, the same command resumes", file=sys.stderr)
+        print(
+            "interrupted: no file is half-written, alignment resumes where it was", file=sys.stderr
+        )
         return 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
         print(f"realera {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -104,22 +110,28 @@ def run_evaluate(options: argparse.Namespace) -> None:
         judge: Judge = miniature_classifier()
     else:
         judge = clip_classifier(Clip(options.clip, options.device), task.classes)
-    erasures = {Path(path).stem: Erasure.load(path) for path in options.erasures}
+    erasures = {str(path): Erasure.load(path) for path in options.erasures}
     _evaluate(options, model, erasures, task, judge)
 
 
 def run_scope(options: argparse.Namespace) -> None:
     erasure, text = Erasure.load(options.erasure), load_text(options.model)
     pairs = encode_pairs(text, _concepts_of(erasure))
+    if pairs.context.shape[-1] != len(erasure.edit.matrix):
+        raise ValueError(
+            f"the erasure was made for text embeddings of {len(erasure.edit.matrix)} numbers and "
+            f"{options.model} has {pairs.context.shape[-1]}: name a model of its family"
+        )
     words = Path(options.words).read_text("utf-8").split("\n") if options.words else text.words()
     reaches = scope(erasure.edit, text, pairs, [word for word in words if word.strip()])
     print(_scope_text(reaches, options.count))
 
 
 def run_info(options: argparse.Namespace) -> None:
-    metadata = dict(open_tensors(options.file).metadata)
+    path = locate(options.file)
+    metadata = {} if path.is_dir() else dict(open_tensors(path).metadata)
     if "realera_erasure" in metadata:
-        erasure = Erasure.load(options.file)
+        erasure = Erasure.load(path)
         print(f"RealEra erasure, dimension {len(erasure.edit.matrix)}, {len(erasure.lora)} LoRAs")
         print(json.dumps(erasure.provenance, indent=1))
         return
@@ -127,7 +139,7 @@ def run_info(options: argparse.Namespace) -> None:
         print("carries an erasure:")
         print(json.dumps(json.loads(metadata["realera"]), indent=1))
     if "ss_network_module" not in metadata:
-        family = family_of(options.file)
+        family = family_of(path)
         print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")
 
 
@@ -138,9 +150,8 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
     """Algorithm 1, and everything it leaves on disk."""
     out = Path(options.out)
     names = ["checkpoint.safetensors", "lora.safetensors", "erasure.safetensors"]
-    for name in names:
-        if (out / name).exists() and not options.overwrite:
-            raise FileExistsError(f"{out / name} exists: choose another --out or add --overwrite")
+    drawings = [f"{name}.png" for name in ("neighbourhood", "scope", "loss", "before-after")]
+    _refuse_existing(out, [*names, *drawings, "scope.txt"], options)
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
     settings = _from(Settings, options)
@@ -195,6 +206,15 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
     return model, erasure
 
 
+def _refuse_existing(folder: Path, names: Sequence[str], options: argparse.Namespace) -> None:
+    """Before any work is done: what stands in the folder already may not be overwritten."""
+    for name in names:
+        if (folder / name).exists() and not options.overwrite:
+            raise FileExistsError(
+                f"{folder / name} exists: choose another --out or add --overwrite"
+            )
+
+
 def _before_after(
     model: DiffusersModel, erasure: Erasure, prompts: Sequence[str], options: argparse.Namespace
 ) -> Image.Image:
@@ -216,6 +236,10 @@ def _evaluate(
     task: Task,
     judge: Judge,
 ) -> None:
+    _refuse_existing(
+        Path(options.out), [f"evaluation.{e}" for e in ("json", "txt", "png")], options
+    )
+
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
         with _bar("evaluation") as progress:
             return evaluate(
@@ -243,11 +267,15 @@ def _scope_text(reaches: Sequence[Reach], count: int) -> str:
 
 
 def _concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
-    parts = erasure.provenance.get("merged", [erasure.provenance])
-    found = [
-        Concept(c["name"], c["anchor"], tuple(c["templates"])) for p in parts for c in p["concepts"]
-    ]
-    return tuple(found)
+    def parts(note: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """The notes of the single erasures that a merged one was made of."""
+        for one in note.get("merged", ()):
+            yield from parts(one)
+        if "merged" not in note:
+            yield note
+
+    found = [c for note in parts(erasure.provenance) for c in note.get("concepts", ())]
+    return tuple(Concept(c["name"], c["anchor"], tuple(c["templates"])) for c in found)
 
 
 def _save_picture(picture: Image.Image, path: Path) -> None:
@@ -392,6 +420,8 @@ def _device_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default=cuda)
     sub.add_argument(
         "--dtype",
-        type=lambda name: getattr(torch, name),
-        help="float32, float16 or bfloat16; the file's own unless given",
+        type=lambda name: DTYPES.get(name, name),
+        choices=DTYPES.values(),
+        metavar="|".join(DTYPES),
+        help="float32 on the CPU and the file's own elsewhere, unless given",
     )

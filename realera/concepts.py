@@ -4,6 +4,7 @@ Prompts go in, row-aligned pairs (e, e*) come out: row i of a concept's prompt a
 anchor's prompt that it is to become (Alg. 1, l. 1).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,11 @@ class Concept:
                     f"template {template!r} needs the concept's place {{}} exactly once, "
                     "as in 'a photo of the {}'"
                 )
+
+    def named_in(self, prompt: str) -> bool:
+        """Whether the prompt holds the concept's name as words of its own ("car", not "carpet")."""
+        name = rf"(?<!\w){re.escape(self.name.strip())}(?!\w)"
+        return re.search(name, prompt, re.IGNORECASE) is not None
 
 
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
@@ -129,8 +135,11 @@ def align_pairs(
     """Encodes (phrase, anchor, template) rows and aligns each phrase with its anchor."""
     prompts = tuple(template.replace("{}", phrase) for phrase, _, template in rows)
     anchor_prompts = tuple(template.replace("{}", anchor) for _, anchor, template in rows)
-    encoded, encoded_anchor = text.encode(prompts), text.encode(anchor_prompts)
-    context, anchor = encoded.context, encoded_anchor.context  # [prompts, tokens, dim]
+    # Many words share an anchor prompt: each is encoded once.
+    distinct = list(dict.fromkeys(anchor_prompts))
+    index = [distinct.index(prompt) for prompt in anchor_prompts]
+    encoded, encoded_anchor = text.encode(prompts), text.encode(distinct)
+    context, anchor = encoded.context, encoded_anchor.context[index]  # [prompts, tokens, dim]
 
     tokens = context.shape[1]
     target, span = context.clone(), torch.zeros(context.shape[:2], dtype=torch.bool)
@@ -142,7 +151,7 @@ def align_pairs(
         ends.append(own.end)
     pooled = None
     if encoded.pooled is not None and encoded_anchor.pooled is not None:
-        row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[:, None]
+        row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[index][:, None]
         everywhere = torch.ones(row.shape[:2], dtype=torch.bool, device=row.device)
         last = torch.zeros(len(row), dtype=torch.int64, device=row.device)
         pooled = Pairs(concepts, prompts, anchor_prompts, row, its_row, its_row, everywhere, last)
@@ -173,15 +182,11 @@ def _locate(text: TextEncoder, template: str, phrase: str, tokens: int) -> _Plac
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
     whole, prefix, suffix = text.tokenize([prompt, before, after])
-    # Byte-pair encoding can glue a phrase to a prefix without a space ("anti{}"): the span starts
-    # where the two segmentations part.
-    first = 0
-    for ours, theirs in zip(whole[:-1], prefix[:-1], strict=False):
-        if ours != theirs:
-            break
-        first += 1
+    # Byte-pair encoding can glue a phrase to its neighbours ("anti{}", "{}s"): the span starts and
+    # ends where the segmentations part.
+    first = _common(whole[:-1], prefix[:-1])
     end = len(whole) - 1
-    last = end - (len(suffix) - 2)
+    last = end - _common(whole[end - 1 : 0 : -1], suffix[-2:0:-1])
     if last <= first:
         raise ValueError(
             f"{phrase!r} tokenises to nothing in {prompt!r}: write it in words the tokenizer knows"
@@ -192,6 +197,14 @@ def _locate(text: TextEncoder, template: str, phrase: str, tokens: int) -> _Plac
             "shorten the concept, the anchor or the template"
         )
     return _Place(first, last, end)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences have in common from their start."""
+    for length, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return length
+    return min(len(first), len(second))
 
 
 def _aligned_rows(own: _Place, its: _Place, tokens: int) -> Tensor:

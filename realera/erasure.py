@@ -130,7 +130,7 @@ class Erasure:
         file = open_tensors(path, MAX_HEADER)
         try:
             return _read(file)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             raise ValueError(f"{path} is not a sound RealEra erasure: {error}") from error
 
     @staticmethod
@@ -260,6 +260,8 @@ def _read(file: TensorFile) -> Erasure:
     if not isinstance(header["provenance"], dict):
         raise ValueError("its provenance is not a JSON object")
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
+    if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
+        raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")

@@ -42,6 +42,7 @@ class Words:
     pairs of the word's prompt and the anchor's; near_prompt, far_prompt: int64, the pair of the
     concept and template each belongs to; cosine: word -> cosine with its concept, on the
     end-of-text row around the vocabulary's mean
+    centre: that mean, [concepts, dim]
     """
 
     near: Pairs
@@ -49,6 +50,7 @@ class Words:
     far: Pairs
     far_prompt: Tensor
     cosine: dict[str, float]
+    centre: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Neighborhood:
     centre: where cosines are measured from, [tokens, dim]
     candidates: the v's of source "bank", [candidates, tokens, dim]
     words: the words of source "vocabulary"
+    exclude: words that are not to be erased
     shared_noise: one v for all rows of a span instead of one a row
     """
 
@@ -73,6 +76,7 @@ class Neighborhood:
     centre: Tensor
     candidates: Tensor | None = None
     words: Words | None = None
+    exclude: tuple[str, ...] = ()
     shared_noise: bool = False
     pooled: "Neighborhood | None" = None
 
@@ -135,7 +139,7 @@ def neighborhood(
         if text is None:
             raise ValueError("source 'vocabulary' needs the text encoder")
         mined = _mine_words(pairs, text, words or text.words(), exclude, s1, s2, progress)
-        return _word_neighborhood(pairs, s1, s2, mined)
+        return replace(_word_neighborhood(pairs, s1, s2, mined), exclude=tuple(exclude))
 
     candidates: Tensor | None = None
     pooled_candidates: Tensor | None = None
@@ -147,6 +151,7 @@ def neighborhood(
         encoding = text.encode(chosen)
         candidates, pooled_candidates = encoding.context, encoding.pooled
     ring = _resolve(pairs, source, s1, s2, d1, d1_anchor, d2, candidates, shared_noise)
+    ring = replace(ring, exclude=tuple(exclude))
     if pairs.pooled is None:
         return ring
     if pooled_candidates is not None:
@@ -214,16 +219,24 @@ def mine_beyond(
 def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mined:
     """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
 
+    The words that were left out of the ring are among them, in every template of the concepts.
     Raises ValueError for a prompt that names a concept to be erased.
     """
     pairs = beyond.neighborhood.pairs
     for prompt in prompts:
         for concept in pairs.concepts:
-            if concept.name.casefold() in prompt.casefold():
+            if concept.named_in(prompt):
                 raise ValueError(
                     f"the prompt to preserve {prompt!r} names {concept.name!r}, which is to be "
                     "erased: take it from the list"
                 )
+    left_out = [
+        template.replace("{}", word)
+        for word in beyond.neighborhood.exclude
+        for concept in pairs.concepts
+        for template in concept.templates
+    ]
+    prompts = list(dict.fromkeys([*prompts, *left_out]))
     if not prompts:
         return beyond
     encoding = text.encode(prompts)
@@ -341,7 +354,7 @@ def _resolve(
             f"D1' = {d1_anchor:g}: the ball around the anchor must be smaller than D1 = {d1:g}"
         )
     return Neighborhood(
-        pairs, source, s1, s2, d1, d1_anchor, d2, centre, candidates, None, shared_noise
+        pairs, source, s1, s2, d1, d1_anchor, d2, centre, candidates, shared_noise=shared_noise
     )
 
 
@@ -368,18 +381,19 @@ def _mine_words(
 ) -> Words:
     """Compares every word with every concept in the concept's first template.
 
-    Words whose centred cosine lies in [s2, s1] are near; the FAR_WORDS below them, and before
-    those every word the user struck out, are far. Words above s1 are neither.
+    Words whose centred cosine lies in [s2, s1] are near, unless the user struck them out; the
+    FAR_WORDS below them are far. Words above s1 are neither.
     """
     struck = {word.casefold() for word in exclude}
     names = {concept.name.casefold() for concept in pairs.concepts}
     words = [word for word in dict.fromkeys(words) if word.casefold() not in names]
-    cosines = []
+    cosines, centres = [], []
     for number, concept in enumerate(pairs.concepts):
         template = concept.templates[0]
         ends = text.encode_ends([template.replace("{}", w) for w in (*words, concept.name)])
         own, ends = ends[-1], ends[:-1]
         centre = ends.mean(0)
+        centres.append(centre.cpu())
         cosines.append(cosine_similarity(own - centre, ends - centre, dim=-1).cpu())
         progress(number + 1, len(pairs.concepts))
     cosine, nearest = torch.stack(cosines).max(0)
@@ -392,10 +406,14 @@ def _mine_words(
     for number, concept in enumerate(pairs.concepts):
         own_words = [k for k in order if int(nearest[k]) == number and cosine[k] <= s1]
         inside = [k for k in own_words if cosine[k] >= s2]
-        left_out = [k for k in inside if words[k].casefold() in struck]
         outside = [k for k in own_words if cosine[k] < s2][:FAR_WORDS]
         near = [words[k] for k in inside if words[k].casefold() not in struck]
-        far = [words[k] for k in left_out + outside]
+        far = [words[k] for k in outside]
+        if not far:
+            raise ValueError(
+                f"every word nearest to {concept.name!r} lies within S2 = {s2}, none is left as a "
+                "beyond point: raise S2 or give more words"
+            )
         listed |= {words[k]: float(cosine[k]) for k in inside + outside}
         for j, template in enumerate(concept.templates):
             # The concept is its own first neighbour, so that no ring is ever empty.
@@ -403,11 +421,6 @@ def _mine_words(
                 rows[kind] += [(word, concept.anchor, template) for word in chosen]
                 prompt[kind] += [start + j] * len(chosen)
         start += len(concept.templates)
-    if not rows["far"]:
-        raise ValueError(
-            f"all {len(words)} words lie within S2 = {s2} of the concepts, none is left as a "
-            "beyond point: raise S2 or give more words"
-        )
     device = pairs.span.device
     return Words(
         align_pairs(text, pairs.concepts, rows["near"]),
@@ -415,6 +428,7 @@ def _mine_words(
         align_pairs(text, pairs.concepts, rows["far"]),
         torch.tensor(prompt["far"], device=device),
         listed,
+        torch.stack(centres),
     )
 
 
@@ -423,7 +437,7 @@ def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neig
     if pairs.pooled is not None:
         near, far = words.near.pooled, words.far.pooled
         assert near is not None and far is not None
-        ones = Words(near, words.near_prompt, far, words.far_prompt, words.cosine)
+        ones = Words(near, words.near_prompt, far, words.far_prompt, words.cosine, words.centre)
         pooled = _word_neighborhood(pairs.pooled, s1, s2, ones)
     centre = torch.zeros_like(pairs.context[0])
     return Neighborhood(

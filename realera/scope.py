@@ -37,11 +37,13 @@ def scope(
     pairs: Pairs,
     words: Sequence[str],
     template: str | None = None,
+    centre: Tensor | None = None,
 ) -> tuple[Reach, ...]:
     """The reach of the edit over `words`, the most moved toward the anchor first.
 
     words are put in `template` ("{}" for prompts as they are), the first template of the first
-    concept unless given.
+    concept unless given. centre: what closeness is measured around, [dim]; the words' own mean
+    unless given.
     """
     template = template or pairs.concepts[0].templates[0]
     rows = text.encode_ends([template.replace("{}", word) for word in words]).cpu().float()
@@ -49,7 +51,7 @@ def scope(
     own = pairs.context[first, pairs.ends[first]].cpu()  # [concepts, dim]
     target = pairs.target[first, pairs.ends[first]].cpu()
     toward, moved = exchanged(edit, rows, own, target)
-    centre = rows.mean(0)
+    centre = rows.mean(0) if centre is None else centre
     closeness = cosine_similarity((rows - centre)[:, None], (own - centre)[None], dim=-1)
     nearest = closeness.argmax(1)
     reaches = [

@@ -35,7 +35,7 @@ def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(fold
     assert changed == {
         k for k in original if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
     }
-    note = json.loads(open_tensors(folder / FILES[0]).metadata["realera"])
+    note = json.loads(open_tensors(folder / FILES[0]).metadata["realera"])[-1]
     assert note["concepts"][0]["name"] == "airplane" and note["training"]["steps"] == 2
 
 

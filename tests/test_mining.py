@@ -198,7 +198,8 @@ def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(tex
     assert listed, "the random encoder has no word in the ring; lower S2 in this test"
     struck = listed[0]
     ring = neighborhood(pairs, "vocabulary", text=text, words=words, s2=0.3, exclude=[struck])
-    near, far = mine_neighbors(ring, 10_000, drawn()), mine_beyond(ring, 10_000, drawn())
+    near = mine_neighbors(ring, 10_000, drawn())
+    far = preserving(mine_beyond(ring, 1, drawn()), text, [])
 
     def has(mined, word):
         return any(word in prompt.split() for prompt in mined.words)
@@ -217,6 +218,7 @@ def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
     assert len(kept.prompt) == len(beyond.prompt) + 1 and int(kept.prompt[-1]) == -1
     with pytest.raises(ValueError, match="which is to be erased"):
         preserving(beyond, text, ["an Airplane over a house"])
+    preserving(beyond, text, ["a paper aeroplaneairplane"])  # a name within a word is no name
 
 
 # ---------------------------------------------------------------- the bank
