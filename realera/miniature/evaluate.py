@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import CONCEPTS, STYLES, data, load_classifier, load_pipeline
+from . import BACKGROUNDS, CONCEPTS, STYLES, captions, data, load_classifier, load_pipeline
 
 STEPS, GUIDANCE = 20, 4.0
 
@@ -90,17 +90,91 @@ def seconds_per_image(pipeline: Any) -> float:
     return min(times)
 
 
+NEAR = {
+    "airplane": "plane aircraft jet boeing helicopter runway pilot airport rocket bird dog",
+    "ship": "vessel boat yacht harbor sailing truck dog",
+    "dog": "puppy hound canine cat horse wolf car",
+}
+
+
+@torch.no_grad()
+def geometry(pipeline: Any) -> dict[str, dict[str, float]]:
+    """Cosines of end-of-text rows of "a photo of the ...", the mean over many words taken off."""
+
+    def rows(words: list[str]) -> Tensor:
+        ids = captions.encode(pipeline.tokenizer, [f"a photo of the {word}" for word in words])
+        end = (ids == pipeline.tokenizer.eos_token_id).int().argmax(dim=1)
+        hidden = pipeline.text_encoder(input_ids=ids).last_hidden_state
+        return hidden[torch.arange(len(ids)), end]
+
+    whole = sorted(t[:-4] for t in pipeline.tokenizer.get_vocab() if t.endswith("</w>"))
+    centre, out = rows([w for w in whole if w.isascii() and len(w) > 3][::20]).mean(dim=0), {}
+    for name, near in NEAR.items():
+        x = torch.nn.functional.normalize(rows([name, *near.split()]) - centre, dim=1)
+        cosines = (x[1:] @ x[0]).tolist()
+        out[name] = {word: round(c, 2) for word, c in zip(near.split(), cosines, strict=True)}
+    return out
+
+
+@torch.no_grad()
+def judged(folder: Path) -> dict[str, float]:
+    """Percent that the classifier gets right on drawings rendered anew, and on unseen drawings."""
+    judge, generator = load_classifier(), torch.Generator().manual_seed(9)
+    unseen = {c: dict.fromkeys(glyphs, ()) for c, glyphs in data.UNSEEN_GLYPHS.items()}
+    sets = {
+        "new renderings": data.drawings(folder, data.GLYPHS, STYLES),
+        "unseen drawings": data.drawings(folder, unseen, STYLES),
+        "an unseen set": data.drawings(folder, data.GLYPHS, ("unseen",)),
+    }
+    out = {}
+    for name, drawings in sets.items():
+        rgba = torch.stack([data.render(d, generator) for d in drawings])
+        back = torch.randint(len(BACKGROUNDS), (len(rgba),), generator=generator)
+        concept, style = (
+            logits.argmax(dim=1).tolist() for logits in judge(data.composite(rgba, back))
+        )
+        right = [judge.concepts[i] == d.concept for i, d in zip(concept, drawings, strict=True)]
+        out[f"{name}: concept"] = round(100 * sum(right) / len(right), 1)
+        if name != "an unseen set":
+            right = [judge.styles[i] == d.style for i, d in zip(style, drawings, strict=True)]
+            out[f"{name}: style"] = round(100 * sum(right) / len(right), 1)
+    return out
+
+
+def loss_curves(state: Path, out: Path) -> None:
+    """The numbers that training noted, and their picture."""
+    import matplotlib.pyplot as plt
+
+    stages = sorted(state.glob("*.csv"))
+    figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3))
+    for axis, path in zip(axes, stages, strict=True):
+        header, *lines = path.read_text().splitlines()
+        rows = [[float(value) for value in line.split(",")] for line in lines]
+        axis.plot([row[0] / 60 for row in rows], [row[2] for row in rows])
+        axis.set(title=path.stem, xlabel="minutes", ylabel=header.split(",")[2], yscale="log")
+        (out / path.name).write_text(path.read_text())
+    figure.tight_layout()
+    figure.savefig(out / "loss.png", dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=180, help="of a kind of prompt, at least")
     parser.add_argument("--kinds", nargs="*", default=list(prompts_by_kind()))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/miniature"))
+    parser.add_argument("--folder", type=Path, help="holds node_modules: judge the classifier too")
+    parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
     arguments = parser.parse_args()
     pipeline, out = load_pipeline(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = dict(recognition(pipeline, arguments.images, arguments.kinds))
     numbers["seconds per image"] = round(seconds_per_image(pipeline), 3)
     numbers["steps"], numbers["guidance"] = STEPS, GUIDANCE
+    numbers["cosines"] = geometry(pipeline)
+    if arguments.folder:
+        numbers["classifier"] = judged(arguments.folder)
+    if arguments.state:
+        loss_curves(arguments.state, out)
     (out / "recognition.json").write_text(json.dumps(numbers, indent=1) + "\n")
     names = list(CONCEPTS)
     rows = [f"a photo of the {n}" for n in names for _ in range(4)]

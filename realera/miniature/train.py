@@ -110,7 +110,10 @@ def long_run(
         if count == 100:
             means = " ".join(f"{name}={value / count:.4f}" for name, value in sums.items())
             print(f"{path.stem} {spent / 60:.1f} min, step {steps}: {means}", flush=True)
-            with path.with_suffix(".csv").open("a") as log:
+            table = path.with_suffix(".csv")
+            if not table.exists():
+                table.write_text(",".join(["seconds", "steps", *sums]) + "\n")
+            with table.open("a") as log:
                 row = [f"{spent:.0f}", str(steps), *(f"{v / count:.5f}" for v in sums.values())]
                 log.write(",".join(row) + "\n")
             sums, count = {}, 0
