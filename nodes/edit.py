@@ -7,11 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..realera import pictures
-from ..realera.algorithm import Mining, Settings, erase
+from ..realera.algorithm import Mining, Settings, erase, outreach
 from ..realera.bank import spare_concepts
 from ..realera.erasure import Erasure as ErasureOf
-from ..realera.mining import mine_beyond
-from ..realera.scope import scope
+from ..realera.mining import mine_beyond, preserving
 from .comfy_model import apply_erasure
 from .page import to_image
 from .progress import tell
@@ -99,7 +98,8 @@ class ClosedFormEdit(io.ComfyNode):
         tell(cls.hidden.unique_id, "solving Eq. 7")
         text, ring = neighbors.text, neighbors.mined.neighborhood
         found = beyond or FoundBeyond(
-            mine_beyond(ring, 0, torch.Generator()), replace(neighbors.settings, beyond=0)
+            preserving(mine_beyond(ring, 0, torch.Generator()), text, ()),
+            replace(neighbors.settings, beyond=0),
         )
         settings = replace(found.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
         spared = spare_concepts(neighbors.bank, text, ring.pairs, settings.bank_limit)
@@ -107,10 +107,7 @@ class ClosedFormEdit(io.ComfyNode):
         erasure = erase(mining, settings, {"comfyui": comfyui_version.__version__})
         edited = apply_erasure(model, erasure)
         tell(cls.hidden.unique_id, "looking at what goes with the concept")
-        if ring.words is not None:
-            reaches = scope(erasure.edit, text, ring.pairs, list(ring.words.cosine))
-        else:
-            reaches = scope(erasure.edit, text, ring.pairs, neighbors.bank.prompts[1:], "{}")
+        reaches = outreach(text, erasure, mining)
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "

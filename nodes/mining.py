@@ -165,7 +165,7 @@ class NeighborSampler(io.ComfyNode):
         node = cls.hidden.unique_id
         text = ComfyText(clip)
         pairs = encode_pairs(text, parse_concepts(concepts, lines(templates)))
-        bank = encode_bank(text, progress=reporter(node, "reading the bank of everyday prompts"))
+        bank = encode_bank(text, progress=reporter(node, "reading everyday prompts"))
         tell(node, "mining neighbours")
         settings = Settings(
             source=source,
