@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import BACKGROUNDS, CONCEPTS, STYLES, captions, data, load_classifier, load_pipeline
 
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 5.0
 
 
 def prompts_by_kind() -> dict[str, list[tuple[str, str]]]:
