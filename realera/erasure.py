@@ -130,7 +130,14 @@ class Erasure:
         file = open_tensors(path, MAX_HEADER)
         try:
             return _read(file)
-        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"{path} is not a sound RealEra erasure: {error}") from error
 
     @staticmethod

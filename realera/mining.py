@@ -31,7 +31,7 @@ S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.5}
 CANDIDATES = 256  # bank prompts to step towards
 FAR_WORDS = 64  # words just outside the ring that may be drawn as beyond points
 BLOCK = 256  # draws tried at once
-MAX_BLOCKS = 64
+MAX_DRAWS = 64 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -275,31 +275,34 @@ def _draw(
     own = e[span]  # [rows, dim]
     around = own - ring.centre[span]
     rows, dim = own.shape
-    directions, kept, have = [], [], 0
-    for _ in range(MAX_BLOCKS if count else 0):
+    squared = around.square().sum(-1)  # [rows]
+    directions, kept, have, tried = [], [], 0, 0
+    while have < count and tried < MAX_DRAWS:
+        # About one draw in three is accepted with the default ring.
+        block = min(BLOCK, max(8, 4 * (count - have)))
         if ring.candidates is None:
             noise_rows = 1 if ring.shared_noise else rows
-            v = torch.randn(BLOCK, noise_rows, dim, generator=generator).to(own)
+            v = torch.randn(block, noise_rows, dim, generator=generator).to(own)
         else:
-            pick = torch.randint(len(ring.candidates), (BLOCK,), generator=generator)
+            pick = torch.randint(len(ring.candidates), (block,), generator=generator)
             v = ring.candidates[pick.to(own.device)][:, span]
-        direction = torch.nn.functional.normalize(v - own, dim=-1)
+        step = v - own
+        length = step.norm(dim=-1)  # [block, rows]
         low, high = radii
-        radius = low + (high - low) * torch.rand(BLOCK, 1, 1, generator=generator).to(own)
-        cosine = cosine_similarity(around, around + radius * direction, dim=-1).mean(-1)
+        radius = low + (high - low) * torch.rand(block, 1, generator=generator).to(own)
+        along = torch.einsum("nrd,rd->nr", step, around) / length
+        moved = squared + radius * (2 * along + radius)  # |around + r v̂|²
+        cosine = ((squared + radius * along) / (squared * moved).sqrt()).mean(-1)
         accepted = (cosine >= cosines[0]) & (cosine <= cosines[1])
-        directions.append(direction[accepted])
-        kept.append(radius[accepted])
-        have += int(accepted.sum())
-        if have >= count:
-            break
-    else:
-        if count:
-            raise ValueError(
-                f"{MAX_BLOCKS * BLOCK} draws around {ring.pairs.prompts[i]!r} gave {have} of "
-                f"{count} with a radius in [{radii[0]:.3g}, {radii[1]:.3g}) and a cosine in "
-                f"[{cosines[0]:.2f}, {cosines[1]:.2f}]: widen S2..S1, or leave D1 and D2 auto"
-            )
+        directions.append(step[accepted] / length[accepted, :, None])
+        kept.append(radius[accepted, :, None])
+        have, tried = have + int(accepted.sum()), tried + block
+    if have < count:
+        raise ValueError(
+            f"{tried} draws around {ring.pairs.prompts[i]!r} gave {have} of {count} with a radius "
+            f"in [{radii[0]:.3g}, {radii[1]:.3g}) and a cosine in [{cosines[0]:.2f}, "
+            f"{cosines[1]:.2f}]: widen S2..S1, or leave D1 and D2 auto"
+        )
     if not count:
         return e.new_zeros(0, *e.shape), e.new_zeros(0, 1, 1)
     whole = e.new_zeros(count, *e.shape)
