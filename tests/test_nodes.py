@@ -1,0 +1,197 @@
+"""The node pack without ComfyUI: schemas, strings, help pages and workflows agree.
+
+`object_info.json` is what real ComfyUI says about our nodes and those that the workflows use;
+`test_comfyui.py` checks it against a running server.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+INFO = json.loads((ROOT / "tests/object_info.json").read_text("utf-8"))
+OURS = {name: info for name, info in INFO.items() if name.startswith("RealEra")}
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+FILES = ("ckpt_name", "lora_name", "checkpoint", "erasure_name")  # lists that differ by machine
+
+
+def inputs_of(info):
+    for group in ("required", "optional"):
+        for name, (kind, *options) in info["input"].get(group, {}).items():
+            yield name, kind, options[0] if options else {}
+
+
+def is_widget(kind):
+    return isinstance(kind, list) or kind in WIDGETS
+
+
+def widgets_of(kind_of_node):
+    """(name, kind, options) of every widget in the order of widgets_values."""
+    for name, kind, options in inputs_of(INFO[kind_of_node]):
+        if is_widget(kind):
+            yield name, kind, options
+            if options.get("control_after_generate") or (
+                name in ("seed", "noise_seed") and "control_after_generate" not in options
+            ):
+                yield None, "CONTROL", {}
+
+
+def test_the_pack_can_be_imported_without_comfyui():
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py")
+    pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    assert callable(pack.comfy_entrypoint)
+    assert (ROOT / pack.WEB_DIRECTORY / "realera.js").is_file()
+
+
+def test_every_node_in_the_sources_is_in_the_recorded_schemas():
+    ids = set()
+    for path in (ROOT / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "node_id":
+                ids.add(ast.literal_eval(node.value))
+    assert ids == OURS.keys()
+
+
+def test_the_nodes_of_the_papers_figure_are_there():
+    stages = ("NeighborSampler", "BeyondSampler", "ClosedFormEdit", "LoraAlign", "ApplyErasure")
+    assert {f"RealEra{stage}" for stage in stages} <= OURS.keys()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_input_and_output_explains_itself(name):
+    info = OURS[name]
+    assert info["category"] == "RealEra"
+    assert info["description"].endswith(".")
+    for field, _, options in inputs_of(info):
+        assert options.get("tooltip", "").endswith("."), field
+    for output, tooltip in zip(info["output_name"], info["output_tooltips"], strict=True):
+        assert tooltip and tooltip.endswith("."), output
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_number_has_a_range_that_holds_its_default(name):
+    for field, kind, options in inputs_of(OURS[name]):
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], field
+        if kind == "COMBO" and field not in FILES:
+            assert options["default"] in options["options"], field
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_node_has_a_help_page_with_a_picture_and_an_example(name):
+    page = (ROOT / f"web/docs/{name}.md").read_text("utf-8")
+    assert page.startswith(f"# {OURS[name]['display_name']}\n")
+    assert "**Example.**" in page
+    (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
+    assert (ROOT / "web/docs" / picture).is_file()
+
+
+def test_no_help_page_is_left_over():
+    assert {path.stem for path in (ROOT / "web/docs").glob("*.md")} == OURS.keys()
+
+
+def plain(text):
+    """A string of a locale as the page shows it: vue-i18n writes {'x'} for a literal x."""
+    return re.sub(r"\{'(.)'\}", r"\1", text)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_string_of_a_node_is_in_the_locale(language):
+    nodes = json.loads((ROOT / f"locales/{language}/nodeDefs.json").read_text("utf-8"))
+    assert nodes.keys() == OURS.keys()
+    for name, info in OURS.items():
+        strings = nodes[name]
+        assert strings["display_name"] and strings["description"]
+        assert strings["inputs"].keys() == {field for field, _, _ in inputs_of(info)}, name
+        assert strings["outputs"].keys() == {str(k) for k in range(len(info["output"]))}, name
+        for entry in (*strings["inputs"].values(), *strings["outputs"].values()):
+            for text in entry.values():
+                assert text
+                assert not re.search(r"[{}@|$]", re.sub(r"\{'.'\}", "", text)), text
+
+
+def test_the_english_strings_are_those_of_the_schemas():
+    nodes = json.loads((ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))
+    for name, info in OURS.items():
+        assert plain(nodes[name]["display_name"]) == info["display_name"]
+        assert plain(nodes[name]["description"]) == info["description"]
+        for field, _, options in inputs_of(info):
+            assert plain(nodes[name]["inputs"][field]["tooltip"]) == options["tooltip"]
+        for k, tooltip in enumerate(info["output_tooltips"]):
+            assert plain(nodes[name]["outputs"][str(k)]["tooltip"]) == tooltip
+
+
+def test_the_page_speaks_of_nodes_and_widgets_that_exist():
+    script = (ROOT / "web/realera.js").read_text("utf-8")
+    assert set(re.findall(r"RealEra[A-Z]\w+", script)) <= OURS.keys()
+    fields = {field for info in OURS.values() for field, _, _ in inputs_of(info)}
+    assert {"preserve", "beyond", "s1", "s2", "d1", "d2"} <= fields
+
+
+def test_all_seven_workflows_are_there():
+    assert [path.name[0] for path in WORKFLOWS] == list("1234567")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_a_preview_picture_and_a_note(path):
+    assert path.with_suffix(".jpg").is_file()
+    nodes = json.loads(path.read_text("utf-8"))["nodes"]
+    assert any(node["type"] == "MarkdownNote" and node["widgets_values"][0] for node in nodes)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_links_of_a_workflow_fit_the_schemas(path):
+    graph = json.loads(path.read_text("utf-8"))
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for link, source, output, target, slot, kind in graph["links"]:
+        start, end = nodes[source], nodes[target]["inputs"][slot]
+        assert INFO[start["type"]]["output"][output] == kind
+        assert link in start["outputs"][output]["links"]
+        assert end["link"] == link
+        due = {name: kind for name, kind, _ in inputs_of(INFO[nodes[target]["type"]])}
+        assert due[end["name"]] == kind
+    for node in nodes.values():
+        if node["type"] != "MarkdownNote":
+            linked = {end["name"] for end in node["inputs"] if end["link"] is not None}
+            for name, (kind, *_) in INFO[node["type"]]["input"]["required"].items():
+                assert is_widget(kind) or name in linked, f"{node['type']}.{name} hangs loose"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_widgets_of_a_workflow_fit_the_schemas(path):
+    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        widgets = list(widgets_of(node["type"]))
+        assert len(widgets) == len(node["widgets_values"]), node["type"]
+        for (name, kind, options), value in zip(widgets, node["widgets_values"], strict=True):
+            if kind in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], (node["type"], name)
+            elif kind == "BOOLEAN":
+                assert isinstance(value, bool)
+            elif name not in FILES and (isinstance(kind, list) or kind == "COMBO"):
+                assert value in (kind if isinstance(kind, list) else options["options"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_api_form_of_a_workflow_is_the_same_graph(path):
+    graph = json.loads(path.read_text("utf-8"))
+    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    expected = {}
+    for node in graph["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        values = zip(widgets_of(node["type"]), node["widgets_values"], strict=True)
+        inputs = {name: value for (name, _, _), value in values if name}
+        inputs |= {end["name"]: sources[end["link"]] for end in node["inputs"] if end["link"]}
+        expected[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    api = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
+    for node in api.values():
+        node.pop("_meta", None)
+    assert api == expected
