@@ -228,7 +228,10 @@ class ComfyDiffusion:
 
     def _with_mask(self, latents: Tensor) -> Tensor:
         """Inpainting U-Nets read a mask and a masked image too: everything is to be painted."""
-        added = self.model.model.concat_cond(noise=latents, device=latents.device)
+        blank = torch.zeros_like(latents)
+        added = self.model.model.concat_cond(
+            noise=latents, latent_image=blank, device=latents.device
+        )
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
 
 
