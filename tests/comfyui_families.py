@@ -1,0 +1,174 @@
+"""Run by `test_comfyui.py` with ComfyUI's interpreter: our MODEL side on small random U-Nets.
+
+Every family in the layout that ComfyUI builds for it, but narrow; prints one JSON line a case.
+"""
+
+# ruff: noqa: E402 (ComfyUI reads its arguments while it is imported)
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.argv = [*sys.argv[:1], "--cpu"]
+sys.path.insert(0, os.environ["COMFYUI_DIR"])
+import comfy.options
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location(
+    "RealEra", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+)
+sys.modules["RealEra"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["RealEra"])
+
+from RealEra.nodes.comfy_model import ComfyDiffusion, apply_erasure, training, weights_of
+from RealEra.realera.alignment import adapted, edited
+from RealEra.realera.closed_form import Edit
+from RealEra.realera.diffusion import Encoding, projections
+from RealEra.realera.erasure import POOLED, Erasure
+
+CPU = torch.device("cpu")
+COMMON = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "use_temporal_resblock": False,
+    "use_temporal_attention": False,
+}
+SD = COMMON | {
+    "adm_in_channels": None,
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+}
+SD1 = SD | {"context_dim": 768, "use_linear_in_transformer": False}
+SDXL = COMMON | {
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+    "transformer_depth": [0, 2],
+    "transformer_depth_output": [0, 0, 2, 2],
+    "transformer_depth_middle": 2,
+    "context_dim": 2048,
+    "use_linear_in_transformer": True,
+}
+
+
+class VPrediction(comfy.supported_models.SD20):
+    def model_type(self, state_dict, prefix=""):
+        return comfy.model_base.ModelType.V_PREDICTION
+
+
+FAMILIES = {
+    "sd1": (comfy.supported_models.SD15, SD1),
+    "sd1 inpainting": (comfy.supported_models.SD15, SD1 | {"in_channels": 9}),
+    "sd2 v-prediction": (
+        VPrediction,
+        SD | {"context_dim": 1024, "use_linear_in_transformer": True},
+    ),
+    "sdxl": (comfy.supported_models.SDXL, SDXL),
+}
+
+
+def random_model(family, layout, dtype):
+    config = family(layout)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
+    model = config.get_model({}, "", device=CPU)
+    for name, weight in model.diffusion_model.named_parameters():
+        if weight.ndim > 1:
+            values = torch.randn(weight.shape) * (0.5 / weight[0].numel()) ** 0.5
+        else:
+            values = torch.full(weight.shape, float(name.endswith("weight")))
+        weight.data = values.to(dtype)
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def random_edit(dim):
+    return Edit(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
+
+
+def check(family, layout, dtype):
+    torch.manual_seed(0)
+    patcher = random_model(family, layout, dtype)
+    model, diffusion = patcher.model, ComfyDiffusion(patcher)
+    comfy.model_management.load_models_gpu([patcher])
+    z, t = torch.randn(2, 4, 16, 16), torch.tensor([100, 800])
+    pooled = torch.randn(2, 1280) if model.adm_channels else None
+    encoding = Encoding(torch.randn(2, 77, layout["context_dim"]), pooled)
+    ours = diffusion.predict_noise(z, t, encoding)
+
+    sigma = model.model_sampling.sigmas[t]
+    x = z * (1 + sigma**2).sqrt()[:, None, None, None]
+    extra = model.extra_conds(
+        noise=x,
+        latent_image=torch.zeros_like(x),
+        device=CPU,
+        pooled_output=pooled,
+        width=128,
+        height=128,
+    )
+    conditions = {name: condition.cond for name, condition in extra.items()}
+    theirs = model.apply_model(x, sigma, c_crossattn=encoding.context, **conditions)
+    denoised = model.model_sampling.calculate_denoised(sigma, ours, x)
+
+    layers = projections(model.diffusion_model)
+    lora = {
+        name: (
+            0.01 * torch.randn(2, layer.in_features),
+            0.01 * torch.randn(layer.out_features, 2),
+        )
+        for name, layer in layers.items()
+    }
+    pooled_edit = None if pooled is None else random_edit(1280)
+    erasure = Erasure(random_edit(layout["context_dim"]), pooled_edit, lora)
+    erased = apply_erasure(patcher, erasure, 1.0, 0.5)
+    names = [*layers, *([POOLED] if pooled is not None else [])]
+    before, after = weights_of(patcher, names), weights_of(erased, names)
+    wrong = max(
+        (after[name] - erasure.delta(name, before[name], 1.0, 0.5)).abs().max() for name in names
+    )
+    comfy.model_management.load_models_gpu([erased])
+    loaded = ComfyDiffusion(erased).predict_noise(z, t, encoding)
+    erased.unpatch_model(CPU)
+    comfy.model_management.unload_all_models()
+    erased.patch_model(CPU, lowvram_model_memory=1)
+    low = ComfyDiffusion(erased).predict_noise(z, t, encoding)
+    patched = model.lowvram_patch_counter
+    erased.unpatch_model(CPU)
+
+    comfy.model_management.load_models_gpu([patcher])
+    with training(patcher), adapted(diffusion.unet, 2, 0) as adapters:
+        with edited(diffusion.unet, erasure.edit):
+            own = Encoding(encoding.context.clone(), None if pooled is None else pooled.clone())
+            diffusion.predict_noise(z.clone(), t.clone(), own).square().mean().backward()
+        trained = all(b.grad is not None and b.grad.isfinite().all() for _, b in adapters.values())
+    return {
+        "denoised differs": float((denoised - theirs).abs().max()),
+        "weights differ": float(wrong),
+        "changed": float((loaded - ours).abs().mean()),
+        "lowvram differs": float((low - loaded).abs().mean()),
+        "lowvram patches": patched,
+        "trained": bool(trained),
+        "same again": torch.equal(diffusion.predict_noise(z, t, encoding), ours),
+    }
+
+
+with torch.inference_mode():
+    for family, (kind, layout) in FAMILIES.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            result = {"family": family, "dtype": str(dtype)} | check(kind, layout, dtype)
+            print("CASE", json.dumps(result), flush=True)
