@@ -18,16 +18,17 @@ from ..realera.diffusion import Encoding, projections
 from ..realera.erasure import POOLED, Erasure
 
 BATCH = 64
+ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
 
 
 class ComfyText:
     """A CLIP as the core's TextEncoder, with its LoRAs and its clip skip."""
 
     def __init__(self, clip: Any) -> None:
-        if not hasattr(self._tokenizer_of(clip), "tokenizer"):
+        if set(clip.tokenize("")) not in ENCODERS:
             raise ValueError(
-                "this text encoder is not CLIP: RealEra reads SD 1.x, SD 2.x and SDXL models, "
-                "inpainting variants included; connect the CLIP of such a checkpoint"
+                "this text encoder belongs to another kind of model: RealEra reads SD 1.x, SD 2.x "
+                "and SDXL, inpainting variants included; connect the CLIP of such a checkpoint"
             )
         self.clip = clip
 

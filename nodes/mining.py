@@ -187,6 +187,7 @@ class NeighborSampler(io.ComfyNode):
             bank=spare_concepts(bank, text, pairs, settings.bank_limit),
             text=text,
             exclude=settings.exclude,
+            progress=reporter(node, "comparing words"),
         )
         generator = torch.Generator().manual_seed(seed)
         mined, nothing = mine_neighbors(ring, count, generator), mine_beyond(ring, 0, generator)
