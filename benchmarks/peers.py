@@ -9,6 +9,7 @@ Each changes the U-Net of a model in place.
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def esd_x(
     The target is ε(∅) - guidance (ε(c) - ε(∅)) of the original model, at latents that the student
     draws of the concept, guided by 3. The anchor is not used: ESD has none.
     """
-    teacher = copy.copy(model)
+    teacher: Any = copy.copy(model)
     teacher.unet = copy.deepcopy(model.unet)  # ESD keeps two U-Nets
     trained = [p for name, p in model.unet.named_parameters() if ".attn2." in name]
     wanted = [parameter.requires_grad for parameter in model.unet.parameters()]

@@ -120,7 +120,9 @@ def geometry(pipeline: Any) -> dict[str, dict[str, float]]:
 def judged(folder: Path) -> dict[str, float]:
     """Percent that the classifier gets right on drawings rendered anew, and on unseen drawings."""
     judge, generator = load_classifier(), torch.Generator().manual_seed(9)
-    unseen = {c: dict.fromkeys(glyphs, ()) for c, glyphs in data.UNSEEN_GLYPHS.items()}
+    unseen: dict[str, dict[str, tuple[str, ...]]] = {
+        c: dict.fromkeys(glyphs, ()) for c, glyphs in data.UNSEEN_GLYPHS.items()
+    }
     sets = {
         "new renderings": data.drawings(folder, data.GLYPHS, STYLES),
         "unseen drawings": data.drawings(folder, unseen, STYLES),
