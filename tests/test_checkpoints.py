@@ -636,4 +636,6 @@ def test_a_half_precision_checkpoint_gives_a_half_precision_lora(tmp_path, pipel
         source = make_single(pipelines["sd1 one layer"], tmp_path / "in.safetensors", dtype)
         erasure = make_erasure(pipelines["sd1 one layer"], "sd1 one layer")
         write_lora(source, erasure, tmp_path / "x", overwrite=True)
-        assert {tensor.dtype for tensor in load_file(tmp_path / "x").values()} == {expected}
+        for key, tensor in load_file(tmp_path / "x").items():
+            # bfloat16 cannot count beyond 256, and alpha over rank scales the whole erasure
+            assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else expected)
