@@ -1,9 +1,20 @@
-"""Tiny random models in the true layouts of every family, and their export to single files."""
+"""Tiny random models in the true layouts of every family, their export to single files, and a
+running ComfyUI."""
 
+import io
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,10 +25,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from realera.families import FAMILIES, _tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},
@@ -247,3 +261,97 @@ def folders(pipelines, tmp_path_factory):
     for name in ("sd1", "sdxl"):
         pipelines[name].save_pretrained(folder / name)
     return {name: folder / name for name in ("sd1", "sdxl")}
+
+
+class Server:
+    """A running ComfyUI."""
+
+    def __init__(self, port, home, process):
+        self.address, self.home, self.process = f"http://127.0.0.1:{port}", home, process
+
+    @property
+    def output(self):
+        return self.home / "output"
+
+    def get(self, path):
+        with urllib.request.urlopen(self.address + path) as answer:
+            return answer.read()
+
+    def post(self, path, body=None):
+        data = json.dumps(body or {}).encode()
+        request = urllib.request.Request(
+            self.address + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            content = answer.read()
+        return json.loads(content) if content else None
+
+    def queue(self, graph):
+        return self.post("/prompt", {"prompt": graph})["prompt_id"]
+
+    def wait(self, prompt, seconds=900):
+        """The history entry of a prompt that has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            history = json.loads(self.get(f"/history/{prompt}"))
+            if prompt in history:
+                return history[prompt]
+            assert self.process.poll() is None, "the server has died"
+            time.sleep(0.3)
+        raise TimeoutError(f"a prompt ran longer than {seconds} s")
+
+    def run(self, graph):
+        """The outputs of a graph that must succeed, and the nodes taken from the cache."""
+        entry = self.wait(self.queue(graph))
+        assert entry["status"]["status_str"] == "success", self.error(entry)
+        messages = dict(entry["status"]["messages"])
+        return entry["outputs"], set(messages["execution_cached"]["nodes"])
+
+    @staticmethod
+    def error(entry):
+        for kind, message in entry["status"]["messages"]:
+            if kind == "execution_error":
+                return message["exception_message"]
+        return ""
+
+    def pixels(self, file):
+        query = urllib.parse.urlencode({k: file[k] for k in ("filename", "subfolder", "type")})
+        image = Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB")
+        return np.asarray(image, dtype=np.int16)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ComfyUI with folders of its own and our pack alone; skips where COMFYUI_DIR is not set."""
+    if not os.environ.get("COMFYUI_DIR"):
+        pytest.skip("COMFYUI_DIR is not set: no ComfyUI to test against")
+    home = tmp_path_factory.mktemp("comfyui")
+    for folder in ("custom_nodes", "models", "input", "output", "user"):
+        (home / folder).mkdir()
+    (home / "custom_nodes" / "RealEra").symlink_to(ROOT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (home / "log.txt").open("w")
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu"]
+    command += ["--port", str(port), "--base-directory", str(home), "--disable-auto-launch"]
+    process = subprocess.Popen(
+        command,
+        cwd=os.environ["COMFYUI_DIR"],
+        env={**os.environ, "REALERA_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    made = Server(port, home, process)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (home / "log.txt").read_text()[-3000:]
+            try:
+                made.get("/system_stats")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.5)
+        yield made
+    finally:
+        process.terminate()
+        process.wait(30)
