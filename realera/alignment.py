@@ -7,8 +7,9 @@ is the same module with both off.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 
 from .closed_form import Edit
 from .concepts import Pairs
@@ -31,13 +33,16 @@ from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
 ADAPTER = "realera"
 LOSS_SCALE = 2.0**14  # keeps the gradients of a half-precision U-Net above its smallest number
 ANCHOR_BATCH = 4  # anchor images drawn at once
+# A residual or attention block, as diffusers and as ComfyUI name it.
+BLOCK = re.compile(r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+")
 
 
 @dataclass(frozen=True)
 class Training:
     """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
 
-    rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states
+    rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
+    gradient_checkpointing: less memory and a third more time, the same LoRA but for rounding
     """
 
     steps: int = 200
@@ -46,6 +51,7 @@ class Training:
     batch: int = 4
     seed: int = 0
     save_every: int = 25
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank", "batch", "save_every"):
@@ -74,7 +80,8 @@ def align(
     anchors: latents of images of the anchors, [concepts, images, channels, height, width], drawn
         by the original model (`draw_anchors`)
     on_step: called after every step with its number, from 1, and its loss; an exception it raises
-        cancels the run. state: a file to resume from and to save to, also when cancelled; a run
+        cancels the run. The LoRA is on the U-Net then, so under `edited` it may draw what was
+        learned so far. state: a file to resume from and to save to, also when cancelled; a run
         that was resumed gives the result of one that was not interrupted.
 
     Returns projection name -> (A [rank, in], B [out, rank]). The U-Net is left exactly as it was,
@@ -84,7 +91,8 @@ def align(
     pairs = neighbors.pairs
     concept_of = torch.tensor([n for n, c in enumerate(pairs.concepts) for _ in c.templates])
     images = anchors.shape[1]
-    with adapted(model.unet, training.rank, training.seed) as layers:
+    thrifty = checkpointed(model.unet) if training.gradient_checkpointing else nullcontext()
+    with thrifty, adapted(model.unet, training.rank, training.seed) as layers:
         weights = [weight for pair in layers.values() for weight in pair]
         optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
         run = _fingerprint(neighbors, beyond, edit, pooled_edit, anchors, training)
@@ -121,20 +129,21 @@ def align(
                 z_t, t = z_t.repeat(len(students), 1, 1, 1), t.to(z.device).repeat(len(students))
                 with torch.no_grad(), original(model.unet):
                     wanted = model.predict_noise(z_t, t, _stack(teachers))
+                optimizer.zero_grad(set_to_none=True)
                 with edited(model.unet, edit):
                     student = _stack(students)
                     if pooled_edit is not None and student.pooled is not None:
                         student = Encoding(student.context, pooled_edit(student.pooled))
                     predicted = model.predict_noise(z_t, t, student)
-                # The mean over the stacked halves, times their number, is the sum of Eq. 9.
-                loss = len(students) * mse_loss(predicted.float(), wanted.float())
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss at step {step} is {loss.item()}: lower the learning rate "
-                        f"(now {training.learning_rate:g}) or run the U-Net in float32"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                (LOSS_SCALE * loss).backward()
+                    # The mean over the stacked halves, times their number, is the sum of Eq. 9.
+                    loss = len(students) * mse_loss(predicted.float(), wanted.float())
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss at step {step} is {loss.item()}: lower the learning rate "
+                            f"(now {training.learning_rate:g}) or run the U-Net in float32"
+                        )
+                    # Still edited: checkpointed blocks run again here.
+                    (LOSS_SCALE * loss).backward()
                 for weight in weights:
                     if weight.grad is not None:
                         weight.grad /= LOSS_SCALE
@@ -217,6 +226,33 @@ def edited(unet: nn.Module, edit: Edit) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def checkpointed(unet: nn.Module) -> Iterator[None]:
+    """Every block keeps its inputs only, and runs again when its gradients are computed."""
+
+    def twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Any, **options: Any) -> Tensor:
+            # ComfyUI writes where it is in the U-Net into a dict that all blocks share.
+            inputs = tuple(dict(x) if isinstance(x, dict) else x for x in inputs)
+            return checkpoint(
+                forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+            )
+
+        return run
+
+    blocks = [module for name, module in unet.named_modules() if BLOCK.fullmatch(name)]
+    before = [vars(block).get("forward") for block in blocks]  # a hook of accelerate, for one
+    try:
+        for block in blocks:
+            block.forward = twice(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 @contextmanager
@@ -317,7 +353,8 @@ def _fingerprint(
     training: Training,
 ) -> str:
     """What a saved state must have been made with to be gone on with."""
-    key = hashlib.sha256(json.dumps({**asdict(training), "steps": 0}).encode())
+    free = {"steps": 0, "save_every": 0, "gradient_checkpointing": False}  # may change between runs
+    key = hashlib.sha256(json.dumps({**asdict(training), **free}).encode())
     for ring in (neighbors, beyond):
         if ring is not None:
             limits = [ring.s1, ring.s2, ring.d1, ring.d1_anchor, ring.d2, ring.shared_noise]

@@ -1,5 +1,6 @@
 """Eq. 8-9 on a small U-Net with random weights: what is trained, and what is left as it was."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import realera.miniature
-from realera.alignment import Training, adapted, align, draw_anchors, edited, original
+from realera.alignment import (
+    Training,
+    adapted,
+    align,
+    checkpointed,
+    draw_anchors,
+    edited,
+    original,
+)
 from realera.closed_form import Edit, collect
 from realera.concepts import Concept, encode_pairs
 from realera.diffusion import DiffusersModel, Encoding, projections
@@ -133,6 +142,64 @@ def test_the_same_seed_gives_the_same_lora_and_another_seed_does_not(model, job)
     name = next(iter(first))
     assert torch.equal(first[name][1], second[name][1])
     assert not torch.equal(first[name][1], other[name][1])
+
+
+def test_gradient_checkpointing_trains_the_same_lora_and_is_undone(model, job, tmp_path):
+    thrifty = replace(SHORT, gradient_checkpointing=True)
+    kept, again = run(model, job), run(model, job, thrifty)
+    for name, (a, b) in kept.items():
+        assert torch.allclose(a, again[name][0], rtol=1e-3, atol=1e-6)
+        assert torch.allclose(b, again[name][1], rtol=1e-3, atol=1e-6)
+    with pytest.raises(FloatingPointError):
+        ring, edit, anchors = job
+        run(model, (ring, Edit(edit.matrix * torch.inf), anchors), thrifty)
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+    # One that ran out of memory may go on with it.
+    state = tmp_path / "state.safetensors"
+    run(model, job, replace(SHORT, steps=2), state=state)
+    run(model, job, thrifty, state=state)
+
+
+def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(model, job):
+    ring, edit, _ = job
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    encoding = Encoding(ring.pairs.context[:2])
+    kept, gradients = [], []
+    for thrifty in (False, True):
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        saving = checkpointed(model.unet) if thrifty else nullcontext()
+        with saving, adapted(model.unet, 2, 0) as layers, edited(model.unet, edit):
+            with hooks:
+                loss = model.predict_noise(z, t, encoding).square().mean()
+            kept.append(sum(saved.values()))
+            loss.backward()
+            gradients.append([b.grad for _, b in layers.values()])
+    assert kept[1] < kept[0] / 2
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model, job):
+    ring, edit, _ = job
+    first = Encoding(ring.pairs.context[:1])
+    drawn = []
+
+    def sketch(step: int, loss: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad(), edited(model.unet, edit):
+            drawn.append(model.sample(first, first, generator, 2, 1.0))
+
+    plain, watched = run(model, job), run(model, job, on_step=sketch)
+    for name, pair in plain.items():
+        assert all(torch.equal(one, other) for one, other in zip(pair, watched[name], strict=True))
+    assert not torch.equal(drawn[0], drawn[-1])
 
 
 def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job):
