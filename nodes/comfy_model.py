@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import comfy.lora
@@ -14,10 +13,9 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
-from ..realera.diffusion import Encoding, projections
+from ..realera.diffusion import BATCH, Encoding, end_rows, projections, whole_words
 from ..realera.erasure import POOLED, Erasure
 
-BATCH = 64
 ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
 
 
@@ -75,11 +73,7 @@ class ComfyText:
         return Encoding(torch.cat(contexts).float(), torch.cat(pooled).float() if pooled else None)
 
     def encode_ends(self, prompts: Sequence[str]) -> Tensor:
-        """The end-of-text row of every prompt, [prompts, dim].
-
-        CLIP is causal, a row never sees what follows it, so the padding is left out: words cost an
-        eighth of what ComfyUI's own encoding of 77 tokens does.
-        """
+        """The end-of-text row of every prompt, [prompts, dim], on the CPU."""
         self.clip.load_model()
         model = self.clip.cond_stage_model
         model.reset_clip_options()
@@ -88,36 +82,27 @@ class ComfyText:
         encoders = [
             getattr(model, name) for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)
         ]
-        ids = [row[:76] + row[-1:] if len(row) > 77 else row for row in self.tokenize(prompts)]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        ends: list[Tensor] = [torch.empty(0)] * len(ids)
-        for length, same_length in groupby(order, key=lambda i: len(ids[i])):
-            chosen = list(same_length)
-            block = max(1, BATCH * 77 // length)
-            for start in range(0, len(chosen), block):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                part = chosen[start : start + block]
-                rows = [_last_row(encoder, [ids[i] for i in part]) for encoder in encoders]
-                for i, row in zip(part, torch.cat(rows, dim=-1).cpu(), strict=True):
-                    ends[i] = row
-        return torch.stack(ends)
+
+        def last_row(ids: Tensor) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            return torch.cat([_last_row(encoder, ids) for encoder in encoders], dim=-1).cpu()
+
+        return end_rows(self.tokenize(prompts), last_row)
 
     def words(self) -> list[str]:
         """Whole words of the tokenizer's vocabulary, letters only, sorted."""
-        vocabulary = self._tokenizer_of(self.clip).tokenizer.get_vocab()
-        whole = (token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
-        return sorted(word for word in whole if word.isascii() and word.isalpha())
+        return whole_words(self._tokenizer_of(self.clip).tokenizer.get_vocab())
 
     def _first_section(self, prompt: str) -> dict[str, list]:
         tokens = self.clip.tokenize(prompt, disable_weights=True)
         return {name: sections[:1] for name, sections in tokens.items()}
 
 
-def _last_row(encoder: Any, ids: list[list[int]]) -> Tensor:
-    """What an SDClipModel gives for the last of equally many tokens, [prompts, dim]."""
+def _last_row(encoder: Any, ids: Tensor) -> Tensor:
+    """What an SDClipModel gives for the last token of int64 [prompts, tokens]: [prompts, dim]."""
     words = encoder.transformer.get_input_embeddings()
     text = encoder.transformer.text_model
-    tokens = torch.tensor(ids, device=words.weight.device)
+    tokens = ids.to(words.weight.device)
     x = words(tokens, out_dtype=torch.float32)
     x = x + text.embeddings.position_embedding.weight[: tokens.shape[1]].to(x)
     mask = torch.full((x.shape[1], x.shape[1]), -torch.finfo(x.dtype).max).triu(1).to(x)

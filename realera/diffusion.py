@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+TOKENS = 77  # rows of a context in every family, start and end-of-text among them
 BATCH = 32  # prompts the text encoder reads at once
 
 
@@ -88,6 +89,35 @@ class Diffusion(Protocol):
         """Images float32 in [0, 1], [n, 3, height, width], on the CPU."""
 
 
+def end_rows(ids: Sequence[Sequence[int]], last_row: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a causal encoder gives for the last token of every prompt, [prompts, dim].
+
+    A row never sees what follows it, so the padding is left out: words cost an eighth of prompts.
+
+    ids: tokens with start and end-of-text; more than TOKENS are cut, the end-of-text is kept
+    last_row: int64 [prompts, tokens], all of one length -> [prompts, dim]
+    """
+    ids = [[*row[: TOKENS - 1], row[-1]] if len(row) > TOKENS else row for row in ids]
+    ends: list[Tensor] = [torch.empty(0)] * len(ids)
+    shortest_first = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for length, same_length in groupby(shortest_first, key=lambda i: len(ids[i])):
+        chosen = list(same_length)
+        # Short rows are cheap: read as many at once as BATCH full ones would take.
+        block = max(1, BATCH * TOKENS // length)
+        for start in range(0, len(chosen), block):
+            part = chosen[start : start + block]
+            rows = last_row(torch.tensor([ids[i] for i in part]))
+            for i, row in zip(part, rows, strict=True):
+                ends[i] = row
+    return torch.stack(ends)
+
+
+def whole_words(vocabulary: Iterable[str]) -> list[str]:
+    """The whole words of a CLIP vocabulary ("airplane</w>"), letters only, sorted."""
+    tokens = (token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
+    return sorted({word for word in tokens if word.isascii() and word.isalpha()})
+
+
 def projections(unet: nn.Module) -> dict[str, nn.Linear]:
     """Every cross-attention K and V projection by its name in the U-Net, in the U-Net's order.
 
@@ -145,29 +175,13 @@ class DiffusersText:
         return Encoding(context, torch.cat(pooled) if pooled else None)
 
     def encode_ends(self, prompts: Sequence[str]) -> Tensor:
-        # The encoders are causal: a row never sees what follows it, so the padding can be left out.
-        ids = [row[:76] + row[-1:] if len(row) > 77 else row for row in self.tokenize(prompts)]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        ends: list[Tensor] = [torch.empty(0)] * len(ids)
-        for _, same_length in groupby(order, key=lambda i: len(ids[i])):
-            chosen = list(same_length)
-            # Short rows are cheap: read as many at once as BATCH full ones would take.
-            block = max(1, BATCH * 77 // len(ids[chosen[0]]))
-            for start in range(0, len(chosen), block):
-                part = chosen[start : start + block]
-                rows = torch.tensor([ids[i] for i in part])
-                context = self._forward([rows] * len(self.encoders)).context
-                for i, row in zip(part, context[:, -1], strict=True):
-                    ends[i] = row
-        return torch.stack(ends)
+        return end_rows(
+            self.tokenize(prompts),
+            lambda ids: self._forward([ids] * len(self.encoders)).context[:, -1],
+        )
 
     def words(self) -> list[str]:
-        tokens = (
-            token.removesuffix("</w>")
-            for token in self.tokenizers[0].get_vocab()
-            if token.endswith("</w>")
-        )
-        return sorted({word for word in tokens if word.isascii() and word.isalpha()})
+        return whole_words(self.tokenizers[0].get_vocab())
 
     def _padded(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         return tokenizer(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from realera.diffusion import DiffusersModel, DiffusersText, Encoding, projections
+from realera.diffusion import DiffusersModel, DiffusersText, Encoding, end_rows, projections
 
 PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
 FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
@@ -35,6 +35,20 @@ def test_encode_ends_is_the_end_of_text_row_of_encode(models, name):
     rows = [min(len(ids), 77) - 1 for ids in text.tokenize(prompts)]
     expected = context[torch.arange(len(prompts)), rows]
     torch.testing.assert_close(text.encode_ends(prompts), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_end_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_of_text():
+    batches = []
+
+    def last_row(ids):
+        batches.append(ids)
+        return ids[:, -2:].float()
+
+    prompts = [[0, 7, 9], [0, 9], *([0, k, 9] for k in range(900)), [0, *[5] * 100, 9]]
+    rows = end_rows(prompts, last_row).tolist()
+    assert rows == [[7, 9], [0, 9], *([k, 9] for k in range(900)), [5, 9]]
+    assert all(ids.numel() <= 32 * 77 for ids in batches)
+    assert [ids.shape[1] for ids in batches] == [2, 3, 3, 77]
 
 
 def test_encoding_in_batches_changes_nothing(models, monkeypatch):
