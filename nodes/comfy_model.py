@@ -10,6 +10,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.sample
 import comfy.weight_adapter
+import latent_preview
 import torch
 from torch import Tensor, nn
 
@@ -200,6 +201,7 @@ class ComfyDiffusion:
             positive,
             negative,
             blank,
+            callback=latent_preview.prepare_callback(self.model, steps),  # hears Cancel, too
             seed=seed,
         )
         return self.model.model.process_latent_in(samples)
