@@ -31,7 +31,7 @@ from .scope import Reach, scope
 class Settings:
     """Every parameter of the method; None is automatic.
 
-    source, s1, s2, d1, d1_anchor, d2, shared_noise, exclude: as in `mining.neighborhood`
+    source, s1, s2, d1, d1_anchor, d2, shared_noise, words, exclude: as in `mining.neighborhood`
     neighbors, beyond: M and N, draws a prompt
     preserve: prompts that must keep their meaning
     lambda1, lambda2, pair_weight: as in `closed_form`
@@ -48,6 +48,7 @@ class Settings:
     d1_anchor: float | None = None
     d2: float | None = None
     shared_noise: bool = False
+    words: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     preserve: tuple[str, ...] = ()
     lambda1: float = 0.1
@@ -61,6 +62,30 @@ class Settings:
         for name in ("neighbors", "beyond"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
+
+    def ring(
+        self,
+        pairs: Pairs,
+        text: TextEncoder,
+        bank: Bank | None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Neighborhood:
+        """`mining.neighborhood` of these settings."""
+        return neighborhood(
+            pairs,
+            self.source,
+            s1=self.s1,
+            s2=self.s2,
+            d1=self.d1,
+            d1_anchor=self.d1_anchor,
+            d2=self.d2,
+            bank=bank,
+            text=text,
+            words=self.words,
+            exclude=self.exclude,
+            shared_noise=self.shared_noise,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,20 +112,7 @@ def mine(
         bank = spare_concepts(
             encode_bank(text, progress=progress), text, pairs, settings.bank_limit
         )
-    ring = neighborhood(
-        pairs,
-        settings.source,
-        s1=settings.s1,
-        s2=settings.s2,
-        d1=settings.d1,
-        d1_anchor=settings.d1_anchor,
-        d2=settings.d2,
-        bank=bank,
-        text=text,
-        exclude=settings.exclude,
-        shared_noise=settings.shared_noise,
-        progress=progress,
-    )
+    ring = settings.ring(pairs, text, bank, progress)
     generator = torch.Generator().manual_seed(settings.seed)
     neighbors = mine_neighbors(ring, settings.neighbors, generator)
     beyond = mine_beyond(ring, settings.beyond, generator)
@@ -134,10 +146,9 @@ def erase(
 def outreach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
-    if mining.ring.words is not None:
-        words = mining.ring.words
-        centre = words.centre[0]
-        return scope(erasure.edit, text, mining.pairs, list(words.cosine), centre=centre)
+    words = mining.ring.words
+    if words is not None:
+        return scope(erasure.edit, text, mining.pairs, list(words.cosine), centre=words.centre)
     return scope(erasure.edit, text, mining.pairs, bank_prompts(), "{}")
 
 

@@ -5,13 +5,13 @@ anchor's prompt that it is to become (Alg. 1, l. 1).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .diffusion import TextEncoder
+from .diffusion import TOKENS, TextEncoder
 
 TEMPLATES = (
     "a photo of the {}",
@@ -27,6 +27,7 @@ STYLE_TEMPLATES = (
     "art by {}",
     "{}",
 )
+WORDS_AT_ONCE = 1024  # between two calls of progress
 
 
 @dataclass(frozen=True)
@@ -126,47 +127,84 @@ def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
     if not concepts:
         raise ValueError("no concept to erase: give at least one Concept(name, anchor)")
     rows = [(c.name, c.anchor, template) for c in concepts for template in c.templates]
-    return align_pairs(text, tuple(concepts), rows)
-
-
-def align_pairs(
-    text: TextEncoder, concepts: tuple[Concept, ...], rows: Sequence[tuple[str, str, str]]
-) -> Pairs:
-    """Encodes (phrase, anchor, template) rows and aligns each phrase with its anchor."""
-    prompts = tuple(template.replace("{}", phrase) for phrase, _, template in rows)
+    prompts = tuple(template.replace("{}", name) for name, _, template in rows)
     anchor_prompts = tuple(template.replace("{}", anchor) for _, anchor, template in rows)
-    # Many words share an anchor prompt: each is encoded once.
-    distinct = list(dict.fromkeys(anchor_prompts))
-    index = [distinct.index(prompt) for prompt in anchor_prompts]
-    encoded, encoded_anchor = text.encode(prompts), text.encode(distinct)
-    context, anchor = encoded.context, encoded_anchor.context[index]  # [prompts, tokens, dim]
-
-    tokens = context.shape[1]
-    target, span = context.clone(), torch.zeros(context.shape[:2], dtype=torch.bool)
-    ends = []
-    for i, (phrase, anchor_phrase, template) in enumerate(rows):
-        own, its = (_locate(text, template, words, tokens) for words in (phrase, anchor_phrase))
-        target[i, own.first :] = anchor[i, _aligned_rows(own, its, tokens)]
-        span[i, own.first :] = True
-        ends.append(own.end)
+    place, ends = align_rows(text, rows)
+    encoded, encoded_anchor = text.encode(prompts), text.encode(anchor_prompts)
+    context, anchor = encoded.context, encoded_anchor.context  # [prompts, tokens, dim]
+    place, ends = place.to(context.device), ends.to(context.device)
     pooled = None
     if encoded.pooled is not None and encoded_anchor.pooled is not None:
-        row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[index][:, None]
+        row, its_row = encoded.pooled[:, None], encoded_anchor.pooled[:, None]
         everywhere = torch.ones(row.shape[:2], dtype=torch.bool, device=row.device)
-        last = torch.zeros(len(row), dtype=torch.int64, device=row.device)
-        pooled = Pairs(concepts, prompts, anchor_prompts, row, its_row, its_row, everywhere, last)
-    device = context.device
+        pooled = Pairs(
+            tuple(concepts),
+            prompts,
+            anchor_prompts,
+            row,
+            its_row,
+            its_row,
+            everywhere,
+            torch.zeros_like(ends),
+        )
+    target = aligned(context, anchor, place)
     return Pairs(
-        concepts,
-        prompts,
-        anchor_prompts,
-        context,
-        target,
-        anchor,
-        span.to(device),
-        torch.tensor(ends, device=device),
-        pooled,
+        tuple(concepts), prompts, anchor_prompts, context, target, anchor, place >= 0, ends, pooled
     )
+
+
+def align_rows(text: TextEncoder, rows: Sequence[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
+    """Where the rows of every prompt meet those of its anchor prompt.
+
+    rows: phrase, anchor and template of every prompt
+
+    Returns the anchor prompt's row that every row is to become, int64 [prompts, TOKENS], -1 before
+    the span; and the end-of-text rows, int64 [prompts]. Raises ValueError as encode_pairs.
+    """
+    place, ends = [], []
+    for phrase, anchor, template in rows:
+        own, its = _locate(text, template, phrase), _locate(text, template, anchor)
+        before = torch.full((own.first,), -1)
+        place.append(torch.cat([before, _aligned_rows(own, its)]))
+        ends.append(own.end)
+    return torch.stack(place), torch.tensor(ends)
+
+
+def aligned(context: Tensor, anchor: Tensor, place: Tensor) -> Tensor:
+    """e* of contexts and their anchors, [prompts, tokens, dim], by the `place` of align_rows."""
+    rows = anchor.gather(1, place.clamp(min=0)[..., None].expand_as(anchor))
+    return torch.where((place >= 0)[..., None], rows, context)
+
+
+def first_prompts(pairs: Pairs) -> Tensor:
+    """The index of every concept's prompt in its first template, int64 [concepts]."""
+    lengths = torch.tensor([0, *(len(concept.templates) for concept in pairs.concepts[:-1])])
+    return lengths.cumsum(0)
+
+
+def word_ends(
+    text: TextEncoder,
+    pairs: Pairs,
+    words: Sequence[str],
+    template: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """The end-of-text rows of `words` as each concept is read: [words, dim] for every concept.
+
+    Words stand in `template`, in each concept's own first one unless given. progress is called with
+    (words done, words in all).
+    """
+    templates = [template or concept.templates[0] for concept in pairs.concepts]
+    ends: dict[str, Tensor] = {}
+    for template in dict.fromkeys(templates):
+        parts = []
+        for start in range(0, len(words), WORDS_AT_ONCE):
+            some = [template.replace("{}", word) for word in words[start : start + WORDS_AT_ONCE]]
+            parts.append(text.encode_ends(some).cpu().float())
+            done = len(ends) * len(words) + start + len(some)
+            progress(done, len(set(templates)) * len(words))
+        ends[template] = torch.cat(parts)
+    return [ends[template] for template in templates]
 
 
 @dataclass(frozen=True)
@@ -178,7 +216,7 @@ class _Place:
     end: int
 
 
-def _locate(text: TextEncoder, template: str, phrase: str, tokens: int) -> _Place:
+def _locate(text: TextEncoder, template: str, phrase: str) -> _Place:
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
     whole, prefix, suffix = text.tokenize([prompt, before, after])
@@ -191,12 +229,18 @@ def _locate(text: TextEncoder, template: str, phrase: str, tokens: int) -> _Plac
         raise ValueError(
             f"{phrase!r} tokenises to nothing in {prompt!r}: write it in words the tokenizer knows"
         )
-    if end >= tokens:
-        raise ValueError(
-            f"the prompt {prompt!r} takes {len(whole)} tokens and the encoder reads {tokens}: "
-            "shorten the concept, the anchor or the template"
-        )
+    refuse_long([prompt], [whole])
     return _Place(first, last, end)
+
+
+def refuse_long(prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a prompt whose token ids the encoder would cut off."""
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) > TOKENS:
+            raise ValueError(
+                f"the prompt {prompt!r} takes {len(tokens)} tokens and the encoder reads {TOKENS}: "
+                "shorten it, or its template"
+            )
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -207,13 +251,13 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _aligned_rows(own: _Place, its: _Place, tokens: int) -> Tensor:
-    """The anchor row for every row of the span, int64 [tokens - own.first].
+def _aligned_rows(own: _Place, its: _Place) -> Tensor:
+    """The anchor row for every row of the span, int64 [TOKENS - own.first].
 
     Phrase token j meets the anchor's token j (its last one while the concept is longer), suffix
     meets suffix, end-of-text and padding meet end-of-text and padding.
     """
-    rows = torch.arange(own.first, tokens)
+    rows = torch.arange(own.first, TOKENS)
     phrase = torch.clamp(rows - own.first, max=its.last - its.first - 1) + its.first
-    later = torch.clamp(rows - own.last + its.last, max=tokens - 1)
+    later = torch.clamp(rows - own.last + its.last, max=TOKENS - 1)
     return torch.where(rows < own.last, phrase, later)

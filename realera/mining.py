@@ -21,34 +21,54 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .bank import Bank
-from .concepts import Pairs, align_pairs
+from .concepts import Pairs, align_rows, aligned, first_prompts, refuse_long, word_ends
 from .diffusion import TextEncoder
 
 Source = Literal["isotropic", "bank", "vocabulary"]
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.5}
+USED_BY: dict[str, tuple[Source, ...]] = {
+    "words": ("vocabulary",),
+    "shared_noise": ("isotropic",),  # a bank prompt is one v for the whole span already
+    "d1": ("isotropic", "bank"),
+    "d1_anchor": ("isotropic", "bank"),
+    "d2": ("isotropic", "bank"),
+}
 CANDIDATES = 256  # bank prompts to step towards
-FAR_WORDS = 64  # words just outside the ring that may be drawn as beyond points
+# Words inside the ring and just outside it that may be drawn, a concept: in SDXL and five templates
+# they take 0.4 GB. On the miniature's encoder the ring of a concept holds about 50.
+NEAR_WORDS = FAR_WORDS = 64
 BLOCK = 256  # draws tried at once
 MAX_DRAWS = 64 * BLOCK
 
 
 @dataclass(frozen=True)
-class Words:
-    """The vocabulary around the concepts, each word in each template of its nearest concept.
+class Phrases:
+    """Words in the templates of the concept each is nearest to, as encoded.
 
-    near: the words inside the ring, nearest first; far: those just outside, nearest first, as
-    pairs of the word's prompt and the anchor's; near_prompt, far_prompt: int64, the pair of the
-    concept and template each belongs to; cosine: word -> cosine with its concept, on the
-    end-of-text row around the vocabulary's mean
+    context: [n, tokens, dim]; place: int64 [n, tokens], as `concepts.align_rows` gives it
+    prompt: int64 [n], the pair of the concept and template each belongs to
+    """
+
+    prompts: tuple[str, ...]
+    context: Tensor
+    place: Tensor
+    prompt: Tensor
+    pooled: "Phrases | None" = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """The vocabulary around the concepts.
+
+    near: the words inside the ring, nearest first; far: those just outside, nearest first
+    cosine: word -> cosine with its concept, on the end-of-text row around the vocabulary's mean
     centre: that mean, [concepts, dim]
     """
 
-    near: Pairs
-    near_prompt: Tensor
-    far: Pairs
-    far_prompt: Tensor
+    near: Phrases
+    far: Phrases
     cosine: dict[str, float]
     centre: Tensor
 
@@ -112,7 +132,7 @@ def neighborhood(
     d2: float | None = None,
     bank: Bank | None = None,
     text: TextEncoder | None = None,
-    words: Sequence[str] | None = None,
+    words: Sequence[str] = (),
     exclude: Sequence[str] = (),
     shared_noise: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -121,13 +141,30 @@ def neighborhood(
 
     s1, s2: cosine limits, by source unless given. d1, d2: radii; unless given, the distances at
     which the expected cosine falls to s2 and to 0; d1_anchor: d1 / 10 unless given.
-    bank, text: needed by the sources "bank" and "vocabulary". words: the vocabulary to search, the
-    tokenizer's own unless given; exclude: words that are not to be erased.
+    bank, text: needed by the sources "bank" and "vocabulary". shared_noise: one v for all rows of a
+    span, of isotropic noise. exclude: words that are not to be erased.
+    words: words, phrases and whole prompts to search beside the tokenizer's own vocabulary. Each
+    takes the concept's place in every template, so that all are compared alike; in the template
+    "{}" a prompt stands as it is.
 
-    Raises ValueError for a range that no draw can satisfy, with one that works.
+    Raises ValueError for a range that no draw can satisfy, with one that works, and for an option
+    that the source does not use.
     """
     if source not in SOURCES:
         raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
+    given = {
+        "words": ", ".join(words) or None,
+        "shared_noise": shared_noise or None,
+        "d1": d1,
+        "d1_anchor": d1_anchor,
+        "d2": d2,
+    }
+    for name, value in given.items():
+        if value is not None and source not in USED_BY[name]:
+            raise ValueError(
+                f"{name} = {value}: source {source!r} does not use it; leave it out, or choose "
+                f"{' or '.join(USED_BY[name])}"
+            )
     s1 = S1[source] if s1 is None else s1
     s2 = S2[source] if s2 is None else s2
     if not -1.0 <= s2 < s1 <= 1.0:
@@ -138,8 +175,8 @@ def neighborhood(
     if source == "vocabulary":
         if text is None:
             raise ValueError("source 'vocabulary' needs the text encoder")
-        mined = _mine_words(pairs, text, words or text.words(), exclude, s1, s2, progress)
-        return replace(_word_neighborhood(pairs, s1, s2, mined), exclude=tuple(exclude))
+        found = _mine_words(pairs, text, words, exclude, s1, s2, progress)
+        return replace(_word_neighborhood(pairs, s1, s2, found), exclude=tuple(exclude))
 
     candidates: Tensor | None = None
     pooled_candidates: Tensor | None = None
@@ -176,7 +213,7 @@ def mine_neighbors(
     pairs = ring.pairs
     prompts = range(len(pairs.prompts)) if prompts is None else prompts
     if ring.words is not None:
-        return _draw_words(ring, ring.words.near, ring.words.near_prompt, count, generator, prompts)
+        return _draw_words(ring, ring.words.near, count, generator, prompts)
     contexts, targets = [pairs.context[:0]], [pairs.target[:0]]
     for i in prompts:
         direction, radius = _draw(ring, i, count, (0.0, ring.d1), (ring.s2, ring.s1), generator)
@@ -201,7 +238,7 @@ def mine_beyond(
     pairs = ring.pairs
     prompts = range(len(pairs.prompts)) if prompts is None else prompts
     if ring.words is not None:
-        far = _draw_words(ring, ring.words.far, ring.words.far_prompt, count, generator, prompts)
+        far = _draw_words(ring, ring.words.far, count, generator, prompts)
         pooled = far.pooled and replace(far.pooled, target=far.pooled.context)
         return replace(far, target=far.context, pooled=pooled)
     contexts = [pairs.context[:0]]
@@ -220,7 +257,7 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
 
     The words that were left out of the ring are among them, in every template of the concepts.
-    Raises ValueError for a prompt that names a concept to be erased.
+    Raises ValueError for a prompt that names a concept to be erased or that the encoder cuts off.
     """
     pairs = beyond.neighborhood.pairs
     for prompt in prompts:
@@ -239,6 +276,7 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     prompts = list(dict.fromkeys([*prompts, *left_out]))
     if not prompts:
         return beyond
+    refuse_long(prompts, text.tokenize(prompts))
     encoding = text.encode(prompts)
 
     def append(mined: Mined, context: Tensor) -> Mined:
@@ -376,63 +414,71 @@ def _distance_at(cosine: float, radius: Tensor, spread: Tensor) -> float:
 def _mine_words(
     pairs: Pairs,
     text: TextEncoder,
-    words: Sequence[str],
+    added: Sequence[str],
     exclude: Sequence[str],
     s1: float,
     s2: float,
     progress: Callable[[int, int], None],
 ) -> Words:
-    """Compares every word with every concept in the concept's first template.
+    """Compares the vocabulary and the added words with every concept in its first template.
 
-    Words whose centred cosine lies in [s2, s1] are near, unless the user struck them out; the
-    FAR_WORDS below them are far. Words above s1 are neither.
+    Words whose centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless
+    the user struck them out; the FAR_WORDS below them are far. Words above s1 are neither.
     """
     struck = {word.casefold() for word in exclude}
     names = {concept.name.casefold() for concept in pairs.concepts}
-    words = [word for word in dict.fromkeys(words) if word.casefold() not in names]
-    cosines, centres = [], []
-    for number, concept in enumerate(pairs.concepts):
-        template = concept.templates[0]
-        ends = text.encode_ends([template.replace("{}", w) for w in (*words, concept.name)])
-        own, ends = ends[-1], ends[:-1]
-        centre = ends.mean(0)
-        centres.append(centre.cpu())
-        cosines.append(cosine_similarity(own - centre, ends - centre, dim=-1).cpu())
-        progress(number + 1, len(pairs.concepts))
-    cosine, nearest = torch.stack(cosines).max(0)
+    vocabulary = [word for word in text.words() if word.casefold() not in names]
+    extra = [word for word in added if word.casefold() not in names]
+    words = list(dict.fromkeys([*vocabulary, *extra]))
+    first = first_prompts(pairs)
+    own = pairs.context[first, pairs.ends[first]].cpu()  # [concepts, dim]
+    ends = word_ends(text, pairs, words, progress=progress)
+    # Around the vocabulary alone: what the user adds does not move the words that are there.
+    centre = torch.stack([rows[: len(vocabulary)].mean(0) for rows in ends])  # [concepts, dim]
+    cosine, nearest = torch.stack(
+        [
+            cosine_similarity(e - middle, rows - middle, dim=-1)
+            for e, middle, rows in zip(own, centre, ends, strict=True)
+        ]
+    ).max(0)
     order = cosine.argsort(descending=True, stable=True).tolist()
 
     listed: dict[str, float] = {}
-    rows: dict[str, list[tuple[str, str, str]]] = {"near": [], "far": []}
-    prompt: dict[str, list[int]] = {"near": [], "far": []}
+    near: list[tuple[int, str]] = []  # the index of a pair and a word to go with it
+    far: list[tuple[int, str]] = []
     start = 0
     for number, concept in enumerate(pairs.concepts):
         own_words = [k for k in order if int(nearest[k]) == number and cosine[k] <= s1]
-        inside = [k for k in own_words if cosine[k] >= s2]
+        inside = [k for k in own_words if cosine[k] >= s2][:NEAR_WORDS]
         outside = [k for k in own_words if cosine[k] < s2][:FAR_WORDS]
-        near = [words[k] for k in inside if words[k].casefold() not in struck]
-        far = [words[k] for k in outside]
-        if not far:
+        if not outside:
             raise ValueError(
                 f"every word nearest to {concept.name!r} lies within S2 = {s2}, none is left as a "
                 "beyond point: raise S2 or give more words"
             )
         listed |= {words[k]: float(cosine[k]) for k in inside + outside}
-        for j, template in enumerate(concept.templates):
+        kept = [words[k] for k in inside if words[k].casefold() not in struck]
+        for prompt in range(start, start + len(concept.templates)):
             # The concept is its own first neighbour, so that no ring is ever empty.
-            for kind, chosen in (("near", [concept.name, *near]), ("far", far)):
-                rows[kind] += [(word, concept.anchor, template) for word in chosen]
-                prompt[kind] += [start + j] * len(chosen)
+            near += [(prompt, word) for word in (concept.name, *kept)]
+            far += [(prompt, words[k]) for k in outside]
         start += len(concept.templates)
-    device = pairs.span.device
-    return Words(
-        align_pairs(text, pairs.concepts, rows["near"]),
-        torch.tensor(prompt["near"], device=device),
-        align_pairs(text, pairs.concepts, rows["far"]),
-        torch.tensor(prompt["far"], device=device),
-        listed,
-        torch.stack(centres),
-    )
+    return Words(_phrases(pairs, text, near), _phrases(pairs, text, far), listed, centre)
+
+
+def _phrases(pairs: Pairs, text: TextEncoder, words: Sequence[tuple[int, str]]) -> Phrases:
+    """Encodes the word of every (pair, word) in the pair's template."""
+    templates = [(c.anchor, template) for c in pairs.concepts for template in c.templates]
+    rows = [(word, *templates[prompt]) for prompt, word in words]
+    place, _ = align_rows(text, rows)
+    prompts = tuple(template.replace("{}", word) for word, _, template in rows)
+    encoding, device = text.encode(prompts), pairs.context.device
+    prompt = torch.tensor([prompt for prompt, _ in words], device=device)
+    pooled = None
+    if encoding.pooled is not None:
+        only = torch.zeros_like(place[:, :1], device=device)
+        pooled = Phrases(prompts, encoding.pooled[:, None], only, prompt)
+    return Phrases(prompts, encoding.context, place.to(device), prompt, pooled)
 
 
 def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neighborhood:
@@ -440,8 +486,9 @@ def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neig
     if pairs.pooled is not None:
         near, far = words.near.pooled, words.far.pooled
         assert near is not None and far is not None
-        ones = Words(near, words.near_prompt, far, words.far_prompt, words.cosine, words.centre)
-        pooled = _word_neighborhood(pairs.pooled, s1, s2, ones)
+        pooled = _word_neighborhood(
+            pairs.pooled, s1, s2, Words(near, far, words.cosine, words.centre)
+        )
     centre = torch.zeros_like(pairs.context[0])
     return Neighborhood(
         pairs, "vocabulary", s1, s2, 0.0, 0.0, 0.0, centre, words=words, pooled=pooled
@@ -450,22 +497,23 @@ def _word_neighborhood(pairs: Pairs, s1: float, s2: float, words: Words) -> Neig
 
 def _draw_words(
     ring: Neighborhood,
-    words: Pairs,
-    prompt: Tensor,
+    words: Phrases,
     count: int,
     generator: torch.Generator,
     prompts: Sequence[int],
 ) -> Mined:
     """`count` words for each of `prompts`, in their order."""
-    shuffled = torch.randperm(len(prompt), generator=generator).to(prompt.device)
-    take = torch.cat([prompt[:0], *(shuffled[prompt[shuffled] == i][:count] for i in prompts)])
+    of = words.prompt
+    shuffled = torch.randperm(len(of), generator=generator).to(of.device)
+    take = torch.cat([of[:0], *(shuffled[of[shuffled] == i][:count] for i in prompts)])
 
-    def part(ring: Neighborhood, words: Pairs) -> Mined:
+    def part(ring: Neighborhood, words: Phrases) -> Mined:
         pooled = None
         if ring.pooled is not None and words.pooled is not None:
             pooled = part(ring.pooled, words.pooled)
+        context, place, prompt = words.context[take], words.place[take], words.prompt[take]
+        target = aligned(context, ring.pairs.anchor[prompt], place)
         listed = tuple(words.prompts[k] for k in take.tolist())
-        context, target, span = words.context[take], words.target[take], words.span[take]
-        return Mined(ring, context, target, span, prompt[take], listed, pooled)
+        return Mined(ring, context, target, place >= 0, prompt, listed, pooled)
 
     return part(ring, words)

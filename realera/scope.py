@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .closed_form import Edit
-from .concepts import Pairs
+from .concepts import Pairs, first_prompts, word_ends
 from .diffusion import TextEncoder
 
 
@@ -41,41 +41,23 @@ def scope(
 ) -> tuple[Reach, ...]:
     """The reach of the edit over `words`, the most moved toward the anchor first.
 
-    words are put in `template` ("{}" for prompts as they are), the first template of the first
-    concept unless given. centre: what closeness is measured around, [dim]; the words' own mean
-    unless given.
+    Each word counts for the concept that it is nearest to. words are put in `template` ("{}" for
+    prompts as they are), in each concept's own first template unless given. centre: what closeness
+    is measured around, [concepts, dim]; the words' own mean unless given.
     """
-    template = template or pairs.concepts[0].templates[0]
-    rows = text.encode_ends([template.replace("{}", word) for word in words]).cpu().float()
-    first = _first_prompts(pairs)
+    first = first_prompts(pairs)
     own = pairs.context[first, pairs.ends[first]].cpu()  # [concepts, dim]
     target = pairs.target[first, pairs.ends[first]].cpu()
-    toward, moved = exchanged(edit, rows, own, target)
-    centre = rows.mean(0) if centre is None else centre
-    closeness = cosine_similarity((rows - centre)[:, None], (own - centre)[None], dim=-1)
-    nearest = closeness.argmax(1)
+    found = []  # closeness, moved and toward of every concept, [words] each
+    for n, rows in enumerate(word_ends(text, pairs, words, template)):
+        around = rows.mean(0) if centre is None else centre[n]
+        closeness = cosine_similarity(rows - around, own[n] - around, dim=-1)
+        change, wanted = edit(rows) - rows, target[n] - own[n]
+        moved, toward = change.norm(dim=-1) / rows.norm(dim=-1), change @ wanted / (wanted @ wanted)
+        found.append((closeness, moved, toward))
+    nearest = torch.stack([numbers[0] for numbers in found]).argmax(0).tolist()
     reaches = [
-        Reach(
-            word,
-            pairs.concepts[int(nearest[k])].name,
-            float(closeness[k, nearest[k]]),
-            float(moved[k]),
-            float(toward[k, nearest[k]]),
-        )
-        for k, word in enumerate(words)
+        Reach(word, pairs.concepts[n].name, *(float(numbers[k]) for numbers in found[n]))
+        for k, (word, n) in enumerate(zip(words, nearest, strict=True))
     ]
     return tuple(sorted(reaches, key=lambda reach: -reach.toward))
-
-
-def exchanged(edit: Edit, rows: Tensor, own: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """toward [rows, concepts] and moved [rows] for rows [rows, dim], e and e* [concepts, dim]."""
-    change = edit(rows) - rows
-    wanted = target - own  # [concepts, dim]
-    toward = change @ wanted.T / wanted.square().sum(-1)
-    return toward, change.norm(dim=-1) / rows.norm(dim=-1)
-
-
-def _first_prompts(pairs: Pairs) -> Tensor:
-    """The index of every concept's prompt in its first template, int64 [concepts]."""
-    lengths = torch.tensor([0, *(len(concept.templates) for concept in pairs.concepts[:-1])])
-    return lengths.cumsum(0)

@@ -11,10 +11,12 @@ from torch.nn.functional import cosine_similarity
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import realera.miniature
+from realera.algorithm import Mining, outreach
 from realera.bank import bank_prompts, encode_bank, spare_concepts
 from realera.closed_form import collect
 from realera.concepts import Concept, Pairs, encode_pairs, parse_concepts
 from realera.diffusion import DiffusersText
+from realera.erasure import Erasure
 from realera.mining import mine_beyond, mine_neighbors, neighborhood, preserving
 from realera.scope import scope
 
@@ -108,8 +110,9 @@ def test_a_prompt_that_does_not_fit_is_refused(text):
 # ---------------------------------------------------------------- neighbours and beyond points
 
 
-@pytest.mark.parametrize("source", ["isotropic", "bank"])
-@pytest.mark.parametrize("shared_noise", [False, True])
+@pytest.mark.parametrize(
+    ("source", "shared_noise"), [("isotropic", False), ("isotropic", True), ("bank", False)]
+)
 def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shared_noise):
     ring = neighborhood(pairs, source, bank=bank, text=text, shared_noise=shared_noise)
     near = mine_neighbors(ring, 12, drawn())
@@ -160,6 +163,11 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(pairs, s2, width):
         ({"source": "vocabulary"}, "needs the text encoder"),
         ({"source": "bank"}, "needs the preservation bank"),
         ({"source": "noise"}, "none of"),
+        ({"source": "bank", "shared_noise": True}, "'bank' does not use it.*isotropic"),
+        ({"source": "bank", "words": ["jet"]}, "words = jet.*choose vocabulary"),
+        ({"source": "vocabulary", "d1": 20.0}, "d1 = 20.*isotropic or bank"),
+        ({"source": "vocabulary", "d1_anchor": 2.0}, "d1_anchor = 2"),
+        ({"source": "vocabulary", "d2": 40.0}, "d2 = 40"),
     ],
 )
 def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(pairs, ranges, reason):
@@ -190,28 +198,76 @@ def test_many_neighbours_have_the_moments_that_geometry_predicts(pairs):
     assert abs(r - (radius.min() + radius.max()) / 2) < 0.03 * r  # uniform on what is accepted
 
 
-def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text):
-    pairs = encode_pairs(text, [Concept("airplane", "ground"), Concept("dog", "tree")])
-    words = text.words()[:200]
-    open_ring = neighborhood(pairs, "vocabulary", text=text, words=words, s2=0.3)
-    templates = " ".join(pairs.concepts[0].templates).split()
-    cosines = open_ring.words.cosine.items()
-    listed = [word for word, cosine in cosines if cosine >= 0.3 and word not in templates]
-    assert listed, "the random encoder has no word in the ring; lower S2 in this test"
+@pytest.fixture(scope="module")
+def two(text) -> Pairs:
+    return encode_pairs(
+        text, [Concept("airplane", "ground"), Concept("dog", "green tree", ("an old {}", "{}"))]
+    )
+
+
+@pytest.fixture(scope="module")
+def word_ring(text, two):
+    return neighborhood(two, "vocabulary", text=text, s2=0.4)
+
+
+def has(mined, word):
+    return any(word in prompt.split() for prompt in mined.words)
+
+
+def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, word_ring):
+    templates = " ".join(t for c in two.concepts for t in c.templates).split()
+    cosines = word_ring.words.cosine.items()
+    listed = [word for word, cosine in cosines if cosine >= 0.4 and word not in templates]
     struck = listed[0]
-    ring = neighborhood(pairs, "vocabulary", text=text, words=words, s2=0.3, exclude=[struck])
+    ring = neighborhood(two, "vocabulary", text=text, s2=0.4, exclude=[struck])
     near = mine_neighbors(ring, 10_000, drawn())
     far = preserving(mine_beyond(ring, 1, drawn()), text, [])
-
-    def has(mined, word):
-        return any(word in prompt.split() for prompt in mined.words)
-
-    assert has(mine_neighbors(open_ring, 10_000, drawn()), struck)
+    assert has(mine_neighbors(word_ring, 10_000, drawn()), struck)
     assert not has(near, struck) and has(far, struck)
     for word in listed[1:]:
         assert has(near, word) and not has(far, word)
-    for context, prompt in zip(near.context, near.words, strict=True):
-        assert torch.allclose(context, text.encode([prompt]).context[0], atol=1e-4)
+
+
+def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two, word_ring):
+    near = mine_neighbors(word_ring, 3, drawn())
+    far = mine_beyond(word_ring, 3, drawn())
+    assert near.prompt.tolist() == [i for i in range(len(two.prompts)) for _ in range(3)]
+    templates = [(c.anchor, template) for c in two.concepts for template in c.templates]
+    for k, prompt in enumerate(near.prompt.tolist()):
+        anchor, template = templates[prompt]
+        before, after = template.split("{}")
+        word = near.words[k].removeprefix(before).removesuffix(after)
+        alone = encode_pairs(text, [Concept(word, anchor, (template,))])
+        assert torch.allclose(near.context[k], alone.context[0], atol=1e-5)
+        assert torch.allclose(near.target[k], alone.target[0], atol=1e-5)
+        assert torch.equal(near.span[k], alone.span[0])
+    assert torch.allclose(far.context, text.encode(far.words).context, atol=1e-5)
+    assert torch.equal(far.target, far.context)
+
+
+def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, word_ring):
+    phrase = "dog dog dog in the garden"
+    ring = neighborhood(two, "vocabulary", text=text, s2=0.4, words=[phrase, "Airplane", "a"])
+    added = ring.words.cosine.keys() - word_ring.words.cosine.keys()
+    assert added == {phrase}
+    near = mine_neighbors(ring, 10_000, drawn())
+    assert {f"an old {phrase}", phrase} <= set(near.words)
+    for word, cosine in word_ring.words.cosine.items():
+        assert ring.words.cosine.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
+
+
+def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, word_ring, monkeypatch):
+    monkeypatch.setattr("realera.mining.NEAR_WORDS", 3)
+    monkeypatch.setattr("realera.mining.FAR_WORDS", 2)
+    words = neighborhood(two, "vocabulary", text=text, s2=0.4).words
+    assert len(words.near.context) == (1 + 3) * len(two.prompts)
+    assert len(words.far.context) == 2 * len(two.prompts)
+    for start in ("a photo of the ", "an old "):
+        kept, all_near = (
+            [prompt for prompt in ring.near.prompts if prompt.startswith(start)]
+            for ring in (words, word_ring.words)
+        )
+        assert kept == all_near[:4] and len(all_near) > 4
 
 
 def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
@@ -221,6 +277,14 @@ def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
     with pytest.raises(ValueError, match="which is to be erased"):
         preserving(beyond, text, ["an Airplane over a house"])
     preserving(beyond, text, ["a paper aeroplaneairplane"])  # a name within a word is no name
+
+
+def test_a_preserved_prompt_that_would_be_cut_off_is_refused_with_its_length(text, pairs):
+    beyond = mine_beyond(neighborhood(pairs), 0, drawn())
+    longest = " ".join(["dog"] * 75)
+    assert len(preserving(beyond, text, [longest]).words) == 1
+    with pytest.raises(ValueError, match=r"'dog dog .* takes 78 tokens and the encoder reads 77"):
+        preserving(beyond, text, ["a cat", longest + " dog"])
 
 
 # ---------------------------------------------------------------- the bank
@@ -281,3 +345,13 @@ def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_
     assert all(reaches[word].toward < reaches["airplane"].toward for word in words[1:])
     still = type(edit)(torch.eye(DIM))
     assert all(abs(r.toward) + r.moved < 1e-5 for r in scope(still, text, pairs, words))
+
+
+def test_every_concept_is_measured_around_its_own_mean(text, two, word_ring):
+    near, far = mine_neighbors(word_ring, 1, drawn()), mine_beyond(word_ring, 1, drawn())
+    erasure = Erasure.fit(collect(near, far))
+    mining = Mining(two, word_ring, near, far, None)
+    reaches = outreach(text, erasure, mining)
+    assert {reach.concept for reach in reaches} == {"airplane", "dog"}
+    for reach in reaches:
+        assert reach.closeness == pytest.approx(word_ring.words.cosine[reach.word], abs=1e-5)
