@@ -122,8 +122,8 @@ def run_scope(options: argparse.Namespace) -> None:
             f"the erasure was made for text embeddings of {len(erasure.edit.matrix)} numbers and "
             f"{options.model} has {pairs.context.shape[-1]}: name a model of its family"
         )
-    words = Path(options.words).read_text("utf-8").split("\n") if options.words else text.words()
-    reaches = scope(erasure.edit, text, pairs, [word for word in words if word.strip()])
+    words = _lines(options.words) if options.words else text.words()
+    reaches = scope(erasure.edit, text, pairs, words)
     print(_scope_text(reaches, options.count))
 
 
@@ -154,6 +154,7 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
     _refuse_existing(out, [*names, *drawings, "scope.txt"], options)
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
+    options.words = _lines(options.words) if options.words else None
     settings = _from(Settings, options)
     model = load_model(options.model, options.dtype, options.device)
 
@@ -204,6 +205,17 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
     print(f"LoRA of rank {report.rank}, {report.relative:.2%} of T - I cut")
     print(f"in {out}: {', '.join(names)}, scope.txt, {', '.join(f'{n}.png' for n in drawn)}")
     return model, erasure
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a text file that hold something. Raises ValueError when none does."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not any(lines):
+        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
+    return [line for line in lines if line]
 
 
 def _refuse_existing(folder: Path, names: Sequence[str], options: argparse.Namespace) -> None:
@@ -392,6 +404,11 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         mining.add_argument(
             f"--{name.replace('_', '-')}", type=float, help="automatic unless given"
         )
+    mining.add_argument(
+        "--words",
+        metavar="FILE",
+        help="of words, phrases or prompts, one a line, to search beside the vocabulary",
+    )
     mining.add_argument("--exclude", action="append", help="a word that is not to be erased")
     mining.add_argument("--preserve", action="append", help="a prompt that must keep its meaning")
     edit = sub.add_argument_group("closed form (Eq. 7)")

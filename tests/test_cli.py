@@ -76,6 +76,30 @@ def test_scope_and_info_print_what_a_file_does(folder, tmp_path, capsys):
         assert '"airplane"' in capsys.readouterr().out
 
 
+def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("\nplane taking off from the runway\n", "utf-8")
+    out, quick = tmp_path / "out", ["--neighbors", "100", "--beyond", "1", "--steps", "0"]
+    concept = ["-c", "airplane -> sky", "--template", "{}", "--prompt", "a dog"]
+    arguments = ["erase", "miniature", *concept, "--words", str(words), "-o", str(out), *quick]
+    assert main(arguments) == 0
+    provenance = Erasure.load(out / FILES[2]).provenance
+    assert provenance["settings"]["words"] == ["plane taking off from the runway"]
+    assert "plane taking off from the runway" in {reach["word"] for reach in provenance["scope"]}
+
+
+def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text(" \n\n", "utf-8")
+    latin.write_bytes("Beyoncé".encode("latin-1"))
+    start = ["erase", "miniature", "-c", "cat -> dog", "-o", str(tmp_path / "out")]
+    for path, reason in ((empty, "holds no word"), (latin, "not UTF-8"), (tmp_path / "no", "No s")):
+        assert main([*start, "--words", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert str(path) in error and reason in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
