@@ -23,7 +23,7 @@ from realera.checkpoints import lora_tensors, write_checkpoint, write_lora
 from realera.closed_form import Edit
 from realera.diffusion import DiffusersModel, projections
 from realera.erasure import POOLED, Erasure, applied, canonical
-from realera.families import FAMILIES, family_of, load_model, load_text
+from realera.families import FAMILIES, _explained, family_of, load_model, load_text
 from realera.files import open_tensors, raw_bytes, writing
 
 DIMS = {"sd1": 32, "sd1 one layer": 32, "sd1 inpainting": 32, "sd2": 64, "sdxl": 96}
@@ -290,6 +290,13 @@ def test_a_checkpoint_without_a_part_is_refused(tmp_path, singles, lost):
     save_file(state, tmp_path / "x.safetensors", metadata_of(singles["sd1"]))
     with pytest.raises(ValueError, match=r"lacks|cannot be loaded: it may lack"):
         load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("error", [MemoryError, OSError, ImportError, torch.OutOfMemoryError])
+def test_what_is_not_the_files_fault_is_not_blamed_on_it(singles, error):
+    path = singles["sd1"]
+    with pytest.raises(error, match="elsewhere"), _explained(open_tensors(path), family_of(path)):
+        raise error("elsewhere")
 
 
 # --- erased checkpoints --------------------------------------------------------------------------

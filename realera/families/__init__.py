@@ -25,7 +25,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    create_diffusers_clip_model_from_ldm,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -283,9 +286,10 @@ def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText
                     torch_dtype=dtype,
                     local_files_only=True,
                 )
-                _check_complete(encoder, file)
                 encoders.append(encoder)
                 tokenizers.append(_tokenizer(config["vocab_size"], config["pad_token_id"]))
+    for encoder in encoders:
+        _check_complete(encoder, file)
     return DiffusersText(tokenizers, encoders)
 
 
@@ -366,10 +370,11 @@ def _configuration_folder(
 
 @contextmanager
 def _explained(file: TensorFile, family: Family) -> Iterator[None]:
-    """Whatever a converter trips over is a file that lacks a part or does not fit its family."""
+    """What a converter trips over in a file that lacks a part or does not fit its family."""
     try:
         yield
-    except Exception as error:
+    # Not Exception: no memory, a full disk or a missing package is not the file's fault.
+    except (ValueError, LookupError, NotImplementedError, SingleFileComponentError) as error:
         raise ValueError(
             f"{file.path} does not fit {family.title} and cannot be loaded: it may lack its text "
             f"encoder or VAE, or be a variant of another shape ({error})"
