@@ -295,6 +295,21 @@ def test_the_slider_shows_before_and_after_of_every_prompt(ran):
         assert after.evaluate("image => image.style.clipPath") == f"inset(0px 0px 0px {share}%)"
 
 
+def test_the_views_are_still_there_when_the_user_comes_back_from_another_tab(ran):
+    window, _ = ran
+    kind, view = "RealEraNeighborSampler", "realera_neighborhood"
+    window.look_at(kind)
+    before = window.view(kind, view)
+    window.page.get_by_role("button", name="Unsaved Workflow").click()
+    window.until("() => !app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
+    window.page.get_by_role("button", name=EXAMPLE).click()
+    window.until("() => app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
+    window.look_at(kind)
+    assert window.view(kind, view) == before
+    assert window.page.locator(".realera-scope > div[title]").count() > 10
+    assert window.page.locator(".realera-slider option").count() == 4
+
+
 def test_the_help_of_a_node_opens_in_chinese_with_its_picture(ran):
     window, _ = ran
     window.do("() => app.extensionManager.setting.set('Comfy.Locale', 'zh')")

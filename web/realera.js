@@ -370,11 +370,17 @@ app.registerExtension({
   nodeCreated(node) {
     const add = VIEWS[node.comfyClass];
     if (!add) return;
-    const update = add(node);
+    node.realeraShow = add(node);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);
-      update(output);
+      this.realeraShow(output);
     };
+  },
+  /** Another tab, language or past run has made the nodes anew: show what they had shown. */
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      app.graph.getNodeById(id)?.realeraShow?.(output);
+    }
   },
 });
