@@ -14,7 +14,16 @@ from ..realera.mining import mine_beyond, preserving
 from .comfy_model import apply_erasure
 from .page import to_image
 from .progress import tell
-from .schema import Beyond, Erasure, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema
+from .schema import (
+    Beyond,
+    Erasure,
+    FoundBeyond,
+    FoundNeighbors,
+    Neighbors,
+    advanced,
+    schema,
+    strength_input,
+)
 
 DEFAULTS = Settings()
 
@@ -137,21 +146,13 @@ class ApplyErasure(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to forget."),
                 Erasure.Input("erasure", tooltip="What it is to forget."),
-                io.Float.Input(
+                strength_input(
                     "edit_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of the closed-form edit is applied. 0: none, 1: all of it.",
+                    "How much of the closed-form edit is applied. 0: none, 1: all of it.",
                 ),
-                io.Float.Input(
+                strength_input(
                     "lora_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of the aligned LoRA is applied, where the erasure has one.",
+                    "How much of the aligned LoRA is applied, where the erasure has one.",
                 ),
             ],
             outputs=[

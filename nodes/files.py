@@ -16,7 +16,7 @@ from ..realera.erasure import Erasure as ErasureOf
 from ..realera.files import write_tensors, writing
 from .comfy_model import weights_of
 from .progress import tell
-from .schema import BUNDLED, Erasure, advanced, schema
+from .schema import BUNDLED, Erasure, advanced, schema, strength_input
 
 FOLDER = "erasures"
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
@@ -185,22 +185,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
                         "is overwritten."
                     ),
                 ),
-                io.Float.Input(
-                    "edit_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of the closed-form edit to bake in.",
-                ),
-                io.Float.Input(
-                    "lora_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of the aligned LoRA to bake in.",
-                ),
+                strength_input("edit_strength", "How much of the closed-form edit to bake in."),
+                strength_input("lora_strength", "How much of the aligned LoRA to bake in."),
             ],
             outputs=[
                 io.String.Output(

@@ -9,7 +9,7 @@ from ..realera import pictures
 from ..realera.algorithm import Settings
 from ..realera.bank import encode_bank, spare_concepts
 from ..realera.concepts import TEMPLATES, encode_pairs, parse_concepts
-from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, neighborhood, preserving
+from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, preserving
 from .comfy_model import ComfyText
 from .page import geometry, to_image
 from .progress import reporter, tell
@@ -17,6 +17,34 @@ from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, sc
 
 AUTO_COSINE = -1.0
 AUTO_DISTANCE = 0.0
+
+
+def cosine_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
+    return advanced(
+        io.Float.Input(
+            name,
+            display_name=display_name,
+            default=AUTO_COSINE,
+            min=-1.0,
+            max=1.0,
+            step=0.01,
+            tooltip=tooltip,
+        )
+    )
+
+
+def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
+    return advanced(
+        io.Float.Input(
+            name,
+            display_name=display_name,
+            default=AUTO_DISTANCE,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            tooltip=tooltip,
+        )
+    )
 
 
 class NeighborSampler(io.ComfyNode):
@@ -81,63 +109,46 @@ class NeighborSampler(io.ComfyNode):
                         tooltip="The prompts that name the concept, one a line; {} is its place.",
                     )
                 ),
-                advanced(
-                    io.Float.Input(
-                        "s1",
-                        display_name="S1",
-                        default=AUTO_COSINE,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip=(
-                            "A neighbour's largest cosine with the concept. -1: the source's own "
-                            "(isotropic and bank 0.7, vocabulary 1)."
-                        ),
-                    )
+                cosine_input(
+                    "s1",
+                    "S1",
+                    "A neighbour's largest cosine with the concept. -1: the source's own "
+                    "(isotropic and bank 0.7, vocabulary 1).",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "s2",
-                        display_name="S2",
-                        default=AUTO_COSINE,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip=(
-                            "A neighbour's smallest cosine with the concept. -1: the source's own. "
-                            "Smaller reaches further."
-                        ),
-                    )
+                cosine_input(
+                    "s2",
+                    "S2",
+                    "A neighbour's smallest cosine with the concept. -1: the source's own. "
+                    "Smaller reaches further.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "d1",
-                        display_name="D1",
-                        default=AUTO_DISTANCE,
-                        min=0.0,
-                        max=1000.0,
-                        step=0.1,
-                        tooltip=(
-                            "The longest step from the concept to a neighbour, in units of the "
-                            "embedding. 0: where the cosine falls to S2."
-                        ),
-                    )
+                distance_input(
+                    "d1",
+                    "D1",
+                    "The longest step from the concept to a neighbour, in units of the "
+                    "embedding. 0: where the cosine falls to S2.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "d1_anchor",
-                        display_name="D1'",
-                        default=AUTO_DISTANCE,
-                        min=0.0,
-                        max=1000.0,
-                        step=0.1,
-                        tooltip=(
-                            "The size of the ball around the anchor that neighbours are mapped "
-                            "into. 0: a tenth of D1."
-                        ),
-                    )
+                distance_input(
+                    "d1_anchor",
+                    "D1'",
+                    "The size of the ball around the anchor that neighbours are mapped "
+                    "into. 0: a tenth of D1.",
                 ),
                 seed_input("The same seed draws the same neighbours."),
+                advanced(
+                    io.String.Input(
+                        "words",
+                        display_name="extra words",
+                        optional=True,
+                        multiline=True,
+                        default="",
+                        placeholder="words or prompts to search too, one a line",
+                        tooltip=(
+                            "Words, phrases or prompts to search beside the vocabulary, one a "
+                            "line: those near the concept become neighbours. Source vocabulary "
+                            "only."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 Neighbors.Output(display_name="neighbors", tooltip="For the nodes that follow."),
@@ -161,6 +172,7 @@ class NeighborSampler(io.ComfyNode):
         d1: float,
         d1_anchor: float,
         seed: int,
+        words: str = "",
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
         text = ComfyText(clip)
@@ -174,27 +186,19 @@ class NeighborSampler(io.ComfyNode):
             s2=None if s2 == AUTO_COSINE else s2,
             d1=d1 or None,
             d1_anchor=d1_anchor or None,
+            words=tuple(lines(words)),
             exclude=tuple(lines(leave_out.replace(",", "\n"))),
             seed=seed,
         )
-        ring = neighborhood(
-            pairs,
-            source,
-            s1=settings.s1,
-            s2=settings.s2,
-            d1=settings.d1,
-            d1_anchor=settings.d1_anchor,
-            bank=spare_concepts(bank, text, pairs, settings.bank_limit),
-            text=text,
-            exclude=settings.exclude,
-            progress=reporter(node, "comparing words"),
-        )
+        spared = spare_concepts(bank, text, pairs, settings.bank_limit)
+        ring = settings.ring(pairs, text, spared, reporter(node, "comparing words"))
         generator = torch.Generator().manual_seed(seed)
         mined, nothing = mine_neighbors(ring, count, generator), mine_beyond(ring, 0, generator)
         picture = to_image(pictures.geometry(mined, nothing))
         cosines = ring.words.cosine if ring.words is not None else {}
-        words = [word for word, cosine in cosines.items() if cosine >= ring.s2]
-        listed = "\n".join(f"{word} {cosines[word]:.2f}" for word in words)
+        listed = "\n".join(
+            f"{w} {cosine:.2f}" for w, cosine in cosines.items() if cosine >= ring.s2
+        )
         shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
         found = FoundNeighbors(mined, text, bank, settings)
         return io.NodeOutput(found, picture, listed, ui=shown)
@@ -231,33 +235,17 @@ class BeyondSampler(io.ComfyNode):
                         "word of the scope list adds it here."
                     ),
                 ),
-                advanced(
-                    io.Float.Input(
-                        "s2",
-                        display_name="S2",
-                        default=AUTO_COSINE,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip=(
-                            "Beyond points have a smaller cosine with the concept than this. -1: "
-                            "as in Neighbor Sampler."
-                        ),
-                    )
+                cosine_input(
+                    "s2",
+                    "S2",
+                    "Beyond points have a smaller cosine with the concept than this. -1: "
+                    "as in Neighbor Sampler.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "d2",
-                        display_name="D2",
-                        default=AUTO_DISTANCE,
-                        min=0.0,
-                        max=1000.0,
-                        step=0.1,
-                        tooltip=(
-                            "The longest step from the concept to a beyond point. 0: where the "
-                            "cosine falls to 0."
-                        ),
-                    )
+                distance_input(
+                    "d2",
+                    "D2",
+                    "The longest step from the concept to a beyond point. 0: where the "
+                    "cosine falls to 0.",
                 ),
                 seed_input("The same seed draws the same points.", 1),
             ],
@@ -281,18 +269,9 @@ class BeyondSampler(io.ComfyNode):
             d2=d2 or None,
         )
         if (settings.s2, settings.d2) != (neighbors.settings.s2, None):
-            ring = neighborhood(
-                ring.pairs,
-                ring.source,
-                s1=settings.s1,
-                s2=settings.s2,
-                d1=settings.d1,
-                d1_anchor=settings.d1_anchor,
-                d2=settings.d2,
-                bank=neighbors.bank,
-                text=neighbors.text,
-                exclude=settings.exclude,
-            )
+            text, pairs = neighbors.text, ring.pairs
+            spared = spare_concepts(neighbors.bank, text, pairs, settings.bank_limit)
+            ring = settings.ring(pairs, text, spared)
         mined = mine_beyond(ring, count, torch.Generator().manual_seed(seed))
         mined = preserving(mined, neighbors.text, settings.preserve)
         picture = to_image(pictures.geometry(neighbors.mined, mined))

@@ -50,6 +50,11 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     return widget
 
 
+def strength_input(name: str, tooltip: str) -> io.Float.Input:
+    """How much of one part of an erasure is applied."""
+    return io.Float.Input(name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=tooltip)
+
+
 def seed_input(tooltip: str, default: int = 0) -> io.Int.Input:
     """A seed that stays what it is from run to run, so that nothing is mined or trained twice."""
     seed = io.Int.Input(
