@@ -82,7 +82,7 @@ ROWS = (
     Row("+ beyond: RealEra", paper(neighbors=2, beyond=2), "neighbors and beyond"),
     Row("bank", Settings(source="isotropic", neighbors=0, beyond=0)),
     Row("bank + isotropic", Settings(source="isotropic", neighbors=2, beyond=2)),
-    Row("bank + bank mining", Settings(source="bank")),
+    Row("bank + bank mining", Settings(source="bank", neighbors=16)),
     Row("bank + vocabulary", Settings(source="vocabulary")),
     Row("bank + vocabulary + alignment", Settings(source="vocabulary"), "neighbors and beyond"),
     Row("UCE", peer=lambda model, concept, _: peers.uce(model, [concept])),

@@ -32,7 +32,7 @@ class Settings:
     """Every parameter of the method; None is automatic.
 
     source, s1, s2, d1, d1_anchor, d2, shared_noise, words, exclude: as in `mining.neighborhood`
-    neighbors, beyond: M and N, draws a prompt
+    neighbors, beyond: M and N, draws a prompt; of the vocabulary, words a concept
     preserve: prompts that must keep their meaning
     lambda1, lambda2, pair_weight: as in `closed_form`
     bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
@@ -40,7 +40,7 @@ class Settings:
     """
 
     source: Source = "vocabulary"
-    neighbors: int = 16
+    neighbors: int = 64
     beyond: int = 16
     s1: float | None = None
     s2: float | None = None
@@ -55,7 +55,7 @@ class Settings:
     lambda2: float = 1e-4
     pair_weight: float = PAIR_WEIGHT
     bank: bool = True
-    bank_limit: float = 0.5
+    bank_limit: float = 0.55
     seed: int = 0
 
     def __post_init__(self) -> None:

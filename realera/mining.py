@@ -27,7 +27,7 @@ from .diffusion import TextEncoder
 Source = Literal["isotropic", "bank", "vocabulary"]
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
-S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.5}
+S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
 USED_BY: dict[str, tuple[Source, ...]] = {
     "words": ("vocabulary",),
     "shared_noise": ("isotropic",),  # a bank prompt is one v for the whole span already
@@ -36,8 +36,8 @@ USED_BY: dict[str, tuple[Source, ...]] = {
     "d2": ("isotropic", "bank"),
 }
 CANDIDATES = 256  # bank prompts to step towards
-# Words inside the ring and just outside it that may be drawn, a concept: in SDXL and five templates
-# they take 0.4 GB. On the miniature's encoder the ring of a concept holds about 50.
+# Words inside the ring, the concept's name among them, and just outside it that may be drawn, a
+# concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
 NEAR_WORDS = FAR_WORDS = 64
 BLOCK = 256  # draws tried at once
 MAX_DRAWS = 64 * BLOCK
@@ -45,10 +45,10 @@ MAX_DRAWS = 64 * BLOCK
 
 @dataclass(frozen=True)
 class Phrases:
-    """Words in the templates of the concept each is nearest to, as encoded.
+    """Words in the first template of the concept each is nearest to, as encoded.
 
     context: [n, tokens, dim]; place: int64 [n, tokens], as `concepts.align_rows` gives it
-    prompt: int64 [n], the pair of the concept and template each belongs to
+    prompt: int64 [n], the pair of that concept and template
     """
 
     prompts: tuple[str, ...]
@@ -207,13 +207,14 @@ def mine_neighbors(
 ) -> Mined:
     """Draws `count` neighbours a prompt (Eq. 5-6; Alg. 1, l. 4-12).
 
-    Of the vocabulary, `count` words a prompt, or all where the ring holds fewer. prompts: the
-    pairs to draw around, all of them unless given.
+    Of the vocabulary, `count` words a concept, or all where the ring holds fewer. prompts: the
+    pairs to draw around, all of them unless given (of the vocabulary, one a concept).
     """
     pairs = ring.pairs
-    prompts = range(len(pairs.prompts)) if prompts is None else prompts
     if ring.words is not None:
+        prompts = first_prompts(pairs).tolist() if prompts is None else prompts
         return _draw_words(ring, ring.words.near, count, generator, prompts)
+    prompts = range(len(pairs.prompts)) if prompts is None else prompts
     contexts, targets = [pairs.context[:0]], [pairs.target[:0]]
     for i in prompts:
         direction, radius = _draw(ring, i, count, (0.0, ring.d1), (ring.s2, ring.s1), generator)
@@ -236,11 +237,12 @@ def mine_beyond(
 ) -> Mined:
     """Draws `count` beyond points a prompt (Sec. 4.2; Alg. 1, l. 13-22); as mine_neighbors."""
     pairs = ring.pairs
-    prompts = range(len(pairs.prompts)) if prompts is None else prompts
     if ring.words is not None:
+        prompts = first_prompts(pairs).tolist() if prompts is None else prompts
         far = _draw_words(ring, ring.words.far, count, generator, prompts)
         pooled = far.pooled and replace(far.pooled, target=far.pooled.context)
         return replace(far, target=far.context, pooled=pooled)
+    prompts = range(len(pairs.prompts)) if prompts is None else prompts
     contexts = [pairs.context[:0]]
     for i in prompts:
         direction, radius = _draw(ring, i, count, (ring.d1, ring.d2), (-1.0, ring.s2), generator)
@@ -446,10 +448,9 @@ def _mine_words(
     listed: dict[str, float] = {}
     near: list[tuple[int, str]] = []  # the index of a pair and a word to go with it
     far: list[tuple[int, str]] = []
-    start = 0
     for number, concept in enumerate(pairs.concepts):
         own_words = [k for k in order if int(nearest[k]) == number and cosine[k] <= s1]
-        inside = [k for k in own_words if cosine[k] >= s2][:NEAR_WORDS]
+        inside = [k for k in own_words if cosine[k] >= s2][: NEAR_WORDS - 1]
         outside = [k for k in own_words if cosine[k] < s2][:FAR_WORDS]
         if not outside:
             raise ValueError(
@@ -458,11 +459,9 @@ def _mine_words(
             )
         listed |= {words[k]: float(cosine[k]) for k in inside + outside}
         kept = [words[k] for k in inside if words[k].casefold() not in struck]
-        for prompt in range(start, start + len(concept.templates)):
-            # The concept is its own first neighbour, so that no ring is ever empty.
-            near += [(prompt, word) for word in (concept.name, *kept)]
-            far += [(prompt, words[k]) for k in outside]
-        start += len(concept.templates)
+        # The concept is its own first neighbour, so that no ring is ever empty.
+        near += [(int(first[number]), word) for word in (concept.name, *kept)]
+        far += [(int(first[number]), words[k]) for k in outside]
     return Words(_phrases(pairs, text, near), _phrases(pairs, text, far), listed, centre)
 
 
@@ -502,10 +501,13 @@ def _draw_words(
     generator: torch.Generator,
     prompts: Sequence[int],
 ) -> Mined:
-    """`count` words for each of `prompts`, in their order."""
+    """`count` words of each prompt's concept, in the order of `prompts`."""
     of = words.prompt
+    concept = [n for n, c in enumerate(ring.pairs.concepts) for _ in c.templates]
+    first = first_prompts(ring.pairs)
     shuffled = torch.randperm(len(of), generator=generator).to(of.device)
-    take = torch.cat([of[:0], *(shuffled[of[shuffled] == i][:count] for i in prompts)])
+    rings = (shuffled[of[shuffled] == int(first[concept[i]])] for i in prompts)
+    take = torch.cat([of[:0], *(words_of[:count] for words_of in rings)])
 
     def part(ring: Neighborhood, words: Phrases) -> Mined:
         pooled = None
