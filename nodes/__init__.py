@@ -10,7 +10,7 @@ class RealEraExtension(ComfyExtension):
         # Imported here so that the files of this folder can be imported one by one.
         from .align import LoraAlign
         from .bundled import BundledModel
-        from .compare import Compare
+        from .compare import ClipClassifier, Compare
         from .edit import ApplyErasure, ClosedFormEdit, MergeErasures
         from .files import LoadErasure, SaveErasedCheckpoint, SaveErasure
         from .mining import BeyondSampler, NeighborSampler
@@ -23,6 +23,7 @@ class RealEraExtension(ComfyExtension):
             LoraAlign,
             ApplyErasure,
             MergeErasures,
+            ClipClassifier,
             Compare,
             SaveErasure,
             LoadErasure,

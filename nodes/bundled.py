@@ -13,11 +13,14 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import folder_paths
+import latent_preview
 import torch
 from comfy_api.latest import io
+from PIL.Image import Image
 from safetensors import safe_open
 
 from ..realera import miniature
+from ..realera.evaluation import miniature_classifier
 from .files import checkpoint_path
 from .schema import BUNDLED, Classifier, schema
 
@@ -58,7 +61,7 @@ class BundledModel(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         model, clip, vae = load_miniature(checkpoint_path(checkpoint))
-        return io.NodeOutput(model, clip, vae, miniature.load_classifier())
+        return io.NodeOutput(model, clip, vae, miniature_classifier())
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:
@@ -75,11 +78,21 @@ def load_miniature(path: Path) -> tuple[Any, Any, Any]:
             f"{path.name} is not the bundled model or an erased copy of it; load other checkpoints "
             "with Load Checkpoint"
         )
-    return (
-        _model(weights, config),
-        _clip(weights, config["text_encoder"]),
-        _vae(weights, config["vae"]),
-    )
+    model, vae = _model(weights, config), _vae(weights, config["vae"])
+    model.model.latent_format.previewer = Previewer(vae, model.model.latent_format)
+    return model, _clip(weights, config["text_encoder"]), vae
+
+
+class Previewer(latent_preview.LatentPreviewer):
+    """The decoder itself: it is quick, and 8x8 latents are too coarse to be shown as colours."""
+
+    def __init__(self, vae: Any, layout: comfy.latent_formats.LatentFormat) -> None:
+        self.vae, self.layout = vae, layout
+
+    def decode_latent_to_preview(self, x0: torch.Tensor) -> Image:
+        decoder = self.vae.first_stage_model
+        latent = self.layout.process_out(x0[:1]).to(next(decoder.parameters()))
+        return latent_preview.preview_to_image(decoder.decode(latent)[0].float().movedim(0, -1))
 
 
 def _configuration(path: Path) -> dict[str, Any]:

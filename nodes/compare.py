@@ -1,12 +1,16 @@
-"""Compare: the same prompts and seeds before and after, side by side."""
+"""Compare: the same prompts and seeds before and after, side by side; CLIP Classifier judges."""
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import comfy.samplers
+import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..realera.evaluation import CIFAR10, OBJECT, Clip, clip_classifier
+from ..realera.evaluation import Classifier as Judge
 from ..realera.pictures import grid
 from .comfy_model import ComfyDiffusion, ComfyText
 from .mining import lines
@@ -37,7 +41,9 @@ class Compare(io.ComfyNode):
                 Classifier.Input(
                     "classifier",
                     optional=True,
-                    tooltip="From Bundled Model: says what it sees in every image.",
+                    tooltip=(
+                        "From Bundled Model or CLIP Classifier: says what it sees in every image."
+                    ),
                 ),
                 io.String.Input(
                     "prompts",
@@ -166,13 +172,73 @@ def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
     )
 
 
-def _verdicts(classifier: Any, images: Tensor) -> list[str]:
+def _verdicts(classifier: Judge | None, images: Tensor) -> list[str]:
     if classifier is None:
         return []
     with torch.no_grad():
-        concepts, _ = classifier(images)
-    sure, best = concepts.softmax(-1).max(-1)
+        sure, best = classifier.logits(images).softmax(-1).max(-1)
     return [
-        f"{classifier.concepts[k]} {100 * p:.0f} %"
+        f"{classifier.classes[k]} {100 * p:.0f} %"
         for k, p in zip(best.tolist(), sure.tolist(), strict=True)
     ]
+
+
+class ClipClassifier(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraClipClassifier",
+            display_name="CLIP Classifier",
+            description=(
+                "Says which of the things that you name an image shows most, by CLIP, as the paper "
+                "measures erasures."
+            ),
+            search_aliases=["zero-shot", "clip score", "recognise", "evaluate erasure", "judge"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_folder",
+                    options=list(_clip_folders()),
+                    tooltip=(
+                        "A folder in models/clip_vision with a whole CLIP, texts and images: "
+                        "config.json, model.safetensors and the rest of its Hugging Face page."
+                    ),
+                ),
+                io.String.Input(
+                    "classes",
+                    multiline=True,
+                    default="\n".join(CIFAR10),
+                    tooltip=(
+                        "The things to tell apart, one a line: the concept, and what may be seen "
+                        "in its place."
+                    ),
+                ),
+                io.String.Input(
+                    "template",
+                    default=OBJECT,
+                    tooltip="How a class is put into words; {} stands for it.",
+                ),
+            ],
+            outputs=[Classifier.Output(display_name="classifier", tooltip="For Compare.")],
+        )
+
+    @classmethod
+    def execute(cls, clip_folder: str, classes: str, template: str) -> io.NodeOutput:
+        names = list(dict.fromkeys(lines(classes)))
+        if len(names) < 2:
+            raise ValueError(f"{len(names)} classes to tell apart: write at least two, one a line")
+        if "{}" not in template:
+            raise ValueError(f"the template {template!r} has no {{}} for the class: add it")
+        clip = Clip(_clip_folders()[clip_folder])
+        judge = clip_classifier(clip, names, template)
+        scale = clip.model.logit_scale.exp().item()  # with it, cosines become CLIP's own logits
+        return io.NodeOutput(replace(judge, logits=lambda images: scale * judge.logits(images)))
+
+
+def _clip_folders() -> dict[str, Path]:
+    """The folders of whole CLIPs in ComfyUI's clip_vision folders, by name."""
+    return {
+        str(file.parent.relative_to(home)): file.parent
+        for home in map(Path, folder_paths.get_folder_paths("clip_vision"))
+        for file in sorted(home.glob("*/model.safetensors"))
+        if (file.parent / "config.json").is_file()
+    }

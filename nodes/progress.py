@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
 
-def reporter(node_id: str | None, what: str) -> Callable[[int, int], None]:
-    """A callback(done, total) that shows progress and raises when the user has cancelled."""
+def reporter(node_id: str | None, what: str) -> Callable[..., None]:
+    """A callback(done, total, preview=None) that raises when the user has cancelled."""
     bar = comfy.utils.ProgressBar(1)
     started = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, preview: Any = None) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        bar.update_absolute(done, total, preview)
         left = (time.monotonic() - started) / max(done, 1) * (total - done)
         tell(node_id, f"{what}: {done} of {total}, {_clock(left)} left")
 

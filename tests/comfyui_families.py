@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.argv = [*sys.argv[:1], "--cpu"]
@@ -31,7 +32,8 @@ sys.modules["RealEra"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["RealEra"])
 
 from RealEra.nodes.comfy_model import ComfyDiffusion, apply_erasure, training, weights_of
-from RealEra.realera.alignment import adapted, edited
+from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
+from RealEra.realera.alignment import adapted, checkpointed, edited
 from RealEra.realera.closed_form import Edit
 from RealEra.realera.diffusion import Encoding, projections
 from RealEra.realera.erasure import POOLED, Erasure
@@ -101,6 +103,20 @@ def random_edit(dim):
     return Edit(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
 
 
+def sketch_differs(patcher, erasure, encoding, noise):
+    """A preview of an untrained LoRA from what ComfyUI draws with the closed form alone."""
+    pooled = None if encoding.pooled is None else torch.zeros(1, 1280)
+    empty = Encoding(torch.zeros_like(encoding.context[:1]), pooled)
+    diffusion = ComfyDiffusion(patcher)
+    with training(patcher), adapted(diffusion.unet, 2, 0), torch.no_grad():
+        ours = sketch(diffusion, erasure, encoding, empty, noise)
+    closed_form = ComfyDiffusion(apply_erasure(patcher, erasure, 1.0, 0.0))
+    both = noise.repeat(len(encoding.context), 1, 1, 1)
+    settings = (STEPS, GUIDANCE, "euler", "normal")
+    theirs = closed_form.denoise(encoding, empty, both, *settings)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
 def check(family, layout, dtype):
     torch.manual_seed(0)
     patcher = random_model(family, layout, dtype)
@@ -151,18 +167,33 @@ def check(family, layout, dtype):
     erased.unpatch_model(CPU)
 
     comfy.model_management.load_models_gpu([patcher])
-    with training(patcher), adapted(diffusion.unet, 2, 0) as adapters:
-        with edited(diffusion.unet, erasure.edit):
-            own = Encoding(encoding.context.clone(), None if pooled is None else pooled.clone())
-            diffusion.predict_noise(z.clone(), t.clone(), own).square().mean().backward()
-        trained = all(b.grad is not None and b.grad.isfinite().all() for _, b in adapters.values())
+    gradients, kept_bytes = [], []
+    for saving in (nullcontext(), checkpointed(diffusion.unet)):
+        saved = {}
+        with training(patcher), saving, adapted(diffusion.unet, 2, 0) as adapters:
+            with edited(diffusion.unet, erasure.edit):
+                own = Encoding(encoding.context.clone(), None if pooled is None else pooled.clone())
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda x, saved=saved: saved.setdefault(x.data_ptr(), x), lambda x: x
+                ):
+                    loss = diffusion.predict_noise(z.clone(), t.clone(), own).square().mean()
+                loss.backward()
+            kept_bytes.append(sum(x.untyped_storage().nbytes() for x in saved.values()))
+            gradients.append(torch.cat([b.grad.flatten() for _, b in adapters.values()]))
+    kept, again = gradients
+
+    sketched = sketch_differs(patcher, erasure, encoding, z[0]) if dtype == torch.float32 else 0.0
+    comfy.model_management.load_models_gpu([patcher])
     return {
         "denoised differs": float((denoised - theirs).abs().max()),
         "weights differ": float(wrong),
         "changed": float((loaded - ours).abs().mean()),
         "lowvram differs": float((low - loaded).abs().mean()),
         "lowvram patches": patched,
-        "trained": bool(trained),
+        "trained": bool(kept.isfinite().all() and kept.abs().max() > 0),
+        "checkpointing keeps": kept_bytes[1] / kept_bytes[0],
+        "checkpointing differs": float((kept - again).norm() / kept.norm()),
+        "sketch differs": sketched,
         "same again": torch.equal(diffusion.predict_noise(z, t, encoding), ours),
     }
 

@@ -5,8 +5,12 @@ requirements and ours (this one unless set). The server gets folders of its own 
 UPDATE_OBJECT_INFO=1 records the schemas for `test_nodes.py` instead of checking them.
 """
 
+import base64
+import io
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from realera.evaluation import Clip
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows/api"
 RECORDED = ROOT / "tests/object_info.json"
-FILES = ("ckpt_name", "lora_name", "checkpoint", "erasure_name")  # lists that differ by machine
+FILES = (
+    "ckpt_name",
+    "lora_name",
+    "checkpoint",
+    "erasure_name",
+    "clip_folder",
+)  # lists that differ by machine
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR is not set: no ComfyUI to test against"
@@ -237,6 +252,92 @@ def test_a_cancelled_training_leaves_the_model_as_it_was_and_a_state_to_resume(s
         assert np.array_equal(one, other)
 
 
+def frames(stream):
+    """The messages of a web socket: (is it text, payload)."""
+    while True:
+        _, size = head = stream.read(2)
+        if size > 125:
+            size = int.from_bytes(stream.read(2 if size == 126 else 8), "big")
+        yield head[0] & 15 == 1, stream.read(size)
+
+
+def watch(server, graph):
+    """Runs a graph as the page does; returns the previews and the messages it sent meanwhile."""
+    with socket.create_connection(server.address.removeprefix("http://").split(":")) as line:
+        line.sendall(
+            b"GET /ws?clientId=test HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: " + base64.b64encode(bytes(16)) + b"\r\n\r\n"
+        )
+        stream = line.makefile("rb")
+        while stream.readline().strip():
+            pass
+        prompt = server.post("/prompt", {"prompt": graph, "client_id": "test"})["prompt_id"]
+        pictures, messages = [], []
+        for text, content in frames(stream):
+            if not text and content[:4] == bytes([0, 0, 0, 1]):  # a preview, after its format
+                pictures.append(Image.open(io.BytesIO(content[8:])).convert("RGB"))
+            elif text:
+                message = json.loads(content)
+                messages.append(message)
+                own = message["data"].get("prompt_id") == prompt
+                if own and message["type"] in ("execution_success", "execution_error"):
+                    assert message["type"] == "execution_success", message
+                    return pictures, messages
+
+
+def test_previews_show_the_training_and_leave_the_lora_as_it_is(server, erased):
+    graph = json.loads(json.dumps(erased[0]))
+    align, inputs = node_of(graph, "RealEraLoraAlign")
+    keep = {"RealEraBundledModel", "RealEraNeighborSampler", "RealEraBeyondSampler"}
+    keep |= {"RealEraClosedFormEdit", "RealEraLoraAlign"}
+    graph = {name: node for name, node in graph.items() if node["class_type"] in keep}
+    graph["save"] = {
+        "class_type": "RealEraSaveErasure",
+        "inputs": {"erasure": [align, 0], "lora": False, "erasure_file": True},
+    }
+    graph["save"]["inputs"] |= {"filename": "watched", "tolerance": 1e-3}
+    inputs["preview_every"] = 2
+    pictures, messages = watch(server, graph)
+    steps = [message["data"] for message in messages if message["type"] == "realera.step"]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    own = [np.asarray(picture, np.int16) for picture in pictures[-3:]]
+    assert all(picture.std() > 10 for picture in own)
+    assert not np.array_equal(own[0], own[-1])
+    plain, watched = (
+        load_file(server.output / "erasures" / f"{name}_00001_.safetensors")
+        for name in ("no-airplane", "watched")
+    )
+    assert plain.keys() == watched.keys()
+    assert all(np.array_equal(plain[key], watched[key]) for key in plain)
+
+
+def test_compare_says_what_clip_sees(server, clip_folder):
+    shutil.copytree(clip_folder, server.home / "models/clip_vision/tiny")
+    graph = model_graph()
+    del graph["erasure"], graph["applied"]
+    judge = {"clip_folder": "tiny", "classes": "airplane\ndog", "template": "a photo of the {}"}
+    graph["judge"] = {"class_type": "RealEraClipClassifier", "inputs": judge}
+    graph["compare"] = compare(["model", 0], ["model", 0])
+    graph["compare"]["inputs"]["classifier"] = ["judge", 0]
+    graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 3]}}
+    outputs, _ = server.run(graph)
+    images = [
+        torch.from_numpy(image).movedim(-1, 0) / 255
+        for pair in pairs(server, outputs)
+        for image in pair
+    ]
+    clip = Clip(clip_folder)
+    texts = ["a photo of the airplane", "a photo of the dog"]
+    scale = clip.model.logit_scale.exp().item()
+    due = (scale * clip(torch.stack(images), texts)).softmax(-1)
+    seen = [line.rsplit(": ", 1)[1].split() for line in outputs["verdict"]["text"][0].splitlines()]
+    # Told model by model, while the pairs are told prompt by prompt.
+    for (name, percent, _), chances in zip(seen, due[[0, 2, 1, 3]], strict=True):
+        assert name == ["airplane", "dog"][int(chances.argmax())]
+        assert abs(int(percent) - 100 * chances.max()) < 1.5
+
+
 @pytest.mark.parametrize(
     ("node", "field", "value", "said"),
     [
@@ -288,5 +389,7 @@ def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():
         assert case["weights differ"] < 1e-6, case
         assert case["lowvram patches"] > 0, case
         assert case["trained"] and case["same again"], case
+        assert case["checkpointing keeps"] < 0.5 and case["checkpointing differs"] < 1e-3, case
+        assert case["sketch differs"] < 1e-3, case
         if "float8" not in case["dtype"]:  # where ComfyUI rounds at random what is loaded whole
             assert case["lowvram differs"] < 0.1 * case["changed"], case

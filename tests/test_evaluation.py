@@ -1,7 +1,6 @@
 """Does the evaluation measure what the paper measures?"""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -226,46 +225,6 @@ def test_every_image_is_judged_once_under_what_its_prompt_wanted(model):
 
 
 # ------------------------------------------------------------------ CLIP, with random weights
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory) -> Path:
-    """A transformers CLIPModel as it lies on disk, only small."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTextConfig,
-        CLIPTokenizer,
-        CLIPVisionConfig,
-    )
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text = CLIPTextConfig(
-        vocab_size=len(tokens), bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, **sizes
-    )
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
 
 
 def some_images(count: int = 5) -> torch.Tensor:

@@ -17,7 +17,13 @@ INFO = json.loads((ROOT / "tests/object_info.json").read_text("utf-8"))
 OURS = {name: info for name, info in INFO.items() if name.startswith("RealEra")}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-FILES = ("ckpt_name", "lora_name", "checkpoint", "erasure_name")  # lists that differ by machine
+FILES = (
+    "ckpt_name",
+    "lora_name",
+    "checkpoint",
+    "erasure_name",
+    "clip_folder",
+)  # lists that differ by machine
 
 
 def inputs_of(info):
