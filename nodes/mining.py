@@ -83,12 +83,13 @@ class NeighborSampler(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     display_name="M",
-                    default=8,
+                    default=64,
                     min=0,
                     max=1000,
                     tooltip=(
-                        "Neighbours per prompt. More reach further into what implies the concept, "
-                        "and cost more of everything else. 0: the concept alone."
+                        "Neighbours: words per concept (64 is all there are), or draws per prompt, "
+                        "of which 2 do for isotropic. More reach further into what implies the "
+                        "concept, and cost more of everything else. 0: the concept alone."
                     ),
                 ),
                 io.String.Input(

@@ -144,8 +144,8 @@ def neighborhood(
     bank, text: needed by the sources "bank" and "vocabulary". shared_noise: one v for all rows of a
     span, of isotropic noise. exclude: words that are not to be erased.
     words: words, phrases and whole prompts to search beside the tokenizer's own vocabulary. Each
-    takes the concept's place in every template, so that all are compared alike; in the template
-    "{}" a prompt stands as it is.
+    takes the concept's place in its first template, so that all are compared alike; where that is
+    "{}", a prompt stands as it is.
 
     Raises ValueError for a range that no draw can satisfy, with one that works, and for an option
     that the source does not use.

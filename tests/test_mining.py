@@ -231,7 +231,10 @@ def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(tex
 def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two, word_ring):
     near = mine_neighbors(word_ring, 3, drawn())
     far = mine_beyond(word_ring, 3, drawn())
-    assert near.prompt.tolist() == [i for i in range(len(two.prompts)) for _ in range(3)]
+    first = [0, len(two.concepts[0].templates)]
+    assert near.prompt.tolist() == [i for i in first for _ in range(3)]
+    last = mine_neighbors(word_ring, 1, drawn(), [len(two.prompts) - 1])
+    assert last.prompt.tolist() == first[1:]
     templates = [(c.anchor, template) for c in two.concepts for template in c.templates]
     for k, prompt in enumerate(near.prompt.tolist()):
         anchor, template = templates[prompt]
@@ -251,7 +254,7 @@ def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text,
     added = ring.words.cosine.keys() - word_ring.words.cosine.keys()
     assert added == {phrase}
     near = mine_neighbors(ring, 10_000, drawn())
-    assert {f"an old {phrase}", phrase} <= set(near.words)
+    assert f"an old {phrase}" in near.words
     for word, cosine in word_ring.words.cosine.items():
         assert ring.words.cosine.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
 
@@ -260,14 +263,14 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, word_ring,
     monkeypatch.setattr("realera.mining.NEAR_WORDS", 3)
     monkeypatch.setattr("realera.mining.FAR_WORDS", 2)
     words = neighborhood(two, "vocabulary", text=text, s2=0.4).words
-    assert len(words.near.context) == (1 + 3) * len(two.prompts)
-    assert len(words.far.context) == 2 * len(two.prompts)
+    assert len(words.near.context) == 3 * len(two.concepts)
+    assert len(words.far.context) == 2 * len(two.concepts)
     for start in ("a photo of the ", "an old "):
         kept, all_near = (
             [prompt for prompt in ring.near.prompts if prompt.startswith(start)]
             for ring in (words, word_ring.words)
         )
-        assert kept == all_near[:4] and len(all_near) > 4
+        assert kept == all_near[:3] and len(all_near) > 3
 
 
 def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
