@@ -69,9 +69,9 @@ class Row:
 
 
 def paper(**changes: Any) -> Settings:
-    """As the paper has it: isotropic noise, no bank, no extra weight on the pair."""
+    """As the paper has it: isotropic noise, no bank, no extra weight on the pair, λ2 near 0."""
     given: dict[str, Any] = {"neighbors": 0, "beyond": 0, **changes}
-    return Settings(source="isotropic", bank=False, pair_weight=1.0, **given)
+    return Settings(source="isotropic", bank=False, pair_weight=1.0, lambda2=1e-4, **given)
 
 
 ROWS = (
@@ -198,6 +198,13 @@ def measure(
     return Result(Report.from_dict(stored["report"]), stored["seconds"], pictures)
 
 
+def drift(result: Result, original: Result, concept: str) -> float:
+    """How far the first image of every other concept is from the original's, RMS in percent."""
+    prompts = [prompts[0] for prompts in miniature_task(concept).others.values()]
+    changes = [result.pictures[p] - original.pictures[p] for p in prompts]
+    return sum(100 * float(change.square().mean().sqrt()) for change in changes) / len(changes)
+
+
 def pooled(reports: Sequence[Report]) -> dict[str, float]:
     """The metrics over several concepts: means of their images, and the mean of their H_o."""
 
@@ -228,14 +235,19 @@ def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) 
     names = list(next(iter(results.values())))
     parts = ["# Ablation on the bundled miniature", *notes]
     for half, concepts in halves(list(results)).items():
-        head = ["", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", *KINDS, "H_o ↑", "H_o by concept", "seconds"]
+        head = ["", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", *KINDS, "H_o ↑", "H_o by concept"]
+        head += ["drift ↓", "seconds"]
         lines = [head, ["---", *["---:"] * (len(head) - 1)]]
         for name in names:
             reports = [results[concept][name].report for concept in concepts]
             each = " ".join(f"{report.h_o:.0f}" for report in reports)
             seconds = sum(results[c][name].seconds for c in concepts) / len(concepts)
             numbers = [f"{value:.1f}" for value in pooled(reports).values()]
-            lines.append([name, *numbers, each, f"{seconds:.1f}"])
+            moved = "-"
+            if "original" in names:
+                every = [drift(results[c][name], results[c]["original"], c) for c in concepts]
+                moved = f"{sum(every) / len(every):.1f}"
+            lines.append([name, *numbers, each, moved, f"{seconds:.1f}"])
         rows = ["| " + " | ".join(line) + " |" for line in aligned_cells(lines)]
         parts += [f"## {half.capitalize()}: {', '.join(concepts)}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
@@ -271,7 +283,8 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         f"{options.seed}, {options.steps} steps, guidance 7.5, judged by the bundled classifier; "
         "all rows of a concept share their noise. Acc_e of one concept, from "
         f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
-        "H_o is the mean over the concepts, as in the paper.",
+        "H_o is the mean over the concepts, as in the paper. *drift* is what Acc_s does not see: "
+        "how far the images of the other concepts are from the original's, RMS in percent.",
         "Anchors: " + ", ".join(f"{c} → {ANCHORS[c]}" for c in results) + ".",
         "Rows without the bank follow the paper (isotropic noise, weight 1 on the pair); what is "
         "added to them is named. *UCE*, *SPEED* and *ESD-x* are our own small implementations "

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realera.closed_form import Sums
+from realera.closed_form import LAMBDA2, Sums
 from realera.concepts import Concept, Pairs
 from realera.evaluation import aligned
 from realera.files import writing
@@ -78,7 +78,7 @@ def layer_by_layer(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list
     """The same minimum with the sums and the inverse made anew in every layer, in float32."""
     edited = []
     for weight in weights:
-        ridge = 1e-4 * e.square().sum() / e.shape[1]
+        ridge = LAMBDA2 * e.square().sum() / e.shape[1]
         eye = ridge * torch.eye(e.shape[1])
         wanted = (target @ weight.T).T @ e + weight @ eye
         edited.append(wanted @ torch.linalg.inv(e.T @ e + eye))

@@ -11,7 +11,7 @@ import torch
 
 from .alignment import Training, align, draw_anchors
 from .bank import Bank, bank_prompts, encode_bank, spare_concepts
-from .closed_form import PAIR_WEIGHT, collect
+from .closed_form import LAMBDA1, LAMBDA2, PAIR_WEIGHT, collect
 from .concepts import Concept, Pairs, encode_pairs
 from .diffusion import Diffusion, TextEncoder
 from .erasure import Erasure
@@ -51,8 +51,8 @@ class Settings:
     words: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     preserve: tuple[str, ...] = ()
-    lambda1: float = 0.1
-    lambda2: float = 1e-4
+    lambda1: float = LAMBDA1
+    lambda2: float = LAMBDA2
     pair_weight: float = PAIR_WEIGHT
     bank: bool = True
     bank_limit: float = 0.55

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closed_form import Edit, Sums
+from .closed_form import LAMBDA1, LAMBDA2, Edit, Sums
 from .diffusion import projections
 from .files import DTYPES, TensorFile, open_tensors, write_tensors, writing
 
@@ -42,15 +42,15 @@ class Erasure:
     sums: Sums | None = None
     pooled_sums: Sums | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    lambda1: float = 0.1
-    lambda2: float = 1e-4
+    lambda1: float = LAMBDA1
+    lambda2: float = LAMBDA2
 
     @staticmethod
     def fit(
         sums: Sums,
         pooled_sums: Sums | None = None,
-        lambda1: float = 0.1,
-        lambda2: float = 1e-4,
+        lambda1: float = LAMBDA1,
+        lambda2: float = LAMBDA2,
         provenance: Mapping[str, Any] | None = None,
     ) -> "Erasure":
         """The closed form of the sums (Eq. 7), with no LoRA yet."""

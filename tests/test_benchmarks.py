@@ -12,7 +12,7 @@ from benchmarks import ablation, peers, scope_correlation, speed
 from realera.alignment import Training
 from realera.concepts import Concept
 from realera.diffusion import DiffusersModel, projections
-from realera.evaluation import Report, Score, harmonic_mean
+from realera.evaluation import Report, Score, harmonic_mean, miniature_task
 
 AIRPLANE = Concept("airplane", "ground")
 
@@ -141,17 +141,24 @@ def test_h_o_over_concepts_is_their_mean_as_in_the_paper():
 
 
 def test_the_table_names_each_half_and_row(tmp_path):
-    picture = {"x": torch.zeros(3, 4, 4)}
     results = {
         concept: {
-            name: ablation.Result(report(concept, 5, 95, 5), 1.0, picture)
-            for name in ("original", "closed form")
+            name: ablation.Result(
+                report(concept, 5, 95, 5),
+                1.0,
+                {
+                    prompts[0]: torch.full((3, 4, 4), value)
+                    for prompts in miniature_task(concept).others.values()
+                },
+            )
+            for name, value in (("original", 0.25), ("closed form", 0.75))
         }
         for concept in ("dog", "ship")
     }
     text = ablation.markdown(results, ["a note"])
     assert "## Reported: dog" in text and "## Tuned on: ship" in text
     assert text.count("| closed form") == 2 and "95.0" in text
+    assert text.count("| 50.0 ") == 2  # the drift
 
 
 # ------------------------------------------------------------------ scope and speed
