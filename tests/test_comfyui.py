@@ -261,8 +261,8 @@ def frames(stream):
         yield head[0] & 15 == 1, stream.read(size)
 
 
-def watch(server, graph):
-    """Runs a graph as the page does; returns the previews and the messages it sent meanwhile."""
+def listen(server, graph):
+    """Runs a graph as the page does; yields what it is told meanwhile: previews and messages."""
     with socket.create_connection(server.address.removeprefix("http://").split(":")) as line:
         line.sendall(
             b"GET /ws?clientId=test HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
@@ -273,17 +273,31 @@ def watch(server, graph):
         while stream.readline().strip():
             pass
         prompt = server.post("/prompt", {"prompt": graph, "client_id": "test"})["prompt_id"]
-        pictures, messages = [], []
+        ends = {f"execution_{end}" for end in ("success", "error", "interrupted")}
         for text, content in frames(stream):
             if not text and content[:4] == bytes([0, 0, 0, 1]):  # a preview, after its format
-                pictures.append(Image.open(io.BytesIO(content[8:])).convert("RGB"))
+                yield "preview", Image.open(io.BytesIO(content[8:])).convert("RGB")
             elif text:
                 message = json.loads(content)
-                messages.append(message)
-                own = message["data"].get("prompt_id") == prompt
-                if own and message["type"] in ("execution_success", "execution_error"):
-                    assert message["type"] == "execution_success", message
-                    return pictures, messages
+                yield message["type"], message["data"]
+                if message["type"] in ends and message["data"]["prompt_id"] == prompt:
+                    return
+
+
+@pytest.mark.parametrize("kind", ["RealEraNeighborSampler", "RealEraLoraAlign"])
+def test_cancel_is_heard_while_words_are_compared_and_anchors_are_drawn(server, erased, kind):
+    graph = json.loads(json.dumps(erased[0]))
+    node_of(graph, "RealEraNeighborSampler")[1]["concepts"] = "truck -> ground"
+    node_of(graph, "RealEraLoraAlign")[1]["images"] = 256  # 64 drawings of 20 steps each
+    node, _ = node_of(graph, kind)
+    heard, last = 0, None
+    for last, data in listen(server, graph):
+        if last == "progress" and data["node"] == node:
+            heard += 1
+            if heard == 1:
+                server.post("/interrupt")
+    assert last == "execution_interrupted"
+    assert heard < 100
 
 
 def test_previews_show_the_training_and_leave_the_lora_as_it_is(server, erased):
@@ -298,10 +312,11 @@ def test_previews_show_the_training_and_leave_the_lora_as_it_is(server, erased):
     }
     graph["save"]["inputs"] |= {"filename": "watched", "tolerance": 1e-3}
     inputs["preview_every"] = 2
-    pictures, messages = watch(server, graph)
-    steps = [message["data"] for message in messages if message["type"] == "realera.step"]
-    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
-    own = [np.asarray(picture, np.int16) for picture in pictures[-3:]]
+    told = list(listen(server, graph))
+    assert told[-1][0] == "execution_success"
+    steps = [data["step"] for kind, data in told if kind == "realera.step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    own = [np.asarray(data, np.int16) for kind, data in told if kind == "preview"][-3:]
     assert all(picture.std() > 10 for picture in own)
     assert not np.array_equal(own[0], own[-1])
     plain, watched = (
