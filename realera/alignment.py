@@ -42,7 +42,7 @@ class Training:
     """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
 
     rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
-    gradient_checkpointing: less memory and a third more time, the same LoRA but for rounding
+    gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding
     """
 
     steps: int = 200

@@ -421,7 +421,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     training.add_argument("--learning-rate", type=float, default=Training().learning_rate)
     training.add_argument("--batch", type=int, default=Training().batch)
     training.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, a third more time"
+        "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
     )
     sub.add_argument("--seed", type=int, default=0)
     _file_options(sub)
