@@ -43,10 +43,9 @@ from realera.files import writing
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 32_901  # whole words of CLIP's vocabulary
 WORD = 7  # tokens of "a photo of the {word}"
-SIDE = 256  # of the pictures that are trained on and drawn, in pixels
 SHORT: dict[str, dict[str, Any]] = {
     "RealEraLoraAlign": {"steps": 2, "batch": 1, "preview_every": 0},
-    "RealEraCompare": {"steps": 2, "size": SIDE, "seeds": 1},
+    "RealEraCompare": {"steps": 2, "seeds": 1},
 }
 # What makes ComfyUI run a node whose own outputs go nowhere: an output to look at.
 LOOK = {
@@ -118,9 +117,9 @@ def operations(network: nn.Module, *inputs: Any, **named: Any) -> float:
     return float(counter.get_total_flops())
 
 
-def passes(name: str) -> dict[str, float]:
-    """Operations of one pass: of the text encoders a token, of the others a picture of SIDE."""
-    made, size = parts(name), SIDE // 8
+def passes(name: str, side: int) -> dict[str, float]:
+    """Operations of one pass: of the text encoders a token, of the others a picture of `side`."""
+    made, size = parts(name), side // 8
     dim = FAMILIES[name]["unet"]["cross_attention_dim"]
 
     def blank(*shape: int) -> torch.Tensor:
@@ -242,7 +241,9 @@ def comfyui(
         )
         server = Server(home, port, process)
         try:
-            for _ in range(240):
+            while True:
+                if process.poll() is not None:
+                    raise RuntimeError((home / "log.txt").read_text()[-2000:])
                 try:
                     server.ask("/system_stats")
                     break
@@ -254,7 +255,7 @@ def comfyui(
             process.wait(30)
 
 
-def shortened(graph: dict[str, Any], source: str, prompts: int) -> dict[str, Any]:
+def shortened(graph: dict[str, Any], source: str, prompts: int, side: int) -> dict[str, Any]:
     """A workflow that a CPU can run: `SHORT`, with blank latents for the anchors' images."""
     for name, node in list(graph.items()):
         inputs = node["inputs"]
@@ -264,14 +265,28 @@ def shortened(graph: dict[str, Any], source: str, prompts: int) -> dict[str, Any
             inputs["source"] = source
             concepts = len(inputs["concepts"].splitlines())
         if "prompts" in inputs:
+            inputs["size"] = side
             inputs["prompts"] = "\n".join(inputs["prompts"].splitlines()[:prompts])
         if node["class_type"] == "RealEraLoraAlign":
             if "gradient_checkpointing" in inputs:
                 inputs["gradient_checkpointing"] = True
-            size = {"width": SIDE, "height": SIDE, "batch_size": concepts}
+            size = {"width": side, "height": side, "batch_size": concepts}
             graph["blank"] = {"class_type": "EmptyLatentImage", "inputs": size}
             graph[name]["inputs"]["latents"] = ["blank", 0]
     return graph
+
+
+def closed_form_only(graph: dict[str, Any]) -> dict[str, Any]:
+    """The workflow without its training and its pictures: what follows takes the edit itself."""
+    (align,) = (k for k, node in graph.items() if node["class_type"] == "RealEraLoraAlign")
+    edit = graph[align]["inputs"]["erasure"]
+    left_out = ("RealEraLoraAlign", "RealEraCompare", "EmptyLatentImage")
+    kept = {k: node for k, node in graph.items() if node["class_type"] not in left_out}
+    for node in kept.values():
+        for name, value in node["inputs"].items():
+            if value == [align, 0]:
+                node["inputs"][name] = edit
+    return kept
 
 
 def stages(graph: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -295,29 +310,31 @@ def rate(n: int = 2048) -> float:
     return 5 * 2 * n**3 / (time.process_time() - start)
 
 
-def measure(number: int, folder: Path, source: str, bank: int) -> None:
+def measure(given: argparse.Namespace, number: int) -> None:
     """Prints the table's rows of one workflow."""
     (path,) = (ROOT / "workflows/api").glob(f"{number} *.json")
-    graph = shortened(json.loads(path.read_text("utf-8")), source, prompts=2)
+    graph = shortened(json.loads(path.read_text("utf-8")), given.source, prompts=2, side=given.side)
+    if given.closed_form:
+        graph = closed_form_only(graph)
     name = "sdxl" if "SDXL" in path.name else "sd1"
     (checkpoint,) = (
         node["inputs"]["ckpt_name"] for node in graph.values() if "ckpt_name" in node["inputs"]
     )
-    home = folder / f"comfyui-{number}"
+    home = given.folder / f"comfyui-{number}"
     home.mkdir(parents=True)
-    file = folder / f"{name}.safetensors"
+    file = given.folder / f"{name}.safetensors"
     if not file.exists():
         write_random(name, file)
-    cost, speed = passes(name), rate()
+    cost, speed = passes(name, given.side), rate()
     # SDXL's U-Net is stored in half precision; ComfyUI computes in float32 on a CPU all the same.
     arguments = ["--fp16-unet"] if name == "sdxl" else []
     try:
-        with comfyui(home, {checkpoint: file}, arguments, bank) as server:
+        with comfyui(home, {checkpoint: file}, arguments, given.bank) as server:
             for node, part in stages(graph):
                 kind, before = node["class_type"], sum(_sizes(home / "output"))
                 outputs, taken, worked, peak = server.run(part)
                 told = str(outputs.get("look", {}).get("text", [""])[0])
-                flops = least(node, cost, told, bank)
+                flops = least(node, cost, told, given.bank)
                 wrote = sum(_sizes(home / "output")) - before
                 read = file.stat().st_size if "heckpoint" in kind else 0
                 print(
@@ -340,17 +357,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="room for 25 GB")
     parser.add_argument("--source", default="vocabulary", help="of the neighbours")
     parser.add_argument("--bank", type=int, default=len(bank_prompts()), help="prompts of it")
+    parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
+    parser.add_argument("--closed-form", action="store_true", help="no training, no pictures")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"Source {given.source}, {given.bank} prompts in the bank, pictures of {SIDE} pixels, "
-        f"{rate() / 1e9:.0f} GFLOP/s a core.\n"
+        f"Source {given.source}, {given.bank} prompts in the bank, pictures of {given.side} "
+        f"pixels, {rate() / 1e9:.0f} GFLOP/s a core.\n"
     )
     print("| workflow | stage | s | core s | least core s | GB read | GB written | peak GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     try:
         for number in given.workflows:
-            measure(number, given.folder, given.source, given.bank)
+            measure(given, number)
     finally:
         for file in given.folder.glob("*.safetensors"):
             file.unlink()
