@@ -117,8 +117,8 @@ class LoraAlign(io.ComfyNode):
                         "gradient_checkpointing",
                         default=DEFAULTS.gradient_checkpointing,
                         tooltip=(
-                            "Needs much less memory and up to half more time, for the same LoRA. Try "
-                            "it before a smaller batch."
+                            "Needs much less memory and up to half more time, for the same LoRA. "
+                            "Try it before a smaller batch."
                         ),
                     )
                 ),
