@@ -19,8 +19,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -361,6 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--closed-form", action="store_true", help="no training, no pictures")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the server, deletes the files
     print(
         f"Source {given.source}, {given.bank} prompts in the bank, pictures of {given.side} "
         f"pixels, {rate() / 1e9:.0f} GFLOP/s a core.\n"
