@@ -12,7 +12,7 @@ from ..realera.alignment import Training, align, draw_anchors
 from .comfy_model import ComfyDiffusion, training
 from .files import state_path
 from .page import to_image
-from .preview import first_prompts, previewer, sketch
+from .preview import previewer, prompts_of, sketch
 from .progress import reporter, tell
 from .schema import (
     Beyond,
@@ -196,10 +196,7 @@ class LoraAlign(io.ComfyNode):
 
         losses: list[float] = []
         report = reporter(node, "aligning")
-        asked, empty = (
-            first_prompts(ring.pairs, min(batch, PREVIEWED)),
-            neighbors.text.encode([""]),
-        )
+        asked, empty = prompts_of(ring.pairs, min(batch, PREVIEWED)), neighbors.text.encode([""])
         noise = torch.randn(anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
 
         def on_step(step: int, loss: float) -> None:

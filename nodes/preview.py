@@ -10,7 +10,7 @@ from comfy.k_diffusion.sampling import sample_euler
 from torch import Tensor
 
 from ..realera.alignment import edited
-from ..realera.concepts import Pairs
+from ..realera.concepts import Pairs, first_prompts
 from ..realera.diffusion import Encoding
 from ..realera.erasure import Erasure
 from .comfy_model import ComfyDiffusion
@@ -48,10 +48,9 @@ def sketch(
         return sample_euler(denoised, start, sigmas, disable=True)
 
 
-def first_prompts(pairs: Pairs, most: int) -> Encoding:
+def prompts_of(pairs: Pairs, most: int) -> Encoding:
     """The first prompt of every concept, of the first `most` concepts."""
-    templates = torch.tensor([len(concept.templates) for concept in pairs.concepts])
-    rows = (templates.cumsum(0) - templates)[:most].to(pairs.context.device)
+    rows = first_prompts(pairs)[:most].to(pairs.context.device)
     pooled = None if pairs.pooled is None else pairs.pooled.context[rows, 0]
     return Encoding(pairs.context[rows], pooled)
 
