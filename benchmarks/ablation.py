@@ -3,6 +3,7 @@
     python -m benchmarks.ablation                    # all ten CIFAR-10 concepts: hours
     python -m benchmarks.ablation --half tuning --images 1 --steps 8 --align-steps 20
     python -m benchmarks.ablation --concepts airplane,ship --rows original "closed form" bank
+    python -m benchmarks.ablation --half styles --anchors paper
 
 Every row of a concept draws with the same noise. What is done is kept in .state/ablation, one file
 a row and concept, and is not done again; the table is written anew after every concept.
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import peers
 from realera.algorithm import Mining, Settings, erase, mine
 from realera.alignment import Training, align, draw_anchors
-from realera.concepts import Concept
+from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
 from realera.diffusion import DiffusersModel, Diffusion
 from realera.erasure import Erasure, apply
 from realera.evaluation import (
@@ -37,11 +38,14 @@ from realera.evaluation import (
     NOTHING,
     Report,
     Score,
+    Task,
     evaluate,
     miniature_classifier,
     miniature_task,
+    style_task,
 )
 from realera.files import writing
+from realera.miniature import STYLES
 from realera.mining import neighborhood
 from realera.pictures import grid, to_pil
 
@@ -50,10 +54,32 @@ STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 # Parameters are chosen on the first half alone; the second is what is reported.
 TUNING = ("airplane", "bird", "deer", "frog", "ship")
 REPORTING = ("automobile", "cat", "dog", "horse", "truck")
+HALVES = {"tuning": TUNING, "reporting": REPORTING, "all": (*REPORTING, *TUNING), "styles": STYLES}
+# What the miniature draws surely. An anchor that it hardly knows leaves the concept in its place.
+DRAWN = {
+    **dict.fromkeys(("airplane", "bird", "cat", "frog", "horse"), "tree"),
+    **dict.fromkeys(("automobile", "deer", "dog", "ship", "truck"), "flower"),
+    **dict.fromkeys(STYLES, "classic"),
+    "classic": "flat",
+}
 # The paper's anchor for airplane and MACE's for automobile, given to the others in turn.
-ANCHORS = dict.fromkeys(("airplane", "bird", "cat", "frog", "horse"), "ground") | dict.fromkeys(
-    ("automobile", "deer", "dog", "ship", "truck"), "sky"
-)
+PAPER = {
+    **dict.fromkeys(("airplane", "bird", "cat", "frog", "horse"), "ground"),
+    **dict.fromkeys(("automobile", "deer", "dog", "ship", "truck"), "sky"),
+    **dict.fromkeys(STYLES, "drawing"),
+}
+ANCHORS = {"drawn": DRAWN, "paper": PAPER}
+
+
+def concept_of(name: str, anchors: str) -> Concept:
+    """A class or a style of the miniature, with its anchor and templates."""
+    templates = STYLE_TEMPLATES if name in STYLES else TEMPLATES
+    return Concept(name, ANCHORS[anchors][name], templates)
+
+
+def task_of(name: str) -> Task:
+    return style_task(name) if name in STYLES else miniature_task(name)
+
 
 Perturbed = Literal["", "pairs", "neighbors", "neighbors and beyond"]
 
@@ -170,14 +196,14 @@ def measure(
     stem = "".join(c if c.isalnum() else "-" for c in f"{concept.name} {row.name}")
     path, strip = STATE / f"{stem}-{key}.json", STATE / f"{stem}-{key}.png"
     if not (path.exists() and strip.exists()):
-        judge = miniature_classifier()
+        judge = miniature_classifier("style" if concept.name in STYLES else "concept")
         with restored(model.unet):
             start = time.perf_counter()
             change(row, model, concept, forget, training)
             seconds += time.perf_counter() - start
             report, firsts = evaluate(
                 model,
-                miniature_task(concept.name),
+                task_of(concept.name),
                 judge,
                 images=options.images,
                 seed=options.seed,
@@ -200,7 +226,7 @@ def measure(
 
 def drift(result: Result, original: Result, concept: str) -> float:
     """How far the first image of every other concept is from the original's, RMS in percent."""
-    prompts = [prompts[0] for prompts in miniature_task(concept).others.values()]
+    prompts = [prompts[0] for prompts in task_of(concept).others.values()]
     changes = [result.pictures[p] - original.pictures[p] for p in prompts]
     return sum(100 * float(change.square().mean().sqrt()) for change in changes) / len(changes)
 
@@ -211,7 +237,7 @@ def pooled(reports: Sequence[Report]) -> dict[str, float]:
     def mean(scores: Sequence[Score]) -> float:
         return sum(scores, NOTHING).percent
 
-    kinds = {kind: mean([r.generality[kind] for r in reports]) for kind in KINDS}
+    kinds = {kind: mean([r.generality.get(kind, NOTHING) for r in reports]) for kind in KINDS}
     return {
         "acc_e": mean([r.efficacy for r in reports]),
         "acc_s": mean([score for r in reports for score in r.specificity.values()]),
@@ -226,6 +252,7 @@ def halves(concepts: Sequence[str]) -> dict[str, list[str]]:
     found = {
         "reported": [c for c in REPORTING if c in concepts],
         "tuned on": [c for c in TUNING if c in concepts],
+        "styles": [c for c in STYLES if c in concepts],
     }
     return {half: members for half, members in found.items() if members}
 
@@ -242,7 +269,7 @@ def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) 
             reports = [results[concept][name].report for concept in concepts]
             each = " ".join(f"{report.h_o:.0f}" for report in reports)
             seconds = sum(results[c][name].seconds for c in concepts) / len(concepts)
-            numbers = [f"{value:.1f}" for value in pooled(reports).values()]
+            numbers = [f"{v:.1f}" if v == v else "-" for v in pooled(reports).values()]
             moved = "-"
             if "original" in names:
                 every = [drift(results[c][name], results[c]["original"], c) for c in concepts]
@@ -261,10 +288,10 @@ def aligned_cells(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def sheet(concept: str, rows: Mapping[str, Result]) -> Image.Image:
     """Every row's images of one concept under some prompts of each kind, and of two others."""
-    task = miniature_task(concept)
+    task = task_of(concept)
     shown = [task.named[0]]
-    for kind in KINDS:
-        shown += list(task.generality[kind][:2])
+    for prompts in task.generality.values():
+        shown += list(prompts[:2])
     shown += [prompts[0] for prompts in list(task.others.values())[:3]]
     pictures = [[result.pictures[prompt] for prompt in shown] for result in rows.values()]
     return grid(pictures, list(rows), shown, size=96)
@@ -285,7 +312,9 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
         "H_o is the mean over the concepts, as in the paper. *drift* is what Acc_s does not see: "
         "how far the images of the other concepts are from the original's, RMS in percent.",
-        "Anchors: " + ", ".join(f"{c} → {ANCHORS[c]}" for c in results) + ".",
+        "Anchors: "
+        + ", ".join(f"{c} → {concept_of(c, options.anchors).anchor}" for c in results)
+        + ".",
         "Rows without the bank follow the paper (isotropic noise, weight 1 on the pair); what is "
         "added to them is named. *UCE*, *SPEED* and *ESD-x* are our own small implementations "
         "(`benchmarks/peers.py`). Parameters may be chosen on the tuning half alone. *held-out "
@@ -312,13 +341,14 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
             for concept, rows in results.items()
         },
     }
-    out: Path = options.out
-    with writing(out / "ablation.json", overwrite=True) as part:
-        part.write_text(json.dumps(stored, indent=1) + "\n")
-    with writing(out / "ablation.md", overwrite=True) as part:
-        part.write_text(markdown(results, notes))
     shown = next(iter(halves(list(results)).values()))[0]
-    with writing(out / "ablation.png", overwrite=True) as part:
+    kind = "-styles" if shown in STYLES else ""
+    stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
+    with writing(stem.with_suffix(".json"), overwrite=True) as part:
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+    with writing(stem.with_suffix(".md"), overwrite=True) as part:
+        part.write_text(markdown(results, notes))
+    with writing(stem.with_suffix(".png"), overwrite=True) as part:
         sheet(shown, results[shown]).save(part, "PNG")
 
 
@@ -335,8 +365,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--half", choices=("tuning", "reporting", "all"), default="all")
+    parser.add_argument("--half", choices=HALVES, default="all")
     parser.add_argument("--concepts", help="names with commas between, instead of a half")
+    parser.add_argument("--anchors", choices=ANCHORS, default="drawn")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="ROW")
     parser.add_argument("--images", type=int, default=8, help="a prompt")
     parser.add_argument("--steps", type=int, default=20, help="of an image")
@@ -345,12 +376,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    chosen = {"tuning": TUNING, "reporting": REPORTING, "all": (*REPORTING, *TUNING)}[options.half]
+    chosen = HALVES[options.half]
     if options.concepts:
         chosen = tuple(name.strip() for name in options.concepts.split(","))
-    unknown = [name for name in chosen if name not in ANCHORS]
+    unknown = [name for name in chosen if name not in DRAWN]
     if unknown:
-        parser.error(f"no anchor for {unknown[0]!r}; there is one for {', '.join(ANCHORS)}")
+        parser.error(f"no anchor for {unknown[0]!r}; there is one for {', '.join(DRAWN)}")
     options.concepts = chosen
     return options
 
@@ -369,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, dict[str, Result]] = {}
     bar = tqdm(total=len(rows) * len(options.concepts), unit="row")
     for name in options.concepts:
-        concept, found = Concept(name, ANCHORS[name]), {}
+        concept, found = concept_of(name, options.anchors), {}
         forget = cache(partial(closed_form, model, concept))
         for row in rows:
             bar.set_description(f"{name}: {row.name}")
@@ -378,7 +409,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = found
         write(results, options)
     bar.close()
-    print((options.out / "ablation.md").read_text())
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.ablation import ANCHORS, REPORTING, RESULTS
+from benchmarks.ablation import REPORTING, RESULTS, concept_of
 from realera.algorithm import erase, mine
-from realera.concepts import Concept
 from realera.diffusion import DiffusersModel, Diffusion
 from realera.erasure import applied
 from realera.evaluation import OBJECT, aligned, draw, miniature_classifier
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     anchors: dict[str, Seen] = {}
     found: dict[str, dict[str, float]] = {}
     for name in tqdm(options.concepts.split(","), unit="concept"):
-        concept = Concept(name, ANCHORS[name])
+        concept = concept_of(name, "drawn")
         if concept.anchor not in anchors:
             anchors[concept.anchor] = see(model, [concept.anchor] * len(words), options)
         mining = mine(model.text, [concept])

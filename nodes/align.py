@@ -152,6 +152,7 @@ class LoraAlign(io.ComfyNode):
                 io.Image.Output(display_name="loss", tooltip="The loss of every step."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod

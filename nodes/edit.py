@@ -92,6 +92,7 @@ class ClosedFormEdit(io.ComfyNode):
                 io.String.Output(display_name="scope_text", tooltip="The same as text."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod

@@ -157,6 +157,7 @@ class NeighborSampler(io.ComfyNode):
                 io.String.Output(display_name="words", tooltip="The mined words, nearest first."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -255,6 +256,7 @@ class BeyondSampler(io.ComfyNode):
                 io.Image.Output(display_name="geometry", tooltip="Neighbours and beyond points."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod

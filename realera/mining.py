@@ -39,8 +39,8 @@ CANDIDATES = 256  # bank prompts to step towards
 # Words inside the ring, the concept's name among them, and just outside it that may be drawn, a
 # concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
 NEAR_WORDS = FAR_WORDS = 64
-BLOCK = 256  # draws tried at once
-MAX_DRAWS = 64 * BLOCK
+BLOCK = 16  # draws tried at once: 4 MB of a whole span in SD 1.x, which a cache holds
+MAX_DRAWS = 1024 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,9 @@ def mine_neighbors(
     for i in prompts:
         direction, radius = _draw(ring, i, count, (0.0, ring.d1), (ring.s2, ring.s1), generator)
         tolerance = ring.d1_anchor * torch.rand(count, generator=generator)
-        contexts.append(pairs.context[i] + radius * direction)
-        targets.append(pairs.target[i] + tolerance[:, None, None].to(direction) * direction)
+        contexts.append(torch.addcmul(pairs.context[i], radius, direction))
+        tolerance = tolerance[:, None, None].to(direction)
+        targets.append(torch.addcmul(pairs.target[i], tolerance, direction))
     prompt = torch.tensor(prompts, dtype=torch.int64).to(pairs.span.device).repeat_interleave(count)
     pooled = None
     if ring.pooled is not None:
@@ -316,10 +317,12 @@ def _draw(
     around = own - ring.centre[span]
     rows, dim = own.shape
     squared = around.square().sum(-1)  # [rows]
-    directions, kept, have, tried = [], [], 0, 0
+    directions, radius = e.new_zeros(count, *e.shape), e.new_zeros(count, 1, 1)
+    low, high = radii
+    have = tried = 0
     while have < count and tried < MAX_DRAWS:
         # About one draw in three is accepted with the default ring.
-        block = min(BLOCK, max(8, 4 * (count - have)))
+        block = min(BLOCK, 2 * (count - have) + 2)
         if ring.candidates is None:
             noise_rows = 1 if ring.shared_noise else rows
             v = torch.randn(block, noise_rows, dim, generator=generator).to(own)
@@ -328,26 +331,23 @@ def _draw(
             v = ring.candidates[pick.to(own.device)][:, span]
         step = v - own
         length = step.norm(dim=-1)  # [block, rows]
-        low, high = radii
-        radius = low + (high - low) * torch.rand(block, 1, generator=generator).to(own)
+        r = low + (high - low) * torch.rand(block, 1, generator=generator).to(own)
         along = torch.einsum("nrd,rd->nr", step, around) / length
-        moved = squared + radius * (2 * along + radius)  # |around + r v̂|²
-        cosine = ((squared + radius * along) / (squared * moved).sqrt()).mean(-1)
+        moved = squared + r * (2 * along + r)  # |around + r v̂|²
+        cosine = ((squared + r * along) / (squared * moved).sqrt()).mean(-1)
         accepted = (cosine >= cosines[0]) & (cosine <= cosines[1])
-        directions.append(step[accepted] / length[accepted, :, None])
-        kept.append(radius[accepted, :, None])
-        have, tried = have + int(accepted.sum()), tried + block
+        chosen = accepted.nonzero()[: count - have, 0]
+        now = slice(have, have + len(chosen))
+        directions[now, span] = step[chosen] / length[chosen, :, None]
+        radius[now, 0] = r[chosen]
+        have, tried = now.stop, tried + block
     if have < count:
         raise ValueError(
             f"{tried} draws around {ring.pairs.prompts[i]!r} gave {have} of {count} with a radius "
-            f"in [{radii[0]:.3g}, {radii[1]:.3g}) and a cosine in [{cosines[0]:.2f}, "
-            f"{cosines[1]:.2f}]: widen S2..S1, or leave D1 and D2 auto"
+            f"in [{low:.3g}, {high:.3g}) and a cosine in [{cosines[0]:.2f}, {cosines[1]:.2f}]: "
+            "widen S2..S1, or leave D1 and D2 auto"
         )
-    if not count:
-        return e.new_zeros(0, *e.shape), e.new_zeros(0, 1, 1)
-    whole = e.new_zeros(count, *e.shape)
-    whole[:, span] = torch.cat(directions)[:count]
-    return whole, torch.cat(kept)[:count]
+    return directions, radius
 
 
 def _resolve(

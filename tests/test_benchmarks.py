@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -130,8 +131,18 @@ def report(concept: str, e: float, s: float, g: float) -> Report:
 
 def test_the_halves_are_the_ten_concepts_and_share_none():
     assert len({*ablation.TUNING, *ablation.REPORTING}) == 10
-    assert set(ablation.ANCHORS) == {*ablation.TUNING, *ablation.REPORTING}
+    for anchors in ablation.ANCHORS.values():
+        assert set(anchors) == {*ablation.TUNING, *ablation.REPORTING, *ablation.STYLES}
     assert ablation.halves(["ship", "dog"]) == {"reported": ["dog"], "tuned on": ["ship"]}
+
+
+def test_styles_are_a_group_of_their_own_and_have_no_synonyms():
+    assert ablation.halves(["comic"]) == {"styles": ["comic"]}
+    own = report("comic", 0, 90, 10)
+    lacking = replace(own, generality={"held-out words": own.generality["held-out words"]})
+    both = ablation.pooled([lacking])
+    assert both["synonyms"] != both["synonyms"] and both["held-out words"] == 10
+    assert ablation.concept_of("comic", "drawn").templates == ablation.STYLE_TEMPLATES
 
 
 def test_h_o_over_concepts_is_their_mean_as_in_the_paper():
@@ -218,7 +229,8 @@ def test_the_loop_of_the_paper_and_our_blocks_accept_the_same_ring():
     from realera.mining import mine_neighbors
 
     pairs, ring = speed.ring_of(tokens=12, dim=128)
-    one = speed.one_by_one(pairs, ring.d1, ring.s1, ring.s2, 40, 0)
+    (one, _), drawn = speed.one_by_one(ring, 40, torch.Generator().manual_seed(0))
+    assert drawn > len(one) == 200
     blocks = mine_neighbors(ring, 40, torch.Generator().manual_seed(0)).context[:, 5:]
     e = pairs.context[:, 5:].repeat_interleave(40, 0)
     lengths = [(points - e).norm(dim=-1).mean().item() for points in (one, blocks)]
