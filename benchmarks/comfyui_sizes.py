@@ -20,14 +20,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +60,10 @@ LOOK = {
 }
 
 
-def layouts() -> Any:
-    """The tests' own map from diffusers' names to those of a single file."""
-    spec = importlib.util.spec_from_file_location("layouts", ROOT / "tests/conftest.py")
+@cache
+def tests() -> Any:
+    """The tests' own helpers: single-file names of every layout, and a running ComfyUI."""
+    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests/conftest.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -89,7 +87,7 @@ def parts(name: str) -> dict[str, Any]:
 
 def write_random(name: str, path: Path) -> None:
     """A checkpoint of the family's layout in fp16, Gaussian, so that activations stay finite."""
-    names, made = layouts(), parts(name)
+    names, made = tests(), parts(name)
     state = names.ldm_unet(made["unet"]) | names.ldm_vae(made["vae"])
     if "text_encoder_2" in made:
         state |= names.clip_text(made["text_encoder"], "conditioner.embedders.0.transformer.")
@@ -173,88 +171,30 @@ def least(node: dict[str, Any], cost: dict[str, float], told: str, bank: int) ->
 # ------------------------------------------------------------------------ real ComfyUI
 
 
-class Server:
-    """A running ComfyUI with folders of its own, and its memory."""
-
-    def __init__(self, home: Path, port: int, process: "subprocess.Popen[bytes]") -> None:
-        self.home, self.process = home, process
-        self.address = f"http://127.0.0.1:{port}"
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.address + path, data, {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"ComfyUI refuses {path}: {error.read().decode()}") from error
-
-    def work(self) -> float:
-        """Seconds of all cores that the process has had so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def run(self, graph: dict[str, Any]) -> tuple[dict[str, Any], float, float, float]:
-        """A graph's outputs, its seconds on the clock and of all cores, and its peak of memory."""
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # forgets the peak so far
-        started, worked = time.monotonic(), self.work()
-        prompt = self.ask("/prompt", {"prompt": graph})["prompt_id"]
-        while prompt not in (history := self.ask(f"/history/{prompt}")):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI has died: see {self.home / 'log.txt'}")
-            time.sleep(0.05)
-        taken, worked = time.monotonic() - started, self.work() - worked
-        for kind, message in history[prompt]["status"]["messages"]:
-            if kind == "execution_error":
-                raise RuntimeError(f"{message['node_type']}: {message['exception_message']}")
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-        return history[prompt]["outputs"], taken, worked, 1024 * float(peak)
+def seconds_of(process: "subprocess.Popen[bytes]") -> float:
+    """Seconds of all cores that it has had so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@contextmanager
-def comfyui(
-    home: Path, checkpoints: dict[str, Path], arguments: list[str], bank: int
-) -> Iterator[Server]:
-    """Real ComfyUI on the CPU with a copy of this pack, whose bank has `bank` prompts."""
+def run(server: Any, graph: dict[str, Any]) -> tuple[dict[str, Any], float, float, float]:
+    """A graph's outputs, its seconds on the clock and of all cores, and its peak of memory."""
+    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # forgets the peak so far
+    started, worked = time.monotonic(), seconds_of(server.process)
+    outputs, _ = server.run(graph, seconds=86_400)
+    taken, worked = time.monotonic() - started, seconds_of(server.process) - worked
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return outputs, taken, worked, 1024 * float(peak)
+
+
+def copy_pack(home: Path, bank: int) -> None:
+    """This pack, with `bank` prompts in its bank."""
     pack = home / "custom_nodes/RealEra"
     for folder in ("nodes", "realera", "web"):
         shutil.copytree(ROOT / folder, pack / folder)
     shutil.copy(ROOT / "__init__.py", pack)
     (pack / "realera/bank.txt").write_text("\n".join(bank_prompts()[:bank]) + "\n", "utf-8")
-    for folder in ("models/checkpoints", "input", "output", "user"):
-        (home / folder).mkdir(parents=True, exist_ok=True)
-    for name, file in checkpoints.items():
-        (home / "models/checkpoints" / name).symlink_to(file)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [os.environ["COMFYUI_PYTHON"], "main.py", "--cpu", "--port", str(port)]
-    command += ["--base-directory", str(home), "--disable-auto-launch", *arguments]
-    with (home / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=os.environ["COMFYUI_DIR"],
-            env={**os.environ, "REALERA_CACHE": str(home / "cache")},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        server = Server(home, port, process)
-        try:
-            while True:
-                if process.poll() is not None:
-                    raise RuntimeError((home / "log.txt").read_text()[-2000:])
-                try:
-                    server.ask("/system_stats")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.5)
-            yield server
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 def shortened(graph: dict[str, Any], source: str, prompts: int, side: int) -> dict[str, Any]:
@@ -323,7 +263,6 @@ def measure(given: argparse.Namespace, number: int) -> None:
         node["inputs"]["ckpt_name"] for node in graph.values() if "ckpt_name" in node["inputs"]
     )
     home = given.folder / f"comfyui-{number}"
-    home.mkdir(parents=True)
     file = given.folder / f"{name}.safetensors"
     if not file.exists():
         write_random(name, file)
@@ -331,10 +270,13 @@ def measure(given: argparse.Namespace, number: int) -> None:
     # SDXL's U-Net is stored in half precision; ComfyUI computes in float32 on a CPU all the same.
     arguments = ["--fp16-unet"] if name == "sdxl" else []
     try:
-        with comfyui(home, {checkpoint: file}, arguments, given.bank) as server:
+        copy_pack(home, given.bank)
+        (home / "models/checkpoints").mkdir(parents=True)
+        (home / "models/checkpoints" / checkpoint).symlink_to(file)
+        with tests().comfyui(home, *arguments) as server:
             for node, part in stages(graph):
                 kind, before = node["class_type"], sum(_sizes(home / "output"))
-                outputs, taken, worked, peak = server.run(part)
+                outputs, taken, worked, peak = run(server, part)
                 told = str(outputs.get("look", {}).get("text", [""])[0])
                 flops = least(node, cost, told, given.bank)
                 wrote = sum(_sizes(home / "output")) - before

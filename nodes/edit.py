@@ -8,7 +8,6 @@ from comfy_api.latest import io
 
 from ..realera import pictures
 from ..realera.algorithm import Mining, Settings, erase, outreach
-from ..realera.bank import spare_concepts
 from ..realera.erasure import Erasure as ErasureOf
 from ..realera.mining import mine_beyond, preserving
 from .comfy_model import apply_erasure
@@ -112,8 +111,8 @@ class ClosedFormEdit(io.ComfyNode):
             replace(neighbors.settings, beyond=0),
         )
         settings = replace(found.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
-        spared = spare_concepts(neighbors.bank, text, ring.pairs, settings.bank_limit)
-        mining = Mining(ring.pairs, ring, neighbors.mined, found.mined, spared if bank else None)
+        kept = neighbors.bank if bank else None
+        mining = Mining(ring.pairs, ring, neighbors.mined, found.mined, kept)
         erasure = erase(mining, settings, {"comfyui": comfyui_version.__version__})
         edited = apply_erasure(model, erasure)
         tell(cls.hidden.unique_id, "looking at what goes with the concept")

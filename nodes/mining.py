@@ -66,8 +66,9 @@ class NeighborSampler(io.ComfyNode):
                     default="airplane -> ground",
                     tooltip=(
                         "One 'concept -> anchor' a line: what to erase, and what to draw in its "
-                        "place. Choose an anchor as wide as the concept: an object's background, "
-                        "'person' for a name, 'painting' for a style."
+                        "place. Choose an anchor that the model draws surely and that is as wide "
+                        "as the concept: an object's background, 'person' for a name, 'painting' "
+                        "for a style."
                     ),
                 ),
                 io.Combo.Input(
@@ -202,7 +203,7 @@ class NeighborSampler(io.ComfyNode):
             f"{w} {cosine:.2f}" for w, cosine in cosines.items() if cosine >= ring.s2
         )
         shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
-        found = FoundNeighbors(mined, text, bank, settings)
+        found = FoundNeighbors(mined, text, spared, settings)
         return io.NodeOutput(found, picture, listed, ui=shown)
 
 
@@ -272,9 +273,7 @@ class BeyondSampler(io.ComfyNode):
             d2=d2 or None,
         )
         if (settings.s2, settings.d2) != (neighbors.settings.s2, None):
-            text, pairs = neighbors.text, ring.pairs
-            spared = spare_concepts(neighbors.bank, text, pairs, settings.bank_limit)
-            ring = settings.ring(pairs, text, spared)
+            ring = settings.ring(ring.pairs, neighbors.text, neighbors.bank)
         mined = mine_beyond(ring, count, torch.Generator().manual_seed(seed))
         mined = preserving(mined, neighbors.text, settings.preserve)
         picture = to_image(pictures.geometry(neighbors.mined, mined))

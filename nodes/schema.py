@@ -21,7 +21,10 @@ BUNDLED = "bundled"  # the entry of a checkpoint list that stands for the bundle
 
 @dataclasses.dataclass(frozen=True)
 class FoundNeighbors:
-    """On the NEIGHBORS wire: the mined rows, the text side they were mined with, and how."""
+    """On the NEIGHBORS wire: the mined rows, the text side they were mined with, and how.
+
+    bank: everyday prompts without those that mean what is to be erased
+    """
 
     mined: Mined
     text: ComfyText

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -340,9 +341,9 @@ class Server:
             time.sleep(0.3)
         raise TimeoutError(f"a prompt ran longer than {seconds} s")
 
-    def run(self, graph):
+    def run(self, graph, seconds=900):
         """The outputs of a graph that must succeed, and the nodes taken from the cache."""
-        entry = self.wait(self.queue(graph))
+        entry = self.wait(self.queue(graph), seconds)
         assert entry["status"]["status_str"] == "success", self.error(entry)
         messages = dict(entry["status"]["messages"])
         return entry["outputs"], set(messages["execution_cached"]["nodes"])
@@ -360,28 +361,24 @@ class Server:
         return np.asarray(image, dtype=np.int16)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A ComfyUI with folders of its own and our pack alone; skips where COMFYUI_DIR is not set."""
-    if not os.environ.get("COMFYUI_DIR"):
-        pytest.skip("COMFYUI_DIR is not set: no ComfyUI to test against")
-    home = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "models", "input", "output", "user"):
-        (home / folder).mkdir()
-    (home / "custom_nodes" / "RealEra").symlink_to(ROOT)
+@contextmanager
+def comfyui(home, *arguments, **environment):
+    """A ComfyUI that runs on the CPU with the packs in home/custom_nodes and folders of its own."""
+    for folder in ("custom_nodes", "models/checkpoints", "input", "output", "user"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = (home / "log.txt").open("w")
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu"]
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", *arguments]
     command += ["--port", str(port), "--base-directory", str(home), "--disable-auto-launch"]
-    process = subprocess.Popen(
-        command,
-        cwd=os.environ["COMFYUI_DIR"],
-        env={**os.environ, "REALERA_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+    with (home / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=os.environ["COMFYUI_DIR"],
+            env={**os.environ, "REALERA_CACHE": str(home / "cache"), **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     made = Server(port, home, process)
     try:
         for _ in range(600):
@@ -395,3 +392,15 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ComfyUI with our pack alone; skips where COMFYUI_DIR is not set."""
+    if not os.environ.get("COMFYUI_DIR"):
+        pytest.skip("COMFYUI_DIR is not set: no ComfyUI to test against")
+    home = tmp_path_factory.mktemp("comfyui")
+    (home / "custom_nodes").mkdir()
+    (home / "custom_nodes" / "RealEra").symlink_to(ROOT)
+    with comfyui(home, OMP_NUM_THREADS="1") as made:
+        yield made
