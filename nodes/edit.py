@@ -117,6 +117,8 @@ class ClosedFormEdit(io.ComfyNode):
         edited = apply_erasure(model, erasure)
         tell(cls.hidden.unique_id, "looking at what goes with the concept")
         reaches = outreach(text, erasure, mining)
+        gone = sum(reach.toward >= 0.5 for reach in reaches)
+        tell(cls.hidden.unique_id, f"{gone} words go more than half the way to the anchor")
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "

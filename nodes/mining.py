@@ -202,6 +202,7 @@ class NeighborSampler(io.ComfyNode):
         listed = "\n".join(
             f"{w} {cosine:.2f}" for w, cosine in cosines.items() if cosine >= ring.s2
         )
+        tell(node, f"{len(mined.prompt)} neighbours")
         shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
         found = FoundNeighbors(mined, text, spared, settings)
         return io.NodeOutput(found, picture, listed, ui=shown)

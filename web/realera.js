@@ -153,6 +153,7 @@ function drawWords(pen, width, height, geometry, ring) {
   const inside = words.filter(([, cosine]) => cosine >= ring.s2).slice(0, 40);
   const shown = [...inside, ...words.filter(([, cosine]) => cosine < ring.s2).slice(0, 16)];
   const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
+  const wide = Math.max(1, width / height);
   const scale = (0.46 * Math.min(width, height)) / span;
   const middle = [width / 2, height / 2];
   pen.strokeStyle = pen.fillStyle = GREY;
@@ -161,17 +162,16 @@ function drawWords(pen, width, height, geometry, ring) {
   for (const [cosine, name] of [[ring.s1, "S1"], [ring.s2, "S2"]]) {
     if (cosine >= 1) continue;
     pen.beginPath();
-    pen.arc(...middle, (1 - cosine) * scale, 0, 2 * Math.PI);
+    pen.ellipse(...middle, wide * (1 - cosine) * scale, (1 - cosine) * scale, 0, 0, 2 * Math.PI);
     pen.stroke();
     pen.fillText(`${name} ${cosine.toFixed(2)}`, middle[0], middle[1] + (1 - cosine) * scale + 12);
   }
   pen.setLineDash([]);
   const golden = Math.PI * (3 - Math.sqrt(5));
-  const wide = Math.max(1, width / height);
   shown.forEach(([word, cosine], k) => {
-    const distance = (1 - cosine) * scale;
-    const x = middle[0] + wide * distance * Math.cos(golden * k);
-    const y = middle[1] + distance * Math.sin(golden * k);
+    const distance = Math.max((1 - cosine) * scale, 16); // clear of the concept's own name
+    const x = middle[0] + wide * distance * Math.sin(golden * k);
+    const y = middle[1] - distance * Math.cos(golden * k);
     pen.fillStyle = cosine >= ring.s2 ? NEAR : FAR;
     pen.fillText(word, x, y);
   });
