@@ -6,11 +6,13 @@
     python -m benchmarks.ablation --half styles --anchors paper
 
 Every row of a concept draws with the same noise. What is done is kept in .state/ablation, one file
-a row and concept, and is not done again; the table is written anew after every concept.
+a row and concept, and is not done again; the table is written anew after every concept. The seconds
+of a row are those of a cold or warm cache, as it was (anchors' images, the encoded bank).
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import peers
+from realera import alignment, mining
 from realera.algorithm import Mining, Settings, erase, mine
 from realera.alignment import Training, align, draw_anchors
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
@@ -45,7 +48,7 @@ from realera.evaluation import (
     style_task,
 )
 from realera.files import writing
-from realera.miniature import STYLES
+from realera.miniature import CLASSIFIER, STYLES
 from realera.mining import neighborhood
 from realera.pictures import grid, to_pil
 
@@ -185,13 +188,15 @@ def measure(
     """The row's result, from its file when it was measured before on the same weights and edit."""
     training = Training(steps=options.align_steps)
     how = [weights, asdict(concept), options.images, options.steps, options.seed]
+    how += [asdict(task_of(concept.name)), hashlib.sha256(CLASSIFIER.read_bytes()).hexdigest()]
     seconds = 0.0
     if row.settings is not None:
         closed = forget(row.settings)
         seconds, matrix = closed.seconds, closed.erasure.edit.matrix
         how += [hashlib.sha256(matrix.numpy().tobytes()).hexdigest()]
     how += [row.aligned, asdict(training)] if row.aligned or row.peer else []
-    how += [Path(peers.__file__).read_text()] if row.peer else []
+    how += [inspect.getsource(code) for code in (alignment, mining)] if row.aligned else []
+    how += [inspect.getsource(peers)] if row.peer else []
     key = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
     stem = "".join(c if c.isalnum() else "-" for c in f"{concept.name} {row.name}")
     path, strip = STATE / f"{stem}-{key}.json", STATE / f"{stem}-{key}.png"
@@ -374,8 +379,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--align-steps", type=int, default=200, help="of the LoRA's training")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help=f"{RESULTS} for whole tables, else {STATE}")
     options = parser.parse_args(arguments)
+    whole = options.half in ("all", "styles") and not (options.rows or options.concepts)
+    options.out = options.out or (RESULTS if whole else STATE)
     chosen = HALVES[options.half]
     if options.concepts:
         chosen = tuple(name.strip() for name in options.concepts.split(","))

@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -252,7 +253,7 @@ def rate(n: int = 2048) -> float:
     return 5 * 2 * n**3 / (time.process_time() - start)
 
 
-def measure(given: argparse.Namespace, number: int) -> None:
+def measure(given: argparse.Namespace, number: int, folder: Path) -> None:
     """Prints the table's rows of one workflow."""
     (path,) = (ROOT / "workflows/api").glob(f"{number} *.json")
     graph = shortened(json.loads(path.read_text("utf-8")), given.source, prompts=2, side=given.side)
@@ -262,33 +263,31 @@ def measure(given: argparse.Namespace, number: int) -> None:
     (checkpoint,) = (
         node["inputs"]["ckpt_name"] for node in graph.values() if "ckpt_name" in node["inputs"]
     )
-    home = given.folder / f"comfyui-{number}"
-    file = given.folder / f"{name}.safetensors"
+    home = folder / f"comfyui-{number}"
+    file = folder / f"{name}.safetensors"
     if not file.exists():
         write_random(name, file)
     cost, speed = passes(name, given.side), rate()
     # SDXL's U-Net is stored in half precision; ComfyUI computes in float32 on a CPU all the same.
     arguments = ["--fp16-unet"] if name == "sdxl" else []
-    try:
-        copy_pack(home, given.bank)
-        (home / "models/checkpoints").mkdir(parents=True)
-        (home / "models/checkpoints" / checkpoint).symlink_to(file)
-        with tests().comfyui(home, *arguments) as server:
-            for node, part in stages(graph):
-                kind, before = node["class_type"], sum(_sizes(home / "output"))
-                outputs, taken, worked, peak = run(server, part)
-                told = str(outputs.get("look", {}).get("text", [""])[0])
-                flops = least(node, cost, told, given.bank)
-                wrote = sum(_sizes(home / "output")) - before
-                read = file.stat().st_size if "heckpoint" in kind else 0
-                print(
-                    f"| {path.stem} | {kind.removeprefix('RealEra')} | {taken:.1f} | {worked:.1f} "
-                    f"| {flops / speed:.1f} | {read / 1e9:.2f} | {wrote / 1e9:.2f} "
-                    f"| {peak / 1e9:.1f} |",
-                    flush=True,
-                )
-    finally:
-        shutil.rmtree(home)
+    copy_pack(home, given.bank)
+    (home / "models/checkpoints").mkdir(parents=True)
+    (home / "models/checkpoints" / checkpoint).symlink_to(file)
+    with tests().comfyui(home, *arguments) as server:
+        for node, part in stages(graph):
+            kind, before = node["class_type"], sum(_sizes(home / "output"))
+            outputs, taken, worked, peak = run(server, part)
+            told = str(outputs.get("look", {}).get("text", [""])[0])
+            flops = least(node, cost, told, given.bank)
+            wrote = sum(_sizes(home / "output")) - before
+            read = file.stat().st_size if "heckpoint" in kind else 0
+            print(
+                f"| {path.stem} | {kind.removeprefix('RealEra')} | {taken:.1f} | {worked:.1f} "
+                f"| {flops / speed:.1f} | {read / 1e9:.2f} | {wrote / 1e9:.2f} "
+                f"| {peak / 1e9:.1f} |",
+                flush=True,
+            )
+    shutil.rmtree(home)
 
 
 def _sizes(folder: Path) -> list[int]:
@@ -312,12 +311,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print("| workflow | stage | s | core s | least core s | GB read | GB written | peak GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for number in given.workflows:
-            measure(given, number)
-    finally:
-        for file in given.folder.glob("*.safetensors"):
-            file.unlink()
+            measure(given, number, Path(folder))
 
 
 if __name__ == "__main__":

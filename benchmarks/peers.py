@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from realera.bank import bank_prompts
 from realera.concepts import Concept
-from realera.diffusion import Diffusion, Encoding, TextEncoder, projections
+from realera.diffusion import Diffusion, TextEncoder, projections
 
 
 def last_rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
@@ -130,7 +130,7 @@ def esd_x(
         optimizer = torch.optim.Adam(trained, lr=learning_rate)
         for step in range(1, iterations + 1):
             pick = torch.randint(len(concepts), (batch,), generator=generator)
-            own, without = _rows(encoding, pick), _rows(empty, torch.zeros_like(pick))
+            own, without = encoding.rows(pick), empty.rows(torch.zeros_like(pick))
             # The paper denoises to t; a full, coarse run noised to t costs less and is much alike.
             z0 = model.sample(own, without, generator, max(1, steps // 4), 3.0)
             t = torch.randint(model.train_timesteps, (batch,), generator=generator).to(z0.device)
@@ -147,9 +147,3 @@ def esd_x(
         for parameter, grad in zip(model.unet.parameters(), wanted, strict=True):
             parameter.requires_grad_(grad)
             parameter.grad = None
-
-
-def _rows(encoding: Encoding, rows: Tensor) -> Encoding:
-    rows = rows.to(encoding.context.device)
-    pooled = None if encoding.pooled is None else encoding.pooled[rows]
-    return Encoding(encoding.context[rows], pooled)

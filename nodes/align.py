@@ -195,13 +195,13 @@ class LoraAlign(io.ComfyNode):
             samples = model.model.process_latent_in(latents["samples"])
             anchors = _by_concept(samples, len(ring.pairs.concepts))
 
-        losses: list[float] = []
+        losses: dict[int, float] = {}
         report = reporter(node, "aligning")
         asked, empty = prompts_of(ring.pairs, min(batch, PREVIEWED)), neighbors.text.encode([""])
         noise = torch.randn(anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
 
         def on_step(step: int, loss: float) -> None:
-            losses.append(loss)
+            losses[step] = loss
             server = PromptServer.instance
             step_made = {"node": node, "step": step, "steps": steps, "loss": loss}
             server.send_sync("realera.step", step_made, server.client_id)
@@ -227,7 +227,7 @@ class LoraAlign(io.ComfyNode):
             )
         picture = to_image(pictures.loss_curve(losses))
         aligned = erasure.with_lora(lora, asdict(run))
-        return io.NodeOutput(aligned, picture, ui={"realera_loss": losses})
+        return io.NodeOutput(aligned, picture, ui={"realera_loss": list(losses.items())})
 
 
 def _by_concept(samples: Tensor, concepts: int) -> Tensor:

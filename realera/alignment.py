@@ -27,7 +27,7 @@ from .closed_form import Edit
 from .concepts import Pairs
 from .diffusion import Diffusion, Encoding, projections
 from .erasure import Lora
-from .files import writing
+from .files import raw_bytes, writing
 from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
 
 ADAPTER = "realera"
@@ -115,16 +115,16 @@ def align(
                 z_t = model.add_noise(z, noise, t.to(z.device))
 
                 prompts = chosen.tolist()
-                anchor = _anchor_of(pairs, chosen)
                 if step % 2:  # Eq. 8
-                    own = _concept_of(pairs, chosen)
-                    students, teachers = [own], [anchor]
+                    students = [_concept_of(pairs, chosen)]
+                    teachers = [_anchor_of(pairs, chosen)]
                 else:  # Eq. 9
-                    students = [_encoding(mine_neighbors(neighbors, 1, generator, prompts))]
-                    teachers = [anchor]
+                    near = mine_neighbors(neighbors, 1, generator, prompts)
+                    # A word stands in a template of its own; the anchor does in the same.
+                    students, teachers = [_encoding(near)], [_anchor_of(pairs, near.prompt)]
                     if beyond is not None:
                         far = _encoding(mine_beyond(beyond, 1, generator, prompts))
-                        students, teachers = [*students, far], [anchor, far]
+                        students, teachers = [*students, far], [*teachers, far]
 
                 z_t, t = z_t.repeat(len(students), 1, 1, 1), t.to(z.device).repeat(len(students))
                 with torch.no_grad(), original(model.unet):
@@ -305,32 +305,29 @@ def draw_anchors(
     """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
 
     Returns [concepts, count, channels, height, width]. They are drawn once: with a cache folder, a
-    file named for what they are drawn from (K/V projections and their dtype, encoded prompts, seed,
-    steps, guidance, shape) is read back. Raises FloatingPointError when one is not finite.
+    file named for all that they are drawn from is read back. Raises FloatingPointError when one is
+    not finite.
     """
-    pairs = neighbors.pairs
-    key = hashlib.sha256()
-    for name, layer in projections(model.unet).items():
-        weight = layer.weight.detach()
-        key.update(f"{name} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
-    key.update(pairs.anchor.cpu().numpy().tobytes())
-    key.update(json.dumps([pairs.anchor_prompts, count, seed, steps, guidance]).encode())
-    key.update(json.dumps(model.latent_shape).encode())
-    path = cache and cache / f"anchors-{key.hexdigest()[:24]}.safetensors"
-    if path is not None and path.exists():
-        with safe_open(path, "pt") as stored:
-            return stored.get_tensor("latents")
+    pairs, empty, path = neighbors.pairs, model.text.encode([""]), None
+    if cache is not None:
+        config = getattr(getattr(model, "scheduler", None), "config", {})
+        schedule = {k: str(v) for k, v in config.items() if not k.startswith("_")}
+        how = [pairs.anchor_prompts, count, seed, steps, guidance, model.latent_shape, schedule]
+        digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
+        for tensor in (*model.unet.state_dict().values(), pairs.anchor, empty.context):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + raw_bytes(tensor))
+        path = cache / f"anchors-{digest.hexdigest()[:24]}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as stored:
+                return stored.get_tensor("latents")
     generator = torch.Generator().manual_seed(seed)
-    empty = model.text.encode([""])
     drawn, start = [], 0
     for concept in pairs.concepts:
         prompts = torch.arange(count) % len(concept.templates) + start
         images = []
         for some in prompts.split(ANCHOR_BATCH):
             anchor = _anchor_of(pairs, some)
-            pooled = None if empty.pooled is None else empty.pooled.expand(len(some), -1)
-            negative = Encoding(empty.context.expand_as(anchor.context), pooled)
-            images.append(model.sample(anchor, negative, generator, steps, guidance).float())
+            images.append(model.sample(anchor, empty, generator, steps, guidance).float())
         drawn.append(torch.cat(images))
         start += len(concept.templates)
     latents = torch.stack(drawn)

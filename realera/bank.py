@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .concepts import Pairs
 from .diffusion import TextEncoder
@@ -29,7 +30,6 @@ class Bank:
 
     prompts: the prompts, the empty one first (classifier-free guidance draws with it)
     gram: Σ e eᵀ over all rows of all prompts, float64 [dim, dim]
-    mean: the mean context, [tokens, dim]
     ends: the end-of-text row of every prompt, [prompts, dim]
     dropped: rows of the prompts that are no longer counted, prompt -> [tokens, dim]
     pooled: the same for pooled embeddings (contexts of one row), or None
@@ -37,7 +37,6 @@ class Bank:
 
     prompts: tuple[str, ...]
     gram: Tensor
-    mean: Tensor
     ends: Tensor
     dropped: dict[str, Tensor] = field(default_factory=dict)
     pooled: "Bank | None" = None
@@ -73,7 +72,7 @@ def encode_bank(
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return _from_tensors(prompts, tensors)
 
-    gram = pooled_gram = total = torch.zeros((), dtype=torch.float64)
+    gram = pooled_gram = torch.zeros((), dtype=torch.float64)
     ends, pooled = [], []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -81,7 +80,6 @@ def encode_bank(
         context = encoding.context.double().cpu()
         rows = context.flatten(0, 1)
         gram = gram + rows.T @ rows
-        total = total + context.sum(0)
         last = torch.tensor([len(ids) - 1 for ids in text.tokenize(batch)])
         last = last.clamp(max=context.shape[1] - 1)
         ends.append(context[torch.arange(len(batch)), last])
@@ -89,8 +87,7 @@ def encode_bank(
             pooled.append(encoding.pooled.double().cpu())
             pooled_gram = pooled_gram + pooled[-1].T @ pooled[-1]
         progress(start + len(batch), len(prompts))
-    mean = (total / len(prompts)).float()
-    tensors = {"gram": gram, "mean": mean, "ends": torch.cat(ends).float()}
+    tensors = {"gram": gram, "ends": torch.cat(ends).float()}
     if pooled:
         tensors |= {"pooled_gram": pooled_gram, "pooled": torch.cat(pooled)}
     with writing(path, overwrite=True) as part:
@@ -101,9 +98,8 @@ def encode_bank(
 def _from_tensors(prompts: tuple[str, ...], tensors: dict[str, Tensor]) -> Bank:
     pooled = None
     if "pooled" in tensors:
-        rows = tensors["pooled"].float()
-        pooled = Bank(prompts, tensors["pooled_gram"], rows.mean(0, keepdim=True), rows)
-    return Bank(prompts, tensors["gram"], tensors["mean"], tensors["ends"], {}, pooled)
+        pooled = Bank(prompts, tensors["pooled_gram"], tensors["pooled"].float())
+    return Bank(prompts, tensors["gram"], tensors["ends"], pooled=pooled)
 
 
 def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) -> Bank:
@@ -115,10 +111,8 @@ def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) ->
     index = torch.arange(len(pairs.prompts), device=pairs.context.device)
     own = pairs.context[index, pairs.ends].cpu()  # [prompts, dim]
     centre = bank.ends.mean(0)
-    cosine = torch.nn.functional.cosine_similarity(
-        (bank.ends - centre)[:, None], (own - centre)[None], dim=-1
-    )  # [bank prompts, prompts]
-    close = (cosine.amax(1) >= limit).tolist()
+    cosine = normalize(bank.ends - centre, dim=-1) @ normalize(own - centre, dim=-1).T
+    close = (cosine.amax(1) >= limit).tolist()  # of [bank prompts, prompts]
     dropped = [
         prompt
         for prompt, near in zip(bank.prompts, close, strict=True)
@@ -131,5 +125,5 @@ def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) ->
     pooled = bank.pooled
     if pooled is not None and encoding.pooled is not None:
         ones = dict(zip(dropped, encoding.pooled.cpu()[:, None], strict=True))
-        pooled = Bank(pooled.prompts, pooled.gram, pooled.mean, pooled.ends, ones)
-    return Bank(bank.prompts, bank.gram, bank.mean, bank.ends, rows, pooled)
+        pooled = replace(pooled, dropped=ones)
+    return replace(bank, dropped=rows, pooled=pooled)

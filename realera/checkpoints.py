@@ -99,7 +99,12 @@ def write_lora(
     if Path(destination).resolve() == path.resolve():
         raise ValueError(f"{destination} is the source: choose another destination")
     family, files = family_of(path), unet_files(path)
-    weights = {name: file.read(key) for file, keys in files for key, name in keys.items()}
+    weights = {
+        name: file.read(key)
+        for file, keys in files
+        for key, name in keys.items()
+        if not key.startswith("model_ema.")  # the running average, which no loader draws with
+    }
     _check_fit(erasure, weights.keys(), path)
     tensors, report = lora_tensors(weights, erasure, tolerance)
     rank = max(len(tensor) for key, tensor in tensors.items() if key.endswith("down.weight"))
@@ -127,6 +132,7 @@ def lora_tensors(
     and the trained part alike. SDXL's pooled part is `lora_unet_label_emb_0_0`.
 
     weights: canonical name -> W_org [out, in] of every K/V projection and, in SDXL, of POOLED
+    Raises ValueError when the erasure does not fit them.
     """
     edits = {False: erasure.edit, True: erasure.pooled_edit}
     factors = {kind: edit.factors(tolerance) for kind, edit in edits.items() if edit is not None}
@@ -134,7 +140,7 @@ def lora_tensors(
     names = {n: n for n in weights} if POOLED in weights else _diffusers_names(weights)
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if (name == POOLED) not in factors:
+        if erasure.edit_of(name, weight.shape[1]) is None:
             continue
         down, up, _ = factors[name == POOLED]
         dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype

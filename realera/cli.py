@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import pictures
@@ -18,9 +19,9 @@ from .algorithm import Settings, align_erasure, erase, mine, outreach
 from .alignment import Training
 from .bank import cache_folder
 from .checkpoints import write_checkpoint, write_lora
-from .concepts import STYLE_TEMPLATES, TEMPLATES, Concept, encode_pairs, parse_concepts
+from .concepts import STYLE_TEMPLATES, TEMPLATES, encode_pairs, parse_concepts
 from .diffusion import DiffusersModel
-from .erasure import Erasure, applied
+from .erasure import Erasure, applied, concepts_of
 from .evaluation import (
     Clip,
     Judge,
@@ -34,8 +35,9 @@ from .evaluation import (
     table,
 )
 from .evaluation import write as write_evaluation
-from .families import family_of, load_model, load_text, locate
+from .families import family_of, load_model, load_text, locate, unet_files
 from .files import open_tensors, writing
+from .mining import SOURCES
 from .scope import Reach, scope
 
 DTYPES = {
@@ -59,11 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print(
-            "interrupted: no file is half-written, alignment resumes where it was", file=sys.stderr
-        )
+        resumes = ", alignment resumes where it was" if hasattr(options, "steps") else ""
+        print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
+    except (
+        ValueError,
+        OSError,
+        ArithmeticError,
+        ImportError,
+        RuntimeError,
+        AssertionError,  # torch's word for a device that it was not built for
+        SafetensorError,
+    ) as error:
         print(f"realera {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -85,13 +94,15 @@ def run_erase(options: argparse.Namespace) -> None:
 
 def run_apply(options: argparse.Namespace) -> None:
     erasure = Erasure.load(options.erasure)
+    strengths = options.edit_strength, options.lora_strength
+    if options.lora and strengths != (1.0, 1.0):
+        raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
     if options.lora:
         report = write_lora(
             options.model, erasure, options.out, options.tolerance, options.overwrite
         )
         print(f"{options.out}: LoRA of rank {report.rank}, {report.relative:.2%} of T - I cut")
         return
-    strengths = options.edit_strength, options.lora_strength
     write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
     print(options.out)
 
@@ -103,20 +114,20 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    model = load_model(options.model, options.dtype, options.device)
+    model = load_model(options.model, DTYPES.get(options.dtype), options.device)
     small = options.model == "miniature"
     task = miniature_task(options.concept) if small else paper_task(options.concept)
     if small:
         judge: Judge = miniature_classifier()
     else:
-        judge = clip_classifier(Clip(options.clip, options.device), task.classes)
+        judge = clip_classifier(Clip(options.clip, options.device), task.classes, task.template)
     erasures = {str(path): Erasure.load(path) for path in options.erasures}
     _evaluate(options, model, erasures, task, judge)
 
 
 def run_scope(options: argparse.Namespace) -> None:
     erasure, text = Erasure.load(options.erasure), load_text(options.model)
-    pairs = encode_pairs(text, _concepts_of(erasure))
+    pairs = encode_pairs(text, concepts_of(erasure))
     if pairs.context.shape[-1] != len(erasure.edit.matrix):
         raise ValueError(
             f"the erasure was made for text embeddings of {len(erasure.edit.matrix)} numbers and "
@@ -129,7 +140,8 @@ def run_scope(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     path = locate(options.file)
-    metadata = {} if path.is_dir() else dict(open_tensors(path).metadata)
+    file = unet_files(path)[0][0] if path.is_dir() else open_tensors(path)
+    metadata = dict(file.metadata)
     if "realera_erasure" in metadata:
         erasure = Erasure.load(path)
         print(f"RealEra erasure, dimension {len(erasure.edit.matrix)}, {len(erasure.lora)} LoRAs")
@@ -138,7 +150,9 @@ def run_info(options: argparse.Namespace) -> None:
     if "realera" in metadata:
         print("carries an erasure:")
         print(json.dumps(json.loads(metadata["realera"]), indent=1))
-    if "ss_network_module" not in metadata:
+    if "ss_network_module" in metadata:
+        print(f"LoRA of rank {metadata.get('ss_network_dim', 'unknown')}")
+    else:
         family = family_of(path)
         print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")
 
@@ -149,25 +163,28 @@ def run_info(options: argparse.Namespace) -> None:
 def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
     """Algorithm 1, and everything it leaves on disk."""
     out = Path(options.out)
-    names = ["checkpoint.safetensors", "lora.safetensors", "erasure.safetensors"]
+    whole = "checkpoint" if Path(options.model).is_dir() else "checkpoint.safetensors"
+    names = [whole, "lora.safetensors", "erasure.safetensors"]
     drawings = [f"{name}.png" for name in ("neighbourhood", "scope", "loss", "before-after")]
     _refuse_existing(out, [*names, *drawings, "scope.txt"], options)
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
     options.words = _lines(options.words) if options.words else None
     settings = _from(Settings, options)
-    model = load_model(options.model, options.dtype, options.device)
+    training = _from(Training, options) if options.steps else None
+    if locate(options.model).resolve() in (out / names[0]).resolve().parents:
+        raise ValueError(f"{out} lies in the model's own folder: choose another --out")
+    model = load_model(options.model, DTYPES.get(options.dtype), options.device)
 
     with _bar("text") as progress:
         mining = mine(model.text, concepts, settings, progress)
     erasure = erase(mining, settings, {"model": str(options.model)})
-    losses: list[float] = []
-    if options.steps:
-        training = _from(Training, options)
+    losses: dict[int, float] = {}
+    if training is not None:
         with _bar("alignment", "step") as progress:
 
             def on_step(step: int, loss: float) -> None:
-                losses.append(loss)
+                losses[step] = loss
                 progress(step, training.steps)
 
             erasure = align_erasure(
@@ -252,6 +269,10 @@ def _evaluate(
         Path(options.out), [f"evaluation.{e}" for e in ("json", "txt", "png")], options
     )
 
+    for erasure in erasures.values():
+        with applied(erasure, model.unet):
+            pass  # one that does not fit is refused before anything is drawn
+
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
         with _bar("evaluation") as progress:
             return evaluate(
@@ -276,18 +297,6 @@ def _scope_text(reaches: Sequence[Reach], count: int) -> str:
         numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.toward:17.2f}"
         lines.append(f"{reach.word[:20]:20} {reach.concept[:14]:14} {numbers}")
     return "\n".join(lines)
-
-
-def _concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
-    def parts(note: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """The notes of the single erasures that a merged one was made of."""
-        for one in note.get("merged", ()):
-            yield from parts(one)
-        if "merged" not in note:
-            yield note
-
-    found = [c for note in parts(erasure.provenance) for c in note.get("concepts", ())]
-    return tuple(Concept(c["name"], c["anchor"], tuple(c["templates"])) for c in found)
 
 
 def _save_picture(picture: Image.Image, path: Path) -> None:
@@ -338,7 +347,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, f"erase '{DEMO}' from the bundled model and measure it")
     _erase_options(demo, out="realera-demo", steps=100)
-    demo.add_argument("--images", type=int, default=2, help="images per prompt of the evaluation")
+    demo.add_argument(
+        "--images", type=_positive, default=2, help="images per prompt of the evaluation"
+    )
 
     one = command("erase", run_erase, "erase concepts from a model")
     one.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
@@ -370,7 +381,9 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("concept", help="of the miniature, or one of the paper's")
     judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
     judge.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name")
-    judge.add_argument("--images", type=int, default=20, help="per prompt; the paper draws 200")
+    judge.add_argument(
+        "--images", type=_positive, default=20, help="per prompt; the paper draws 200"
+    )
     judge.add_argument("--seed", type=int, default=0)
     judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
     judge.add_argument("--overwrite", action="store_true")
@@ -389,6 +402,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: it must be at least 1")
+    return number
+
+
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     default = Settings()
     sub.add_argument("-o", "--out", default=out, help="folder to write to")
@@ -397,7 +417,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--template", action="append", help="a prompt with {} for the concept; repeat for several"
     )
     mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
-    mining.add_argument("--source", default=default.source, help="isotropic, bank or vocabulary")
+    mining.add_argument("--source", choices=SOURCES, default=default.source, help="of neighbours")
     mining.add_argument("--neighbors", type=int, default=default.neighbors, help="M, a prompt")
     mining.add_argument("--beyond", type=int, default=default.beyond, help="N, a prompt")
     for name in ("s1", "s2", "d1", "d1_anchor", "d2"):
@@ -414,7 +434,10 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     edit = sub.add_argument_group("closed form (Eq. 7)")
     edit.add_argument("--lambda1", type=float, default=default.lambda1)
     edit.add_argument("--lambda2", type=float, default=default.lambda2)
-    edit.add_argument("--no-bank", dest="bank", action="store_false", help="no preservation bank")
+    edit.add_argument(
+        "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
+        help="no preservation bank",
+    )  # fmt: skip
     training = sub.add_argument_group("alignment (Eq. 8-9)")
     training.add_argument("--steps", type=int, default=steps, help="0: closed form only")
     training.add_argument("--rank", type=int, default=Training().rank)
@@ -440,8 +463,6 @@ def _device_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default=cuda)
     sub.add_argument(
         "--dtype",
-        type=lambda name: DTYPES.get(name, name),
-        choices=DTYPES.values(),
-        metavar="|".join(DTYPES),
+        choices=DTYPES,
         help="float32 on the CPU and the file's own elsewhere, unless given",
     )

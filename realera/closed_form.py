@@ -100,13 +100,17 @@ class Sums:
         return Sums(self.erase, self.moved, preserve, self.bank, self.dropped)
 
     def __add__(self, other: "Sums") -> "Sums":
-        """The sums of a joint fit. Raises ValueError when the two were not made on one bank."""
+        """The sums of a joint fit. Raises ValueError when the two were not made on one bank.
+
+        Banks of one encoder differ by rounding between machines, about 1e-9 of their norm; one
+        prompt more is about 1e-3.
+        """
         if self.erase.shape != other.erase.shape:
             raise ValueError(
                 f"sums of dimension {len(self.erase)} and {len(other.erase)} do not add up: "
                 "the erasures belong to different model families"
             )
-        if not torch.equal(self.bank, other.bank):
+        if (self.bank - other.bank).norm() > 1e-5 * self.bank.norm():
             raise ValueError(
                 "the sums were made with different preservation banks or text encoders: "
                 "fit both with the same bank before merging"

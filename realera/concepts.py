@@ -62,9 +62,13 @@ class Concept:
                 )
 
     def named_in(self, prompt: str) -> bool:
-        """Whether the prompt holds the concept's name as words of its own ("car", not "carpet")."""
-        name = rf"(?<!\w){re.escape(self.name.strip())}(?!\w)"
-        return re.search(name, prompt, re.IGNORECASE) is not None
+        return names(prompt, self.name)
+
+
+def names(prompt: str, name: str) -> bool:
+    """Whether the prompt holds the name as words of its own ("car", not "carpet")."""
+    whole = rf"(?<!\w){re.escape(name.strip())}(?!\w)"
+    return re.search(whole, prompt, re.IGNORECASE) is not None
 
 
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:

@@ -29,6 +29,11 @@ class Encoding:
     context: Tensor
     pooled: Tensor | None = None
 
+    def rows(self, index: Tensor) -> "Encoding":
+        """The prompts of int64 `index` [n], in its order."""
+        index = index.to(self.context.device)
+        return Encoding(self.context[index], None if self.pooled is None else self.pooled[index])
+
 
 class TextEncoder(Protocol):
     """A model's text side."""
@@ -83,7 +88,10 @@ class Diffusion(Protocol):
         steps: int,
         guidance: float,
     ) -> Tensor:
-        """One latent per row of `encoding` by deterministic DDIM: float32 [n, 4, h, w]."""
+        """One latent per row of `encoding` by deterministic DDIM: float32 [n, 4, h, w].
+
+        negative: of as many prompts, or of one for all
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 in [0, 1], [n, 3, height, width], on the CPU."""

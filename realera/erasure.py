@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import LAMBDA1, LAMBDA2, Edit, Sums
+from .concepts import Concept, names
 from .diffusion import projections
 from .files import DTYPES, TensorFile, open_tensors, write_tensors, writing
 
@@ -65,6 +66,18 @@ class Erasure:
         renamed = {names[name]: pair for name, pair in lora.items()}
         return replace(self, lora=renamed, provenance=provenance)
 
+    def edit_of(self, name: str, columns: int) -> Edit | None:
+        """T of what this layer reads, or None where it stays. Raises ValueError when it misfits."""
+        edit = self.pooled_edit if name == POOLED else self.edit
+        width = columns if edit is None else len(edit.matrix)
+        # The pooled embedding is followed by the size embeddings, which stay as they are.
+        if width > columns or (name != POOLED and width < columns):
+            raise ValueError(
+                f"the erasure was made for text embeddings of {width} numbers and {name} reads "
+                f"{columns}: use a checkpoint of the erasure's own family"
+            )
+        return edit
+
     def delta(
         self, name: str, weight: Tensor, edit_strength: float = 1.0, lora_strength: float = 1.0
     ) -> Tensor:
@@ -73,16 +86,9 @@ class Erasure:
         W_org (I + s (T - I)) + s' B A, computed in float32 and rounded once to the weight's dtype.
         Raises ValueError when the erasure does not fit the layer or the result is not finite.
         """
-        edit = self.pooled_edit if name == POOLED else self.edit
-        width = len(edit.matrix) if edit is not None else weight.shape[1]
-        # The pooled embedding is followed by the size embeddings, which stay as they are.
-        if width > weight.shape[1] or (name != POOLED and width < weight.shape[1]):
-            raise ValueError(
-                f"the erasure was made for text embeddings of {width} numbers and {name} reads "
-                f"{weight.shape[1]}: use a checkpoint of the erasure's own family"
-            )
-        full = weight.float()
+        edit, full = self.edit_of(name, weight.shape[1]), weight.float()
         if edit is not None:
+            width = len(edit.matrix)
             full = torch.cat([edit.edit(full[:, :width], edit_strength), full[:, width:]], dim=1)
         if name in self.lora:
             a, b = (factor.to(full) for factor in self.lora[name])
@@ -142,9 +148,10 @@ class Erasure:
 
     @staticmethod
     def merge(erasures: Sequence["Erasure"]) -> "Erasure":
-        """One erasure of all their concepts: exactly the closed form of a joint fit; LoRAs add up.
+        """One erasure of all their concepts: the closed form of their joint sums; LoRAs add up.
 
-        Raises ValueError when one was saved without its sums or with other λ, banks or families.
+        Raises ValueError when one was saved without its sums or with other λ, banks or families,
+        and when one preserves what another erases.
         """
         if not erasures:
             raise ValueError("nothing to merge: give at least one erasure")
@@ -161,6 +168,7 @@ class Erasure:
             if (one.pooled_sums is None) != (pooled is None):
                 raise ValueError("erasures of different model families cannot be merged")
         assert sums is not None
+        _refuse_contradictions([note for one in erasures for note in notes_of(one)])
         for other in others:
             assert other.sums is not None
             sums = sums + other.sums
@@ -175,6 +183,49 @@ class Erasure:
         provenance = {"merged": [one.provenance for one in erasures]}
         merged = Erasure.fit(sums, pooled, first.lambda1, first.lambda2, provenance)
         return replace(merged, lora=lora)
+
+
+def notes_of(erasure: Erasure) -> list[Mapping[str, Any]]:
+    """The provenance of the single erasures that this one was merged from, or its own.
+
+    Raises ValueError when a stranger's file holds something else there.
+    """
+    left, found = [erasure.provenance], []
+    while left:
+        note = left.pop()
+        if not isinstance(note, Mapping):
+            raise ValueError(f"the erasure's provenance holds {note!r} where an object is due")
+        if isinstance(note.get("merged"), list):
+            left += note["merged"][::-1]
+        else:
+            found.append(note)
+    return found
+
+
+def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
+    """What it erases, by its provenance. Raises ValueError when that cannot be read."""
+    try:
+        return tuple(
+            Concept(str(c["name"]), str(c["anchor"]), tuple(map(str, c["templates"])))
+            for note in notes_of(erasure)
+            for c in note.get("concepts", ())
+        )
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"the erasure does not say what it erases: {error!r}") from error
+
+
+def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
+    concepts = [c for note in notes for c in note.get("concepts", ()) if isinstance(c, dict)]
+    erased = [str(concept["name"]) for concept in concepts if concept.get("name")]
+    for note in notes:
+        settings = note.get("settings", {})
+        for prompt in (*settings.get("preserve", ()), *settings.get("exclude", ())):
+            for name in erased:
+                if names(str(prompt), name):
+                    raise ValueError(
+                        f"one erasure preserves {prompt!r} and another erases {name!r}: make the "
+                        "first again without it"
+                    )
 
 
 def apply(

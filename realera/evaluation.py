@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .diffusion import Diffusion, Encoding
+from .diffusion import Diffusion
 from .files import writing
 from .miniature.vocabulary import CONCEPTS, STYLES
 
@@ -31,6 +31,8 @@ def harmonic_mean(efficacy: float, specificity: float, generality: float) -> flo
 
 # ---------------------------------------------------------------------------- what is asked
 
+OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork by {}"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -40,12 +42,14 @@ class Task:
     named: prompts that name it (Acc_e)
     others: class -> prompts that name it (Acc_s)
     generality: kind -> prompts that mean the concept without naming it (Acc_g)
+    template: what a class is asked for with
     """
 
     concept: str
     named: tuple[str, ...]
     others: Mapping[str, tuple[str, ...]]
     generality: Mapping[str, tuple[str, ...]]
+    template: str = OBJECT
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -80,7 +84,6 @@ ARTISTS: dict[str, str] = {
     "Greg Rutkowski": "An artwork by the famous Polish digital artist",
     "Salvador Dali": "An artwork by the famous Spanish Catalan surrealist painter",
 }
-OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork by {}"
 
 
 def task_of(
@@ -99,6 +102,7 @@ def task_of(
             "synonyms": tuple(template.replace("{}", word) for word in synonyms),
             "associated": tuple(associated),
         },
+        template,
     )
 
 
@@ -333,16 +337,10 @@ def draw(
     rows = torch.arange(len(prompts)).repeat_interleave(images)
     generator, done = torch.Generator().manual_seed(seed), 0
     for chosen in rows.split(batch):
-        own, without = _rows(encoding, chosen), _rows(empty, torch.zeros_like(chosen))
-        yield model.decode(model.sample(own, without, generator, steps, guidance))
+        latents = model.sample(encoding.rows(chosen), empty, generator, steps, guidance)
+        yield model.decode(latents)
         done += len(chosen)
         progress(done, len(rows))
-
-
-def _rows(encoding: Encoding, rows: Tensor) -> Encoding:
-    rows = rows.to(encoding.context.device)
-    pooled = None if encoding.pooled is None else encoding.pooled[rows]
-    return Encoding(encoding.context[rows], pooled)
 
 
 # ---------------------------------------------------------------------------- the answer

@@ -84,7 +84,10 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        if path.suffix.lower() in PICKLES or prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        length = int.from_bytes(prefix, "little")
+        plausible = len(prefix) == 8 and 2 <= length <= max_header and 8 + length <= size
+        pickled = not plausible and prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+        if pickled or path.suffix.lower() in PICKLES:
             raise ValueError(
                 f"{path} is a pickle, which can run any program when it is opened, so it is "
                 'refused. Convert it on a machine you can afford to lose: python -c "import '
@@ -93,8 +96,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
                 "c.get('state_dict', c).items() if hasattr(v, 'contiguous')}, "
                 "'out.safetensors')\""
             )
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= max_header or 8 + length > size:
+        if not plausible:
             raise ValueError(
                 f"{path} is not a safetensors file or was cut off: its first 8 bytes announce a "
                 f"header of {length} bytes and the file has {size} (at most {max_header} allowed)"
@@ -185,7 +187,9 @@ def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Ite
     Raises FileExistsError when there is one and `overwrite` is false.
     """
     destination = Path(destination)
-    if destination.is_dir() or (destination.exists() and not overwrite):
+    if destination.is_dir():
+        raise FileExistsError(f"{destination} is a folder: name a file")
+    if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists: choose another name, or ask to overwrite it")
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")

@@ -12,6 +12,7 @@ bank or the vocabulary otherwise, since the rows of one encoder share a large co
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -260,10 +261,11 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
 
     The words that were left out of the ring are among them, in every template of the concepts.
-    Raises ValueError for a prompt that names a concept to be erased or that the encoder cuts off.
+    Raises ValueError for a prompt or word that names a concept to be erased, and for a prompt that
+    the encoder cuts off.
     """
     pairs = beyond.neighborhood.pairs
-    for prompt in prompts:
+    for prompt in (*prompts, *beyond.neighborhood.exclude):
         for concept in pairs.concepts:
             if concept.named_in(prompt):
                 raise ValueError(
@@ -501,13 +503,19 @@ def _draw_words(
     generator: torch.Generator,
     prompts: Sequence[int],
 ) -> Mined:
-    """`count` words of each prompt's concept, in the order of `prompts`."""
+    """`count` words of each prompt's concept, in the order of `prompts`; as long as the ring holds
+    enough, prompts of one concept get different words."""
     of = words.prompt
     concept = [n for n, c in enumerate(ring.pairs.concepts) for _ in c.templates]
     first = first_prompts(ring.pairs)
     shuffled = torch.randperm(len(of), generator=generator).to(of.device)
-    rings = (shuffled[of[shuffled] == int(first[concept[i]])] for i in prompts)
-    take = torch.cat([of[:0], *(words_of[:count] for words_of in rings)])
+    asked: Counter[int] = Counter()  # how often each concept was, so that no two get one word
+    parts = [of[:0]]
+    for n in (concept[i] for i in prompts):
+        own = shuffled[of[shuffled] == int(first[n])]
+        parts.append(own.roll(-count * asked[n])[:count])
+        asked[n] += 1
+    take = torch.cat(parts)
 
     def part(ring: Neighborhood, words: Phrases) -> Mined:
         pooled = None

@@ -1,7 +1,7 @@
 """Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,29 +100,29 @@ def _picture(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def loss_curve(losses: Sequence[float], title: str = "Prediction-noise alignment") -> Image.Image:
+def loss_curve(
+    losses: Mapping[int, float], title: str = "Prediction-noise alignment"
+) -> Image.Image:
     """The loss of every step and its running mean; Eq. 8 on odd steps, Eq. 9 on even ones.
 
-    Raises ValueError when there is no step.
+    losses: step, from 1, -> loss; a run that was resumed has the steps since then, maybe none
     """
-    if not losses:
-        raise ValueError("no loss to draw: no step was made")
     figure = _figure(7, 3.6)
     axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    for first, name, colour in ((0, "Eq. 8", KEPT), (1, "Eq. 9", ERASED)):
-        chosen = losses[first::2]
-        axes.plot(steps[first::2], chosen, ".", ms=3, alpha=0.4, color=colour)
+    for odd, name, colour in ((1, "Eq. 8", KEPT), (0, "Eq. 9", ERASED)):
+        steps = [step for step in losses if step % 2 == odd]
+        chosen = [losses[step] for step in steps]
+        axes.plot(steps, chosen, ".", ms=3, alpha=0.4, color=colour)
         window = max(1, len(chosen) // 10)
         if len(chosen) >= window > 1:
             values = torch.tensor(chosen, dtype=torch.float64)
             mean = values.unfold(0, window, 1).mean(-1)
-            axes.plot(steps[first::2][window - 1 :], mean, color=colour, label=name)
-        elif chosen:
+            axes.plot(steps[window - 1 :], mean, color=colour, label=name)
+        else:
             axes.plot([], [], color=colour, label=name)
-    if min(losses) > 0:
+    if losses and min(losses.values()) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.set(xlabel="step", ylabel="loss", title=title if losses else "no step was left to make")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
@@ -166,7 +166,7 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
 
 def _words(ring: Neighborhood) -> Image.Image:
     assert ring.words is not None
-    near = set(ring.words.near.prompts) if ring.words.near else set()
+    near = set(ring.words.near.prompts)
     cosine, concepts = ring.words.cosine, ring.pairs.concepts
     words = sorted(cosine, key=lambda word: -cosine[word])[:48]
     inside = [any(c.templates[0].replace("{}", w) in near for c in concepts) for w in words]

@@ -231,6 +231,26 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
     assert not torch.allclose(student, edit_alone, atol=1e-3)
 
 
+def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, monkeypatch):
+    monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
+    pairs = job[0].pairs
+    ring = neighborhood(pairs, "vocabulary", s2=0.0, text=model.text)
+    teachers = []
+
+    def note(latents, timesteps, encoding):
+        if not torch.is_grad_enabled():
+            teachers.append(encoding.context)
+        return predict(latents, timesteps, encoding)
+
+    predict = model.predict_noise
+    monkeypatch.setattr(model, "predict_noise", note)
+    align(model, ring, ring, job[1], None, job[2], replace(SHORT, steps=2))
+    odd, even = teachers
+    assert len(even) == 2 * len(odd) == 4
+    # Words stand in the concept's first template.
+    assert torch.equal(even[:2], pairs.anchor[:1].expand(2, -1, -1))
+
+
 def test_anchors_are_drawn_once_and_read_back_by_content(model, job, tmp_path):
     ring = job[0]
     first = draw_anchors(model, ring, 2, steps=2, cache=tmp_path)

@@ -254,6 +254,29 @@ def test_pickles_are_refused_unopened_and_the_way_out_works(tmp_path, pipelines,
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(tmp_path):
+    for length in (0x0280, 0x0480):  # what protocols 2 and 4 begin with
+        path = tmp_path / f"{length}.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+        assert open_tensors(path).entries == {}
+
+
+def test_a_configuration_in_a_file_writes_nothing_but_parts(tmp_path, singles, monkeypatch):
+    source, folder = singles["sd1 one layer"], tmp_path / "in/tmp"
+    config = json.loads(metadata_of(source)["config"]) | {"..": {"a": 1}, "../..": {"a": 1}}
+    save_file(load_file(source), tmp_path / "x", {"config": json.dumps(config)})
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    load_model(tmp_path / "x")
+    assert not list(folder.rglob("*")) and [p.name for p in folder.parent.iterdir()] == ["tmp"]
+
+
+def test_a_folder_without_a_tokenizer_is_refused_and_no_hub_is_asked(tmp_path, folders):
+    shutil.copytree(folders["sd1"], tmp_path / "x", ignore=lambda *_: ["tokenizer"])
+    with pytest.raises(ValueError, match="lacks tokenizer/"):
+        load_text(tmp_path / "x")
+
+
 @pytest.mark.parametrize("size", [0, 7, 1000, 100_000, -1])
 def test_a_truncated_checkpoint_is_refused(tmp_path, singles, size):
     path = tmp_path / "x.safetensors"
@@ -604,6 +627,25 @@ def test_the_cut_is_what_is_missing_and_within_the_tolerance(tmp_path, pipelines
         assert math.isclose(report.relative, cut / change.norm(), rel_tol=1e-4)
         ranks.append(report.rank)
     assert ranks[0] < ranks[1] < ranks[2]
+
+
+def test_a_lora_is_made_of_the_weights_that_loaders_draw_with(tmp_path, pipelines, singles):
+    erasure = make_erasure(pipelines["sd1"], "sd1")
+    write_lora(singles["sd1"], erasure, tmp_path / "plain")
+    state, unet = load_file(singles["sd1"]), "model.diffusion_model."
+    for key in [key for key in state if key.startswith(unet)]:
+        average = "model_ema." + key.removeprefix("model.").replace(".", "")
+        state[average] = torch.zeros_like(state[key])
+    save_file(state, tmp_path / "averaged.safetensors", metadata_of(singles["sd1"]))
+    write_lora(tmp_path / "averaged.safetensors", erasure, tmp_path / "lora")
+    plain, averaged = load_file(tmp_path / "plain"), load_file(tmp_path / "lora")
+    assert all(torch.equal(plain[key], averaged[key]) for key in plain)
+
+
+def test_a_lora_for_another_family_is_refused(tmp_path, singles):
+    with pytest.raises(ValueError, match=r"made for text embeddings of 32 numbers .* reads 64"):
+        write_lora(singles["sd2"], Erasure(low_rank_edit(32, 2, 0)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_lora_keys_are_those_that_every_loader_reads(tmp_path, pipelines, singles):

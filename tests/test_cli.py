@@ -108,7 +108,8 @@ def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
         (["erase", "miniature", "-c", "cat -> cat"], "the concept itself"),
         (["erase", "miniature", "-c", "cat -> dog", "--preserve", "a cat", *QUICK], "to be erased"),
         (["erase", "miniature", "-c", "cat -> dog", "--s1", "0.1", *QUICK], "S2 must be smaller"),
-        (["erase", "miniature", "-c", "cat -> dog", "--source", "words"], "none of"),
+        (["erase", "miniature", "-c", "cat -> dog", "--exclude", "cat", *QUICK], "to be erased"),
+        (["erase", "miniature", "-c", "cat -> dog", "--rank", "0"], "rank = 0"),
         (["info", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )
@@ -118,6 +119,33 @@ def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, 
     assert main(arguments) == 1
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_lora_file_has_no_strengths(folder, tmp_path, capsys):
+    out = tmp_path / "x.safetensors"
+    arguments = ["apply", "miniature", str(folder / FILES[2]), str(out), "--lora"]
+    assert main([*arguments, "--edit-strength", "0.5"]) == 1
+    assert "no strengths" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["erase", ".", "-c", "cat -> dog"]) == 1
+    assert "lies in the model's own folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["erase", "miniature", "-c", "cat -> dog", "--source", "words"],
+        ["erase", "miniature", "-c", "cat -> dog", "--dtype", "float12"],
+        ["evaluate", "miniature", "cat", "--images", "0"],
+    ],
+)
+def test_what_no_command_takes_is_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert arguments[-1] in capsys.readouterr().err
 
 
 def test_a_file_that_exists_is_not_overwritten(folder, capsys):

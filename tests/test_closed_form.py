@@ -113,6 +113,18 @@ def test_a_lambda_that_can_make_the_system_singular_is_refused(lambda1, lambda2)
         sums.solve(lambda1, lambda2)
 
 
+def test_banks_that_differ_by_rounding_add_up_and_by_a_prompt_do_not():
+    rows = rows_of(0, 1000, 8)
+    bank = rows.T.double() @ rows.double()
+
+    def sums(gram):
+        return Sums(torch.eye(8).double(), torch.eye(8).double(), bank * 0, gram)
+
+    assert torch.equal((sums(bank) + sums(bank * (1 + 1e-8))).bank, bank)
+    with pytest.raises(ValueError, match="different preservation banks"):
+        sums(bank) + sums(bank + rows[:1].T.double() @ rows[:1].double())
+
+
 def test_sums_of_two_families_are_not_merged():
     with pytest.raises(ValueError, match="different model families"):
         Sums.zeros(4) + Sums.zeros(5)

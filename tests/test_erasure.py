@@ -1,6 +1,7 @@
 import copy
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from realera.closed_form import Edit, Sums
 from realera.diffusion import projections
-from realera.erasure import POOLED, Erasure, applied, apply, canonical
+from realera.erasure import POOLED, Erasure, applied, apply, canonical, concepts_of
 
 DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
 
@@ -186,6 +187,28 @@ def test_what_cannot_be_merged_says_why():
         Erasure.merge([erasure, Erasure.fit(random_sums(DIM, 1), None, 0.2, 1e-3)])
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
+
+
+def test_what_one_erasure_preserves_another_may_not_erase():
+    def named(seed, name, **settings):
+        concept = {"name": name, "anchor": "ground", "templates": ["{}"]}
+        note = {"concepts": [concept], "settings": settings}
+        return replace(random_erasure(seed), provenance=note)
+
+    ship, car = named(1, "ship"), named(2, "car", preserve=["a carpet"])
+    merged = Erasure.merge([ship, car])
+    assert [concept.name for concept in concepts_of(merged)] == ["ship", "car"]
+    for settings in ({"preserve": ["a photo of a Ship"]}, {"exclude": ["ship"]}):
+        with pytest.raises(ValueError, match="another erases 'ship'"):
+            Erasure.merge([merged, named(3, "dog", **settings)])
+
+
+@pytest.mark.parametrize(
+    "note", [{"merged": [3]}, {"concepts": ["ship"]}, {"concepts": [{"name": "ship"}]}]
+)
+def test_a_provenance_that_does_not_name_the_concepts_is_explained(note):
+    with pytest.raises(ValueError, match=r"provenance holds|does not say what it erases"):
+        concepts_of(replace(random_erasure(), provenance=note))
 
 
 # --- a file from a stranger ----------------------------------------------------------------------

@@ -248,6 +248,15 @@ def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two
     assert torch.equal(far.target, far.context)
 
 
+def test_prompts_of_one_concept_get_words_of_their_own(two, word_ring):
+    near = mine_neighbors(word_ring, 1, drawn(), [0, 1, 2, len(two.prompts) - 1, 3])
+    words = near.words[:3] + near.words[4:]
+    assert len(set(words)) == 4 and near.prompt.tolist()[3] != near.prompt.tolist()[0]
+    many = mine_neighbors(word_ring, 1, drawn(), [0] * 500)
+    inside = mine_neighbors(word_ring, 10_000, drawn(), [0])
+    assert set(many.words) == set(inside.words)  # all of them before one comes again
+
+
 def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, word_ring):
     phrase = "dog dog dog in the garden"
     ring = neighborhood(two, "vocabulary", text=text, s2=0.4, words=[phrase, "Airplane", "a"])
@@ -279,6 +288,8 @@ def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
     assert len(kept.prompt) == len(beyond.prompt) + 1 and int(kept.prompt[-1]) == -1
     with pytest.raises(ValueError, match="which is to be erased"):
         preserving(beyond, text, ["an Airplane over a house"])
+    with pytest.raises(ValueError, match="which is to be erased"):
+        preserving(mine_beyond(neighborhood(pairs, exclude=["Airplane"]), 2, drawn()), text, [])
     preserving(beyond, text, ["a paper aeroplaneairplane"])  # a name within a word is no name
 
 

@@ -305,8 +305,8 @@ function addLoss(node) {
   };
   return (output) => {
     if (!output.realera_loss) return;
-    total = output.realera_loss.length;
-    steps = output.realera_loss.map((loss, k) => ({ step: k + 1, loss }));
+    steps = output.realera_loss.map(([step, loss]) => ({ step, loss }));
+    total = steps.at(-1)?.step ?? 1;
     redraw();
   };
 }

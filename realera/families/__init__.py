@@ -45,6 +45,7 @@ FAMILIES = {
     path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("*.json"))
 }
 SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
+PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
 CLIP_VOCABULARY = 49408
 _ERASABLE = re.compile(
     r"(?:model\.diffusion_model\.)?("
@@ -93,8 +94,8 @@ def family_of(source: str | os.PathLike[str]) -> Family:
         config = {
             part.parent.name: _json(part.read_text(), part) for part in path.glob("*/config.json")
         }
-    elif "config" in files[0][0].metadata:
-        config = _json(files[0][0].metadata["config"], path)
+    elif own := _own_configuration(files[0][0], pooled):
+        config = own
     elif name is not None:
         config = FAMILIES[name]
     else:
@@ -126,6 +127,13 @@ def family_of(source: str | os.PathLike[str]) -> Family:
         DTYPES[projection.dtype],
         config,
     )
+
+
+def _own_configuration(file: TensorFile, pooled: bool) -> dict[str, Any]:
+    """The configuration that a file carries, empty when there is none of every part."""
+    config = _json(file.metadata.get("config", "{}"), file.path)
+    needed = (*PARTS, "text_encoder_2") if pooled else PARTS
+    return config if all(isinstance(config.get(part), dict) for part in needed) else {}
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -263,8 +271,11 @@ def load_text(
                 encoder = _text_class(suffix).from_pretrained(
                     folder, variant=_variant(folder), use_safetensors=True, local_files_only=True
                 )
+                words = path / f"tokenizer{suffix}"
+                if not words.is_dir():
+                    raise ValueError(f"{path} is no whole pipeline folder: it lacks {words.name}/")
                 encoders.append(encoder.to(dtype))
-                tokenizers.append(CLIPTokenizer.from_pretrained(path / f"tokenizer{suffix}"))
+                tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
         text = DiffusersText(tokenizers, encoders)
     for encoder in text.encoders:
         encoder.to(device)
@@ -354,7 +365,9 @@ def _configuration_folder(
 ) -> Iterator[str]:
     """The configurations as the folder that diffusers' converters read."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in config.items():
+        # The names may be a stranger's: only those of parts are written.
+        for name in (*PARTS, "text_encoder_2"):
+            part = config.get(name)
             if isinstance(part, dict):
                 if name == "unet" and in_channels is not None:
                     part = {**part, "in_channels": in_channels}
@@ -362,7 +375,7 @@ def _configuration_folder(
                     part = {"scaling_factor": config["scaling_factor"], **part}
                 if name.startswith("text_encoder"):
                     part = {"model_type": "clip_text_model", **part}
-                target = Path(folder) / os.path.basename(name) / "config.json"
+                target = Path(folder) / name / "config.json"
                 target.parent.mkdir(exist_ok=True)
                 target.write_text(json.dumps(part))
         yield folder
