@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..realera import pictures
 from ..realera.alignment import Training, align, draw_anchors
-from .comfy_model import ComfyDiffusion, training
+from .comfy_model import ComfyDiffusion, refuse_edited, training
 from .files import state_path
 from .page import to_image
 from .preview import previewer, prompts_of, sketch
@@ -184,6 +184,7 @@ class LoraAlign(io.ComfyNode):
             gradient_checkpointing=gradient_checkpointing,
         )
         ring = neighbors.mined.neighborhood
+        refuse_edited(model, erasure)
         model = model.clone()
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])
@@ -199,6 +200,7 @@ class LoraAlign(io.ComfyNode):
         report = reporter(node, "aligning")
         asked, empty = prompts_of(ring.pairs, min(batch, PREVIEWED)), neighbors.text.encode([""])
         noise = torch.randn(anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
+        painter = previewer(model) if preview_every else None
 
         def on_step(step: int, loss: float) -> None:
             losses[step] = loss
@@ -206,11 +208,11 @@ class LoraAlign(io.ComfyNode):
             step_made = {"node": node, "step": step, "steps": steps, "loss": loss}
             server.send_sync("realera.step", step_made, server.client_id)
             preview = None
-            if preview_every and step % preview_every == 0:
+            if painter is not None and step % preview_every == 0:
                 with torch.no_grad():
                     drawn = sketch(diffusion, erasure, asked, empty, noise)
                     row = torch.cat(list(drawn), dim=-1)[None]  # side by side
-                    preview = previewer(model).decode_latent_to_preview_image("JPEG", row)
+                    preview = painter.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)
 
         with training(model):

@@ -131,7 +131,9 @@ def _model(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
         unet_config = layout
         unet_extra_config = {"num_heads": heads, "num_head_channels": -1}  # noqa: RUF012
         latent_size = unet["sample_size"]
-        latent_format = partial(comfy.latent_formats.SD15, config["vae"]["scaling_factor"])
+        latent_format = staticmethod(
+            partial(comfy.latent_formats.SD15, config["vae"]["scaling_factor"])
+        )
 
     management = comfy.model_management
     model_config = Miniature(layout)

@@ -12,6 +12,8 @@ import comfy.sample
 import comfy.weight_adapter
 import latent_preview
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ..realera.diffusion import BATCH, Encoding, end_rows, projections, whole_words
@@ -38,13 +40,14 @@ class ComfyText:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that decides an embedding: weights, patches, layer, vocabulary."""
-        digest = hashlib.blake2b(repr(self.clip.layer_idx).encode(), digest_size=16)
+        """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
+        digest, patched = hashlib.blake2b(repr(self.clip.layer_idx).encode(), digest_size=16), False
         for key, (weight, *patches) in sorted(self.clip.get_key_patches().items()):
             digest.update(key.encode())
             digest.update(weight[0].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            if patches:
-                digest.update(str(self.clip.patcher.patches_uuid).encode())
+            patched = patched or bool(patches)
+        if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
+            digest.update(self.encode(["a photo of a dog"]).context.cpu().numpy().tobytes())
         vocabulary = self._tokenizer_of(self.clip).tokenizer.get_vocab()
         digest.update(repr(sorted(vocabulary.items())).encode())
         return digest.hexdigest()
@@ -134,6 +137,9 @@ class ComfyDiffusion:
         size = getattr(self.model.model.model_config, "latent_size", None)
         if size is None:
             size = 128 if self.model.model.adm_channels else 64
+            wide = next(iter(projections(self.unet).values())).in_features == 1024
+            if wide and self.model.model.model_type == ModelType.V_PREDICTION:
+                size = 96  # SD 2.x for 768 pixels
         return (self.model.model.latent_format.latent_channels, size, size)
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
@@ -143,6 +149,8 @@ class ComfyDiffusion:
         device = latents.device
         latents = self._with_mask(latents).to(dtype)
         options = {**self.model.model_options["transformer_options"]}
+        # The LoRA's gradients pass through attention; sage and flash attention give none.
+        options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
         conditions = {}
         if base.adm_channels and encoding.pooled is not None:
             height, width = (8 * side for side in latents.shape[2:])
@@ -231,7 +239,8 @@ def training(model: Any) -> Iterator[None]:
     equal copy, one at a time, so memory does not grow and no value changes.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        comfy.model_management.load_models_gpu([model])
+        # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
+        comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         for module in model.model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_inference():
@@ -294,6 +303,17 @@ def apply_erasure(
         {f"diffusion_model.{name}.weight": ErasurePatch(erasure, name, strengths) for name in names}
     )
     return erased
+
+
+def refuse_edited(model: Any, erasure: Erasure) -> None:
+    """Raises ValueError when the MODEL carries this erasure already."""
+    for patches in model.patches.values():
+        for patch in (part for entry in patches for part in entry):
+            if isinstance(patch, ErasurePatch) and patch.erasure.edit is erasure.edit:
+                raise ValueError(
+                    "this MODEL has the erasure on it already, and would be erased twice: connect "
+                    "the original MODEL, as Closed-Form Edit got it"
+                )
 
 
 def weights_of(model: Any, names: Iterable[str]) -> dict[str, Tensor]:

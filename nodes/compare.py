@@ -18,6 +18,8 @@ from .page import to_image
 from .progress import tell
 from .schema import Classifier, advanced, schema, seed_input
 
+PIXELS = 4 * 512**2  # drawn at once: four images of SD 1.x, one of SDXL
+
 
 class Compare(io.ComfyNode):
     @classmethod
@@ -139,10 +141,23 @@ class Compare(io.ComfyNode):
             tell(cls.hidden.unique_id, f"drawing with {label}")
             diffusion = ComfyDiffusion(model, text, vae)
             noise = _noise(diffusion, size, range(seed, seed + seeds)).repeat(len(asked), 1, 1, 1)
-            latents = diffusion.denoise(
-                encoding, negative, noise, steps, cfg, sampler, scheduler, seed
-            )
-            drawn.append(diffusion.decode(latents))
+            at_once = max(1, PIXELS // (64 * noise[0, 0].numel()))
+            images = [
+                diffusion.decode(
+                    diffusion.denoise(
+                        encoding.rows(rows),
+                        negative,
+                        noise[rows],
+                        steps,
+                        cfg,
+                        sampler,
+                        scheduler,
+                        seed,
+                    )
+                )
+                for rows in torch.arange(len(heads)).split(at_once)
+            ]
+            drawn.append(torch.cat(images))
 
         seen = [_verdicts(classifier, images) for images in drawn]
         rows = [list(images) for images in drawn]

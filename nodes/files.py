@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
 from ..realera import miniature
@@ -14,7 +15,7 @@ from ..realera.diffusion import projections
 from ..realera.erasure import POOLED
 from ..realera.erasure import Erasure as ErasureOf
 from ..realera.files import write_tensors, writing
-from .comfy_model import weights_of
+from .comfy_model import refuse_edited, weights_of
 from .progress import tell
 from .schema import BUNDLED, Erasure, advanced, schema, strength_input
 
@@ -222,10 +223,14 @@ def checkpoint_path(name: str) -> Path:
 
 
 def _write_lora(path: Path, model: Any, erasure: ErasureOf, tolerance: float) -> None:
+    refuse_edited(model, erasure)
     names = list(projections(model.model.diffusion_model))
     if erasure.pooled_edit is not None:
         names.append(POOLED)
-    tensors, _ = lora_tensors(weights_of(model, names), erasure, tolerance)
+    stored = model.model.get_dtype()
+    dtype = torch.float16 if stored.itemsize == 1 else stored
+    weights = {name: weight.to(dtype) for name, weight in weights_of(model, names).items()}
+    tensors, _ = lora_tensors(weights, erasure, tolerance)
     metadata = {"format": "pt", "realera": json.dumps(erasure.provenance)}
     with writing(path) as part:
         write_tensors(part, tensors, metadata)

@@ -11,7 +11,7 @@ from ..realera.bank import encode_bank, spare_concepts
 from ..realera.concepts import TEMPLATES, encode_pairs, parse_concepts
 from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, preserving
 from .comfy_model import ComfyText
-from .page import geometry, to_image
+from .page import geometry, to_image, words_of
 from .progress import reporter, tell
 from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema, seed_input
 
@@ -198,10 +198,7 @@ class NeighborSampler(io.ComfyNode):
         generator = torch.Generator().manual_seed(seed)
         mined, nothing = mine_neighbors(ring, count, generator), mine_beyond(ring, 0, generator)
         picture = to_image(pictures.geometry(mined, nothing))
-        cosines = ring.words.cosine if ring.words is not None else {}
-        listed = "\n".join(
-            f"{w} {cosine:.2f}" for w, cosine in cosines.items() if cosine >= ring.s2
-        )
+        listed = "\n".join(f"{w} {c:.2f}" for w, c, inside in words_of(ring, mined) if inside)
         tell(node, f"{len(mined.prompt)} neighbours")
         shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
         found = FoundNeighbors(mined, text, spared, settings)
@@ -227,7 +224,10 @@ class BeyondSampler(io.ComfyNode):
                     default=16,
                     min=0,
                     max=1000,
-                    tooltip="Beyond points per prompt; their meaning is kept.",
+                    tooltip=(
+                        "Beyond points: words per concept, or draws per prompt. Their meaning is "
+                        "kept."
+                    ),
                 ),
                 io.String.Input(
                     "preserve",
@@ -235,8 +235,8 @@ class BeyondSampler(io.ComfyNode):
                     default="",
                     placeholder="prompts to preserve, one a line",
                     tooltip=(
-                        "Prompts or words that must keep their meaning, one a line. A click on a "
-                        "word of the scope list adds it here."
+                        "Prompts that must keep their meaning, one a line. Single words are kept "
+                        "more surely when Neighbor Sampler leaves them out."
                     ),
                 ),
                 cosine_input(

@@ -18,7 +18,6 @@ def to_image(picture: Image) -> Tensor:
 def geometry(ring: Neighborhood, neighbors: Mined, beyond: Mined) -> dict[str, Any]:
     """The rings and the points of a neighbourhood, as JSON."""
     radius = (ring.pairs.context - ring.centre).norm(dim=-1)[ring.pairs.span].mean()
-    words = ring.words.cosine if ring.words is not None else {}
     return {
         "source": ring.source,
         "concepts": [[concept.name, concept.anchor] for concept in ring.pairs.concepts],
@@ -27,10 +26,20 @@ def geometry(ring: Neighborhood, neighbors: Mined, beyond: Mined) -> dict[str, A
         "s2": ring.s2,
         "d1": ring.d1,
         "d2": ring.d2,
-        "words": [[word, round(cosine, 3)] for word, cosine in words.items()],
+        "words": [[w, round(cosine, 3), mined] for w, cosine, mined in words_of(ring, neighbors)],
         "neighbors": _points(neighbors),
         "beyond": _points(beyond),
     }
+
+
+def words_of(ring: Neighborhood, neighbors: Mined) -> list[tuple[str, float, bool]]:
+    """The words in the ring and just outside, nearest first: cosine, and whether it was mined."""
+    if ring.words is None:
+        return []
+    mined = set(neighbors.words)
+    starts = [concept.templates[0] for concept in ring.pairs.concepts]
+    words = sorted(ring.words.cosine.items(), key=lambda item: -item[1])
+    return [(w, c, any(s.replace("{}", w) in mined for s in starts)) for w, c in words]
 
 
 def _points(mined: Mined) -> list[list[float]]:

@@ -31,7 +31,8 @@ from .files import raw_bytes, writing
 from .mining import Mined, Neighborhood, mine_beyond, mine_neighbors
 
 ADAPTER = "realera"
-LOSS_SCALE = 2.0**14  # keeps the gradients of a half-precision U-Net above its smallest number
+# Gradients of a half-precision U-Net vanish without a scale; where they overflow, a smaller one.
+LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 ANCHOR_BATCH = 4  # anchor images drawn at once
 # A residual or attention block, as diffusers and as ComfyUI name it.
 BLOCK = re.compile(r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+")
@@ -129,24 +130,26 @@ def align(
                 z_t, t = z_t.repeat(len(students), 1, 1, 1), t.to(z.device).repeat(len(students))
                 with torch.no_grad(), original(model.unet):
                     wanted = model.predict_noise(z_t, t, _stack(teachers))
-                optimizer.zero_grad(set_to_none=True)
-                with edited(model.unet, edit):
-                    student = _stack(students)
-                    if pooled_edit is not None and student.pooled is not None:
-                        student = Encoding(student.context, pooled_edit(student.pooled))
-                    predicted = model.predict_noise(z_t, t, student)
-                    # The mean over the stacked halves, times their number, is the sum of Eq. 9.
-                    loss = len(students) * mse_loss(predicted.float(), wanted.float())
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss at step {step} is {loss.item()}: lower the learning rate "
-                            f"(now {training.learning_rate:g}) or run the U-Net in float32"
-                        )
-                    # Still edited: checkpointed blocks run again here.
-                    (LOSS_SCALE * loss).backward()
-                for weight in weights:
-                    if weight.grad is not None:
-                        weight.grad /= LOSS_SCALE
+                student = _stack(students)
+                if pooled_edit is not None and student.pooled is not None:
+                    student = Encoding(student.context, pooled_edit(student.pooled))
+                for scale in LOSS_SCALES:
+                    optimizer.zero_grad(set_to_none=True)
+                    with edited(model.unet, edit):
+                        predicted = model.predict_noise(z_t, t, student)
+                        # The mean over the stacked halves, times their number: the sum of Eq. 9.
+                        loss = len(students) * mse_loss(predicted.float(), wanted.float())
+                        if not torch.isfinite(loss):
+                            raise FloatingPointError(_not_finite("loss", step, training))
+                        # Still edited: checkpointed blocks run again here.
+                        (scale * loss).backward()
+                    gradients = [weight.grad for weight in weights if weight.grad is not None]
+                    if torch.stack([g.abs().amax() for g in gradients]).isfinite().all():
+                        break
+                else:
+                    raise FloatingPointError(_not_finite("gradient", step, training))
+                for gradient in gradients:
+                    gradient /= scale
                 stepping = True
                 optimizer.step()
                 done, stepping = step, False
@@ -163,6 +166,13 @@ def align(
             name: (a.detach().cpu().clone(), b.detach().cpu().clone())
             for name, (a, b) in layers.items()
         }
+
+
+def _not_finite(what: str, step: int, training: Training) -> str:
+    return (
+        f"the {what} at step {step} is not finite: lower the learning rate (now "
+        f"{training.learning_rate:g}) or run the U-Net in float32"
+    )
 
 
 @contextmanager

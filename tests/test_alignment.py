@@ -117,6 +117,17 @@ def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
         assert not module._forward_pre_hooks
 
 
+def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, job, monkeypatch):
+    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1.0,))
+    plain = run(model, job)
+    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1e40, 1.0))
+    again = run(model, job)
+    assert all(torch.equal(a, again[name][0]) for name, (a, _) in plain.items())
+    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1e40,))
+    with pytest.raises(FloatingPointError, match="gradient at step 1 is not finite"):
+        run(model, job)
+
+
 def test_a_cancelled_run_resumes_to_the_result_of_one_that_was_not(model, job, tmp_path):
     state = tmp_path / "state.safetensors"
 

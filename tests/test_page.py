@@ -266,16 +266,16 @@ def test_the_neighbourhood_moves_with_s1_and_s2_and_comes_back(ran):
     assert window.view(kind, view) == first
 
 
-def test_a_click_on_a_word_of_the_scope_report_preserves_it_and_another_gives_it_back(ran):
+def test_a_click_on_a_word_of_the_scope_report_keeps_it_and_another_gives_it_back(ran):
     window, _ = ran
-    before = window.value("RealEraBeyondSampler", "preserve")
+    assert window.value("RealEraNeighborSampler", "leave_out") == ""
     window.look_at("RealEraClosedFormEdit")
     row = window.page.locator(".realera-scope > div[title]").nth(2)
     word = row.locator("span").first.inner_text()
     row.click()
-    assert window.value("RealEraBeyondSampler", "preserve").split("\n") == [before, word]
+    assert window.value("RealEraNeighborSampler", "leave_out") == word
     window.page.locator(".realera-scope > div[title]").nth(2).click()
-    assert window.value("RealEraBeyondSampler", "preserve") == before
+    assert window.value("RealEraNeighborSampler", "leave_out") == ""
 
 
 def test_a_page_opened_anew_shows_what_is_taken_from_the_cache(server, ran):

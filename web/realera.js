@@ -11,8 +11,8 @@ const GREY = "#8a8a8a";
 const TEXTS = {
   en: {
     run: "Run the graph to see this.",
-    hint: "Click a word to preserve it.",
-    connect: "Connect a Beyond Sampler to preserve words.",
+    hint: "Click a word that is to keep its meaning, and run again.",
+    connect: "Connect a Beyond Sampler to keep the meaning of a prompt.",
     near: "become the anchor",
     far: "keep their meaning",
     before: "before",
@@ -22,8 +22,8 @@ const TEXTS = {
   },
   zh: {
     run: "运行工作流后显示。",
-    hint: "点击词语即可将其保留。",
-    connect: "连接“外围采样器”后才能保留词语。",
+    hint: "点击应保持原意的词语，然后重新运行。",
+    connect: "连接“外围采样器”后才能保留提示词。",
     near: "变为锚点",
     far: "保持原意",
     before: "之前",
@@ -79,6 +79,17 @@ function say(pen, width, height, message) {
   pen.fillStyle = GREY;
   pen.textAlign = "center";
   pen.fillText(message, width / 2, height / 2);
+}
+
+/** A node by its id; of one in a subgraph, "12:5": node 5 of what node 12 (or its id) holds. */
+function nodeOf(id) {
+  const path = String(id).split(":");
+  const last = path.pop();
+  let graph = app.graph;
+  for (const step of path) {
+    graph = graph?.getNodeById(step)?.subgraph ?? app.graph.subgraphs?.get(step);
+  }
+  return graph?.getNodeById(last);
 }
 
 function widgetValue(node, name) {
@@ -149,9 +160,11 @@ function drawPoints(pen, width, height, geometry, ring) {
 
 function drawWords(pen, width, height, geometry, ring) {
   // Words around the concept: the smaller their cosine, the farther out.
-  const words = [...geometry.words].sort((a, b) => b[1] - a[1]);
-  const inside = words.filter(([, cosine]) => cosine >= ring.s2).slice(0, 40);
-  const shown = [...inside, ...words.filter(([, cosine]) => cosine < ring.s2).slice(0, 16)];
+  const { words } = geometry;
+  // As it was mined; once the ring is edited, as it would be.
+  const near = ([, cosine, mined]) => (ring.s2 === geometry.s2 ? mined : cosine >= ring.s2);
+  const far = words.filter((word) => !near(word)).slice(0, 16);
+  const shown = [...words.filter(near).slice(0, 40), ...far].sort((a, b) => b[1] - a[1]);
   const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
   const wide = Math.max(1, width / height);
   const scale = (0.46 * Math.min(width, height)) / span;
@@ -168,11 +181,12 @@ function drawWords(pen, width, height, geometry, ring) {
   }
   pen.setLineDash([]);
   const golden = Math.PI * (3 - Math.sqrt(5));
-  shown.forEach(([word, cosine], k) => {
+  shown.forEach((entry, k) => {
+    const [word, cosine] = entry;
     const distance = Math.max((1 - cosine) * scale, 16); // clear of the concept's own name
     const x = middle[0] + wide * distance * Math.sin(golden * k);
     const y = middle[1] - distance * Math.cos(golden * k);
-    pen.fillStyle = cosine >= ring.s2 ? NEAR : FAR;
+    pen.fillStyle = near(entry) ? NEAR : FAR;
     pen.fillText(word, x, y);
   });
   pen.fillStyle = CONCEPT;
@@ -209,19 +223,33 @@ function addNeighborhood(node) {
 
 // ------------------------------------------------------------------------ the scope list
 
-/** The Beyond Sampler that feeds a Closed-Form Edit, or none. */
-function beyondOf(node) {
-  const slot = node.inputs.findIndex(({ name }) => name === "beyond");
-  const source = slot < 0 ? null : node.getInputNode(slot);
-  return source?.comfyClass === "RealEraBeyondSampler" ? source : null;
+/** Where a word is written that is to keep its meaning: among those that the Neighbor Sampler of a
+ * Closed-Form Edit leaves out, or, where it mines no words, the prompts of its Beyond Sampler. */
+function keeperOf(node) {
+  const find = (input, kind, name) => {
+    const slot = node.inputs.findIndex((one) => one.name === input);
+    const source = slot < 0 ? null : node.getInputNode(slot);
+    return source?.comfyClass === kind ? source.widgets.find((w) => w.name === name) : null;
+  };
+  const words = find("neighbors", "RealEraNeighborSampler", "source")?.value === "vocabulary";
+  return words
+    ? find("neighbors", "RealEraNeighborSampler", "leave_out")
+    : find("beyond", "RealEraBeyondSampler", "preserve");
 }
 
-function togglePreserved(node, word) {
-  const widget = beyondOf(node)?.widgets.find(({ name }) => name === "preserve");
+/** The lines of a keeper; words that are left out may have commas between them. */
+function linesOf(widget) {
+  const text = widget?.value ?? "";
+  const lines = (widget?.name === "leave_out" ? text.replaceAll(",", "\n") : text).split("\n");
+  return lines.map((line) => line.trim()).filter((line) => line);
+}
+
+function toggleKept(node, word) {
+  const widget = keeperOf(node);
   if (!widget) return;
-  const lines = widget.value.split("\n").filter((line) => line.trim());
-  const kept = lines.filter((line) => line.trim() !== word);
-  widget.value = (kept.length < lines.length ? kept : [...lines, word]).join("\n");
+  const lines = linesOf(widget);
+  const others = lines.filter((line) => line !== word);
+  widget.value = (others.length < lines.length ? others : [...lines, word]).join("\n");
   widget.callback?.(widget.value);
   app.graph.setDirtyCanvas(true, true);
 }
@@ -234,9 +262,9 @@ function addScope(node) {
   let reaches = [];
 
   const fill = () => {
-    const preserve = beyondOf(node)?.widgets.find(({ name }) => name === "preserve")?.value;
-    const kept = new Set((preserve ?? "").split("\n").map((line) => line.trim()));
-    const hint = preserve === undefined ? text("connect") : text("hint");
+    const keeper = keeperOf(node);
+    const kept = new Set(linesOf(keeper));
+    const hint = keeper ? text("hint") : text("connect");
     list.replaceChildren(element("div", { color: GREY, padding: "2px 4px" }, hint));
     for (const [word, concept, toward, moved] of reaches) {
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
@@ -251,7 +279,7 @@ function addScope(node) {
       row.append(name, bar, element("span", { width: "34px", textAlign: "right" }));
       row.lastChild.textContent = `${Math.round(100 * toward)} %`;
       row.addEventListener("click", () => {
-        togglePreserved(node, word);
+        toggleKept(node, word);
         fill();
       });
       list.append(row);
@@ -312,7 +340,7 @@ function addLoss(node) {
 }
 
 api.addEventListener("realera.step", ({ detail }) => {
-  app.graph.getNodeById(detail.node)?.realeraStep?.(detail);
+  nodeOf(detail.node)?.realeraStep?.(detail);
 });
 
 // ------------------------------------------------------------------------ before and after
@@ -374,13 +402,13 @@ app.registerExtension({
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);
-      this.realeraShow(output);
+      if (output) this.realeraShow(output); // a node from the cache may have none
     };
   },
   /** Another tab, language or past run has made the nodes anew: show what they had shown. */
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
-      app.graph.getNodeById(id)?.realeraShow?.(output);
+      if (output) nodeOf(id)?.realeraShow?.(output);
     }
   },
 });
