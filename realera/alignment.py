@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -182,6 +180,10 @@ def adapted(unet: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     Yields projection name -> (A, B), float32 parameters that require gradients; A is Gaussian,
     B is zero (Eq. 2).
     """
+    # Here and not above: peft takes seconds to import, and only training needs it.
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     names = list(projections(unet))
     if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
         raise ValueError(
@@ -268,6 +270,8 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
 @contextmanager
 def original(unet: nn.Module) -> Iterator[None]:
     """The teacher: adapters off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     try:
         for layer in layers:

@@ -35,7 +35,8 @@ from .evaluation import (
     table,
 )
 from .evaluation import write as write_evaluation
-from .families import family_of, load_model, load_text, locate, unet_files
+from .families import family_of, locate, unet_files
+from .families.loading import load_model, load_text
 from .files import open_tensors, writing
 from .mining import SOURCES
 from .scope import Reach, scope

@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 TOKENS = 77  # rows of a context in every family, start and end-of-text among them
@@ -226,6 +225,8 @@ class DiffusersModel:
                 f"{type(pipeline).__name__} has no U-Net: RealEra works on pipelines of the "
                 "Stable Diffusion 1.x, 2.x and SDXL families"
             )
+        from diffusers import DDIMScheduler  # seconds to import, and ComfyUI's side needs none
+
         projections(pipeline.unet)
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
         self.pipeline, self.unet, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()

@@ -30,7 +30,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from realera.families import FAMILIES, _tokenizer
+from realera.families import FAMILIES
+from realera.families.loading import _tokenizer
 
 ROOT = Path(__file__).parent.parent
 

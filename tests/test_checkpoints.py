@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from realera import families
 from realera.checkpoints import lora_tensors, write_checkpoint, write_lora
 from realera.closed_form import Edit
 from realera.diffusion import DiffusersModel, projections
 from realera.erasure import POOLED, Erasure, applied, canonical
-from realera.families import FAMILIES, _explained, family_of, load_model, load_text
+from realera.families import FAMILIES, family_of, loading
+from realera.families.loading import _explained, load_model, load_text
 from realera.files import open_tensors, raw_bytes, writing
 
 DIMS = {"sd1": 32, "sd1 one layer": 32, "sd1 inpainting": 32, "sd2": 64, "sdxl": 96}
@@ -113,7 +113,7 @@ def test_the_bundled_configurations_build_the_published_models(name, part, param
 
 def test_the_bundled_tokenizer_is_openais():
     for pad in (0, 49407):
-        tokenizer = families._tokenizer(49408, pad)
+        tokenizer = loading._tokenizer(49408, pad)
         cat = [49406, 320, 1125, 539, 320, 2368, 49407]  # as OpenAI's gives it
         assert tokenizer("a photo of a cat").input_ids == cat
         assert tokenizer("cat", padding="max_length").input_ids[3:] == [pad] * 74
@@ -186,7 +186,7 @@ def test_a_family_is_told_from_the_header_alone(
     tmp_path, monkeypatch, name, dim, pooled, in_channels
 ):
     path = full_size(tmp_path / "x.safetensors", name, in_channels=in_channels)
-    monkeypatch.setattr(families.TensorFile, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(loading.TensorFile, "read", lambda *_: 1 / 0)
     family = family_of(path)
     assert (family.name, family.dim, family.pooled) == (name, dim, pooled)
     assert family.in_channels == in_channels and family.config is FAMILIES[name]
@@ -209,7 +209,7 @@ def test_v_prediction_is_told_from_weights_and_markers(
     extra = {bias: width * torch.randn(320, generator=torch.Generator().manual_seed(0))}
     extra |= {marker: torch.zeros(0) for marker in markers}
     path = full_size(tmp_path / "x.safetensors", name, extra, metadata=metadata)
-    scheduler, sample_size = families._prediction(open_tensors(path), family_of(path))
+    scheduler, sample_size = loading._prediction(open_tensors(path), family_of(path))
     assert (scheduler["prediction_type"], sample_size) == (prediction, size)
     assert scheduler.get("rescale_betas_zero_snr", False) == ("ztsnr" in markers)
 

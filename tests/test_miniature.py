@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from realera.families import load_model
+from realera.families.loading import load_model
 from realera.miniature import (
     CHECKPOINT,
     CONCEPTS,

@@ -5,15 +5,17 @@ MODEL_CARD.md says what it draws and what it was made from; `train` makes it aga
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .classifier import Classifier
 from .layout import from_ldm
 from .vocabulary import BACKGROUNDS, CONCEPTS, STYLES, ConceptWords
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 __all__ = [
     "BACKGROUNDS",
@@ -33,8 +35,17 @@ TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
 
 
-def load_pipeline(checkpoint: Path = CHECKPOINT) -> StableDiffusionPipeline:
+def load_pipeline(checkpoint: Path = CHECKPOINT) -> "StableDiffusionPipeline":
     """The model as a float32 diffusers pipeline with a DDIM scheduler, read from one file."""
+    # Here and not above: they take seconds to import, and ComfyUI's side needs none of them.
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     with safe_open(checkpoint, "pt") as file:
         config = json.loads(file.metadata()["config"])
     tensors = {name: tensor.float() for name, tensor in load_file(checkpoint).items()}
