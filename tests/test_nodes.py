@@ -8,6 +8,8 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,16 @@ def test_the_api_form_of_a_workflow_is_the_same_graph(path):
     for node in api.values():
         node.pop("_meta", None)
     assert api == expected
+
+
+def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
+    """ComfyUI imports the pack at every start; diffusers, transformers and peft take seconds."""
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    names = re.findall(r"^from \.\.realera\.(\w+) import", sources, re.M)
+    modules = {f"realera.{name}" for name in names}
+    assert len(modules) > 8
+    script = f"import sys, {', '.join(sorted(modules))}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"diffusers", "transformers", "peft"} & set(done.stdout.split())
