@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     anchors: dict[str, Seen] = {}
     found: dict[str, dict[str, float]] = {}
     for name in tqdm(options.concepts.split(","), unit="concept"):
-        concept = concept_of(name, "drawn")
+        concept = concept_of(name, "paper")
         if concept.anchor not in anchors:
             anchors[concept.anchor] = see(model, [concept.anchor] * len(words), options)
         mining = mine(model.text, [concept])

@@ -47,7 +47,9 @@ class ComfyText:
             digest.update(weight[0].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
             patched = patched or bool(patches)
         if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
-            digest.update(self.encode(["a photo of a dog"]).context.cpu().numpy().tobytes())
+            probe = self.encode(["a photo of a dog"])
+            for rows in (probe.context, probe.pooled):
+                digest.update(b"" if rows is None else rows.cpu().numpy().tobytes())
         vocabulary = self._tokenizer_of(self.clip).tokenizer.get_vocab()
         digest.update(repr(sorted(vocabulary.items())).encode())
         return digest.hexdigest()

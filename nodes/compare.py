@@ -152,7 +152,7 @@ class Compare(io.ComfyNode):
                         cfg,
                         sampler,
                         scheduler,
-                        seed,
+                        seed + int(rows[0]),  # the noise that some samplers add on their way
                     )
                 )
                 for rows in torch.arange(len(heads)).split(at_once)

@@ -27,6 +27,7 @@ def geometry(ring: Neighborhood, neighbors: Mined, beyond: Mined) -> dict[str, A
         "d1": ring.d1,
         "d2": ring.d2,
         "words": [[w, round(cosine, 3), mined] for w, cosine, mined in words_of(ring, neighbors)],
+        "exclude": list(ring.exclude),
         "neighbors": _points(neighbors),
         "beyond": _points(beyond),
     }

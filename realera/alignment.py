@@ -84,8 +84,8 @@ def align(
         that was resumed gives the result of one that was not interrupted.
 
     Returns projection name -> (A [rank, in], B [out, rank]). The U-Net is left exactly as it was,
-    whatever happens. Raises FloatingPointError when the loss is not finite, ValueError when the
-    state belongs to another run.
+    whatever happens. Raises FloatingPointError when the loss or a gradient is not finite,
+    ValueError when the state belongs to another run.
     """
     pairs = neighbors.pairs
     concept_of = torch.tensor([n for n, c in enumerate(pairs.concepts) for _ in c.templates])
@@ -328,7 +328,9 @@ def draw_anchors(
         schedule = {k: str(v) for k, v in config.items() if not k.startswith("_")}
         how = [pairs.anchor_prompts, count, seed, steps, guidance, model.latent_shape, schedule]
         digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
-        for tensor in (*model.unet.state_dict().values(), pairs.anchor, empty.context):
+        own = [pairs.anchor, empty.context, pairs.pooled and pairs.pooled.anchor, empty.pooled]
+        read = [tensor for tensor in own if tensor is not None]
+        for tensor in (*model.unet.state_dict().values(), *read):
             digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + raw_bytes(tensor))
         path = cache / f"anchors-{digest.hexdigest()[:24]}.safetensors"
         if path.exists():

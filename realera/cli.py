@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        resumes = ", alignment resumes where it was" if hasattr(options, "steps") else ""
+        resumes = ", alignment resumes where it was" if getattr(options, "steps", 0) else ""
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
     except (

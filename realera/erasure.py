@@ -215,11 +215,16 @@ def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
 
 
 def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
-    concepts = [c for note in notes for c in note.get("concepts", ()) if isinstance(c, dict)]
+    def listed(note: Any, key: str) -> list[Any]:
+        """A list in a note that a stranger may have written."""
+        found = note.get(key) if isinstance(note, Mapping) else None
+        return list(found) if isinstance(found, list | tuple) else []
+
+    concepts = [c for note in notes for c in listed(note, "concepts") if isinstance(c, Mapping)]
     erased = [str(concept["name"]) for concept in concepts if concept.get("name")]
     for note in notes:
-        settings = note.get("settings", {})
-        for prompt in (*settings.get("preserve", ()), *settings.get("exclude", ())):
+        settings = note.get("settings")
+        for prompt in (*listed(settings, "preserve"), *listed(settings, "exclude")):
             for name in erased:
                 if names(str(prompt), name):
                     raise ValueError(

@@ -148,8 +148,8 @@ def neighborhood(
     takes the concept's place in its first template, so that all are compared alike; where that is
     "{}", a prompt stands as it is.
 
-    Raises ValueError for a range that no draw can satisfy, with one that works, and for an option
-    that the source does not use.
+    Raises ValueError for a range that no draw can satisfy, with one that works, for an option that
+    the source does not use, and for a word to leave out that names a concept.
     """
     if source not in SOURCES:
         raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
@@ -166,6 +166,8 @@ def neighborhood(
                 f"{name} = {value}: source {source!r} does not use it; leave it out, or choose "
                 f"{' or '.join(USED_BY[name])}"
             )
+    for word in exclude:
+        _refuse_named(pairs, word, "the word to leave out")
     s1 = S1[source] if s1 is None else s1
     s2 = S2[source] if s2 is None else s2
     if not -1.0 <= s2 < s1 <= 1.0:
@@ -261,17 +263,11 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
 
     The words that were left out of the ring are among them, in every template of the concepts.
-    Raises ValueError for a prompt or word that names a concept to be erased, and for a prompt that
-    the encoder cuts off.
+    Raises ValueError for a prompt that names a concept to be erased or that the encoder cuts off.
     """
     pairs = beyond.neighborhood.pairs
-    for prompt in (*prompts, *beyond.neighborhood.exclude):
-        for concept in pairs.concepts:
-            if concept.named_in(prompt):
-                raise ValueError(
-                    f"the prompt to preserve {prompt!r} names {concept.name!r}, which is to be "
-                    "erased: take it from the list"
-                )
+    for prompt in prompts:
+        _refuse_named(pairs, prompt, "the prompt to preserve")
     left_out = [
         template.replace("{}", word)
         for word in beyond.neighborhood.exclude
@@ -300,6 +296,15 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     if pooled is not None and encoding.pooled is not None:
         pooled = append(pooled, encoding.pooled[:, None])
     return replace(append(beyond, encoding.context), pooled=pooled)
+
+
+def _refuse_named(pairs: Pairs, prompt: str, what: str) -> None:
+    for concept in pairs.concepts:
+        if concept.named_in(prompt):
+            raise ValueError(
+                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
+                "the list"
+            )
 
 
 def _draw(

@@ -136,7 +136,7 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
     """
     ring = neighbors.neighborhood
     if ring.words is not None:
-        return _words(ring)
+        return _words(ring, set(neighbors.words))
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     drawn = (
@@ -164,12 +164,11 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
     return _picture(figure)
 
 
-def _words(ring: Neighborhood) -> Image.Image:
+def _words(ring: Neighborhood, mined: set[str]) -> Image.Image:
     assert ring.words is not None
-    near = set(ring.words.near.prompts)
     cosine, concepts = ring.words.cosine, ring.pairs.concepts
     words = sorted(cosine, key=lambda word: -cosine[word])[:48]
-    inside = [any(c.templates[0].replace("{}", w) in near for c in concepts) for w in words]
+    inside = [any(c.templates[0].replace("{}", w) in mined for c in concepts) for w in words]
     figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
     axes = figure.subplots()
     colours = [ERASED if yes else KEPT for yes in inside]
@@ -180,7 +179,7 @@ def _words(ring: Neighborhood) -> Image.Image:
     axes.axvline(ring.s2, color=PLAIN, lw=0.8, ls="--")
     axes.set(
         xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
-        title="words that become the anchor (red) or keep their meaning (blue)",
+        title="words that become the anchor (red), others near it (blue)",
     )
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)

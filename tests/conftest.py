@@ -339,7 +339,7 @@ class Server:
             if prompt in history:
                 return history[prompt]
             assert self.process.poll() is None, "the server has died"
-            time.sleep(0.3)
+            time.sleep(0.05)
         raise TimeoutError(f"a prompt ran longer than {seconds} s")
 
     def run(self, graph, seconds=900):

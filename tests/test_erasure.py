@@ -211,6 +211,14 @@ def test_a_provenance_that_does_not_name_the_concepts_is_explained(note):
         concepts_of(replace(random_erasure(), provenance=note))
 
 
+@pytest.mark.parametrize(
+    "note", [{"settings": [1]}, {"concepts": 3}, {"settings": {"preserve": None, "exclude": 5}}]
+)
+def test_a_strange_provenance_is_no_reason_not_to_merge(note):
+    one, other = random_erasure(1), replace(random_erasure(2), provenance=note)
+    assert Erasure.merge([one, other]).sums is not None
+
+
 # --- a file from a stranger ----------------------------------------------------------------------
 
 

@@ -209,6 +209,7 @@ def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
     """ComfyUI imports the pack at every start; diffusers, transformers and peft take seconds."""
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "nodes").glob("*.py"))
     names = re.findall(r"^from \.\.realera\.(\w+) import", sources, re.M)
+    names += re.findall(r"^from \.\.realera import (\w+)", sources, re.M)
     modules = {f"realera.{name}" for name in names}
     assert len(modules) > 8
     script = f"import sys, {', '.join(sorted(modules))}; print(*sys.modules)"

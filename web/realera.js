@@ -161,10 +161,15 @@ function drawPoints(pen, width, height, geometry, ring) {
 function drawWords(pen, width, height, geometry, ring) {
   // Words around the concept: the smaller their cosine, the farther out.
   const { words } = geometry;
-  // As it was mined; once the ring is edited, as it would be.
-  const near = ([, cosine, mined]) => (ring.s2 === geometry.s2 ? mined : cosine >= ring.s2);
-  const far = words.filter((word) => !near(word)).slice(0, 16);
-  const shown = [...words.filter(near).slice(0, 40), ...far].sort((a, b) => b[1] - a[1]);
+  // As it was mined; once the ring is edited, as it would be. Words in it may be left undrawn.
+  const struck = new Set(geometry.exclude.map((word) => word.toLowerCase()));
+  const inside = ([word, cosine]) =>
+    cosine >= ring.s2 && cosine <= ring.s1 && !struck.has(word.toLowerCase());
+  const asMined = ring.s1 === geometry.s1 && ring.s2 === geometry.s2;
+  const colorOf = (word) =>
+    !inside(word) ? FAR : asMined && !word[2] ? GREY : NEAR;
+  const far = words.filter((word) => !inside(word)).slice(0, 16);
+  const shown = [...words.filter(inside).slice(0, 40), ...far].sort((a, b) => b[1] - a[1]);
   const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
   const wide = Math.max(1, width / height);
   const scale = (0.46 * Math.min(width, height)) / span;
@@ -186,7 +191,7 @@ function drawWords(pen, width, height, geometry, ring) {
     const distance = Math.max((1 - cosine) * scale, 16); // clear of the concept's own name
     const x = middle[0] + wide * distance * Math.sin(golden * k);
     const y = middle[1] - distance * Math.cos(golden * k);
-    pen.fillStyle = near(entry) ? NEAR : FAR;
+    pen.fillStyle = colorOf(entry);
     pen.fillText(word, x, y);
   });
   pen.fillStyle = CONCEPT;
@@ -225,14 +230,14 @@ function addNeighborhood(node) {
 
 /** Where a word is written that is to keep its meaning: among those that the Neighbor Sampler of a
  * Closed-Form Edit leaves out, or, where it mines no words, the prompts of its Beyond Sampler. */
-function keeperOf(node) {
+function keeperOf(node, word = "") {
   const find = (input, kind, name) => {
     const slot = node.inputs.findIndex((one) => one.name === input);
     const source = slot < 0 ? null : node.getInputNode(slot);
     return source?.comfyClass === kind ? source.widgets.find((w) => w.name === name) : null;
   };
   const words = find("neighbors", "RealEraNeighborSampler", "source")?.value === "vocabulary";
-  return words
+  return words && !word.includes(",") // which parts the words that are left out
     ? find("neighbors", "RealEraNeighborSampler", "leave_out")
     : find("beyond", "RealEraBeyondSampler", "preserve");
 }
@@ -245,7 +250,7 @@ function linesOf(widget) {
 }
 
 function toggleKept(node, word) {
-  const widget = keeperOf(node);
+  const widget = keeperOf(node, word);
   if (!widget) return;
   const lines = linesOf(widget);
   const others = lines.filter((line) => line !== word);
@@ -263,7 +268,7 @@ function addScope(node) {
 
   const fill = () => {
     const keeper = keeperOf(node);
-    const kept = new Set(linesOf(keeper));
+    const kept = new Set([...linesOf(keeper), ...linesOf(keeperOf(node, ","))]);
     const hint = keeper ? text("hint") : text("connect");
     list.replaceChildren(element("div", { color: GREY, padding: "2px 4px" }, hint));
     for (const [word, concept, toward, moved] of reaches) {
