@@ -9,9 +9,9 @@ from ..realera import pictures
 from ..realera.algorithm import Settings
 from ..realera.bank import encode_bank, spare_concepts
 from ..realera.concepts import TEMPLATES, encode_pairs, parse_concepts
-from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, preserving
+from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, preserving, words_of
 from .comfy_model import ComfyText
-from .page import geometry, to_image, words_of
+from .page import geometry, to_image
 from .progress import reporter, tell
 from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema, seed_input
 

@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..realera.mining import Mined, Neighborhood
+from ..realera.mining import Mined, Neighborhood, words_of
 
 
 def to_image(picture: Image) -> Tensor:
@@ -31,16 +31,6 @@ def geometry(ring: Neighborhood, neighbors: Mined, beyond: Mined) -> dict[str, A
         "neighbors": _points(neighbors),
         "beyond": _points(beyond),
     }
-
-
-def words_of(ring: Neighborhood, neighbors: Mined) -> list[tuple[str, float, bool]]:
-    """The words in the ring and just outside, nearest first: cosine, and whether it was mined."""
-    if ring.words is None:
-        return []
-    mined = set(neighbors.words)
-    starts = [concept.templates[0] for concept in ring.pairs.concepts]
-    words = sorted(ring.words.cosine.items(), key=lambda item: -item[1])
-    return [(w, c, any(s.replace("{}", w) in mined for s in starts)) for w, c in words]
 
 
 def _points(mined: Mined) -> list[list[float]]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .concepts import Pairs
+from .concepts import Pairs, holds_name
 from .diffusion import TextEncoder
 from .files import writing
 
@@ -116,7 +116,7 @@ def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) ->
     dropped = [
         prompt
         for prompt, near in zip(bank.prompts, close, strict=True)
-        if prompt and (near or any(concept.named_in(prompt) for concept in pairs.concepts))
+        if prompt and (near or any(holds_name(prompt, c.name) for c in pairs.concepts))
     ]
     if not dropped:
         return bank

@@ -96,9 +96,9 @@ def run_erase(options: argparse.Namespace) -> None:
 def run_apply(options: argparse.Namespace) -> None:
     erasure = Erasure.load(options.erasure)
     strengths = options.edit_strength, options.lora_strength
-    if options.lora and strengths != (1.0, 1.0):
-        raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
     if options.lora:
+        if strengths != (1.0, 1.0):
+            raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
         report = write_lora(
             options.model, erasure, options.out, options.tolerance, options.overwrite
         )

@@ -61,11 +61,8 @@ class Concept:
                     "as in 'a photo of the {}'"
                 )
 
-    def named_in(self, prompt: str) -> bool:
-        return names(prompt, self.name)
 
-
-def names(prompt: str, name: str) -> bool:
+def holds_name(prompt: str, name: str) -> bool:
     """Whether the prompt holds the name as words of its own ("car", not "carpet")."""
     whole = rf"(?<!\w){re.escape(name.strip())}(?!\w)"
     return re.search(whole, prompt, re.IGNORECASE) is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import LAMBDA1, LAMBDA2, Edit, Sums
-from .concepts import Concept, names
+from .concepts import Concept, holds_name
 from .diffusion import projections
 from .files import DTYPES, TensorFile, open_tensors, write_tensors, writing
 
@@ -226,7 +226,7 @@ def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
         settings = note.get("settings")
         for prompt in (*listed(settings, "preserve"), *listed(settings, "exclude")):
             for name in erased:
-                if names(str(prompt), name):
+                if holds_name(str(prompt), name):
                     raise ValueError(
                         f"one erasure preserves {prompt!r} and another erases {name!r}: make the "
                         "first again without it"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .bank import Bank
-from .concepts import Pairs, align_rows, aligned, first_prompts, refuse_long, word_ends
+from .concepts import Pairs, align_rows, aligned, first_prompts, holds_name, refuse_long, word_ends
 from .diffusion import TextEncoder
 
 Source = Literal["isotropic", "bank", "vocabulary"]
@@ -298,9 +298,19 @@ def preserving(beyond: Mined, text: TextEncoder, prompts: Sequence[str]) -> Mine
     return replace(append(beyond, encoding.context), pooled=pooled)
 
 
+def words_of(ring: Neighborhood, neighbors: Mined) -> list[tuple[str, float, bool]]:
+    """The words in the ring and just outside, nearest first: cosine, and whether it was mined."""
+    if ring.words is None:
+        return []
+    mined = set(neighbors.words)
+    starts = [concept.templates[0] for concept in ring.pairs.concepts]
+    words = sorted(ring.words.cosine.items(), key=lambda item: -item[1])
+    return [(w, c, any(s.replace("{}", w) in mined for s in starts)) for w, c in words]
+
+
 def _refuse_named(pairs: Pairs, prompt: str, what: str) -> None:
     for concept in pairs.concepts:
-        if concept.named_in(prompt):
+        if holds_name(prompt, concept.name):
             raise ValueError(
                 f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
                 "the list"

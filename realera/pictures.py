@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .mining import Mined, Neighborhood
+from .mining import Mined, words_of
 from .scope import Reach
 
 ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
@@ -136,7 +136,7 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
     """
     ring = neighbors.neighborhood
     if ring.words is not None:
-        return _words(ring, set(neighbors.words))
+        return _words(ring.s2, words_of(ring, neighbors)[:48])
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     drawn = (
@@ -164,19 +164,16 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
     return _picture(figure)
 
 
-def _words(ring: Neighborhood, mined: set[str]) -> Image.Image:
-    assert ring.words is not None
-    cosine, concepts = ring.words.cosine, ring.pairs.concepts
-    words = sorted(cosine, key=lambda word: -cosine[word])[:48]
-    inside = [any(c.templates[0].replace("{}", w) in mined for c in concepts) for w in words]
+def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
+    """words: as `mining.words_of` gives them"""
     figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
     axes = figure.subplots()
-    colours = [ERASED if yes else KEPT for yes in inside]
-    axes.barh(range(len(words)), [cosine[word] for word in words], color=colours, height=0.7)
-    axes.set_yticks(range(len(words)), words, fontsize=8)
+    colours = [ERASED if mined else KEPT for _, _, mined in words]
+    axes.barh(range(len(words)), [cosine for _, cosine, _ in words], color=colours, height=0.7)
+    axes.set_yticks(range(len(words)), [word for word, _, _ in words], fontsize=8)
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.axvline(ring.s2, color=PLAIN, lw=0.8, ls="--")
+    axes.axvline(s2, color=PLAIN, lw=0.8, ls="--")
     axes.set(
         xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
         title="words that become the anchor (red), others near it (blue)",

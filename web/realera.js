@@ -166,8 +166,7 @@ function drawWords(pen, width, height, geometry, ring) {
   const inside = ([word, cosine]) =>
     cosine >= ring.s2 && cosine <= ring.s1 && !struck.has(word.toLowerCase());
   const asMined = ring.s1 === geometry.s1 && ring.s2 === geometry.s2;
-  const colorOf = (word) =>
-    !inside(word) ? FAR : asMined && !word[2] ? GREY : NEAR;
+  const colorOf = (word) => (!inside(word) ? FAR : asMined && !word[2] ? GREY : NEAR);
   const far = words.filter((word) => !inside(word)).slice(0, 16);
   const shown = [...words.filter(inside).slice(0, 40), ...far].sort((a, b) => b[1] - a[1]);
   const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
@@ -228,18 +227,19 @@ function addNeighborhood(node) {
 
 // ------------------------------------------------------------------------ the scope list
 
-/** Where a word is written that is to keep its meaning: among those that the Neighbor Sampler of a
- * Closed-Form Edit leaves out, or, where it mines no words, the prompts of its Beyond Sampler. */
-function keeperOf(node, word = "") {
+/** Where a Closed-Form Edit's words are written that are to keep their meaning: what its Neighbor
+ * Sampler leaves out, where it mines words, and the prompts of its Beyond Sampler. */
+function keepersOf(node) {
   const find = (input, kind, name) => {
     const slot = node.inputs.findIndex((one) => one.name === input);
     const source = slot < 0 ? null : node.getInputNode(slot);
     return source?.comfyClass === kind ? source.widgets.find((w) => w.name === name) : null;
   };
   const words = find("neighbors", "RealEraNeighborSampler", "source")?.value === "vocabulary";
-  return words && !word.includes(",") // which parts the words that are left out
-    ? find("neighbors", "RealEraNeighborSampler", "leave_out")
-    : find("beyond", "RealEraBeyondSampler", "preserve");
+  return {
+    leaveOut: words ? find("neighbors", "RealEraNeighborSampler", "leave_out") : null,
+    preserve: find("beyond", "RealEraBeyondSampler", "preserve"),
+  };
 }
 
 /** The lines of a keeper; words that are left out may have commas between them. */
@@ -250,7 +250,8 @@ function linesOf(widget) {
 }
 
 function toggleKept(node, word) {
-  const widget = keeperOf(node, word);
+  const { leaveOut, preserve } = keepersOf(node);
+  const widget = word.includes(",") ? preserve : (leaveOut ?? preserve); // commas part leave_out
   if (!widget) return;
   const lines = linesOf(widget);
   const others = lines.filter((line) => line !== word);
@@ -267,9 +268,9 @@ function addScope(node) {
   let reaches = [];
 
   const fill = () => {
-    const keeper = keeperOf(node);
-    const kept = new Set([...linesOf(keeper), ...linesOf(keeperOf(node, ","))]);
-    const hint = keeper ? text("hint") : text("connect");
+    const { leaveOut, preserve } = keepersOf(node);
+    const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)]);
+    const hint = leaveOut || preserve ? text("hint") : text("connect");
     list.replaceChildren(element("div", { color: GREY, padding: "2px 4px" }, hint));
     for (const [word, concept, toward, moved] of reaches) {
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
