@@ -1,138 +1,122 @@
 """Algorithm 1, whole: concepts in, an erasure out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .alignment import Training, align, draw_anchors
+from .alignment import Lesson, align
+from .anchors import draw_anchors
 from .bank import Bank, bank_prompts, encode_bank, spare_concepts
-from .closed_form import LAMBDA1, LAMBDA2, PAIR_WEIGHT, collect
-from .concepts import Concept, Pairs, encode_pairs
-from .diffusion import Diffusion, TextEncoder
-from .erasure import Erasure
-from .mining import (
-    Mined,
-    Neighborhood,
-    Source,
-    mine_beyond,
-    mine_neighbors,
-    neighborhood,
-    preserving,
-)
+from .closed_form import Sums
+from .concepts import Concept, holds_name
+from .erasure import Erasure, concepts_of, notes_of
+from .models import Diffusion, Encoding, TextEncoder
+from .pairs import Mined, Pairs, Ring, encode_pairs
+from .ring import noise_ring
 from .scope import Reach, scope
+from .settings import Settings, Training
+from .spans import refuse_long
+from .words import WordRing, word_ring
+
+CANDIDATES = 256  # bank prompts to step towards
+# What the closed form reads of the settings; all others decide what is mined.
+SOLVED = ("lambda1", "lambda2", "pair_weight", "bank", "bank_limit")
+
+Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every parameter of the method; None is automatic.
-
-    source, s1, s2, d1, d1_anchor, d2, shared_noise, words, exclude: as in `mining.neighborhood`
-    neighbors, beyond: M and N, draws a prompt; of the vocabulary, words a concept
-    preserve: prompts that must keep their meaning
-    lambda1, lambda2, pair_weight: as in `closed_form`
-    bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
-        concept is at least this
-    """
-
-    source: Source = "vocabulary"
-    neighbors: int = 64
-    beyond: int = 16
-    s1: float | None = None
-    s2: float | None = None
-    d1: float | None = None
-    d1_anchor: float | None = None
-    d2: float | None = None
-    shared_noise: bool = False
-    words: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    preserve: tuple[str, ...] = ()
-    lambda1: float = LAMBDA1
-    lambda2: float = LAMBDA2
-    pair_weight: float = PAIR_WEIGHT
-    bank: bool = True
-    bank_limit: float = 0.55
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("neighbors", "beyond"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
-
-    def ring(
-        self,
-        pairs: Pairs,
-        text: TextEncoder,
-        bank: Bank | None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Neighborhood:
-        """`mining.neighborhood` of these settings."""
-        return neighborhood(
-            pairs,
-            self.source,
-            s1=self.s1,
-            s2=self.s2,
-            d1=self.d1,
-            d1_anchor=self.d1_anchor,
-            d2=self.d2,
-            bank=bank,
-            text=text,
-            words=self.words,
-            exclude=self.exclude,
-            shared_noise=self.shared_noise,
-            progress=progress,
-        )
+def quiet(done: int, total: int) -> None:
+    """The progress of who does not ask for it."""
 
 
 @dataclass(frozen=True)
 class Mining:
-    """What Alg. 1, l. 1-23 found: the pairs, the ring around them and what was drawn from it."""
+    """What Alg. 1, l. 1-23 found: the ring around the pairs and what was drawn from it.
 
-    pairs: Pairs
-    ring: Neighborhood
+    text: the encoder it was found with; settings: all that it was found by
+    drawn: the generator's state after the neighbours, from where beyond points go on
+    """
+
+    text: TextEncoder
+    ring: Ring
     neighbors: Mined
     beyond: Mined
-    bank: Bank | None
+    settings: Settings
+    drawn: Tensor
+
+    @property
+    def pairs(self) -> Pairs:
+        return self.ring.pairs
 
 
 def mine(
     text: TextEncoder,
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> Mining:
     """Alg. 1, l. 1-23. progress is called with (done, in all) of each of its long parts."""
+    mining = mine_neighbors(text, concepts, settings, progress)
+    return mine_beyond(mining, settings, progress)
+
+
+def mine_neighbors(
+    text: TextEncoder,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    progress: Progress = quiet,
+) -> Mining:
+    """Alg. 1, l. 1-12: the pairs and their neighbours, and nothing beyond yet."""
     pairs = encode_pairs(text, concepts)
-    bank = None
-    if settings.bank or settings.source == "bank":
-        bank = spare_concepts(
-            encode_bank(text, progress=progress), text, pairs, settings.bank_limit
-        )
-    ring = settings.ring(pairs, text, bank, progress)
+    for word in settings.exclude:
+        _refuse_named(pairs, word, "the word to leave out")
+    settings = replace(settings, beyond=0, beyond_s2=None, d2=None, beyond_seed=None, preserve=())
+    ring = _ring(text, pairs, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed)
-    neighbors = mine_neighbors(ring, settings.neighbors, generator)
-    beyond = mine_beyond(ring, settings.beyond, generator)
-    beyond = preserving(beyond, text, settings.preserve)
-    return Mining(pairs, ring, neighbors, beyond, bank if settings.bank else None)
+    neighbors = ring.neighbors(settings.neighbors, generator)
+    drawn = generator.get_state()
+    nothing = ring.beyond(0, generator)
+    return Mining(
+        text, ring, neighbors, _preserving(nothing, text, pairs, settings), settings, drawn
+    )
+
+
+def mine_beyond(mining: Mining, settings: Settings, progress: Progress = quiet) -> Mining:
+    """Alg. 1, l. 13-23: with beyond points and the prompts to preserve.
+
+    settings: `beyond`, `beyond_s2`, `d2`, `beyond_seed` and `preserve` of them; the others are
+    those of the mining. Raises ValueError for a prompt that names a concept to be erased or that
+    the encoder cuts off.
+    """
+    added = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
+    settings = replace(mining.settings, **{name: getattr(settings, name) for name in added})
+    ring, pairs = mining.ring, mining.pairs
+    if (settings.beyond_s2, settings.d2) != (None, None):
+        ring = _ring(mining.text, pairs, settings, progress)
+    generator = torch.Generator()
+    if settings.beyond_seed is None:
+        generator.set_state(mining.drawn)
+    else:
+        generator.manual_seed(settings.beyond_seed)
+    beyond = _preserving(ring.beyond(settings.beyond, generator), mining.text, pairs, settings)
+    return replace(mining, ring=ring, beyond=beyond, settings=settings)
 
 
 def erase(
-    mining: Mining, settings: Settings = Settings(), source: Mapping[str, Any] | None = None
+    mining: Mining, source: Mapping[str, Any] | None = None, progress: Progress = quiet
 ) -> Erasure:
-    """The closed form (l. 24) for the context and, in SDXL, for the pooled embedding.
+    """The closed form (l. 24) of every stream.
 
     source: what to note about the model the erasure was made for.
     """
-    near, far, bank = mining.neighbors, mining.beyond, mining.bank
-    sums = collect(near, far, bank, settings.pair_weight)
-    pooled = None
-    if near.pooled is not None:
-        own = None if bank is None else bank.pooled
-        pooled = collect(near.pooled, far.pooled, own, settings.pair_weight)
+    settings = mining.settings
+    bank = _bank(mining.text, mining.pairs, settings, progress) if settings.bank else None
     packages = ("torch", "diffusers", "transformers", "peft")
     provenance = {
         "concepts": [asdict(concept) for concept in mining.pairs.concepts],
@@ -140,16 +124,34 @@ def erase(
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version(name) for name in packages}},
     }
-    return Erasure.fit(sums, pooled, settings.lambda1, settings.lambda2, provenance)
+    kept = None if bank is None else bank.kept
+    return Erasure.fit(collect(mining), kept, settings.lambda1, settings.lambda2, provenance)
 
 
-def outreach(text: TextEncoder, erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
+def collect(mining: Mining) -> dict[str, Sums]:
+    """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
+    pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
+    weight, sums = mining.settings.pair_weight, {}
+    for stream, e in pairs.e.items():
+        own = Sums.zeros(e.shape[-1])
+        for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
+            span = of[stream]
+            own = own.erasing(rows.e[stream][span], rows.target[stream][span], much)
+        for named, much in ((far.pair >= 0, 1.0), (far.pair < 0, weight)):
+            span = far.span[stream]
+            here = named.to(span.device)
+            own = own.preserving(far.e[stream][here][span[here]], much)
+        sums[stream] = own
+    return sums
+
+
+def outreach(erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
-    words = mining.ring.words
-    if words is not None:
-        return scope(erasure.edit, text, mining.pairs, list(words.cosine), centre=words.centre)
-    return scope(erasure.edit, text, mining.pairs, bank_prompts(), "{}")
+    if isinstance(mining.ring, WordRing):
+        words, centre = list(mining.ring.cosine), mining.ring.centre
+        return scope(erasure, mining.text, mining.pairs, words, centre=centre)
+    return scope(erasure, mining.text, mining.pairs, bank_prompts(), "{}")
 
 
 def align_erasure(
@@ -158,22 +160,96 @@ def align_erasure(
     mining: Mining,
     training: Training = Training(),
     *,
+    anchors: Tensor | None = None,
     images: int = 8,
-    cache: Path | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Erasure:
-    """The erasure with a LoRA trained on top (l. 25-31), on `images` of every anchor."""
-    anchors = draw_anchors(model, mining.ring, images, seed=training.seed, cache=cache)
-    lora = align(
-        model,
-        mining.ring,
-        mining.ring,
-        erasure.edit,
-        erasure.pooled_edit,
-        anchors,
-        training,
-        on_step=on_step,
-        state=state,
-    )
+    """The erasure with a LoRA trained on top (l. 25-30).
+
+    anchors: latents of images of the anchors, [concepts, images, channels, height, width]; unless
+    given, the original model draws `images` of each. Without beyond points in the mining Eq. 9
+    keeps its first term only. on_step, state: as in `alignment.align`. Raises ValueError when the
+    erasure is not of what was mined.
+    """
+    _refuse_foreign(erasure, mining)
+    if anchors is None:
+        anchors = draw_anchors(model, mining.pairs, images, seed=training.seed)
+    lesson = Lesson(mining.ring, mining.settings.beyond > 0, erasure, anchors)
+    lora = align(model, lesson, training, on_step=on_step, state=state)
     return erasure.with_lora(lora, asdict(training))
+
+
+def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Ring:
+    """The neighbourhood of the source that the settings name."""
+    if settings.source == "vocabulary":
+        return word_ring(text, pairs, settings, progress)
+    if settings.source == "isotropic":
+        return noise_ring(pairs, settings)
+    bank = _bank(text, pairs, settings, progress)
+    return noise_ring(pairs, settings, candidates(text, bank))
+
+
+def _bank(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Bank:
+    return spare_concepts(encode_bank(text, progress=progress), text, pairs, settings.bank_limit)
+
+
+def candidates(text: TextEncoder, bank: Bank) -> Encoding:
+    """At most CANDIDATES prompts of the bank, evenly spaced, as encoded."""
+    stride = max(1, len(bank.prompts) // CANDIDATES)
+    return text.encode([p for p in bank.prompts[::stride] if p not in bank.dropped])
+
+
+def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settings) -> Mined:
+    """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
+
+    The words that were left out of the ring are among them, in every template of the concepts.
+    """
+    for prompt in settings.preserve:
+        _refuse_named(pairs, prompt, "the prompt to preserve")
+    left_out = [
+        template.replace("{}", word)
+        for word in settings.exclude
+        for concept in pairs.concepts
+        for template in concept.templates
+    ]
+    prompts = tuple(dict.fromkeys([*settings.preserve, *left_out]))
+    if not prompts:
+        return beyond
+    refuse_long(text, prompts)
+    rows = text.encode(prompts)
+    e = Encoding.cat([beyond.e, rows])
+    everywhere = {s: torch.ones_like(r[..., 0], dtype=torch.bool) for s, r in rows.items()}
+    span = {s: torch.cat([own, everywhere[s]]) for s, own in beyond.span.items()}
+    pair = torch.cat([beyond.pair, torch.full((len(prompts),), -1)])
+    return Mined(e, e, span, pair, (*beyond.words, *prompts))
+
+
+def _refuse_named(pairs: Pairs, prompt: str, what: str) -> None:
+    for concept in pairs.concepts:
+        if holds_name(prompt, concept.name):
+            raise ValueError(
+                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
+                "the list"
+            )
+
+
+def _refuse_foreign(erasure: Erasure, mining: Mining) -> None:
+    """Eq. 9's neighbours must be those of what was erased, else the provenance would lie."""
+    own, its = concepts_of(erasure), mining.pairs.concepts
+    if own != its:
+        raise ValueError(
+            f"the erasure forgets {', '.join(c.name for c in own) or 'nothing that it names'} and "
+            f"the mining is of {', '.join(c.name for c in its)}, or in other templates or with "
+            "other anchors: give the mining that the erasure was made from"
+        )
+    for note in notes_of(erasure):
+        noted, settings = note.get("settings") or {}, asdict(mining.settings)
+        for name in settings.keys() & noted.keys() - set(SOLVED):
+            there, here = noted[name], settings[name]
+            there = tuple(there) if isinstance(there, list) else there
+            if there != here:
+                raise ValueError(
+                    f"the erasure was made from a mining with {name} = {there!r} and this one has "
+                    f"{here!r}: give the mining that the erasure was made from"
+                )

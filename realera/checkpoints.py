@@ -14,27 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closed_form import Edit
-from .erasure import POOLED, Erasure
-from .families import family_of, locate, unet_files
+from .erasure import Erasure
+from .families import FAMILIES, family_like, locate, unet_files
 from .files import PICKLES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
+from .models import POOLED
+from .readers import diffusers_names, kind_of
 
 CHUNK = 16 << 20  # bytes copied at once
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class Cut:
     """How well a LoRA file carries T - I: its rank and the Frobenius norm of what was cut.
 
-    relative: `cut` over the norm of T - I; pooled_*: the same of SDXL's pooled edit
+    relative: `cut` over the norm of T - I
     """
 
     rank: int
     cut: float
     relative: float
-    pooled_rank: int = 0
-    pooled_cut: float = 0.0
-    pooled_relative: float = 0.0
 
 
 def write_checkpoint(
@@ -45,7 +43,7 @@ def write_checkpoint(
     edit_strength: float = 1.0,
     lora_strength: float = 1.0,
 ) -> None:
-    """The source with its K/V projections (and SDXL's pooled columns) erased, all else as it was.
+    """The source with the layers that read its text erased, all else as it was.
 
     A file gives a file, a diffusers folder a folder; dtypes, metadata and the order of the header
     are kept, and the erasure's provenance is added under "realera". One tensor is in memory at a
@@ -62,7 +60,7 @@ def write_checkpoint(
     note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
 
     def erased(name: str, weight: Tensor) -> Tensor:
-        return erasure.delta(name, weight, edit_strength, lora_strength)
+        return erasure.erased(name, weight, edit_strength, lora_strength)
 
     if not path.is_dir():
         with writing(target, overwrite) as temporary:
@@ -93,56 +91,73 @@ def write_lora(
     destination: str | os.PathLike[str],
     tolerance: float = 1e-3,
     overwrite: bool = False,
-) -> LoraReport:
-    """The whole erasure as a LoRA file for the source, as `lora_tensors` lays it out."""
+) -> dict[str, Cut]:
+    """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
     path = locate(source)
     if Path(destination).resolve() == path.resolve():
         raise ValueError(f"{destination} is the source: choose another destination")
-    family, files = family_of(path), unet_files(path)
     weights = {
         name: file.read(key)
-        for file, keys in files
+        for file, keys in unet_files(path)
         for key, name in keys.items()
         if not key.startswith("model_ema.")  # the running average, which no loader draws with
     }
     _check_fit(erasure, weights.keys(), path)
-    tensors, report = lora_tensors(weights, erasure, tolerance)
+    return save_lora(weights, erasure, destination, tolerance, overwrite)
+
+
+def save_lora(
+    weights: Mapping[str, Tensor],
+    erasure: Erasure,
+    destination: str | os.PathLike[str],
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+) -> dict[str, Cut]:
+    """The whole erasure as a LoRA file for these weights, as `lora_tensors` lays it out.
+
+    Its metadata name the family, by which A1111 and Forge tell whether it fits. Returns what was
+    cut of every stream's edit.
+    """
+    tensors, cuts = lora_tensors(weights, erasure, tolerance)
     rank = max(len(tensor) for key, tensor in tensors.items() if key.endswith("down.weight"))
+    family = family_like({name: tuple(weight.shape) for name, weight in weights.items()})
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
-        "ss_v2": str(family.name == "sd2"),
-        "ss_base_model_version": family.config.get("lora_base", ""),
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": FAMILIES[family].get("lora_base", "") if family else "",
         "realera": json.dumps(erasure.provenance),
     }
     with writing(destination, overwrite) as temporary:
         write_tensors(temporary, tensors, metadata)
-    return report
+    return cuts
 
 
 def lora_tensors(
     weights: Mapping[str, Tensor], erasure: Erasure, tolerance: float = 1e-3
-) -> tuple[dict[str, Tensor], LoraReport]:
-    """The whole erasure as a LoRA for these weights in kohya's layout.
+) -> tuple[dict[str, Tensor], dict[str, Cut]]:
+    """The whole erasure as a LoRA for these weights in kohya's layout, and what it leaves out.
 
     W_org (T - I) + B A = [W_org up, B] [down; A], with T - I = up down up to the relative Frobenius
     norm `tolerance`. ComfyUI, A1111/Forge and diffusers load it; its strength there scales T - I
-    and the trained part alike. SDXL's pooled part is `lora_unet_label_emb_0_0`.
+    and the trained part alike.
 
-    weights: canonical name -> W_org [out, in] of every K/V projection and, in SDXL, of POOLED
+    weights: canonical name -> W_org [out, in] of every layer that reads a stream
     Raises ValueError when the erasure does not fit them.
     """
-    edits = {False: erasure.edit, True: erasure.pooled_edit}
-    factors = {kind: edit.factors(tolerance) for kind, edit in edits.items() if edit is not None}
+    factors = {stream: edit.factors(tolerance) for stream, edit in erasure.edits.items()}
+    kinds = {name: kind for name in weights if (kind := kind_of(name)) is not None}
     # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
-    names = {n: n for n in weights} if POOLED in weights else _diffusers_names(weights)
+    xl = POOLED in {kind.stream for kind in kinds.values()}
+    names = {name: name for name in weights} if xl else diffusers_names(weights)
     tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if erasure.edit_of(name, weight.shape[1]) is None:
+    for name, kind in kinds.items():
+        weight = weights[name]
+        if erasure.reads(name, weight) is None:
             continue
-        down, up, _ = factors[name == POOLED]
+        down, up, _ = factors[kind.stream]
         dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype
         weight = weight.float().cpu()
         narrow = nn.functional.pad(down, (0, weight.shape[1] - down.shape[1]))
@@ -154,51 +169,22 @@ def lora_tensors(
         tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
         tensors[prefix + ".lora_down.weight"] = narrow.to(dtype)
         tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
-    own, pooled = (_measured(edits[kind], factors.get(kind)) for kind in (False, True))
-    return tensors, LoraReport(*own, *pooled)
-
-
-def _measured(
-    edit: Edit | None, factors: tuple[Tensor, Tensor, float] | None
-) -> tuple[int, float, float]:
-    """Rank, norm of the cut, and that norm over the norm of T - I."""
-    if edit is None or factors is None:
-        return 0, 0.0, 0.0
-    down, _, cut = factors
-    change = float(torch.linalg.norm(edit.matrix - torch.eye(len(edit.matrix))))
-    return len(down), cut, cut / change if change else 0.0
-
-
-def _diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """The inverse of `canonical`, for a whole set of canonical names."""
-    names = list(names)
-    blocks = {int(n.split(".")[1]) for n in names if n.startswith("input_blocks")}
-    # Layers with attention follow each other; a downsampler's number is the gap between blocks.
-    run, stride = 0, 2
-    for number in range(max(blocks, default=0) + 1):
-        run = run + 1 if number in blocks else 0
-        stride = max(stride, run + 1)
-
-    def rename(name: str) -> str:
-        side, number, _, rest = name.split(".", 3)
-        if side == "input_blocks":
-            block, layer = divmod(int(number) - 1, stride)
-            return f"down_blocks.{block}.attentions.{layer}.{rest}"
-        if side == "output_blocks":
-            block, layer = divmod(int(number), stride)
-            return f"up_blocks.{block}.attentions.{layer}.{rest}"
-        return "mid_block.attentions.0." + name.split(".", 2)[2]
-
-    return {name: rename(name) for name in names}
+    cuts = {}
+    for stream, (down, _, cut) in factors.items():
+        matrix = erasure.edits[stream].matrix
+        change = float(torch.linalg.norm(matrix - torch.eye(len(matrix))))
+        cuts[stream] = Cut(len(down), cut, cut / change if change else 0.0)
+    return tensors, cuts
 
 
 def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:
     names = set(names)
-    unknown = sorted(erasure.lora.keys() - names)
-    if unknown or (erasure.pooled_edit is not None and POOLED not in names):
+    streams = {kind.stream for name in names if (kind := kind_of(name)) is not None}
+    unknown = [*sorted(erasure.lora.keys() - names), *sorted(erasure.edits.keys() - streams)]
+    if unknown:
         raise ValueError(
-            f"the erasure changes {unknown[0] if unknown else POOLED}, which {path} lacks: use a "
-            "checkpoint of the erasure's own family"
+            f"the erasure changes {unknown[0]}, which {path} lacks: use a checkpoint of the "
+            "erasure's own family"
         )
 
 

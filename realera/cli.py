@@ -1,63 +1,42 @@
-"""The command line: thin over the Python API."""
+"""The command line: the parser, and one function a command over the Python API.
+
+The slow libraries are imported where a command needs them: `--help` and `merge` need none.
+"""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from safetensors import SafetensorError
-from tqdm import tqdm
+from .concepts import STYLE_TEMPLATES, TEMPLATES, lines, parse_concepts
+from .settings import SOURCES, Settings, Training
 
-from . import pictures
-from .algorithm import Settings, align_erasure, erase, mine, outreach
-from .alignment import Training
-from .bank import cache_folder
-from .checkpoints import write_checkpoint, write_lora
-from .concepts import STYLE_TEMPLATES, TEMPLATES, encode_pairs, parse_concepts
-from .diffusion import DiffusersModel
-from .erasure import Erasure, applied, concepts_of
-from .evaluation import (
-    Clip,
-    Judge,
-    Task,
-    clip_classifier,
-    draw,
-    evaluate,
-    miniature_classifier,
-    miniature_task,
-    paper_task,
-    table,
-)
-from .evaluation import write as write_evaluation
-from .families import family_of, locate, unet_files
-from .families.loading import load_model, load_text
-from .files import open_tensors, writing
-from .mining import SOURCES
-from .scope import Reach, scope
+if TYPE_CHECKING:
+    from .diffusers_model import DiffusersModel
+    from .erasure import Erasure
+    from .evaluation import Judge, Task
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-}
-DEMO = "airplane -> ground"
+DTYPES = ("float32", "float16", "bfloat16")
+DEMO = "airplane -> tree"
 DEMO_PROMPTS = (
     "a photo of the airplane",
     "a photo of a jet",
     "taking off from the runway",
     "a photo of a dog",
     "a photo of a ship",
-    "a photo of a tree",
+    "a photo of a flower",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 for an error the user can act on, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -65,7 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = ", alignment resumes where it was" if getattr(options, "steps", 0) else ""
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
-    except (
+    except Exception as error:
+        if not isinstance(error, _actionable()):
+            raise
+        print(f"realera {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _actionable() -> tuple[type[Exception], ...]:
+    """The errors that tell a user what to do."""
+    from safetensors import SafetensorError
+
+    return (
         ValueError,
         OSError,
         ArithmeticError,
@@ -73,18 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RuntimeError,
         AssertionError,  # torch's word for a device that it was not built for
         SafetensorError,
-    ) as error:
-        print(f"realera {options.command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    )
 
 
 # ---------------------------------------------------------------- commands
 
 
 def run_demo(options: argparse.Namespace) -> None:
+    from .evaluation import miniature_classifier, miniature_task
+
     options.model, options.concept, options.prompt = "miniature", [DEMO], list(DEMO_PROMPTS)
-    model, erasure = _erase(options)
+    model, erasure = _erase(options, [f"evaluation.{e}" for e in ("json", "txt", "png")])
     task = miniature_task("airplane")
     _evaluate(options, model, {"erased": erasure}, task, miniature_classifier())
 
@@ -94,63 +84,77 @@ def run_erase(options: argparse.Namespace) -> None:
 
 
 def run_apply(options: argparse.Namespace) -> None:
-    erasure = Erasure.load(options.erasure)
+    from .checkpoints import write_checkpoint, write_lora
+    from .erasure_file import load_erasure
+
+    erasure = load_erasure(options.erasure)
     strengths = options.edit_strength, options.lora_strength
     if options.lora:
         if strengths != (1.0, 1.0):
             raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
-        report = write_lora(
-            options.model, erasure, options.out, options.tolerance, options.overwrite
-        )
-        print(f"{options.out}: LoRA of rank {report.rank}, {report.relative:.2%} of T - I cut")
+        cuts = write_lora(options.model, erasure, options.out, options.tolerance, options.overwrite)
+        for stream, cut in cuts.items():
+            print(f"{options.out}: {stream} of rank {cut.rank}, {cut.relative:.2%} of T - I cut")
         return
     write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
     print(options.out)
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    merged = Erasure.merge([Erasure.load(path) for path in options.erasures])
-    merged.save(options.out, options.overwrite)
+    from .erasure import Erasure
+    from .erasure_file import load_erasure, save_erasure
+
+    merged = Erasure.merge([load_erasure(path) for path in options.erasures])
+    save_erasure(merged, options.out, options.overwrite)
     print(options.out)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    model = load_model(options.model, DTYPES.get(options.dtype), options.device)
+    from .erasure_file import load_erasure
+    from .evaluation import Clip, clip_classifier, miniature_classifier, miniature_task, paper_task
+
+    model = _model(options)
     small = options.model == "miniature"
     task = miniature_task(options.concept) if small else paper_task(options.concept)
     if small:
         judge: Judge = miniature_classifier()
     else:
-        judge = clip_classifier(Clip(options.clip, options.device), task.classes, task.template)
-    erasures = {str(path): Erasure.load(path) for path in options.erasures}
+        judge = clip_classifier(Clip(options.clip, _device(options)), task.classes, task.template)
+    erasures = {str(path): load_erasure(path) for path in options.erasures}
     _evaluate(options, model, erasures, task, judge)
 
 
 def run_scope(options: argparse.Namespace) -> None:
-    erasure, text = Erasure.load(options.erasure), load_text(options.model)
+    from .erasure import concepts_of
+    from .erasure_file import load_erasure
+    from .families.loading import load_text
+    from .outputs import scope_text
+    from .pairs import encode_pairs
+    from .scope import scope
+
+    erasure, text = load_erasure(options.erasure), load_text(options.model)
     pairs = encode_pairs(text, concepts_of(erasure))
-    if pairs.context.shape[-1] != len(erasure.edit.matrix):
-        raise ValueError(
-            f"the erasure was made for text embeddings of {len(erasure.edit.matrix)} numbers and "
-            f"{options.model} has {pairs.context.shape[-1]}: name a model of its family"
-        )
-    words = _lines(options.words) if options.words else text.words()
-    reaches = scope(erasure.edit, text, pairs, words)
-    print(_scope_text(reaches, options.count))
+    words = _lines(options.words) if options.words else None
+    print(scope_text(scope(erasure, text, pairs, words), options.count))
 
 
 def run_info(options: argparse.Namespace) -> None:
+    from .erasure_file import load_erasure
+    from .families import family_of, locate, unet_files
+    from .files import open_tensors
+
     path = locate(options.file)
     file = unet_files(path)[0][0] if path.is_dir() else open_tensors(path)
     metadata = dict(file.metadata)
     if "realera_erasure" in metadata:
-        erasure = Erasure.load(path)
-        print(f"RealEra erasure, dimension {len(erasure.edit.matrix)}, {len(erasure.lora)} LoRAs")
-        print(json.dumps(erasure.provenance, indent=1))
+        erasure = load_erasure(path)
+        edits = ", ".join(f"{stream} of {edit.dim}" for stream, edit in erasure.edits.items())
+        print(f"RealEra erasure: {edits} numbers, {len(erasure.lora)} LoRAs")
+        print(json.dumps(erasure.provenance, indent=1, ensure_ascii=False))
         return
     if "realera" in metadata:
         print("carries an erasure:")
-        print(json.dumps(json.loads(metadata["realera"]), indent=1))
+        print(json.dumps(json.loads(metadata["realera"]), indent=1, ensure_ascii=False))
     if "ss_network_module" in metadata:
         print(f"LoRA of rank {metadata.get('ss_network_dim', 'unknown')}")
     else:
@@ -158,28 +162,45 @@ def run_info(options: argparse.Namespace) -> None:
         print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")
 
 
+def run_cache(options: argparse.Namespace) -> None:
+    from .cache import cache_folder, cached_files
+
+    files = cached_files()
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        if options.empty:
+            path.unlink()
+        else:
+            print(f"{path.stat().st_size / 1e6:10.1f} MB  {path.name}")
+    gone = "removed from" if options.empty else "in"
+    print(f"{len(files)} files, {size / 1e6:.1f} MB, {gone} {cache_folder()}")
+
+
 # ---------------------------------------------------------------- what they share
 
 
-def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
+def _erase(
+    options: argparse.Namespace, more_outputs: Sequence[str] = ()
+) -> "tuple[DiffusersModel, Erasure]":
     """Algorithm 1, and everything it leaves on disk."""
-    out = Path(options.out)
-    whole = "checkpoint" if Path(options.model).is_dir() else "checkpoint.safetensors"
-    names = [whole, "lora.safetensors", "erasure.safetensors"]
-    drawings = [f"{name}.png" for name in ("neighbourhood", "scope", "loss", "before-after")]
-    _refuse_existing(out, [*names, *drawings, "scope.txt"], options)
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
     options.words = _lines(options.words) if options.words else None
     settings = _from(Settings, options)
     training = _from(Training, options) if options.steps else None
-    if locate(options.model).resolve() in (out / names[0]).resolve().parents:
-        raise ValueError(f"{out} lies in the model's own folder: choose another --out")
-    model = load_model(options.model, DTYPES.get(options.dtype), options.device)
 
+    from .algorithm import align_erasure, erase, mine
+    from .families import locate
+    from .outputs import Folder
+
+    folder = Folder(Path(options.out), str(options.model), options.overwrite)
+    folder.refuse_existing(more_outputs)
+    if locate(options.model).resolve() in (folder.path / folder.checkpoint).resolve().parents:
+        raise ValueError(f"{options.out} lies in the model's own folder: choose another --out")
+    model = _model(options)
     with _bar("text") as progress:
         mining = mine(model.text, concepts, settings, progress)
-    erasure = erase(mining, settings, {"model": str(options.model)})
+        erasure = erase(mining, {"model": str(options.model)}, progress)
     losses: dict[int, float] = {}
     if training is not None:
         with _bar("alignment", "step") as progress:
@@ -189,92 +210,41 @@ def _erase(options: argparse.Namespace) -> tuple[DiffusersModel, Erasure]:
                 progress(step, training.steps)
 
             erasure = align_erasure(
-                model,
-                erasure,
-                mining,
-                training,
-                cache=cache_folder(),
-                on_step=on_step,
-                state=out / "alignment-state.safetensors",
+                model, erasure, mining, training, on_step=on_step, state=folder.state
             )
-    reaches = outreach(model.text, erasure, mining)
-    noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
-    erasure = replace(erasure, provenance=noted)
-
-    out.mkdir(parents=True, exist_ok=True)
-    erasure.save(out / names[2], options.overwrite)
-    write_checkpoint(options.model, erasure, out / names[0], options.overwrite)
-    report = write_lora(
-        options.model, erasure, out / names[1], options.tolerance, options.overwrite
-    )
-    text = _scope_text(reaches, 40)
-    with writing(out / "scope.txt", overwrite=True) as part:
-        part.write_text(text + "\n", "utf-8")
-    drawn = {"neighbourhood": pictures.geometry(mining.neighbors, mining.beyond)}
-    drawn["scope"] = pictures.scope_picture(reaches)
-    if losses:
-        drawn["loss"] = pictures.loss_curve(losses)
     prompts = options.prompt or [*mining.pairs.prompts[:2], *settings.preserve]
-    drawn["before-after"] = _before_after(model, erasure, prompts, options)
-    for name, picture in drawn.items():
-        _save_picture(picture, out / f"{name}.png")
-    (out / "alignment-state.safetensors").unlink(missing_ok=True)
-    print(text)
-    print(f"LoRA of rank {report.rank}, {report.relative:.2%} of T - I cut")
-    print(f"in {out}: {', '.join(names)}, scope.txt, {', '.join(f'{n}.png' for n in drawn)}")
+    with _bar("images") as progress:
+        told = folder.leave(
+            model,
+            erasure,
+            mining,
+            losses,
+            prompts,
+            tolerance=options.tolerance,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(told)
     return model, erasure
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a text file that hold something. Raises ValueError when none does."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if not any(lines):
-        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
-    return [line for line in lines if line]
-
-
-def _refuse_existing(folder: Path, names: Sequence[str], options: argparse.Namespace) -> None:
-    """Before any work is done: what stands in the folder already may not be overwritten."""
-    for name in names:
-        if (folder / name).exists() and not options.overwrite:
-            raise FileExistsError(
-                f"{folder / name} exists: choose another --out or add --overwrite"
-            )
-
-
-def _before_after(
-    model: DiffusersModel, erasure: Erasure, prompts: Sequence[str], options: argparse.Namespace
-) -> Image.Image:
-    def images() -> list[torch.Tensor]:
-        with _bar("images") as progress:
-            drawn = draw(model, prompts, 1, seed=options.seed, progress=progress)
-            return [image for batch in drawn for image in batch]
-
-    before = images()
-    with applied(erasure, model.unet):
-        after = images()
-    return pictures.grid([before, after], ["before", "after"], list(prompts))
 
 
 def _evaluate(
     options: argparse.Namespace,
-    model: DiffusersModel,
-    erasures: dict[str, Erasure],
-    task: Task,
-    judge: Judge,
+    model: "DiffusersModel",
+    erasures: "dict[str, Erasure]",
+    task: "Task",
+    judge: "Judge",
 ) -> None:
-    _refuse_existing(
-        Path(options.out), [f"evaluation.{e}" for e in ("json", "txt", "png")], options
-    )
+    from . import pictures
+    from .erasure import applied
+    from .evaluation import evaluate, table
+    from .evaluation import write as write_evaluation
 
     for erasure in erasures.values():
-        with applied(erasure, model.unet):
+        with applied(erasure, model.network):
             pass  # one that does not fit is refused before anything is drawn
 
-    def one() -> tuple[Any, dict[str, torch.Tensor]]:
+    def one() -> tuple[Any, dict[str, Any]]:
         with _bar("evaluation") as progress:
             return evaluate(
                 model, task, judge, images=options.images, seed=options.seed, progress=progress
@@ -282,7 +252,7 @@ def _evaluate(
 
     results = {"original": one()}
     for name, erasure in erasures.items():
-        with applied(erasure, model.unet):
+        with applied(erasure, model.network):
             results[name] = one()
     reports = {name: report for name, (report, _) in results.items()}
     prompts = list(next(iter(results.values()))[1])
@@ -292,17 +262,30 @@ def _evaluate(
     print(table(reports))
 
 
-def _scope_text(reaches: Sequence[Reach], count: int) -> str:
-    lines = ["word                 concept        closeness  moved  toward the anchor"]
-    for reach in reaches[:count]:
-        numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.toward:17.2f}"
-        lines.append(f"{reach.word[:20]:20} {reach.concept[:14]:14} {numbers}")
-    return "\n".join(lines)
+def _model(options: argparse.Namespace) -> "DiffusersModel":
+    import torch
+
+    from .families.loading import load_model
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return load_model(options.model, dtype, _device(options))
 
 
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    with writing(path, overwrite=True) as part:
-        picture.save(part, "PNG")
+def _device(options: argparse.Namespace) -> str:
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a text file that hold something. Raises ValueError when none does."""
+    try:
+        found = lines(Path(path).read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
+    return found
 
 
 def _from(kind: Any, options: argparse.Namespace) -> Any:
@@ -314,11 +297,15 @@ def _from(kind: Any, options: argparse.Namespace) -> Any:
 
 
 @contextmanager
-def _bar(name: str, unit: str = "") -> Any:
+def _bar(name: str, unit: str = "") -> Iterator[Any]:
     """A progress bar with time left, as a callback of (done, total)."""
+    from tqdm import tqdm
+
     with tqdm(desc=name, unit=unit or "it", leave=False, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
+            if done < bar.n:
+                bar.reset()
             bar.total = total
             bar.update(done - bar.n)
 
@@ -400,6 +387,9 @@ def _parser() -> argparse.ArgumentParser:
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")
+
+    kept = command("cache", run_cache, "what is kept between runs: encoded vocabularies and banks")
+    kept.add_argument("--empty", action="store_true", help="remove it")
     return parser
 
 
@@ -421,7 +411,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     mining.add_argument("--source", choices=SOURCES, default=default.source, help="of neighbours")
     mining.add_argument("--neighbors", type=int, default=default.neighbors, help="M, a prompt")
     mining.add_argument("--beyond", type=int, default=default.beyond, help="N, a prompt")
-    for name in ("s1", "s2", "d1", "d1_anchor", "d2"):
+    for name in ("s1", "s2", "beyond_s2", "d1", "d1_anchor", "d2"):
         mining.add_argument(
             f"--{name.replace('_', '-')}", type=float, help="automatic unless given"
         )
@@ -432,6 +422,11 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     )
     mining.add_argument("--exclude", action="append", help="a word that is not to be erased")
     mining.add_argument("--preserve", action="append", help="a prompt that must keep its meaning")
+    mining.add_argument(
+        "--beyond-seed",
+        type=int,
+        help="of the beyond points; goes on with the neighbours' unless given",
+    )
     edit = sub.add_argument_group("closed form (Eq. 7)")
     edit.add_argument("--lambda1", type=float, default=default.lambda1)
     edit.add_argument("--lambda2", type=float, default=default.lambda2)
@@ -460,8 +455,7 @@ def _file_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _device_options(sub: argparse.ArgumentParser) -> None:
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    sub.add_argument("--device", default=cuda)
+    sub.add_argument("--device", help="cuda where there is one, else cpu, unless given")
     sub.add_argument(
         "--dtype",
         choices=DTYPES,

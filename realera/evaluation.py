@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .diffusion import Diffusion
 from .files import writing
 from .miniature.vocabulary import CONCEPTS, STYLES
+from .models import Diffusion
 
 KINDS = ("synonyms", "associated", "held-out words")  # the kinds of prompts Acc_g is kept apart for
 
@@ -337,7 +337,7 @@ def draw(
     rows = torch.arange(len(prompts)).repeat_interleave(images)
     generator, done = torch.Generator().manual_seed(seed), 0
     for chosen in rows.split(batch):
-        latents = model.sample(encoding.rows(chosen), empty, generator, steps, guidance)
+        latents = model.sample(encoding.take(chosen), empty, generator, steps, guidance)
         yield model.decode(latents)
         done += len(chosen)
         progress(done, len(rows))

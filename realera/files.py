@@ -4,6 +4,7 @@ A file's header is checked whole against the file before a byte of a tensor is u
 written appears under its name only when it is complete.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -159,6 +160,28 @@ def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> b
 def raw_bytes(tensor: Tensor) -> bytes:
     """The tensor's bytes as safetensors stores them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def digest(*things: Any) -> str:
+    """A hash of tensors, of lists and mappings of them, and of whatever JSON can hold."""
+    found = hashlib.sha256()
+
+    def feed(thing: Any) -> None:
+        if isinstance(thing, Tensor):
+            found.update(f"{thing.dtype} {list(thing.shape)}".encode())
+            data = thing.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.update(data.numpy().data)
+        elif isinstance(thing, Mapping):
+            feed([[key, value] for key, value in thing.items()])
+        elif isinstance(thing, list | tuple):
+            found.update(f"{len(thing)} of".encode())
+            for part in thing:
+                feed(part)
+        else:
+            found.update(json.dumps(thing).encode() + b"\n")
+
+    feed(list(things))
+    return found.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

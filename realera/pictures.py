@@ -11,8 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .mining import Mined, words_of
+from .models import CONTEXT
+from .pairs import Mined, Ring
+from .ring import NoiseRing
 from .scope import Reach
+from .words import WordRing
 
 ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
 
@@ -128,34 +131,37 @@ def loss_curve(
     return _picture(figure)
 
 
-def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
+def geometry(ring: Ring, neighbors: Mined, beyond: Mined) -> Image.Image:
     """The ring around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
 
     Distances are means over the span's rows, cosines are measured where the ring measures them.
     For mined words, which are not drawn at a distance, the words with their cosines instead.
     """
-    ring = neighbors.neighborhood
-    if ring.words is not None:
-        return _words(ring.s2, words_of(ring, neighbors)[:48])
+    if isinstance(ring, WordRing):
+        return _words(ring.s2, ring.listed(neighbors)[:48])
+    assert isinstance(ring, NoiseRing)
+    shell, pairs = ring.shells[CONTEXT], ring.pairs.e[CONTEXT]
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     drawn = (
-        (neighbors, f"neighbours, {len(neighbors.prompt)}: become the anchor", ERASED),
-        (beyond, f"beyond, {int((beyond.prompt >= 0).sum())}: keep their meaning", KEPT),
+        (neighbors, f"neighbours, {len(neighbors.pair)}: become the anchor", ERASED),
+        (beyond, f"beyond, {int((beyond.pair >= 0).sum())}: keep their meaning", KEPT),
     )
     for mined, name, colour in drawn:
-        chosen = mined.prompt >= 0  # the others are prompts that the user preserves
-        index, span = mined.prompt[chosen], mined.span[chosen]
-        e, point = ring.pairs.context[index], mined.context[chosen]
+        chosen = (mined.pair >= 0).to(
+            pairs.device
+        )  # the others are prompts that the user preserves
+        e, span = pairs[mined.pair.to(pairs.device)[chosen]], mined.span[CONTEXT][chosen]
+        point = mined.e[CONTEXT][chosen]
         count = span.sum(-1).clamp(min=1)
         distance = ((point - e).norm(dim=-1) * span).sum(-1) / count
-        cosine = cosine_similarity(e - ring.centre, point - ring.centre, dim=-1)
+        cosine = cosine_similarity(e - shell.centre, point - shell.centre, dim=-1)
         cosine = (cosine * span).sum(-1) / count
         axes.plot(distance.cpu(), cosine.cpu(), ".", ms=4, alpha=0.6, color=colour, label=name)
     for value, name in ((ring.s1, "S1"), (ring.s2, "S2")):
         axes.axhline(value, color=PLAIN, lw=0.8, ls="--")
         axes.annotate(name, (1.005, value), xycoords=("axes fraction", "data"), va="center")
-    for value, name in ((ring.d1, "D1"), (ring.d2, "D2")):
+    for value, name in ((shell.d1, "D1"), (shell.d2, "D2")):
         axes.axvline(value, color=PLAIN, lw=0.8, ls=":")
         axes.annotate(name, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xlabel="distance from e", ylabel="cosine with e", xlim=(0, None))
@@ -165,7 +171,7 @@ def geometry(neighbors: Mined, beyond: Mined) -> Image.Image:
 
 
 def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
-    """words: as `mining.words_of` gives them"""
+    """words: as `WordRing.listed` gives them"""
     figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
     axes = figure.subplots()
     colours = [ERASED if mined else KEPT for _, _, mined in words]

@@ -6,16 +6,16 @@ terms. A checkpoint may carry its own instead, as JSON in its metadata under "co
 
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..erasure import POOLED, canonical
 from ..files import DTYPES, PICKLES, TensorFile, open_tensors
+from ..models import CONTEXT
+from ..readers import canonical, kind_of
 
 UNET = "model.diffusion_model."
 FAMILIES = {
@@ -23,11 +23,6 @@ FAMILIES = {
 }
 SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
-_ERASABLE = re.compile(
-    r"(?:model\.diffusion_model\.)?("
-    r"(?:input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks)\..+\.attn2\.to_[kv]"
-    r"|label_emb\.0\.0|add_embedding\.linear_1)\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -56,16 +51,9 @@ def family_of(source: str | os.PathLike[str]) -> Family:
     path = locate(source)
     files = unet_files(path)
     entries = {name: file.entries[key] for file, keys in files for key, name in keys.items()}
-    projection = next(entry for name, entry in entries.items() if name != POOLED)
-    dim, pooled = projection.shape[1], POOLED in entries
-    name = next(
-        (
-            name
-            for name, known in FAMILIES.items()
-            if known["unet"]["cross_attention_dim"] == dim and ("text_encoder_2" in known) == pooled
-        ),
-        None,
-    )
+    name = family_like({layer: entry.shape for layer, entry in entries.items()})
+    projection = next(e for layer, e in entries.items() if _stream(layer) == CONTEXT)
+    dim, pooled = projection.shape[1], len({_stream(layer) for layer in entries}) > 1
     if path.is_dir():
         config = {
             part.parent.name: _json(part.read_text(), part) for part in path.glob("*/config.json")
@@ -105,6 +93,24 @@ def family_of(source: str | os.PathLike[str]) -> Family:
     )
 
 
+def family_like(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of the family whose layers that read the text have these shapes, if it is known.
+
+    shapes: canonical name -> [out, in]
+    """
+    dim = next(shape[1] for layer, shape in shapes.items() if _stream(layer) == CONTEXT)
+    several = len({_stream(layer) for layer in shapes}) > 1
+    for name, known in FAMILIES.items():
+        if known["unet"]["cross_attention_dim"] == dim and ("text_encoder_2" in known) == several:
+            return name
+    return None
+
+
+def _stream(layer: str) -> str | None:
+    kind = kind_of(layer)
+    return None if kind is None else kind.stream
+
+
 def _own_configuration(file: TensorFile, pooled: bool) -> dict[str, Any]:
     """The configuration that a file carries, empty when there is none of every part."""
     config = _json(file.metadata.get("config", "{}"), file.path)
@@ -141,13 +147,18 @@ def unet_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
             )
     files = [open_tensors(p) for p in paths]
     layers = {
-        (n, key): match[1]
+        (n, key): key.removeprefix(UNET).removesuffix(".weight")
         for n, file in enumerate(files)
         for key in file.entries
-        if (match := _ERASABLE.fullmatch(key))
+        if key.endswith(".weight")
     }
-    names = canonical(layers.values())
-    if all(name == POOLED for name in names.values()):
+    names = {
+        layer: name
+        for layer, name in canonical(layers.values()).items()
+        if kind_of(name) is not None
+    }
+    layers = {place: layer for place, layer in layers.items() if layer in names}
+    if CONTEXT not in map(_stream, names.values()):
         raise ValueError(
             f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v): "
             f"RealEra works on {SUPPORTED}"

@@ -30,7 +30,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..diffusion import DiffusersModel, DiffusersText
+from ..diffusers_model import DiffusersModel, DiffusersText
 from ..files import TensorFile, open_tensors
 from . import FAMILIES, PARTS, UNET, Family, family_of, locate
 

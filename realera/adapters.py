@@ -1,0 +1,148 @@
+"""Student and teacher in one network: the edit and the LoRA on, or both off.
+
+Nothing is written into the weights: the student reads the closed-form edit through a hook, since
+W_org T e is W_org applied to T e, and its LoRA through peft.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from .closed_form import Edit
+from .erasure import Erasure, Lora, changed
+from .readers import adapted_readers
+
+ADAPTER = "realera"
+# A residual or attention block, as diffusers and as ComfyUI name it.
+BLOCK = re.compile(r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+")
+
+
+@contextmanager
+def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
+    """A fresh peft LoRA on every K/V projection of a network, taken out again in every case.
+
+    Yields canonical layer name -> (A, B), float32 parameters that require gradients; A is Gaussian,
+    B is zero (Eq. 2).
+    """
+    # Here and not above: peft takes seconds to import, and only training needs it.
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    paths = {name: reader.path for name, reader in adapted_readers(network).items()}
+    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise ValueError(
+            "the U-Net carries peft adapters already: fuse them into its weights first "
+            "(pipeline.fuse_lora(), then pipeline.unload_lora_weights())"
+        )
+    trained = {name: p.requires_grad for name, p in network.named_parameters()}
+    had_config = hasattr(network, "peft_config")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths.values()))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        generator = torch.Generator().manual_seed(seed)
+        layers: Lora = {}
+        for name, path in paths.items():
+            layer: Any = network.get_submodule(path)
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            a.data = torch.randn(a.shape, generator=generator).to(a.device) / rank
+            b.data = torch.zeros_like(b, dtype=torch.float32)
+            layers[name] = (a, b)
+        yield layers
+    finally:
+        for path in paths.values():
+            layer = network.get_submodule(path)
+            if isinstance(layer, BaseTunerLayer):
+                parent, _, child = path.rpartition(".")
+                setattr(network.get_submodule(parent), child, layer.get_base_layer())
+        if not had_config and hasattr(network, "peft_config"):
+            del network.peft_config
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+@contextmanager
+def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
+    """Every layer that reads the text computes W_org T e + B A e; what is on top still reads e."""
+    converted: dict[tuple[str, torch.device, torch.dtype], Edit] = {}
+    handles = []
+
+    def read(name: str, stream: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        given: list[Tensor] = []  # e, from before the layer to behind it
+
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            rows, *others = inputs
+            key = (stream, rows.device, rows.dtype)
+            if key not in converted:
+                converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
+            edit = converted[key]
+            given.append(rows)
+            moved = edit(rows[..., : edit.dim])
+            return (torch.cat([moved, rows[..., edit.dim :]], dim=-1), *others)
+
+        def behind(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            rows = given.pop()
+            if name not in erasure.lora:
+                return output
+            a, b = (factor.to(rows) for factor in erasure.lora[name])
+            return output + linear(linear(rows, a), b)
+
+        return before, behind
+
+    try:
+        for name, reader in changed(erasure, network).items():
+            before, behind = read(name, reader.kind.stream)
+            handles.append(reader.layer.register_forward_pre_hook(before))
+            handles.append(reader.layer.register_forward_hook(behind))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def original(network: nn.Module) -> Iterator[None]:
+    """The teacher: adapters off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def checkpointed(network: nn.Module) -> Iterator[None]:
+    """Every block keeps its inputs only, and runs again when its gradients are computed."""
+
+    def twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Any, **options: Any) -> Tensor:
+            # ComfyUI writes where it is in the U-Net into a dict that all blocks share.
+            inputs = tuple(dict(x) if isinstance(x, dict) else x for x in inputs)
+            return checkpoint(
+                forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+            )
+
+        return run
+
+    blocks = [module for name, module in network.named_modules() if BLOCK.fullmatch(name)]
+    before = [vars(block).get("forward") for block in blocks]  # a hook of accelerate, for one
+    try:
+        for block in blocks:
+            block.forward = twice(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward

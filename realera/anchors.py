@@ -1,0 +1,55 @@
+"""Images of the anchors, which Eq. 8 is trained on: drawn once by the original model."""
+
+import torch
+from torch import Tensor
+
+from .cache import cached
+from .models import Diffusion
+from .pairs import Pairs
+
+BATCH = 4  # anchor images drawn at once
+
+
+def draw_anchors(
+    model: Diffusion,
+    pairs: Pairs,
+    count: int,
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float = 7.5,
+) -> Tensor:
+    """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
+
+    Returns [concepts, count, channels, height, width], read back from the cache where they were
+    drawn before from the same. Raises FloatingPointError when one is not finite.
+    """
+    empty = model.text.encode([""])
+
+    def draw() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for first, concept in zip(pairs.first.tolist(), pairs.concepts, strict=True):
+            prompts = torch.arange(count) % len(concept.templates) + first
+            images = []
+            for some in prompts.split(BATCH):
+                anchor = pairs.anchor.take(some)
+                images.append(model.sample(anchor, empty, generator, steps, guidance).float())
+            drawn.append(torch.cat(images))
+        latents = torch.stack(drawn)
+        if not latents.isfinite().all():
+            raise FloatingPointError(
+                "an anchor image is not finite: run the U-Net in float32 or bfloat16"
+            )
+        return {"latents": latents}
+
+    how = [
+        model.fingerprint,
+        model.latent_shape,
+        pairs.anchor_prompts,
+        count,
+        seed,
+        steps,
+        guidance,
+    ]
+    return cached("anchors", [*how, pairs.anchor, empty], draw)["latents"]

@@ -1,0 +1,124 @@
+"""What `realera erase` leaves in a folder: checkpoint, LoRA, erasure, scope report, pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from . import pictures
+from .algorithm import Mining, outreach
+from .checkpoints import write_checkpoint, write_lora
+from .erasure import Erasure, applied
+from .erasure_file import save_erasure
+from .evaluation import draw
+from .files import writing
+from .models import CONTEXT, Diffusion
+from .scope import Reach
+
+PICTURES = ("neighbourhood", "scope", "loss", "before-after")
+STATE = "alignment-state.safetensors"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder for the outputs of one erasure.
+
+    source: the model that is erased from; overwrite: replace what stands there
+    """
+
+    path: Path
+    source: str
+    overwrite: bool
+
+    @property
+    def checkpoint(self) -> str:
+        return "checkpoint" if Path(self.source).is_dir() else "checkpoint.safetensors"
+
+    @property
+    def files(self) -> list[str]:
+        return [self.checkpoint, "lora.safetensors", "erasure.safetensors", "scope.txt"]
+
+    @property
+    def state(self) -> Path:
+        """Where a run that is interrupted is gone on from."""
+        return self.path / STATE
+
+    def refuse_existing(self, names: Sequence[str] = ()) -> None:
+        """Before any work is done: raises FileExistsError for what may not be overwritten."""
+        for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
+            if (self.path / name).exists() and not self.overwrite:
+                raise FileExistsError(
+                    f"{self.path / name} exists: choose another --out or add --overwrite"
+                )
+
+    def leave(
+        self,
+        model: Diffusion,
+        erasure: Erasure,
+        mining: Mining,
+        losses: Mapping[int, float],
+        prompts: Sequence[str],
+        *,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> str:
+        """Writes everything, each file whole or not at all; returns what to tell the user.
+
+        losses: step -> loss of the alignment; prompts: drawn before and after
+        """
+        reaches = outreach(erasure, mining)
+        noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
+        erasure = replace(erasure, provenance=noted)
+        checkpoint, lora, whole, report = self.files
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_erasure(erasure, self.path / whole, self.overwrite)
+        write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
+        cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
+        text = scope_text(reaches, 40)
+        with writing(self.path / report, overwrite=True) as part:
+            part.write_text(text + "\n", "utf-8")
+        geometry = pictures.geometry(mining.ring, mining.neighbors, mining.beyond)
+        drawn = {"neighbourhood": geometry, "scope": pictures.scope_picture(reaches)}
+        if losses:
+            drawn["loss"] = pictures.loss_curve(losses)
+        drawn["before-after"] = before_after(model, erasure, prompts, seed, progress)
+        for name, picture in drawn.items():
+            with writing(self.path / f"{name}.png", overwrite=True) as part:
+                picture.save(part, "PNG")
+        self.state.unlink(missing_ok=True)
+        names = [checkpoint, lora, whole, report, *(f"{name}.png" for name in drawn)]
+        return (
+            f"{text}\nLoRA of rank {cut.rank}, {cut.relative:.2%} of T - I cut\n"
+            f"in {self.path}: {', '.join(names)}"
+        )
+
+
+def before_after(
+    model: Diffusion,
+    erasure: Erasure,
+    prompts: Sequence[str],
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Image.Image:
+    """What the model draws before and after, from the same noise."""
+
+    def images() -> list[torch.Tensor]:
+        drawn = draw(model, prompts, 1, seed=seed, progress=progress)
+        return [image for batch in drawn for image in batch]
+
+    before = images()
+    with applied(erasure, model.network):
+        after = images()
+    return pictures.grid([before, after], ["before", "after"], list(prompts))
+
+
+def scope_text(reaches: Sequence[Reach], count: int) -> str:
+    """The first `count` lines of a scope report as a table."""
+    lines = ["word                 concept        closeness  moved  toward the anchor"]
+    for reach in reaches[:count]:
+        numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.toward:17.2f}"
+        lines.append(f"{reach.word[:20]:20} {reach.concept[:14]:14} {numbers}")
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""Every parameter of the method, checked where it is given.
+
+Apart from the code that uses them, and without torch: the command line and the nodes list them
+before anything slow is imported.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["isotropic", "bank", "vocabulary"]
+SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
+S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
+S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
+USED_BY: dict[str, tuple[Source, ...]] = {
+    "words": ("vocabulary",),
+    "shared_noise": ("isotropic",),  # a bank prompt is one v for the whole span already
+    "d1": ("isotropic", "bank"),
+    "d1_anchor": ("isotropic", "bank"),
+    "d2": ("isotropic", "bank"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every parameter of Alg. 1, l. 1-24; None is automatic.
+
+    source: where neighbours come from: random directions (the paper's), steps towards everyday
+        prompts, or words
+    neighbors, beyond: M and N, draws a prompt; of the vocabulary, words a concept
+    s1, s2: a neighbour's cosine with e lies in [s2, s1] (Eq. 4), by source unless given
+    beyond_s2: a beyond point's lies below this, below s2 unless given
+    d1, d1_anchor, d2: radii (Eq. 3), in units of the context; unless given, the distances at which
+        the expected cosine falls to s2 and to 0, and d1 / 10 around the anchor
+    shared_noise: one v for all rows of a span instead of one a row
+    words: words, phrases and prompts to search beside the tokenizer's own vocabulary. Each takes
+        the concept's place in its first template, so that all are compared alike; where that is
+        "{}", a prompt stands as it is
+    exclude: words that are not to be erased; preserve: prompts that must keep their meaning
+    lambda1, lambda2: weights of Eq. 7; λ2 in units of the system's mean diagonal
+    pair_weight: what a row of an unperturbed pair, or of a prompt to preserve, counts, where a
+        drawn row counts 1
+    bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
+        concept is at least this
+    seed: of the neighbours; beyond_seed: of the beyond points, which go on with the neighbours'
+        draws unless given
+
+    Raises ValueError for an option that the source does not use and for a range that no draw can
+    satisfy.
+    """
+
+    source: Source = "vocabulary"
+    neighbors: int = 64
+    beyond: int = 16
+    s1: float | None = None
+    s2: float | None = None
+    beyond_s2: float | None = None
+    d1: float | None = None
+    d1_anchor: float | None = None
+    d2: float | None = None
+    shared_noise: bool = False
+    words: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    preserve: tuple[str, ...] = ()
+    # λ1 is the paper's. λ2 keeps T from reaching exactness through directions that no prompt uses:
+    # at 1e-4 mined words leave 6 % of what implies a concept and move others as much, at 0.1 none.
+    lambda1: float = 0.1
+    lambda2: float = 0.1
+    # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
+    pair_weight: float = 100.0
+    bank: bool = True
+    bank_limit: float = 0.55
+    seed: int = 0
+    beyond_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("neighbors", "beyond"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
+        if self.source not in SOURCES:
+            raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
+        for name, users in USED_BY.items():
+            value = getattr(self, name)
+            if (
+                self.source not in users
+                and value is not None
+                and value is not False
+                and value != ()
+            ):
+                shown = ", ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"{name} = {shown}: source {self.source!r} does not use it; leave it out, or "
+                    f"choose {' or '.join(users)}"
+                )
+        (s2, s1), source = self.cosines, self.source
+        if not -1.0 <= s2 < s1 <= 1.0:
+            raise ValueError(
+                f"S2 = {s2} and S1 = {s1}: a neighbour's cosine lies between them, so S2 must be "
+                f"smaller; S2 = {S2[source]} and S1 = {S1[source]} are the defaults of {source!r}"
+            )
+        if self.farthest > s2:
+            raise ValueError(
+                f"beyond points below S2 = {self.farthest} and neighbours from S2 = {s2} on: what "
+                "lies between would be erased and preserved; choose the beyond points' S2 at most "
+                "as large, or leave it auto"
+            )
+
+    @property
+    def cosines(self) -> tuple[float, float]:
+        """S2 and S1, resolved."""
+        s1 = S1[self.source] if self.s1 is None else self.s1
+        s2 = S2[self.source] if self.s2 is None else self.s2
+        return s2, s1
+
+    @property
+    def farthest(self) -> float:
+        """The cosine below which beyond points lie, resolved."""
+        return self.cosines[0] if self.beyond_s2 is None else self.beyond_s2
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
+
+    rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
+    gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding
+    """
+
+    steps: int = 200
+    rank: int = 4
+    learning_rate: float = 1e-4
+    batch: int = 4
+    seed: int = 0
+    save_every: int = 25
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rank", "batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate = {self.learning_rate}: it must be positive")
