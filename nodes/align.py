@@ -1,29 +1,21 @@
 """LoRA Align: prediction-noise alignment (Sec. 4.3, Eq. 8-9; Alg. 1, l. 25-31)."""
 
-from dataclasses import asdict
-
 import torch
 from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
 from ..realera import pictures
-from ..realera.alignment import Training, align, draw_anchors
-from .comfy_model import ComfyDiffusion, refuse_edited, training
+from ..realera.algorithm import align_erasure
+from ..realera.anchors import draw_anchors
+from ..realera.settings import Training
+from .comfy_model import ComfyDiffusion, training, whole_clone
+from .comfy_patch import refuse_edited
 from .files import state_path
 from .page import to_image
-from .preview import previewer, prompts_of, sketch
+from .preview import previewer, sketch
 from .progress import reporter, tell
-from .schema import (
-    Beyond,
-    Erasure,
-    FoundBeyond,
-    FoundNeighbors,
-    Neighbors,
-    advanced,
-    schema,
-    seed_input,
-)
+from .schema import Erasure, Mining, advanced, schema, seed_input
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,11 +41,12 @@ class LoraAlign(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The original MODEL, not the edited one."),
                 Erasure.Input("erasure", tooltip="From Closed-Form Edit."),
-                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
-                Beyond.Input(
-                    "beyond",
-                    optional=True,
-                    tooltip="From Beyond Sampler; without it Eq. 9 keeps its first term only.",
+                Mining.Input(
+                    "mining",
+                    tooltip=(
+                        "What the erasure was made from. Without Beyond Sampler in it Eq. 9 keeps "
+                        "its first term only."
+                    ),
                 ),
                 io.Latent.Input(
                     "latents",
@@ -65,6 +58,7 @@ class LoraAlign(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps",
+                    optional=True,
                     default=DEFAULTS.steps,
                     min=1,
                     max=100_000,
@@ -72,6 +66,7 @@ class LoraAlign(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "rank",
+                    optional=True,
                     default=DEFAULTS.rank,
                     min=1,
                     max=128,
@@ -79,6 +74,7 @@ class LoraAlign(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
+                    optional=True,
                     default=DEFAULTS.learning_rate,
                     min=1e-7,
                     max=1.0,
@@ -87,6 +83,7 @@ class LoraAlign(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "batch",
+                    optional=True,
                     default=DEFAULTS.batch,
                     min=1,
                     max=64,
@@ -95,6 +92,7 @@ class LoraAlign(io.ComfyNode):
                 advanced(
                     io.Int.Input(
                         "images",
+                        optional=True,
                         default=8,
                         min=1,
                         max=256,
@@ -104,6 +102,7 @@ class LoraAlign(io.ComfyNode):
                 advanced(
                     io.Combo.Input(
                         "precision",
+                        optional=True,
                         options=list(PRECISIONS),
                         default="auto",
                         tooltip=(
@@ -115,6 +114,7 @@ class LoraAlign(io.ComfyNode):
                 advanced(
                     io.Boolean.Input(
                         "gradient_checkpointing",
+                        optional=True,
                         default=DEFAULTS.gradient_checkpointing,
                         tooltip=(
                             "Needs much less memory and up to half more time, for the same LoRA. "
@@ -125,6 +125,7 @@ class LoraAlign(io.ComfyNode):
                 advanced(
                     io.Int.Input(
                         "preview_every",
+                        optional=True,
                         default=25,
                         min=0,
                         max=100_000,
@@ -137,6 +138,7 @@ class LoraAlign(io.ComfyNode):
                 advanced(
                     io.String.Input(
                         "resume",
+                        optional=True,
                         default="",
                         placeholder="name of a saved state",
                         tooltip=(
@@ -151,8 +153,7 @@ class LoraAlign(io.ComfyNode):
                 Erasure.Output(display_name="erasure", tooltip="The erasure with its LoRA."),
                 io.Image.Output(display_name="loss", tooltip="The loss of every step."),
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
@@ -160,18 +161,17 @@ class LoraAlign(io.ComfyNode):
         cls,
         model,
         erasure,
-        neighbors: FoundNeighbors,
-        steps: int,
-        rank: int,
-        learning_rate: float,
-        batch: int,
-        images: int,
-        precision: str,
-        gradient_checkpointing: bool,
-        preview_every: int,
-        resume: str,
-        seed: int,
-        beyond: FoundBeyond | None = None,
+        mining,
+        steps: int = DEFAULTS.steps,
+        rank: int = DEFAULTS.rank,
+        learning_rate: float = DEFAULTS.learning_rate,
+        batch: int = DEFAULTS.batch,
+        images: int = 8,
+        precision: str = "auto",
+        gradient_checkpointing: bool = DEFAULTS.gradient_checkpointing,
+        preview_every: int = 25,
+        resume: str = "",
+        seed: int = DEFAULTS.seed,
         latents: dict | None = None,
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
@@ -183,22 +183,21 @@ class LoraAlign(io.ComfyNode):
             seed,
             gradient_checkpointing=gradient_checkpointing,
         )
-        ring = neighbors.mined.neighborhood
         refuse_edited(model, erasure)
-        model = model.clone()
+        model = whole_clone(model)
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])
-        diffusion = ComfyDiffusion(model, neighbors.text)
+        diffusion, pairs = ComfyDiffusion(model, mining.text), mining.pairs
         if latents is None:
             tell(node, "drawing images of the anchors")
-            anchors = draw_anchors(diffusion, ring, images, seed=seed)
+            anchors = draw_anchors(diffusion, pairs, images, seed=seed)
         else:
             samples = model.model.process_latent_in(latents["samples"])
-            anchors = _by_concept(samples, len(ring.pairs.concepts))
+            anchors = _by_concept(samples, len(pairs.concepts))
 
         losses: dict[int, float] = {}
         report = reporter(node, "aligning")
-        asked, empty = prompts_of(ring.pairs, min(batch, PREVIEWED)), neighbors.text.encode([""])
+        asked, empty = pairs.e.take(pairs.first[: min(batch, PREVIEWED)]), mining.text.encode([""])
         noise = torch.randn(anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
         painter = previewer(model) if preview_every else None
 
@@ -215,20 +214,18 @@ class LoraAlign(io.ComfyNode):
                     preview = painter.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)
 
+        state = state_path(resume) if resume else None
         with training(model):
-            lora = align(
+            aligned = align_erasure(
                 diffusion,
-                ring,
-                beyond and beyond.mined.neighborhood,
-                erasure.edit,
-                erasure.pooled_edit,
-                anchors.clone(),
+                erasure,
+                mining,
                 run,
+                anchors=anchors.clone(),
                 on_step=on_step,
-                state=state_path(resume) if resume else None,
+                state=state,
             )
         picture = to_image(pictures.loss_curve(losses))
-        aligned = erasure.with_lora(lora, asdict(run))
         return io.NodeOutput(aligned, picture, ui={"realera_loss": list(losses.items())})
 
 

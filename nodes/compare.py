@@ -9,11 +9,12 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..realera.concepts import lines
 from ..realera.evaluation import CIFAR10, OBJECT, Clip, clip_classifier
 from ..realera.evaluation import Classifier as Judge
 from ..realera.pictures import grid
-from .comfy_model import ComfyDiffusion, ComfyText
-from .mining import lines
+from .comfy_model import ComfyDiffusion
+from .comfy_text import ComfyText
 from .page import to_image
 from .progress import tell
 from .schema import Classifier, advanced, schema, seed_input
@@ -102,8 +103,7 @@ class Compare(io.ComfyNode):
                 io.Image.Output(display_name="after", tooltip="The second model's images."),
                 io.String.Output(display_name="verdict", tooltip="What the classifier sees."),
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
@@ -145,7 +145,7 @@ class Compare(io.ComfyNode):
             images = [
                 diffusion.decode(
                     diffusion.denoise(
-                        encoding.rows(rows),
+                        encoding.take(rows),
                         negative,
                         noise[rows],
                         steps,

@@ -3,26 +3,16 @@
 from dataclasses import replace
 
 import comfyui_version
-import torch
 from comfy_api.latest import io
 
 from ..realera import pictures
-from ..realera.algorithm import Mining, Settings, erase, outreach
+from ..realera.algorithm import erase, outreach
 from ..realera.erasure import Erasure as ErasureOf
-from ..realera.mining import mine_beyond, preserving
-from .comfy_model import apply_erasure
+from ..realera.settings import Settings
+from .comfy_patch import apply_erasure
 from .page import to_image
-from .progress import tell
-from .schema import (
-    Beyond,
-    Erasure,
-    FoundBeyond,
-    FoundNeighbors,
-    Neighbors,
-    advanced,
-    schema,
-    strength_input,
-)
+from .progress import reporter, tell
+from .schema import Erasure, Mining, advanced, schema, strength_input
 
 DEFAULTS = Settings()
 
@@ -41,15 +31,14 @@ class ClosedFormEdit(io.ComfyNode):
             search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to forget; it stays as it is."),
-                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
-                Beyond.Input(
-                    "beyond",
-                    optional=True,
-                    tooltip="From Beyond Sampler: what is to keep its meaning.",
+                Mining.Input(
+                    "mining",
+                    tooltip="From Neighbor Sampler, or from Beyond Sampler after it.",
                 ),
                 advanced(
                     io.Float.Input(
                         "lambda1",
+                        optional=True,
                         display_name="λ1",
                         default=DEFAULTS.lambda1,
                         min=0.0,
@@ -61,6 +50,7 @@ class ClosedFormEdit(io.ComfyNode):
                 advanced(
                     io.Float.Input(
                         "lambda2",
+                        optional=True,
                         display_name="λ2",
                         default=DEFAULTS.lambda2,
                         min=1e-6,
@@ -72,6 +62,7 @@ class ClosedFormEdit(io.ComfyNode):
                 advanced(
                     io.Boolean.Input(
                         "bank",
+                        optional=True,
                         display_name="keep everyday things",
                         default=DEFAULTS.bank,
                         tooltip=(
@@ -90,35 +81,28 @@ class ClosedFormEdit(io.ComfyNode):
                 ),
                 io.String.Output(display_name="scope_text", tooltip="The same as text."),
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
     def execute(
         cls,
         model,
-        neighbors: FoundNeighbors,
-        lambda1: float,
-        lambda2: float,
-        bank: bool,
-        beyond: FoundBeyond | None = None,
+        mining,
+        lambda1: float = DEFAULTS.lambda1,
+        lambda2: float = DEFAULTS.lambda2,
+        bank: bool = DEFAULTS.bank,
     ) -> io.NodeOutput:
-        tell(cls.hidden.unique_id, "solving Eq. 7")
-        text, ring = neighbors.text, neighbors.mined.neighborhood
-        found = beyond or FoundBeyond(
-            preserving(mine_beyond(ring, 0, torch.Generator()), text, ()),
-            replace(neighbors.settings, beyond=0),
+        node = cls.hidden.unique_id
+        settings = replace(mining.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
+        source = {"comfyui": comfyui_version.__version__}
+        erasure = erase(
+            replace(mining, settings=settings), source, reporter(node, "reading everyday prompts")
         )
-        settings = replace(found.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
-        kept = neighbors.bank if bank else None
-        mining = Mining(ring.pairs, ring, neighbors.mined, found.mined, kept)
-        erasure = erase(mining, settings, {"comfyui": comfyui_version.__version__})
         edited = apply_erasure(model, erasure)
-        tell(cls.hidden.unique_id, "looking at what goes with the concept")
-        reaches = outreach(text, erasure, mining)
+        reaches = outreach(erasure, mining)
         gone = sum(reach.toward >= 0.5 for reach in reaches)
-        tell(cls.hidden.unique_id, f"{gone} words go more than half the way to the anchor")
+        tell(node, f"{gone} words go more than half the way to the anchor")
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
@@ -163,7 +147,9 @@ class ApplyErasure(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, erasure, edit_strength: float, lora_strength: float) -> io.NodeOutput:
+    def execute(
+        cls, model, erasure, edit_strength: float = 1.0, lora_strength: float = 1.0
+    ) -> io.NodeOutput:
         return io.NodeOutput(apply_erasure(model, erasure, edit_strength, lora_strength))
 
 

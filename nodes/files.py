@@ -1,21 +1,15 @@
 """Save Erasure, Load Erasure and Save Erased Checkpoint: files in ComfyUI's own folders only."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
 
 from ..realera import miniature
-from ..realera.checkpoints import lora_tensors, write_checkpoint
-from ..realera.diffusion import projections
-from ..realera.erasure import POOLED
-from ..realera.erasure import Erasure as ErasureOf
-from ..realera.files import write_tensors, writing
-from .comfy_model import refuse_edited, weights_of
+from ..realera.checkpoints import save_lora, write_checkpoint
+from ..realera.erasure_file import load_erasure, save_erasure
+from .comfy_patch import lora_weights
 from .progress import tell
 from .schema import BUNDLED, Erasure, advanced, schema, strength_input
 
@@ -118,11 +112,11 @@ class SaveErasure(io.ComfyNode):
                     "switch 'lora' off"
                 )
             path = new_path("loras", filename)
-            _write_lora(path, model, erasure, tolerance)
+            save_lora(lora_weights(model, erasure), erasure, path, tolerance)
             lora_name = _listed("loras", path)
         if erasure_file:
             path = new_path(FOLDER, filename)
-            erasure.save(path)
+            save_erasure(erasure, path)
             erasure_name = _listed(FOLDER, path)
         names = [name for name in (lora_name, erasure_name) if name]
         if not names:
@@ -156,7 +150,7 @@ class LoadErasure(io.ComfyNode):
     @classmethod
     def execute(cls, erasure_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, erasure_name)
-        return io.NodeOutput(ErasureOf.load(path))
+        return io.NodeOutput(load_erasure(path))
 
 
 class SaveErasedCheckpoint(io.ComfyNode):
@@ -194,8 +188,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
                     display_name="checkpoint_name", tooltip="The new file, as loaders list it."
                 )
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
@@ -220,20 +213,6 @@ def checkpoint_path(name: str) -> Path:
     if name == BUNDLED:
         return miniature.CHECKPOINT
     return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
-
-
-def _write_lora(path: Path, model: Any, erasure: ErasureOf, tolerance: float) -> None:
-    refuse_edited(model, erasure)
-    names = list(projections(model.model.diffusion_model))
-    if erasure.pooled_edit is not None:
-        names.append(POOLED)
-    stored = model.model.get_dtype()
-    dtype = torch.float16 if stored.itemsize == 1 else stored
-    weights = {name: weight.to(dtype) for name, weight in weights_of(model, names).items()}
-    tensors, _ = lora_tensors(weights, erasure, tolerance)
-    metadata = {"format": "pt", "realera": json.dumps(erasure.provenance)}
-    with writing(path) as part:
-        write_tensors(part, tensors, metadata)
 
 
 def _listed(folder: str, path: Path) -> str:

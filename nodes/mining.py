@@ -1,50 +1,35 @@
 """Neighbor Sampler and Beyond Sampler (Sec. 4.1-4.2; Alg. 1, l. 4-22)."""
 
-from dataclasses import replace
-
-import torch
 from comfy_api.latest import io
 
 from ..realera import pictures
-from ..realera.algorithm import Settings
-from ..realera.bank import encode_bank, spare_concepts
-from ..realera.concepts import TEMPLATES, encode_pairs, parse_concepts
-from ..realera.mining import SOURCES, mine_beyond, mine_neighbors, preserving, words_of
-from .comfy_model import ComfyText
+from ..realera.algorithm import mine_beyond, mine_neighbors
+from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
+from ..realera.settings import SOURCES, Settings
+from ..realera.words import WordRing
+from .comfy_text import ComfyText
 from .page import geometry, to_image
 from .progress import reporter, tell
-from .schema import Beyond, FoundBeyond, FoundNeighbors, Neighbors, advanced, schema, seed_input
+from .schema import (
+    AUTO_COSINE,
+    AUTO_DISTANCE,
+    AUTO_SEED,
+    Mining,
+    advanced,
+    auto_input,
+    schema,
+    seed_input,
+)
 
-AUTO_COSINE = -1.0
-AUTO_DISTANCE = 0.0
+DEFAULTS = Settings()
 
 
 def cosine_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
-    return advanced(
-        io.Float.Input(
-            name,
-            display_name=display_name,
-            default=AUTO_COSINE,
-            min=-1.0,
-            max=1.0,
-            step=0.01,
-            tooltip=tooltip,
-        )
-    )
+    return auto_input(name, display_name, tooltip, AUTO_COSINE, 1.0, 0.01)
 
 
 def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
-    return advanced(
-        io.Float.Input(
-            name,
-            display_name=display_name,
-            default=AUTO_DISTANCE,
-            min=0.0,
-            max=1000.0,
-            step=0.1,
-            tooltip=tooltip,
-        )
-    )
+    return auto_input(name, display_name, tooltip, AUTO_DISTANCE, 1000.0, 0.1)
 
 
 class NeighborSampler(io.ComfyNode):
@@ -63,7 +48,7 @@ class NeighborSampler(io.ComfyNode):
                 io.String.Input(
                     "concepts",
                     multiline=True,
-                    default="airplane -> ground",
+                    default="airplane -> tree",
                     tooltip=(
                         "One 'concept -> anchor' a line: what to erase, and what to draw in its "
                         "place. Choose an anchor that the model draws surely and that is as wide "
@@ -74,7 +59,8 @@ class NeighborSampler(io.ComfyNode):
                 io.Combo.Input(
                     "source",
                     options=list(SOURCES),
-                    default="vocabulary",
+                    default=DEFAULTS.source,
+                    optional=True,
                     tooltip=(
                         "Where neighbours come from. vocabulary: real words near the concept, "
                         "which you can read and strike out. bank: steps towards everyday prompts. "
@@ -84,7 +70,8 @@ class NeighborSampler(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     display_name="M",
-                    default=64,
+                    default=DEFAULTS.neighbors,
+                    optional=True,
                     min=0,
                     max=1000,
                     tooltip=(
@@ -95,6 +82,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 io.String.Input(
                     "leave_out",
+                    optional=True,
                     multiline=True,
                     default="",
                     placeholder="words to leave out, for example: rocket, bird",
@@ -106,6 +94,7 @@ class NeighborSampler(io.ComfyNode):
                 advanced(
                     io.String.Input(
                         "templates",
+                        optional=True,
                         multiline=True,
                         default="\n".join(TEMPLATES),
                         tooltip="The prompts that name the concept, one a line; {} is its place.",
@@ -153,12 +142,11 @@ class NeighborSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Neighbors.Output(display_name="neighbors", tooltip="For the nodes that follow."),
+                Mining.Output(display_name="mining", tooltip="For the nodes that follow."),
                 io.Image.Output(display_name="geometry", tooltip="The neighbourhood as a picture."),
                 io.String.Output(display_name="words", tooltip="The mined words, nearest first."),
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
@@ -166,22 +154,18 @@ class NeighborSampler(io.ComfyNode):
         cls,
         clip,
         concepts: str,
-        source: str,
-        count: int,
-        leave_out: str,
-        templates: str,
-        s1: float,
-        s2: float,
-        d1: float,
-        d1_anchor: float,
-        seed: int,
+        source: str = DEFAULTS.source,
+        count: int = DEFAULTS.neighbors,
+        leave_out: str = "",
+        templates: str = "\n".join(TEMPLATES),
+        s1: float = AUTO_COSINE,
+        s2: float = AUTO_COSINE,
+        d1: float = AUTO_DISTANCE,
+        d1_anchor: float = AUTO_DISTANCE,
+        seed: int = DEFAULTS.seed,
         words: str = "",
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        text = ComfyText(clip)
-        pairs = encode_pairs(text, parse_concepts(concepts, lines(templates)))
-        bank = encode_bank(text, progress=reporter(node, "reading everyday prompts"))
-        tell(node, "mining neighbours")
         settings = Settings(
             source=source,
             neighbors=count,
@@ -190,19 +174,17 @@ class NeighborSampler(io.ComfyNode):
             d1=d1 or None,
             d1_anchor=d1_anchor or None,
             words=tuple(lines(words)),
-            exclude=tuple(lines(leave_out.replace(",", "\n"))),
+            exclude=tuple(listed(leave_out)),
             seed=seed,
         )
-        spared = spare_concepts(bank, text, pairs, settings.bank_limit)
-        ring = settings.ring(pairs, text, spared, reporter(node, "comparing words"))
-        generator = torch.Generator().manual_seed(seed)
-        mined, nothing = mine_neighbors(ring, count, generator), mine_beyond(ring, 0, generator)
-        picture = to_image(pictures.geometry(mined, nothing))
-        listed = "\n".join(f"{w} {c:.2f}" for w, c, inside in words_of(ring, mined) if inside)
-        tell(node, f"{len(mined.prompt)} neighbours")
-        shown = {"realera_geometry": [geometry(ring, mined, nothing)]}
-        found = FoundNeighbors(mined, text, spared, settings)
-        return io.NodeOutput(found, picture, listed, ui=shown)
+        asked = parse_concepts(concepts, lines(templates))
+        mining = mine_neighbors(ComfyText(clip), asked, settings, reporter(node, "mining"))
+        ring = mining.ring
+        named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
+        told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
+        tell(node, f"{len(mining.neighbors.pair)} neighbours")
+        picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
+        return io.NodeOutput(mining, picture, told, ui={"realera_geometry": [geometry(mining)]})
 
 
 class BeyondSampler(io.ComfyNode):
@@ -217,11 +199,12 @@ class BeyondSampler(io.ComfyNode):
             ),
             search_aliases=["preserve concept", "regularisation", "specificity", "beyond"],
             inputs=[
-                Neighbors.Input("neighbors", tooltip="From Neighbor Sampler."),
+                Mining.Input("mining", tooltip="From Neighbor Sampler."),
                 io.Int.Input(
                     "count",
                     display_name="N",
-                    default=16,
+                    default=DEFAULTS.beyond,
+                    optional=True,
                     min=0,
                     max=1000,
                     tooltip=(
@@ -231,6 +214,7 @@ class BeyondSampler(io.ComfyNode):
                 ),
                 io.String.Input(
                     "preserve",
+                    optional=True,
                     multiline=True,
                     default="",
                     placeholder="prompts to preserve, one a line",
@@ -242,8 +226,8 @@ class BeyondSampler(io.ComfyNode):
                 cosine_input(
                     "s2",
                     "S2",
-                    "Beyond points have a smaller cosine with the concept than this. -1: "
-                    "as in Neighbor Sampler.",
+                    "Beyond points have a smaller cosine with the concept than this, at most "
+                    "Neighbor Sampler's S2. -1: as in Neighbor Sampler.",
                 ),
                 distance_input(
                     "d2",
@@ -251,37 +235,37 @@ class BeyondSampler(io.ComfyNode):
                     "The longest step from the concept to a beyond point. 0: where the "
                     "cosine falls to 0.",
                 ),
-                seed_input("The same seed draws the same points.", 1),
+                seed_input(
+                    "The same seed draws the same points. -1: go on with Neighbor Sampler's draws, "
+                    "as the command line does.",
+                    AUTO_SEED,
+                ),
             ],
             outputs=[
-                Beyond.Output(display_name="beyond", tooltip="For the nodes that follow."),
+                Mining.Output(display_name="mining", tooltip="For the nodes that follow."),
                 io.Image.Output(display_name="geometry", tooltip="Neighbours and beyond points."),
             ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            view=True,
         )
 
     @classmethod
     def execute(
-        cls, neighbors: FoundNeighbors, count: int, preserve: str, s2: float, d2: float, seed: int
+        cls,
+        mining,
+        count: int = DEFAULTS.beyond,
+        preserve: str = "",
+        s2: float = AUTO_COSINE,
+        d2: float = AUTO_DISTANCE,
+        seed: int = AUTO_SEED,
     ) -> io.NodeOutput:
-        ring = neighbors.mined.neighborhood
-        settings = replace(
-            neighbors.settings,
+        mining = mine_beyond(
+            mining,
+            reporter(cls.hidden.unique_id, "mining"),
             beyond=count,
             preserve=tuple(lines(preserve)),
-            s2=neighbors.settings.s2 if s2 == AUTO_COSINE else s2,
+            beyond_s2=None if s2 == AUTO_COSINE else s2,
             d2=d2 or None,
+            beyond_seed=None if seed == AUTO_SEED else seed,
         )
-        if (settings.s2, settings.d2) != (neighbors.settings.s2, None):
-            ring = settings.ring(ring.pairs, neighbors.text, neighbors.bank)
-        mined = mine_beyond(ring, count, torch.Generator().manual_seed(seed))
-        mined = preserving(mined, neighbors.text, settings.preserve)
-        picture = to_image(pictures.geometry(neighbors.mined, mined))
-        shown = {"realera_geometry": [geometry(ring, neighbors.mined, mined)]}
-        return io.NodeOutput(FoundBeyond(mined, settings), picture, ui=shown)
-
-
-def lines(text: str) -> list[str]:
-    """The lines of a widget that hold something."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        picture = to_image(pictures.geometry(mining.ring, mining.neighbors, mining.beyond))
+        return io.NodeOutput(mining, picture, ui={"realera_geometry": [geometry(mining)]})

@@ -7,7 +7,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..realera.mining import Mined, Neighborhood, words_of
+from ..realera.algorithm import Mining
+from ..realera.models import CONTEXT
+from ..realera.pairs import Mined
+from ..realera.ring import NoiseRing
+from ..realera.words import WordRing
 
 
 def to_image(picture: Image) -> Tensor:
@@ -15,37 +19,40 @@ def to_image(picture: Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def geometry(ring: Neighborhood, neighbors: Mined, beyond: Mined) -> dict[str, Any]:
-    """The rings and the points of a neighbourhood, as JSON."""
-    radius = (ring.pairs.context - ring.centre).norm(dim=-1)[ring.pairs.span].mean()
-    return {
-        "source": ring.source,
-        "concepts": [[concept.name, concept.anchor] for concept in ring.pairs.concepts],
-        "radius": float(radius),
+def geometry(mining: Mining) -> dict[str, Any]:
+    """The rings and the points or words of a neighbourhood, as JSON."""
+    ring, pairs, settings = mining.ring, mining.pairs, mining.settings
+    told: dict[str, Any] = {
+        "source": settings.source,
+        "concepts": [[concept.name, concept.anchor] for concept in pairs.concepts],
         "s1": ring.s1,
         "s2": ring.s2,
-        "d1": ring.d1,
-        "d2": ring.d2,
-        "words": [[w, round(cosine, 3), mined] for w, cosine, mined in words_of(ring, neighbors)],
-        "exclude": list(ring.exclude),
-        "neighbors": _points(neighbors),
-        "beyond": _points(beyond),
+        "words": [],
+        "exclude": list(settings.exclude),
+        "neighbors": [],
+        "beyond": [],
     }
+    if isinstance(ring, WordRing):
+        told["words"] = [[w, round(cosine, 3), m] for w, cosine, m in ring.listed(mining.neighbors)]
+    elif isinstance(ring, NoiseRing):
+        shell, e = ring.shells[CONTEXT], pairs.e[CONTEXT]
+        radius = (e - shell.centre).norm(dim=-1)[pairs.span[CONTEXT]].mean()
+        told |= {"radius": float(radius), "d1": shell.d1, "d2": shell.d2}
+        told["neighbors"] = _points(ring, mining.neighbors)
+        told["beyond"] = _points(ring, mining.beyond)
+    return told
 
 
-def _points(mined: Mined) -> list[list[float]]:
+def _points(ring: NoiseRing, mined: Mined) -> list[list[float]]:
     """Each draw in the plane of its concept: its step along e and across it, mean over the span."""
-    ring = mined.neighborhood
-    if ring.words is not None:
-        return []
-    points = []
-    for row, prompt in enumerate(mined.prompt.tolist()):
-        if prompt < 0:  # a prompt to preserve, which no concept was the start of
+    centre, points = ring.shells[CONTEXT].centre, []
+    for row, pair in enumerate(mined.pair.tolist()):
+        if pair < 0:  # a prompt to preserve, which no concept was the start of
             continue
-        span = mined.span[row]
-        own = ring.pairs.context[prompt][span]
-        e = torch.nn.functional.normalize(own - ring.centre[span], dim=-1)
-        step = mined.context[row][span] - own
+        span = mined.span[CONTEXT][row]
+        own = ring.pairs.e[CONTEXT][pair][span]
+        e = torch.nn.functional.normalize(own - centre[span], dim=-1)
+        step = mined.e[CONTEXT][row][span] - own
         along = (step * e).sum(-1)
         across = (step.square().sum(-1) - along.square()).clamp(min=0).sqrt()
         points.append([round(float(along.mean()), 3), round(float(across.mean()), 3)])

@@ -5,13 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..realera.algorithm import Settings
-from ..realera.bank import Bank
-from ..realera.mining import Mined
-from .comfy_model import ComfyText
-
-Neighbors = io.Custom("REALERA_NEIGHBORS")
-Beyond = io.Custom("REALERA_BEYOND")
+Mining = io.Custom("REALERA_MINING")
 Erasure = io.Custom("REALERA_ERASURE")
 Classifier = io.Custom("REALERA_CLASSIFIER")
 
@@ -19,31 +13,15 @@ CATEGORY = "RealEra"
 BUNDLED = "bundled"  # the entry of a checkpoint list that stands for the bundled model
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundNeighbors:
-    """On the NEIGHBORS wire: the mined rows, the text side they were mined with, and how.
+def schema(search_aliases: list[str], view: bool = False, **fields: Any) -> io.Schema:
+    """A node's schema in our category; the Oct 2025 release has no search aliases yet.
 
-    bank: everyday prompts without those that mean what is to be erased
+    view: the node shows what it found, also when nothing is connected to it
     """
-
-    mined: Mined
-    text: ComfyText
-    bank: Bank
-    settings: Settings
-
-
-@dataclasses.dataclass(frozen=True)
-class FoundBeyond:
-    """On the BEYOND wire: the mined rows and the prompts to preserve, and how they were found."""
-
-    mined: Mined
-    settings: Settings
-
-
-def schema(search_aliases: list[str], **fields: Any) -> io.Schema:
-    """A node's schema in our category; the Oct 2025 release has no search aliases yet."""
     if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
         fields["search_aliases"] = search_aliases
+    if view:
+        fields |= {"hidden": [io.Hidden.unique_id], "is_output_node": True}
     return io.Schema(category=CATEGORY, **fields)
 
 
@@ -53,19 +31,43 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     return widget
 
 
+AUTO_COSINE, AUTO_DISTANCE, AUTO_SEED = -1.0, 0.0, -1  # what a widget says for None
+
+
+def auto_input(
+    name: str, display_name: str, tooltip: str, auto: float, most: float, step: float
+) -> io.WidgetInput:
+    """A number that is chosen for the user where the widget holds `auto`, the least it can."""
+    return advanced(
+        io.Float.Input(
+            name,
+            display_name=display_name,
+            default=auto,
+            min=auto,
+            max=most,
+            step=step,
+            tooltip=tooltip,
+            optional=True,
+        )
+    )
+
+
 def strength_input(name: str, tooltip: str) -> io.Float.Input:
     """How much of one part of an erasure is applied."""
-    return io.Float.Input(name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=tooltip)
+    return io.Float.Input(
+        name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=tooltip, optional=True
+    )
 
 
-def seed_input(tooltip: str, default: int = 0) -> io.Int.Input:
+def seed_input(tooltip: str, least: int = 0) -> io.Int.Input:
     """A seed that stays what it is from run to run, so that nothing is mined or trained twice."""
     seed = io.Int.Input(
         "seed",
-        default=default,
-        min=0,
+        default=least,
+        min=least,
         max=2**31 - 1,
         control_after_generate=False,
         tooltip=tooltip,
+        optional=True,
     )
     return advanced(seed)

@@ -25,7 +25,9 @@ from .spans import refuse_long
 from .words import WordRing, word_ring
 
 CANDIDATES = 256  # bank prompts to step towards
-# What the closed form reads of the settings; all others decide what is mined.
+DEFAULTS = Settings()
+# What is said of beyond points, and what the closed form reads; all others are of the neighbours.
+BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
 SOLVED = ("lambda1", "lambda2", "pair_weight", "bank", "bank_limit")
 
 Progress = Callable[[int, int], None]
@@ -63,7 +65,7 @@ def mine(
 ) -> Mining:
     """Alg. 1, l. 1-23. progress is called with (done, in all) of each of its long parts."""
     mining = mine_neighbors(text, concepts, settings, progress)
-    return mine_beyond(mining, settings, progress)
+    return mine_beyond(mining, progress, **{name: getattr(settings, name) for name in BEYOND})
 
 
 def mine_neighbors(
@@ -76,7 +78,8 @@ def mine_neighbors(
     pairs = encode_pairs(text, concepts)
     for word in settings.exclude:
         _refuse_named(pairs, word, "the word to leave out")
-    settings = replace(settings, beyond=0, beyond_s2=None, d2=None, beyond_seed=None, preserve=())
+    defaults = {name: getattr(DEFAULTS, name) for name in BEYOND}
+    settings = replace(settings, **{**defaults, "beyond": 0})
     ring = _ring(text, pairs, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed)
     neighbors = ring.neighbors(settings.neighbors, generator)
@@ -87,15 +90,14 @@ def mine_neighbors(
     )
 
 
-def mine_beyond(mining: Mining, settings: Settings, progress: Progress = quiet) -> Mining:
+def mine_beyond(mining: Mining, progress: Progress = quiet, **beyond: Any) -> Mining:
     """Alg. 1, l. 13-23: with beyond points and the prompts to preserve.
 
-    settings: `beyond`, `beyond_s2`, `d2`, `beyond_seed` and `preserve` of them; the others are
-    those of the mining. Raises ValueError for a prompt that names a concept to be erased or that
-    the encoder cuts off.
+    beyond: those of the settings that BEYOND names; the others are the mining's. Raises ValueError
+    for a prompt that names a concept to be erased or that the encoder cuts off.
     """
-    added = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
-    settings = replace(mining.settings, **{name: getattr(settings, name) for name in added})
+    defaults = {name: getattr(DEFAULTS, name) for name in BEYOND}
+    settings = replace(mining.settings, **{**defaults, **beyond})
     ring, pairs = mining.ring, mining.pairs
     if (settings.beyond_s2, settings.d2) != (None, None):
         ring = _ring(mining.text, pairs, settings, progress)
@@ -104,8 +106,8 @@ def mine_beyond(mining: Mining, settings: Settings, progress: Progress = quiet) 
         generator.set_state(mining.drawn)
     else:
         generator.manual_seed(settings.beyond_seed)
-    beyond = _preserving(ring.beyond(settings.beyond, generator), mining.text, pairs, settings)
-    return replace(mining, ring=ring, beyond=beyond, settings=settings)
+    far = _preserving(ring.beyond(settings.beyond, generator), mining.text, pairs, settings)
+    return replace(mining, ring=ring, beyond=far, settings=settings)
 
 
 def erase(

@@ -53,17 +53,17 @@ class Erasure:
         provenance = {**self.provenance, "training": dict(training)}
         return replace(self, lora=joined(self.lora, lora), provenance=provenance)
 
-    def reads(self, name: str, weight: Tensor) -> Edit | None:
-        """T of what this layer, a weight [out, in], reads, or None where it stays.
+    def reads(self, name: str, columns: int) -> Edit | None:
+        """T of what this layer of so many columns reads, or None where it stays.
 
         Raises ValueError when it misfits.
         """
         kind = kind_of(name)
         edit = None if kind is None else self.edits.get(kind.stream)
-        if kind is not None and edit is not None and not kind.fits(weight.shape[1], edit.dim):
+        if kind is not None and edit is not None and not kind.fits(columns, edit.dim):
             raise ValueError(
                 f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
-                f"{weight.shape[1]}: use a checkpoint of the erasure's own family"
+                f"{columns}: use a checkpoint of the erasure's own family"
             )
         return edit
 
@@ -72,31 +72,11 @@ class Erasure:
     ) -> Tensor:
         """The weight [out, in] of the layer with this canonical name after the erasure.
 
-        W_org (I + s (T - I)) + s' B A, computed in float32 and rounded once to the weight's dtype.
-        Raises ValueError when the erasure does not fit the layer, when the weight is not finite
-        before, and when it is not after.
+        As `erased_weight`; raises ValueError, too, when the erasure does not fit the layer.
         """
-        edit, full = self.reads(name, weight), weight.float()
-        if edit is not None:
-            edited = edit.on_weight(full[:, : edit.dim], edit_strength)
-            full = torch.cat([edited, full[:, edit.dim :]], dim=1)
-        if name in self.lora:
-            a, b = (factor.to(full) for factor in self.lora[name])
-            if (len(b), a.shape[1]) != tuple(full.shape):
-                raise ValueError(
-                    f"the LoRA of {name} is {len(b)} x {a.shape[1]} and the layer "
-                    f"{full.shape[0]} x {full.shape[1]}: use a checkpoint of its own family"
-                )
-            full = full + lora_strength * (b @ a)
-        rounded = full.to(weight.dtype)
-        if not rounded.float().isfinite().all():
-            if not weight.float().isfinite().all():
-                raise ValueError(
-                    f"{name} holds numbers that are not finite before anything is erased: the "
-                    "model is broken, get it again"
-                )
-            raise ValueError(f"{name} would not be finite in {weight.dtype}: the erasure is broken")
-        return rounded
+        edit = self.reads(name, weight.shape[1])
+        lora = self.lora.get(name)
+        return erased_weight(name, weight, edit, lora, edit_strength, lora_strength)
 
     @staticmethod
     def merge(erasures: Sequence["Erasure"]) -> "Erasure":
@@ -132,6 +112,42 @@ class Erasure:
         provenance = {"merged": [one.provenance for one in erasures]}
         merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance)
         return replace(merged, lora=lora)
+
+
+def erased_weight(
+    name: str,
+    weight: Tensor,
+    edit: Edit | None,
+    lora: tuple[Tensor, Tensor] | None,
+    edit_strength: float = 1.0,
+    lora_strength: float = 1.0,
+) -> Tensor:
+    """W_org (I + s (T - I)) + s' B A of a layer [out, in], T in its first columns.
+
+    Computed in float32 and rounded once to the weight's dtype. Raises ValueError when the LoRA does
+    not fit, when the weight is not finite before, and when it is not after.
+    """
+    full = weight.float()
+    if edit is not None:
+        edited = edit.on_weight(full[:, : edit.dim], edit_strength)
+        full = torch.cat([edited, full[:, edit.dim :]], dim=1)
+    if lora is not None:
+        a, b = (factor.to(full) for factor in lora)
+        if (len(b), a.shape[1]) != tuple(full.shape):
+            raise ValueError(
+                f"the LoRA of {name} is {len(b)} x {a.shape[1]} and the layer {full.shape[0]} x "
+                f"{full.shape[1]}: use a checkpoint of its own family"
+            )
+        full = full + lora_strength * (b @ a)
+    rounded = full.to(weight.dtype)
+    if not rounded.float().isfinite().all():
+        if not weight.float().isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite before anything is erased: the model is "
+                "broken, get it again"
+            )
+        raise ValueError(f"{name} would not be finite in {weight.dtype}: the erasure is broken")
+    return rounded
 
 
 def joined(lora: Lora, other: Lora) -> Lora:

@@ -1,0 +1,116 @@
+"""An erasure on a MODEL: W <- W T + B A (Alg. 1, l. 31), as patches among a MODEL's others."""
+
+from typing import Any
+
+import comfy.lora
+import comfy.weight_adapter
+import torch
+from torch import Tensor
+
+from ..realera.closed_form import Edit
+from ..realera.erasure import Erasure, changed, concepts_of, erased_weight
+
+
+class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
+    """The erasure of one weight, as a ModelPatcher patch.
+
+    ComfyUI runs the patches of a weight in the order they were added and on the device of the
+    moment, so W is the weight of the MODEL that was given: its own, with the LoRAs that came
+    before; a LoRA added later acts on top. Where it loads weights dynamically, it makes the patch
+    anew from (loaded_keys, weights) with the tensors moved: all that the patch needs is in them.
+
+    weights: canonical layer name, names of the concepts, T or None, its strength, the LoRA's A and
+        B or None, its strength
+    """
+
+    name = "realera"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @property
+    def concepts(self) -> set[str]:
+        return set(self.weights[1])
+
+    @property
+    def matrix(self) -> Tensor | None:
+        return self.weights[2]
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Any,
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:
+        layer, _, matrix, edit_strength, a, b, lora_strength = self.weights
+        edit = None if matrix is None else Edit(matrix)
+        lora = None if a is None else (a, b)
+        full = weight.float()  # half precision would be rounded twice
+        erased = erased_weight(layer, full, edit, lora, edit_strength, lora_strength)
+        return (full + function(strength * (erased - full))).to(weight.dtype)
+
+
+def apply_erasure(
+    model: Any, erasure: Erasure, edit_strength: float = 1.0, lora_strength: float = 1.0
+) -> Any:
+    """A clone of the MODEL with the erasure as patches; the MODEL itself is left as it is.
+
+    Raises ValueError when the erasure was made for a model of another family, or is on it already.
+    """
+    refuse_edited(model, erasure)
+    concepts, patches = sorted(_names(erasure)), {}
+    for name, reader in changed(erasure, model.model.diffusion_model).items():
+        edit = erasure.reads(name, reader.layer.weight.shape[1])
+        matrix = None if edit is None else edit.matrix
+        a, b = erasure.lora.get(name, (None, None))
+        weights = (name, concepts, matrix, edit_strength, a, b, lora_strength)
+        patches[f"diffusion_model.{reader.path}.weight"] = ErasurePatch(set(), weights)
+    erased = model.clone()
+    erased.add_patches(patches)
+    return erased
+
+
+def refuse_edited(model: Any, erasure: Erasure) -> None:
+    """Raises ValueError when the MODEL carries this erasure, or one of a same concept, already."""
+    names, matrices = _names(erasure), [edit.matrix for edit in erasure.edits.values()]
+    for patches in model.patches.values():
+        for patch in (part for entry in patches for part in entry):
+            if not isinstance(patch, ErasurePatch):
+                continue
+            same = any(
+                patch.matrix is matrix
+                or (patch.matrix.shape == matrix.shape and torch.equal(patch.matrix, matrix))
+                for matrix in matrices
+                if patch.matrix is not None
+            )
+            twice = ", ".join(sorted(patch.concepts & names))
+            if same or twice:
+                raise ValueError(
+                    f"this MODEL has an erasure of {twice or 'the same'} on it already, and would "
+                    "be erased twice: connect the original MODEL, as Closed-Form Edit got it"
+                )
+
+
+def _names(erasure: Erasure) -> set[str]:
+    return {concept.name.casefold() for concept in concepts_of(erasure)}
+
+
+def lora_weights(model: Any, erasure: Erasure) -> dict[str, Tensor]:
+    """The weights that a LoRA file of the erasure is made of, by canonical name: those of the
+    MODEL with the LoRAs that it carries, in the type that it is stored in."""
+    refuse_edited(model, erasure)
+    stored = model.model.get_dtype()
+    dtype = torch.float16 if stored.itemsize == 1 else stored
+    patches = model.get_key_patches("diffusion_model.")
+    weights = {}
+    for name, reader in changed(erasure, model.model.diffusion_model).items():
+        key = f"diffusion_model.{reader.path}.weight"
+        (weight, convert), *added = patches[key]
+        own = convert(weight.detach().to("cpu", torch.float32, copy=True), inplace=True)
+        weights[name] = comfy.lora.calculate_weight(added, own, key).to(dtype)
+    return weights

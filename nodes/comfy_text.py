@@ -1,0 +1,142 @@
+"""A CLIP as the core's TextEncoder (`realera/models.py`)."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ..realera.files import raw_bytes
+from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, last_rows, whole_words
+from ..realera.spans import summaries
+
+ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
+SYNTAX = ("\\(", "\\)", "embedding:")  # what ComfyUI's tokenizer does not read as plain text
+PLAIN = {"disable_weights": True}  # (brackets) are letters
+
+
+class ComfyText:
+    """A CLIP with its LoRAs and its clip skip."""
+
+    def __init__(self, clip: Any) -> None:
+        if set(clip.tokenize("")) not in ENCODERS:
+            raise ValueError(
+                "this text encoder belongs to another kind of model: RealEra reads SD 1.x, SD 2.x "
+                "and SDXL, inpainting variants included; connect the CLIP of such a checkpoint"
+            )
+        self.clip = clip
+
+    @property
+    def _tokenizer(self) -> Any:
+        """ComfyUI's tokenizer of the first encoder."""
+        tokenizer = self.clip.tokenizer
+        return getattr(tokenizer, getattr(tokenizer, "clip", "clip_l"), None)
+
+    @property
+    def length(self) -> int:
+        return int(self._tokenizer.max_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
+        digest, patched = hashlib.blake2b(repr(self.clip.layer_idx).encode(), digest_size=16), False
+        for key, (weight, *patches) in sorted(self.clip.get_key_patches().items()):
+            digest.update(key.encode())
+            digest.update(raw_bytes(weight[0]))
+            patched = patched or bool(patches)
+        if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
+            for rows in self.encode(["a photo of a dog"]).values():
+                digest.update(raw_bytes(rows))
+        vocabulary = self._tokenizer.tokenizer.get_vocab()
+        digest.update(repr(sorted(vocabulary.items())).encode())
+        return digest.hexdigest()
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids with start and end-of-text, as `encode` reads them, of any length.
+
+        A vector of a textual inversion has a number of its own, below 0.
+        """
+        plain = [prompt for prompt in prompts if not any(mark in prompt for mark in SYNTAX)]
+        ids = self._tokenizer.tokenizer(plain)["input_ids"] if plain else []
+        known = dict(zip(plain, ids, strict=True))
+        return [known.get(prompt) or self._read(prompt) for prompt in prompts]
+
+    def _read(self, prompt: str) -> list[int]:
+        """The ids of a prompt in ComfyUI's syntax."""
+        sections = next(iter(self.clip.tokenize(prompt, return_word_ids=True, **PLAIN).values()))
+        tokens = [token for section in sections for token, _, word in section if word > 0]
+        start, end = sections[0][0][0], self._tokenizer.end_token
+        vectors = (-1 - zlib.crc32(raw_bytes(t)) if isinstance(t, Tensor) else t for t in tokens)
+        return [start, *vectors, end]
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        """The rows of the first 77 tokens, read as plain text: (brackets) carry no weight."""
+        contexts, pooled = [], []
+        for start in range(0, len(prompts), BATCH):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            sections = [self._first_section(prompt) for prompt in prompts[start : start + BATCH]]
+            if "g" in sections[0]:  # SDXL: ComfyUI pools the first section only
+                for tokens in sections:
+                    context, one = self.clip.encode_from_tokens(tokens, return_pooled=True)
+                    contexts.append(context)
+                    pooled.append(one[:, None])
+            else:
+                # ComfyUI encodes the 77-token sections of a long prompt as one batch; here every
+                # section is a prompt of its own.
+                (name,) = sections[0]
+                joined = {name: [section for tokens in sections for section in tokens[name]]}
+                context = self.clip.encode_from_tokens(joined)  # [1, prompts * tokens, dim]
+                contexts.append(context.unflatten(1, (len(sections), -1)).squeeze(0))
+        streams = {CONTEXT: torch.cat(contexts).float()}
+        if pooled:
+            streams[POOLED] = torch.cat(pooled).float()
+        return Encoding(streams)
+
+    def summary(self, prompts: Sequence[str]) -> Tensor:
+        """The end-of-text row of every prompt, [prompts, dim], on the CPU."""
+        ids = self.tokenize(prompts)
+        if any(token < 0 for row in ids for token in row):  # vectors that no id stands for
+            return summaries(self, prompts, self.encode(prompts)).cpu()
+        self.clip.load_model()
+        device, model = self.clip.patcher.load_device, self.clip.cond_stage_model
+        model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        encoders = [
+            getattr(model, name) for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)
+        ]
+
+        def last_row(ids: Tensor) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            rows = [_last_row(encoder, ids.to(device)) for encoder in encoders]
+            return torch.cat(rows, dim=-1).cpu()
+
+        return last_rows(ids, self.length, last_row)
+
+    def words(self) -> list[str]:
+        """Whole words of the tokenizer's vocabulary, letters only, sorted."""
+        return whole_words(self._tokenizer.tokenizer.get_vocab())
+
+    def _first_section(self, prompt: str) -> dict[str, list]:
+        tokens = self.clip.tokenize(prompt, **PLAIN)
+        return {name: sections[:1] for name, sections in tokens.items()}
+
+
+def _last_row(encoder: Any, ids: Tensor) -> Tensor:
+    """What an SDClipModel gives for the last token of int64 [prompts, tokens]: [prompts, dim]."""
+    text = encoder.transformer.text_model
+    x = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+    places = text.embeddings.position_embedding.weight[: ids.shape[1]]
+    x = x + comfy.ops.cast_to(places, x.dtype, x.device)
+    mask = torch.full((x.shape[1], x.shape[1]), -torch.finfo(x.dtype).max).triu(1).to(x)
+    hidden = encoder.layer == "hidden"
+    last, between = text.encoder(x, mask, encoder.layer_idx if hidden else None)
+    if not hidden:
+        return text.final_layer_norm(last[:, -1])
+    row = between[:, -1]
+    return text.final_layer_norm(row) if encoder.layer_norm_hidden_state else row
