@@ -1,7 +1,15 @@
+"""diffusers' models behind our protocol, and the protocol itself."""
+
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import realera
+import realera.adapters
+import realera.spans
 from realera.diffusers_model import DiffusersModel, DiffusersText
 from realera.models import CONTEXT, POOLED, Encoding, last_rows
 from realera.readers import adapted_readers, readers
@@ -13,6 +21,22 @@ FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
 @pytest.fixture(scope="module")
 def models(pipelines):
     return {name: DiffusersModel(pipeline) for name, pipeline in pipelines.items()}
+
+
+@pytest.fixture(scope="module")
+def checks():
+    spec = importlib.util.spec_from_file_location(
+        "conformance", Path(__file__).with_name("conformance.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "sd1 inpainting"])
+def test_diffusers_models_do_what_every_model_must(models, checks, name):
+    checks.check_text_encoder(models[name].text, realera)
+    checks.check_diffusion(models[name], realera)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
