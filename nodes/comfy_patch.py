@@ -1,5 +1,6 @@
 """An erasure on a MODEL: W <- W T + B A (Alg. 1, l. 31), as patches among a MODEL's others."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.lora
@@ -78,22 +79,28 @@ def apply_erasure(
 def refuse_edited(model: Any, erasure: Erasure) -> None:
     """Raises ValueError when the MODEL carries this erasure, or one of a same concept, already."""
     names, matrices = _names(erasure), [edit.matrix for edit in erasure.edits.values()]
-    for patches in model.patches.values():
-        for patch in (part for entry in patches for part in entry):
-            if not isinstance(patch, ErasurePatch):
-                continue
-            same = any(
-                patch.matrix is matrix
-                or (patch.matrix.shape == matrix.shape and torch.equal(patch.matrix, matrix))
-                for matrix in matrices
-                if patch.matrix is not None
+    for patch in _erasures(list(model.patches.values())):
+        same = any(
+            patch.matrix is matrix
+            or (patch.matrix.shape == matrix.shape and torch.equal(patch.matrix, matrix))
+            for matrix in matrices
+            if patch.matrix is not None
+        )
+        twice = ", ".join(sorted(patch.concepts & names))
+        if same or twice:
+            raise ValueError(
+                f"this MODEL has an erasure of {twice or 'the same'} on it already, and would be "
+                "erased twice: connect the original MODEL, as Closed-Form Edit got it"
             )
-            twice = ", ".join(sorted(patch.concepts & names))
-            if same or twice:
-                raise ValueError(
-                    f"this MODEL has an erasure of {twice or 'the same'} on it already, and would "
-                    "be erased twice: connect the original MODEL, as Closed-Form Edit got it"
-                )
+
+
+def _erasures(patches: Any) -> Iterator[ErasurePatch]:
+    """The erasures among patches; those of a MODEL that was merged in lie in lists of their own."""
+    if isinstance(patches, ErasurePatch):
+        yield patches
+    elif isinstance(patches, list | tuple):
+        for part in patches:
+            yield from _erasures(part)
 
 
 def _names(erasure: Erasure) -> set[str]:

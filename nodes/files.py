@@ -18,6 +18,7 @@ folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir,
 folder_paths.add_model_folder_path(
     FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
 )
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # and list nothing else
 
 
 def new_path(folder: str, name: str) -> Path:

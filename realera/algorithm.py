@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -29,6 +29,8 @@ DEFAULTS = Settings()
 # What is said of beyond points, and what the closed form reads; all others are of the neighbours.
 BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
 SOLVED = ("lambda1", "lambda2", "pair_weight", "bank", "bank_limit")
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # that provenance names
 
 Progress = Callable[[int, int], None]
 
@@ -119,15 +121,21 @@ def erase(
     """
     settings = mining.settings
     bank = _bank(mining.text, mining.pairs, settings, progress) if settings.bank else None
-    packages = ("torch", "diffusers", "transformers", "peft")
     provenance = {
         "concepts": [asdict(concept) for concept in mining.pairs.concepts],
         "settings": asdict(settings),
         "source": dict(source or {}),
-        "versions": {"python": python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}},
     }
     kept = None if bank is None else bank.kept
     return Erasure.fit(collect(mining), kept, settings.lambda1, settings.lambda2, provenance)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the closed form in ComfyUI needs neither diffusers nor peft
+        return "none"
 
 
 def collect(mining: Mining) -> dict[str, Sums]:

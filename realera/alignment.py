@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from .adapters import adapted, checkpointed, edited, original
 from .erasure import Erasure, Lora
-from .files import digest, writing
+from .files import digest, open_tensors, writing
 from .models import Diffusion, Encoding
 from .pairs import Ring
 from .settings import Training
@@ -196,6 +196,7 @@ def _resume(path: Path | None, run: str, layers: Lora, optimizer: torch.optim.Op
     """Loads a saved state into the layers and the optimizer; returns the steps already done."""
     if path is None or not path.exists():
         return 0
+    open_tensors(path)  # raises, and names the file, when it is damaged
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata() or {}
         if metadata.get("run") != run:
@@ -207,10 +208,10 @@ def _resume(path: Path | None, run: str, layers: Lora, optimizer: torch.optim.Op
         for name, pair in layers.items():
             for letter, weight in zip("AB", pair, strict=True):
                 key = f"{name}.{letter}"
-                weight.data = stored.get_tensor(key).to(weight)
+                weight.data = stored.get_tensor(key).to(weight, copy=True)
                 optimizer.state[weight] = {
                     "step": torch.tensor(float(step)),
-                    "exp_avg": stored.get_tensor(f"{key}.exp_avg").to(weight),
-                    "exp_avg_sq": stored.get_tensor(f"{key}.exp_avg_sq").to(weight),
+                    "exp_avg": stored.get_tensor(f"{key}.exp_avg").to(weight, copy=True),
+                    "exp_avg_sq": stored.get_tensor(f"{key}.exp_avg_sq").to(weight, copy=True),
                 }
     return step

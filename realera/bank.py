@@ -73,7 +73,7 @@ def encode_bank(
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
             for stream, values in encoding.items():
-                rows = values.double().cpu().flatten(0, 1)
+                rows = values.cpu().double().flatten(0, 1)
                 grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
             parts.append(summaries(text, batch, encoding).float().cpu())
             progress(start + len(batch), len(prompts))

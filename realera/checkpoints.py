@@ -169,6 +169,12 @@ def lora_tensors(
         tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
         tensors[prefix + ".lora_down.weight"] = narrow.to(dtype)
         tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
+        for factor in (narrow.to(dtype), wide.to(dtype)):
+            if not factor.isfinite().all():
+                raise ValueError(
+                    f"the LoRA of {name} would not be finite in {dtype}: the model's weight is "
+                    "broken, or too large for that type"
+                )
     cuts = {}
     for stream, (down, _, cut) in factors.items():
         matrix = erasure.edits[stream].matrix

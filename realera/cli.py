@@ -280,7 +280,7 @@ def _device(options: argparse.Namespace) -> str:
 def _lines(path: str) -> list[str]:
     """The lines of a text file that hold something. Raises ValueError when none does."""
     try:
-        found = lines(Path(path).read_text("utf-8"))
+        found = lines(Path(path).read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if not found:

@@ -72,7 +72,7 @@ class Sums:
 
     def erasing(self, rows: Tensor, targets: Tensor, weight: float = 1.0) -> "Sums":
         """With the rows e [n, dim] to be mapped to W_org e* of the targets [n, dim]."""
-        rows, targets = rows.double().cpu(), targets.double().cpu()
+        rows, targets = rows.cpu().double(), targets.cpu().double()
         return Sums(
             self.erase + weight * rows.T @ rows,
             self.moved + weight * targets.T @ rows,
@@ -81,7 +81,7 @@ class Sums:
 
     def preserving(self, rows: Tensor, weight: float = 1.0) -> "Sums":
         """With the rows [n, dim] of Pre, to be mapped to what they were mapped to."""
-        rows = rows.double().cpu()
+        rows = rows.cpu().double()  # some devices have no float64
         return Sums(self.erase, self.moved, self.preserve + weight * rows.T @ rows)
 
     def __add__(self, other: "Sums") -> "Sums":

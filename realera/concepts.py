@@ -4,6 +4,7 @@ Text only: nothing here knows a tokenizer or a tensor.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def holds_name(prompt: str, name: str) -> bool:
 
     Where words have no spaces between them, wherever the name stands.
     """
-    name = name.strip()
+    prompt, name = (unicodedata.normalize("NFC", text) for text in (prompt, name.strip()))
     letter = rf"[^\W{UNSPACED}]"  # of a word that ends where a space is
     before = rf"(?<!{letter})" if re.match(letter, name) else ""
     after = rf"(?!{letter})" if re.match(letter, name[-1:]) else ""
@@ -93,7 +94,9 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, arrow, anchor = (part.strip() for part in line.partition("->"))
+        name, arrow, anchor = (
+            part.strip() for part in re.sub("→|=>|－>", "->", line).partition("->")
+        )
         if not arrow:
             raise ValueError(
                 f"line {number}, {line!r}, has no '->': write 'concept -> anchor', "

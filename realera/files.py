@@ -105,7 +105,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         header = file.read(length)
     try:
         content = json.loads(header, object_pairs_hook=_without_duplicates)
-        metadata = content.pop("__metadata__", {})
+        metadata = content.pop("__metadata__", None) or {}
         if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
             raise ValueError("metadata is not text")
         entries = {key: _entry(key, value) for key, value in content.items()}
