@@ -33,7 +33,7 @@ def texts(pipelines):
     """Tiny encoders of one stream and of two, with a small vocabulary."""
     found = {name: text_of(pipelines[name]) for name in ("sd1", "sdxl")}
     for text in found.values():
-        some = text.words()[::200] + ["plane", "jet", "dog", "tree"]
+        some = [*text.words()[::200], "plane", "jet", "dog", "tree"]
         text.words = lambda some=some: sorted(some)
     return found
 
@@ -164,8 +164,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     # As it stands, but for the number of training steps.
-    short = code.replace("align_erasure(model, erasure, mining)", "align_erasure("
-                         "model, erasure, mining, Training(steps=2, batch=1), images=1)")  # fmt: skip
+    quick = "mining, Training(steps=2, batch=1), images=1)"
+    short = code.replace(
+        "align_erasure(model, erasure, mining)", f"align_erasure(model, erasure, {quick}"
+    )
     assert short != code
     names = {}
     exec(short.replace("from realera import ", "from realera import Training, "), names)
