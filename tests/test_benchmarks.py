@@ -8,11 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from realera.diffusion import DiffusersModel, projections
+from safetensors.torch import save_file
 
-from benchmarks import ablation, peers, scope_correlation, speed
+from benchmarks import ablation, peers, scope_correlation, speed, unchanged
 from realera.alignment import Training
 from realera.concepts import Concept
+from realera.diffusion import DiffusersModel, projections
 from realera.evaluation import Report, Score, harmonic_mean, miniature_task
 
 AIRPLANE = Concept("airplane", "ground")
@@ -240,3 +241,47 @@ def test_the_loop_of_the_paper_and_our_blocks_accept_the_same_ring():
 def test_results_are_valid_json(tmp_path):
     speed.main(["--sizes", "--neighbors", "1", "--repeats", "1", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "speed.json").read_text())["mining"]["ratio"] > 0
+
+
+# ------------------------------------------------------------------ unchanged
+
+
+def test_one_erasure_in_both_formats_is_unchanged_and_another_is_not(tmp_path):
+    half = torch.eye(3) / 3
+    first = {"edit": half, "sums.erase": half.double(), "sums.bank": torch.zeros(3, 3)}
+    second = {"edit.context": half, "sums.context.erase": half.double()}
+    moved = second | {"sums.context.erase": half.double() * (1 + 1e-9)}
+    for folder, tensors, number in (("a", first, 1), ("b", second, 2), ("c", moved, 2)):
+        (tmp_path / folder).mkdir()
+        metadata = {"realera_erasure": str(number), "realera": '{"lambda1": 0.1, "seeds": [1, 2]}'}
+        save_file(tensors, tmp_path / folder / "erasure.safetensors", metadata)
+    same = unchanged.compare(tmp_path / "a", tmp_path / "b")
+    assert same.unchanged and (same.compared, same.largest, same.notes) == (3, 0, ())
+    other = unchanged.compare(tmp_path / "a", tmp_path / "c")
+    assert other.largest == pytest.approx(1e-9)
+    assert other.unlike == (other.where,) == ("erasure.safetensors: sums.context.erase",)
+
+
+@pytest.mark.parametrize(
+    ("was", "became"),
+    [
+        (torch.ones(2), None),
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), torch.ones(2).double()),
+        (torch.zeros(2), -torch.zeros(2)),
+        (torch.ones(2), torch.tensor([1, torch.nan])),
+    ],
+)
+def test_what_is_not_the_same_bits_is_a_difference(was, became):
+    assert unchanged.difference(was, was) == 0 and unchanged.difference(was, became) > 0
+
+
+def test_what_no_case_writes_or_only_one_commit_writes_is_no_agreement(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    assert not unchanged.compare(tmp_path / "a", tmp_path / "b").unchanged
+    (tmp_path / "a" / "scope.txt").write_text("jet 0.90\n")
+    assert unchanged.compare(tmp_path / "a", tmp_path / "b").unlike == ("scope.txt only before",)
+    (tmp_path / "b" / "scope.txt").write_text("jet 0.91\n")
+    (told,) = unchanged.compare(tmp_path / "a", tmp_path / "b").unlike
+    assert "'jet 0.91'" in told

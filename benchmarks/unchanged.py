@@ -1,0 +1,329 @@
+"""Is every number as it was? The command lines of two commits, on the same models.
+
+    python -m benchmarks.unchanged --before 97bb8a9
+
+Tiny random models in the true layouts and the bundled one, erased, merged, applied and reported on
+by both commits, each in a process with a cache of its own; then every tensor that they wrote is
+compared. Exit status 1 when one differs by more than 1e-12 of its largest number.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path("benchmarks/results")
+TOLERANCE = 1e-12
+
+PLANE, DOG = "-c 'airplane -> tree'", "-c 'dog -> flower'"
+WORDS = "jet\nairport\npuppy\nbarking\na red ship\ncat\nrocket\nsunset\n"
+# model, source, the rest: the table is made so that each option stands with each model or source
+ERASURES = (
+    ("sd1", "isotropic", f"{PLANE} --steps 0 --no-bank --seed 3"),
+    ("sd1", "bank", f"{PLANE} {DOG} --steps 0 --preserve 'a ship' --beyond 3"),
+    ("sd1", "vocabulary", f"{PLANE} {DOG} --steps 4 --exclude cat --words ../words.txt"),
+    ("sd2", "isotropic", f"{PLANE} --steps 4 --preserve 'a ship' --lambda1 0.3"),
+    ("sd2", "bank", f"{PLANE} {DOG} --steps 0 --no-bank --s1 0.9 --s2 0.4"),
+    ("sd2", "vocabulary", f"{PLANE} --steps 0 --style --lambda2 0.01"),
+    ("sdxl", "isotropic", f"{PLANE} --steps 4 --preserve 'a ship'"),
+    ("sdxl", "bank", f"{PLANE} {DOG} --steps 0 --no-bank --preserve 'a ship' --neighbors 5"),
+    ("sdxl", "vocabulary", f"{DOG} --steps 4 --exclude cat"),
+    ("miniature", "isotropic", f"{PLANE} {DOG} --steps 0"),
+    ("miniature", "bank", f"{PLANE} --steps 4 --preserve 'a ship'"),
+    ("miniature", "vocabulary", f"{PLANE} --steps 0 --preserve 'a ship' --exclude bird"),
+)
+XL, BOTH = "../models/sdxl.safetensors", "sdxl-merge/erasure.safetensors"
+# model, name, command; what the commit before wrote lies in ../before
+OTHERS = (
+    ("sd1", "merge-of-earlier-files", "merge ../before/sd1-bank/erasure.safetensors "
+     "../before/sd1-vocabulary/erasure.safetensors -o {}/erasure.safetensors"),
+    ("sdxl", "merge", "merge sdxl-isotropic/erasure.safetensors "
+     "sdxl-vocabulary/erasure.safetensors -o {}/erasure.safetensors"),
+    ("sdxl", "apply", f"apply {XL} {BOTH} {{}}/checkpoint.safetensors "
+     "--edit-strength 0.5 --lora-strength 2"),
+    ("sdxl", "apply-lora", f"apply {XL} {BOTH} {{}}/lora.safetensors --lora --tolerance 0.01"),
+    ("sdxl", "scope", f"scope {XL} {BOTH} --words ../words.txt"),
+)  # fmt: skip
+
+# A tensor's name in erasure files of format 1 -> in those of format 2
+RENAMED = (
+    (r"edit", r"edit.context"),
+    (r"pooled_edit", r"edit.pooled"),
+    (r"sums\.(erase|moved|preserve)", r"sums.context.\1"),
+    (r"pooled_sums\.(erase|moved|preserve)", r"sums.pooled.\1"),
+    (r"sums\.bank", r"kept.context.gram"),
+    (r"pooled_sums\.bank", r"kept.pooled.gram"),
+    (r"sums\.dropped\.(\d+)", r"kept.context.dropped.\1"),
+    (r"pooled_sums\.dropped\.(\d+)", r"kept.pooled.dropped.\1"),
+)
+FREE = re.compile(r".*\b(versions|realera_erasure)\b.*")  # metadata that may differ
+
+MAKE = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+import torch
+spec = spec_from_file_location("tiny_models", sys.argv[1] + "/tests/conftest.py")
+tiny = module_from_spec(spec)
+spec.loader.exec_module(tiny)
+for name in sys.argv[2:]:
+    pipeline = tiny.tiny_pipeline(name, prediction="v_prediction" if name == "sd2" else "epsilon")
+    dtype = torch.float16 if name == "sd2" else torch.float32
+    tiny.single_file(pipeline, f"models/{name}.safetensors", dtype)
+"""
+# One process for all commands of a commit: to import torch and diffusers takes as long as a case.
+RUN = """
+import json, sys, time, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+import realera
+from realera.cli import main
+assert Path(realera.__file__).is_relative_to(sys.argv[1]), realera.__file__
+for name, arguments in json.loads(sys.argv[2]):
+    start = time.process_time()
+    Path(name).mkdir()
+    said = Path(name, "scope.txt" if arguments[0] == "scope" else "said.txt")
+    log = Path(name, "log.txt")
+    with said.open("w") as out, log.open("w") as err, redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main(arguments)
+        except (Exception, SystemExit):
+            status = traceback.format_exc()
+    print(f"{name}: {time.process_time() - start:.0f} s of a core", flush=True)
+    if status:
+        print("it failed:", log.read_text()[-500:], status)
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two commits wrote in one case.
+
+    compared: how many tensors and reports; largest: relative difference of a tensor, and where;
+    unlike: tensors beyond the tolerance, lines and metadata; notes: what only one of them says of
+    the erasure in its metadata
+    """
+
+    compared: int
+    largest: float
+    where: str
+    unlike: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        return bool(self.compared) and not self.unlike
+
+    def __str__(self) -> str:
+        if not self.compared:
+            return "**nothing was written**"
+        text = f"{self.largest:.1e}, {self.where}" if self.largest else "equal, bit for bit"
+        others = [f"{len(self.unlike)} differ: {'; '.join(self.unlike[:3])}"] if self.unlike else []
+        return f"**{'; '.join([text, *others])}**" if others else text
+
+
+def compare(before: Path, after: Path) -> Comparison:
+    """Compares all that two folders hold of one case."""
+    found: dict[str, float] = {}
+    unlike, notes, compared = [], set(), 0
+    kinds = ("erasure.safetensors", "lora.safetensors", "checkpoint.safetensors")
+    for name in (*kinds, "before-after.png", "scope.txt"):
+        file, other = before / name, after / name
+        if not file.exists() and not other.exists():
+            continue
+        if not file.exists() or not other.exists():
+            unlike.append(f"{name} only {'before' if file.exists() else 'after'}")
+            continue
+        if file.suffix == ".txt":
+            compared += 1
+            lines = zip_longest(file.read_text().splitlines(), other.read_text().splitlines())
+            unlike += [f"{name}: {a!r} became {b!r}" for a, b in lines if a != b]
+            continue
+        (old, old_metadata), (new, new_metadata) = read(file), read(other)
+        compared += len(old)
+        for key in sorted(old.keys() | new.keys()):
+            found[f"{name}: {key}"] = difference(old.get(key), new.get(key))
+        for key in sorted(old_metadata.keys() | new_metadata.keys()):
+            a, b = old_metadata.get(key), new_metadata.get(key)
+            if key.startswith("realera.") and (a is None) != (b is None):
+                side = "before" if b is None else "after"
+                notes.add(f"{name}: {re.sub(r'[.][0-9]+', '.*', key)} only {side}")
+            elif a != b and not (
+                isinstance(a, float)
+                and isinstance(b, float)
+                and math.isclose(a, b, rel_tol=TOLERANCE)
+            ):
+                unlike.append(f"{name}: {key} was {a!r} and is {b!r}")
+    unlike = [where for where, size in found.items() if size > TOLERANCE] + unlike
+    where = max(found, key=lambda key: found[key], default="")
+    return Comparison(compared, found.get(where, 0.0), where, tuple(unlike), tuple(sorted(notes)))
+
+
+def difference(a: Tensor | None, b: Tensor | None) -> float:
+    """The largest difference, over the largest number in a: 0 only when all bits are the same.
+
+    A tensor that is not there counts as zeros: format 2 need not write an empty bank.
+    """
+    if a is None or b is None:
+        there = b if a is None else a
+        return math.inf if there is None or there.any() else 0.0
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return math.inf
+    if torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)):
+        return 0.0
+    a, b = a.double(), b.double()
+    relative = float((a - b).abs().max() / a.abs().max().clamp_min(1e-300))
+    return math.inf if math.isnan(relative) else max(relative, 1e-300)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors, an erasure's by their names in format 2, and its metadata, flat."""
+    if path.suffix == ".png":
+        return {"pixels": torch.from_numpy(np.array(Image.open(path)))}, {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if metadata.get("realera_erasure") == "1":
+        tensors = {_renamed(key): tensor for key, tensor in tensors.items()}
+    said = {k: json.loads(text) if text[:1] in ("{", "[") else text for k, text in metadata.items()}
+    leaves = (leaf for key, value in said.items() for leaf in _leaves(key, value))
+    return tensors, {key: leaf for key, leaf in leaves if not FREE.fullmatch(key)}
+
+
+def _renamed(key: str) -> str:
+    for old, new in RENAMED:
+        if match := re.fullmatch(old, key):
+            return match.expand(new)
+    return key
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """All that nested JSON says, by its dotted path."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(f"{key}.{name}", part)
+    else:
+        yield key, value
+
+
+def cases(only: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> arguments of the command line, in the order they are to be run."""
+    common = "--rank 2 --batch 2 --prompt x"
+    commands = {}
+    for model, source, rest in ERASURES:
+        file = model if model == "miniature" else f"../models/{model}.safetensors"
+        name = f"{model}-{source}"
+        commands[name] = f"erase {file} {rest} --source {source} {common} -o {name}"
+    commands |= {f"{model}-{name}": text.format(f"{model}-{name}") for model, name, text in OTHERS}
+    return {n: shlex.split(text) for n, text in commands.items() if n.startswith(tuple(only))}
+
+
+def python(tree: Path, code: str, *arguments: str, folder: Path) -> None:
+    """Runs code on that tree. Raises CalledProcessError when it fails."""
+    own = {"PYTHONPATH": str(tree), "REALERA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tree), *arguments]
+    with (folder / "log.txt").open("w") as log:
+        try:
+            subprocess.run(command, cwd=folder, env=os.environ | own, stderr=log, check=True)
+        except subprocess.CalledProcessError:
+            print((folder / "log.txt").read_text()[-3000:], file=sys.stderr)
+            raise
+
+
+def git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+
+
+def checkout(revision: str | None, folder: Path) -> tuple[Path, str]:
+    """That commit in a folder of its own, or the working tree; and its name for the report."""
+    name = git("rev-parse", "--short=12", revision or "HEAD").decode().strip()
+    if revision is None:
+        changed = git("status", "--porcelain", "--", "realera", "tests", "tools").strip()
+        return ROOT, name + (" with uncommitted changes" if changed else "")
+    with tarfile.open(fileobj=io.BytesIO(git("archive", revision))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder, name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", required=True, help="commit")
+    parser.add_argument("--after", help="commit; the working tree unless given")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases that begin so; all by default"
+    )
+    parser.add_argument("--keep", type=Path, help="new folder for all that is written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
+
+    commands = cases(options.only)
+    kept = nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory()
+    with kept as name:
+        folder = Path(name).resolve()
+        (folder / "models").mkdir(parents=True)
+        (folder / "words.txt").write_text(WORDS)
+        sides = {"before": options.before, "after": options.after}
+        trees = {side: checkout(rev, folder / f"{side}-tree") for side, rev in sides.items()}
+        tiny = sorted({name.split("-")[0] for name in commands} - {"miniature"})
+        python(trees["after"][0], MAKE, *tiny, folder=folder)
+        for side, (tree, revision) in trees.items():
+            print(f"{side}, {revision}:", flush=True)
+            (folder / side).mkdir()
+            python(tree, RUN, json.dumps([*commands.items()]), folder=folder / side)
+        found = {name: compare(folder / "before" / name, folder / "after" / name)
+                 for name in commands}  # fmt: skip
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = usage.ru_utime + usage.ru_stime
+    (_, before), (_, after) = trees.values()
+    bad = [name for name, one in found.items() if not one.unchanged]
+    lines = [f"| {name} | {one.compared} | {one} |" for name, one in found.items()]
+    lines += ["", "Commands:", "", *(f"- `realera {shlex.join(c)}`" for c in commands.values())]
+    notes = sorted({note for one in found.values() for note in one.notes})
+    if notes:
+        lines += ["", "Metadata that only one has:", "", *(f"- {note}" for note in notes)]
+    text = (
+        f"# Unchanged\n\n`python -m benchmarks.unchanged {command}`: before is {before}, after is "
+        f"{after}. Torch {torch.__version__}, {spent:.0f} s of one core. "
+        f"{len(found) - len(bad)} of {len(found)} cases are as they were: every tensor of T, sums, "
+        "bank, LoRA, erased checkpoint and pictures, the scope report and the metadata.\n\n"
+        "| case | compared | largest relative difference |\n| --- | ---: | --- |\n"
+    ) + "\n".join(lines)
+    results = {
+        name: {"command": commands[name], "unchanged": one.unchanged, **asdict(one)}
+        | {"largest": f"{one.largest:.3g}"}  # JSON knows no infinity
+        for name, one in found.items()
+    }
+    stored = {"command": command, "before": before, "after": after, "cases": results}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "unchanged.md").write_text(text + "\n")
+    (options.out / "unchanged.json").write_text(json.dumps(stored, indent=1) + "\n")
+    print(text)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
