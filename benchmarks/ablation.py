@@ -4,6 +4,7 @@
     python -m benchmarks.ablation --half tuning --images 1 --steps 8 --align-steps 20
     python -m benchmarks.ablation --concepts airplane,ship --rows original "closed form" bank
     python -m benchmarks.ablation --half styles --anchors paper
+    python -m benchmarks.ablation --table sweep --concepts bird,frog --images 2 --steps 8
 
 Every row of a concept draws with the same noise. What is done is kept in .state/ablation, one file
 a row and concept, and is not done again; the table is written anew after every concept. The seconds
@@ -11,7 +12,6 @@ of a row are those of a cold or warm cache, as it was (anchors' images, the enco
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -19,7 +19,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +30,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import peers
-from realera import alignment, mining
-from realera.algorithm import Mining, Settings, erase, mine
-from realera.alignment import Training, align, draw_anchors
+from benchmarks.tables import markdown_table
+from realera import adapters, alignment, anchors, ring, words
+from realera.algorithm import Mining, erase, mine
+from realera.alignment import Lesson, align
+from realera.anchors import draw_anchors
+from realera.bank import bank_prompts
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
-from realera.diffusion import DiffusersModel, Diffusion
+from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, apply
 from realera.evaluation import (
     KINDS,
@@ -47,10 +50,14 @@ from realera.evaluation import (
     miniature_task,
     style_task,
 )
-from realera.files import writing
+from realera.families.loading import load_model
+from realera.files import digest, writing
 from realera.miniature import CLASSIFIER, STYLES
-from realera.mining import neighborhood
+from realera.models import CONTEXT, Diffusion
+from realera.pairs import Ring
 from realera.pictures import grid, to_pil
+from realera.ring import noise_ring
+from realera.settings import Settings, Training
 
 STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 
@@ -85,49 +92,95 @@ def task_of(name: str) -> Task:
 
 
 Perturbed = Literal["", "pairs", "neighbors", "neighbors and beyond"]
+M, N = 8, 8  # the paper's draws a prompt; see results/ablation-sweep.md
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: a closed form, what alignment sees on top of it, or a peer's method."""
+    """One variant: a closed form, what alignment sees on top of it, or a peer's method.
+
+    single: the concept's first template alone, as the paper has it; peer: a peer's closed form;
+    trained: a peer that trains the network
+    """
 
     name: str
     settings: Settings | None = None
     aligned: Perturbed = ""
-    peer: Callable[[Diffusion, Concept, Training], None] | None = None
+    single: bool = False
+    peer: Callable[[Diffusion, Concept], peers.Weights] | None = None
+    trained: Callable[[Diffusion, Concept, Training], None] | None = None
+
+    def asked(self, concept: Concept) -> Concept:
+        return replace(concept, templates=concept.templates[:1]) if self.single else concept
 
 
-def paper(**changes: Any) -> Settings:
-    """As the paper has it: isotropic noise, no bank, no extra weight on the pair, λ2 near 0."""
-    given: dict[str, Any] = {"neighbors": 0, "beyond": 0, **changes}
-    return Settings(source="isotropic", bank=False, pair_weight=1.0, lambda2=1e-4, **given)
+def paper(neighbors: int = 0, beyond: int = 0, **changes: Any) -> Settings:
+    """As the paper has it: isotropic noise, one v for a whole span (Sec. 4.1 adds *one* η to "the
+    erasure concept token and its subsequent tokens"), no bank, no extra weight on the pair, λ2
+    near 0."""
+    given = {"bank": False, "pair_weight": 1.0, "lambda2": 1e-4, "shared_noise": True, **changes}
+    return Settings(source="isotropic", neighbors=neighbors, beyond=beyond, **given)
+
+
+def own_kind(concept: Concept, objects: Any, styles: Any) -> Any:
+    return styles if concept.name in STYLES else objects
+
+
+def others(concept: Concept) -> list[str]:
+    """The other classes that the task knows, which a method may be told to retain."""
+    return [name for name in task_of(concept.name).classes if name != concept.name]
+
+
+def uce_expanded(model: Diffusion, concept: Concept) -> peers.Weights:
+    wordings = own_kind(concept, peers.EXPANDED, peers.EXPANDED_STYLES)
+    return peers.uce(model, [concept], wordings)
+
+
+def mace(model: Diffusion, concept: Concept) -> peers.Weights:
+    wordings = own_kind(concept, peers.WORDINGS, peers.WORDINGS_STYLES)
+    return peers.mace(model, [concept], wordings)
 
 
 ROWS = (
     Row("original"),
     Row("closed form", paper()),
     Row("+ noise alignment", paper(), "pairs"),
-    Row("+ neighbor mining", paper(neighbors=2), "neighbors"),
-    Row("+ beyond: RealEra", paper(neighbors=2, beyond=2), "neighbors and beyond"),
+    Row("one template", paper(), single=True),
+    Row("+ neighbor mining", paper(M), "neighbors", single=True),
+    Row("+ beyond: RealEra", paper(M, N), "neighbors and beyond", single=True),
+    Row("RealEra, bank in Pre", paper(M, N, bank=True), "neighbors and beyond", single=True),
     Row("bank", Settings(source="isotropic", neighbors=0, beyond=0)),
     Row("bank + isotropic", Settings(source="isotropic", neighbors=2, beyond=2)),
     Row("bank + bank mining", Settings(source="bank", neighbors=16)),
     Row("bank + vocabulary", Settings(source="vocabulary")),
     Row("bank + vocabulary + alignment", Settings(source="vocabulary"), "neighbors and beyond"),
-    Row("UCE", peer=lambda model, concept, _: peers.uce(model, [concept])),
-    Row("SPEED", peer=lambda model, concept, _: peers.speed(model, [concept])),
-    Row("ESD-x", peer=lambda model, concept, how: peers.esd_x(model, [concept], how.steps)),
+    Row("UCE", peer=lambda model, concept: peers.uce(model, [concept])),
+    Row("UCE, expanded", peer=uce_expanded),
+    Row("MACE, closed form", peer=mace),
+    Row("RECE", peer=lambda model, concept: peers.rece(model, [concept])),
+    Row("SPEED", peer=lambda model, concept: peers.speed(model, [concept], others(concept))),
+    Row("SPEED, bank", peer=lambda model, concept: peers.speed(model, [concept], bank_prompts())),
+    Row("ESD-x", trained=lambda model, concept, how: peers.esd_x(model, [concept], how.steps)),
 )
+# Fig. 5 of the paper: more neighbours cost specificity, more beyond points win it back.
+DRAWS = ((0, 0), (1, 0), (2, 0), (8, 0), (32, 0), (2, 2), (8, 2), (8, 8), (8, 32), (32, 32))
+SWEEP = (
+    Row("original"),
+    Row("noise a row, five templates, M = 2", paper(2, shared_noise=False)),
+    *(Row(f"M = {m}, N = {n}", paper(m, n), single=True) for m, n in DRAWS),
+    Row(f"M = {M}, N = {N}, bank in Pre", paper(M, N, bank=True), single=True),
+)
+TABLES = {"ablation": ROWS, "sweep": SWEEP}
 
 
 @contextmanager
-def restored(unet: nn.Module) -> Iterator[None]:
+def restored(network: nn.Module) -> Iterator[None]:
     """Whatever the block does to the weights is undone."""
-    kept = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     try:
         yield
     finally:
-        unet.load_state_dict(kept)
+        network.load_state_dict(kept)
 
 
 @dataclass(frozen=True)
@@ -142,30 +195,32 @@ class Closed:
 def closed_form(model: Diffusion, concept: Concept, settings: Settings) -> Closed:
     start = time.perf_counter()
     mining = mine(model.text, [concept], settings)
-    return Closed(erase(mining, settings), mining, time.perf_counter() - start)
+    return Closed(erase(mining), mining, time.perf_counter() - start)
 
 
-Forget = Callable[[Settings], Closed]
+Forget = Callable[[Concept, Settings], Closed]
 
 
 def change(
     row: Row, model: Diffusion, concept: Concept, forget: Forget, training: Training
 ) -> None:
-    """Does to the U-Net what the row says."""
+    """Does to the network what the row says."""
     if row.peer is not None:
-        row.peer(model, concept, training)
+        peers.write(row.peer(model, concept), model.network)
+    if row.trained is not None:
+        row.trained(model, concept, training)
     if row.settings is None:
         return
-    closed = forget(row.settings)
-    erasure, mining, ring = closed.erasure, closed.mining, closed.mining.ring
+    closed = forget(row.asked(concept), row.settings)
+    erasure, mining = closed.erasure, closed.mining
     if row.aligned:
+        around: Ring = mining.ring
         if row.aligned == "pairs":  # a ring so thin that Eq. 9 becomes Eq. 8
-            ring = neighborhood(mining.pairs, "isotropic", s1=1.0, s2=0.9999)
-        beyond = ring if row.aligned == "neighbors and beyond" else None
-        anchors = draw_anchors(model, ring, 8, seed=training.seed, cache=STATE)
-        lora = align(model, ring, beyond, erasure.edit, erasure.pooled_edit, anchors, training)
-        erasure = erasure.with_lora(lora, asdict(training))
-    apply(erasure, model.unet)
+            around = noise_ring(mining.pairs, Settings(source="isotropic", s1=1.0, s2=0.9999))
+        images = draw_anchors(model, mining.pairs, 8, seed=training.seed)
+        lesson = Lesson(around, row.aligned == "neighbors and beyond", erasure, images)
+        erasure = erasure.with_lora(align(model, lesson, training), asdict(training))
+    apply(erasure, model.network)
 
 
 @dataclass(frozen=True)
@@ -187,22 +242,26 @@ def measure(
 ) -> Result:
     """The row's result, from its file when it was measured before on the same weights and edit."""
     training = Training(steps=options.align_steps)
-    how = [weights, asdict(concept), options.images, options.steps, options.seed]
-    how += [asdict(task_of(concept.name)), hashlib.sha256(CLASSIFIER.read_bytes()).hexdigest()]
+    how: list[object] = [weights, asdict(concept), options.images, options.steps, options.seed]
+    how += [asdict(task_of(concept.name)), CLASSIFIER.read_bytes()]
     seconds = 0.0
     if row.settings is not None:
-        closed = forget(row.settings)
-        seconds, matrix = closed.seconds, closed.erasure.edit.matrix
-        how += [hashlib.sha256(matrix.numpy().tobytes()).hexdigest()]
-    how += [row.aligned, asdict(training)] if row.aligned or row.peer else []
-    how += [inspect.getsource(code) for code in (alignment, mining)] if row.aligned else []
-    how += [inspect.getsource(peers)] if row.peer else []
-    key = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
+        closed = forget(row.asked(concept), row.settings)
+        seconds = closed.seconds
+        how.append(closed.erasure.edits[CONTEXT].matrix)
+    if row.aligned:
+        code = [inspect.getsource(room) for room in (adapters, alignment, anchors, ring, words)]
+        how += [row.aligned, asdict(training), *code]
+    if row.peer is not None:
+        how.append(row.peer(model, concept))
+    if row.trained is not None:
+        how += [asdict(training), inspect.getsource(peers.esd_x)]
+    key = digest(*how)[:12]
     stem = "".join(c if c.isalnum() else "-" for c in f"{concept.name} {row.name}")
     path, strip = STATE / f"{stem}-{key}.json", STATE / f"{stem}-{key}.png"
     if not (path.exists() and strip.exists()):
         judge = miniature_classifier("style" if concept.name in STYLES else "concept")
-        with restored(model.unet):
+        with restored(model.network):
             start = time.perf_counter()
             change(row, model, concept, forget, training)
             seconds += time.perf_counter() - start
@@ -268,8 +327,7 @@ def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) 
     parts = ["# Ablation on the bundled miniature", *notes]
     for half, concepts in halves(list(results)).items():
         head = ["", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", *KINDS, "H_o ↑", "H_o by concept"]
-        head += ["drift ↓", "seconds"]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+        lines = [[*head, "drift ↓", "seconds"]]
         for name in names:
             reports = [results[concept][name].report for concept in concepts]
             each = " ".join(f"{report.h_o:.0f}" for report in reports)
@@ -280,15 +338,8 @@ def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) 
                 every = [drift(results[c][name], results[c]["original"], c) for c in concepts]
                 moved = f"{sum(every) / len(every):.1f}"
             lines.append([name, *numbers, each, moved, f"{seconds:.1f}"])
-        rows = ["| " + " | ".join(line) + " |" for line in aligned_cells(lines)]
-        parts += [f"## {half.capitalize()}: {', '.join(concepts)}", "\n".join(rows)]
+        parts += [f"## {half.capitalize()}: {', '.join(concepts)}", markdown_table(lines)]
     return "\n\n".join(parts) + "\n"
-
-
-def aligned_cells(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells padded to the width of their column."""
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
 
 
 def sheet(concept: str, rows: Mapping[str, Result]) -> Image.Image:
@@ -320,16 +371,24 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         "Anchors: "
         + ", ".join(f"{c} → {concept_of(c, options.anchors).anchor}" for c in results)
         + ".",
-        "Rows without the bank follow the paper (isotropic noise, weight 1 on the pair); what is "
-        "added to them is named. *UCE*, *SPEED* and *ESD-x* are our own small implementations "
-        "(`benchmarks/peers.py`). Parameters may be chosen on the tuning half alone. *held-out "
-        "words* occur in no caption that the miniature was trained on.",
+        "Rows without the bank follow the paper (isotropic noise, one v a span, weight 1 on the "
+        f"pair); from *one template* on in one template, with M = {M} neighbours and N = {N} "
+        "beyond points a prompt. *UCE*, *MACE*, *RECE*, *SPEED* and *ESD-x* are our own small "
+        "implementations (`benchmarks/peers.py`, [how far they agree with their authors' "
+        "code](peers.md)), with the inputs of their authors but our anchors: *SPEED* retains the "
+        "names of the task's other classes, *SPEED, bank* our bank. Parameters may be chosen on "
+        "the tuning half alone. *held-out words* occur in no caption that the miniature was "
+        "trained on.",
     ]
     stored = {
         "command": options.command,
         "rows": {
-            row.name: {"settings": row.settings and asdict(row.settings), "aligned": row.aligned}
-            for row in ROWS
+            row.name: {
+                "settings": row.settings and asdict(row.settings),
+                "aligned": row.aligned,
+                "templates": 1 if row.single else len(TEMPLATES),
+            }
+            for row in TABLES[options.table]
         },
         "halves": {
             half: {
@@ -348,6 +407,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
     }
     shown = next(iter(halves(list(results)).values()))[0]
     kind = "-styles" if shown in STYLES else ""
+    kind += "-sweep" if options.table == "sweep" else ""
     stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
     with writing(stem.with_suffix(".json"), overwrite=True) as part:
         part.write_text(json.dumps(stored, indent=1) + "\n")
@@ -358,12 +418,8 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
 
 
 def fingerprint(model: DiffusersModel) -> str:
-    """Of the U-Net, the decoder and the text encoder: results of other weights do not count."""
-    digest = hashlib.sha256(model.text.fingerprint.encode())
-    for module in (model.unet, model.vae):
-        for tensor in module.state_dict().values():
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    """Of the text encoder, the U-Net and the decoder: results of other weights do not count."""
+    return digest(model.text.fingerprint, model.fingerprint, model.vae.state_dict())[:16]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -373,7 +429,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--half", choices=HALVES, default="all")
     parser.add_argument("--concepts", help="names with commas between, instead of a half")
     parser.add_argument("--anchors", choices=ANCHORS, default="drawn")
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="ROW")
+    parser.add_argument("--table", choices=TABLES, default="ablation")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table, all unless given")
     parser.add_argument("--images", type=int, default=8, help="a prompt")
     parser.add_argument("--steps", type=int, default=20, help="of an image")
     parser.add_argument("--align-steps", type=int, default=200, help="of the LoRA's training")
@@ -381,7 +438,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help=f"{RESULTS} for whole tables, else {STATE}")
     options = parser.parse_args(arguments)
+    named = [row.name for row in TABLES[options.table]]
+    unknown = [name for name in options.rows or () if name not in named]
+    if unknown:
+        parser.error(f"the table has no row {unknown[0]!r}; it has {', '.join(map(repr, named))}")
     whole = options.half in ("all", "styles") and not (options.rows or options.concepts)
+    whole |= options.table == "sweep" and not options.rows
     options.out = options.out or (RESULTS if whole else STATE)
     chosen = HALVES[options.half]
     if options.concepts:
@@ -397,18 +459,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import shlex
     import sys
 
-    from realera.miniature import load_pipeline
-
     options = parse(arguments)
     options.command = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    model = DiffusersModel(load_pipeline())
+    model = load_model("miniature")
     weights = fingerprint(model)
-    rows = [row for row in ROWS if not options.rows or row.name in options.rows]
+    rows = [row for row in TABLES[options.table] if not options.rows or row.name in options.rows]
     results: dict[str, dict[str, Result]] = {}
     bar = tqdm(total=len(rows) * len(options.concepts), unit="row")
     for name in options.concepts:
         concept, found = concept_of(name, options.anchors), {}
-        forget = cache(partial(closed_form, model, concept))
+        forget = cache(partial(closed_form, model))
         for row in rows:
             bar.set_description(f"{name}: {row.name}")
             found[row.name] = measure(row, model, concept, forget, options, weights)

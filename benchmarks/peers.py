@@ -1,10 +1,13 @@
 """Small baselines of the field, written from their papers, to be measured beside RealEra.
 
-Each changes the U-Net of a model in place.
-
 - UCE, "Unified Concept Editing in Diffusion Models" (Gandikota et al., 2024), Eq. 7
+- MACE, "Mass Concept Erasure in Diffusion Models" (Lu et al., 2024), Sec. 3.1: the closed form
+- RECE, "Reliable and Efficient Concept Erasure" (Gong et al., 2024), Sec. 4
 - SPEED, "Scalable, Precise, and Efficient Concept Erasure" (Li et al., 2025), Sec. 3
 - ESD-x, "Erasing Concepts from Diffusion Models" (Gandikota et al., 2023), Eq. 7
+
+Each is given what its authors give it, our anchors apart. The closed forms return new weights; how
+far they agree with the authors' own functions is in results/peers.md.
 """
 
 import copy
@@ -12,81 +15,189 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from realera.bank import bank_prompts
-from realera.concepts import Concept
-from realera.diffusion import Diffusion, TextEncoder, projections
+from realera.concepts import Concept, holds_name
+from realera.models import CONTEXT, Diffusion, TextEncoder
+from realera.readers import adapted_readers
+
+Weights = dict[str, Tensor]  # canonical name of a K or V projection -> its weight [out, dim]
+
+# UCE's expanded prompts, for objects and for styles
+EXPANDED = ("{}", *(f"{kind} of {{}}" for kind in ("image", "photo", "portrait", "picture")))
+EXPANDED += ("painting of {}",)
+EXPANDED_STYLES = ("{}", *(f"{kind} by {{}}" for kind in ("painting", "art", "artwork", "picture")))
+EXPANDED_STYLES += ("style of {}",)
+# MACE erases in 30 wordings. These are in the manner of its own, not the same.
+KINDS = "photo snapshot picture drawing sketch painting illustration rendering graphic portrait"
+WORDINGS = tuple(
+    wording.replace("KIND", kind)
+    for kind in KINDS.split()
+    for wording in ("A KIND of {}", "{} in a KIND", "A detailed KIND of the {} outside")
+)
+WORDINGS_STYLES = tuple(
+    wording.replace("KIND", kind)
+    for kind in KINDS.split()
+    for wording in ("A KIND by {}", "A KIND in {} style", "{}, a famous KIND")
+)
+
+
+def write(weights: Weights, network: nn.Module) -> None:
+    """Puts the weights into the network."""
+    layers = adapted_readers(network)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            layers[name].layer.weight.copy_(weight)
+
+
+def projections(model: Diffusion) -> dict[str, Tensor]:
+    """Every K and V projection of the model, float64 [out, dim] on the CPU."""
+    layers = adapted_readers(model.network).items()
+    return {name: reader.layer.weight.detach().double().cpu() for name, reader in layers}
+
+
+def contexts(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """What the model reads of the prompts, float64 [prompts, tokens, dim]."""
+    return text.encode(prompts)[CONTEXT].cpu().double()
+
+
+def last_words(text: TextEncoder, prompts: Sequence[str]) -> list[int]:
+    """The place of every prompt's last word token."""
+    return [max(1, min(len(ids), text.length) - 2) for ids in text.tokenize(prompts)]
 
 
 def last_rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """The last word token's row of every prompt, float64 [prompts, dim]."""
-    last = torch.tensor([len(ids) - 2 for ids in text.tokenize(prompts)])
-    context = text.encode(prompts).context.cpu().double()
-    return context[torch.arange(len(prompts)), last.clamp(max=context.shape[1] - 2)]
+    return contexts(text, prompts)[torch.arange(len(prompts)), last_words(text, prompts)]
 
 
-@torch.no_grad()
-def uce(model: Diffusion, concepts: Sequence[Concept], ridge: float = 0.5) -> None:
-    """One row a concept, its last word, and a ridge that holds on to W_org; all K and V.
+def filled(concepts: Sequence[Concept], wordings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Every concept in every wording, and its anchor in the same."""
+    pairs = [
+        (w.replace("{}", c.name), w.replace("{}", c.anchor)) for c in concepts for w in wordings
+    ]
+    return [own for own, _ in pairs], [its for _, its in pairs]
 
-    min_W Σ |W e - W_org e*|² + ridge |W - W_org|²
+
+def solved(
+    e: Tensor, target: Tensor, ridge: float, kept: Tensor | None = None, keep: float = 0.0
+) -> Tensor:
+    """The T [dim, dim] that all but SPEED multiply every weight with: W = W_org T.
+
+    min_T Σ |T e - e*|² + keep Σ |T k - k|² + ridge |T - I|² over rows e, e* and k of kept, as they
+    are minimal over W for every W_org at once
     """
-    e = last_rows(model.text, [concept.name for concept in concepts])
-    target = last_rows(model.text, [concept.anchor for concept in concepts])
-    eye = ridge * torch.eye(e.shape[1], dtype=e.dtype)
-    for layer in projections(model.unet).values():
-        w = layer.weight
-        new = w.double().cpu() @ (target.T @ e + eye) @ torch.linalg.inv(e.T @ e + eye)
-        w.copy_(new.to(w))
+    held = ridge * torch.eye(e.shape[1], dtype=e.dtype)
+    if kept is not None:
+        held = held + keep * kept.T @ kept
+    return (target.T @ e + held) @ torch.linalg.inv(e.T @ e + held)
 
 
-@torch.no_grad()
+def uce(
+    model: Diffusion,
+    concepts: Sequence[Concept],
+    wordings: Sequence[str] = ("{}",),
+    ridge: float = 0.5,
+) -> Weights:
+    """The last word's row in every wording goes to the anchor's, and a ridge holds on to W_org."""
+    own, anchors = filled(concepts, wordings)
+    t = solved(last_rows(model.text, own), last_rows(model.text, anchors), ridge)
+    return {name: w @ t for name, w in projections(model).items()}
+
+
+def mace(
+    model: Diffusion, concepts: Sequence[Concept], wordings: Sequence[str], ridge: float = 100.0
+) -> Weights:
+    """Closed-form refinement: the rows *around* the concept go to those around the anchor.
+
+    In every wording, of the words before and after and of all that follows, end-of-text and
+    padding. Its own words' rows are left out: MACE trains a LoRA for those, which is not done here.
+    """
+    e, target = around(model.text, *filled(concepts, wordings))
+    t = solved(e, target, ridge)
+    return {name: w @ t for name, w in projections(model).items()}
+
+
+def around(text: TextEncoder, own: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Rows of what each prompt and its anchor prompt have in common, [n, dim] each."""
+    e, target = [], []
+    rows, its_rows = contexts(text, own), contexts(text, anchors)
+    ids, its_ids = text.tokenize(own), text.tokenize(anchors)
+    for mine, its, a, b in zip(rows, its_rows, ids, its_ids, strict=True):
+        shorter = min(len(a), len(b))
+        before = next((k for k in range(shorter) if a[k] != b[k]), shorter)
+        after = next((k for k in range(shorter - before) if a[-1 - k] != b[-1 - k]), 0)
+        count = len(mine) - max(len(a), len(b)) + after  # to the end of the longer one
+        e += [mine[:before], mine[len(a) - after :][:count]]
+        target += [its[:before], its[len(b) - after :][:count]]
+    return torch.cat(e), torch.cat(target)
+
+
+def rece(
+    model: Diffusion,
+    concepts: Sequence[Concept],
+    epochs: int = 1,
+    regular: float = 0.1,
+) -> Weights:
+    """UCE's edit, then the embeddings that still draw the concept are found and erased, too.
+
+    e' = argmin Σ_layers |W e' - W_org e|² + regular |e'|² is what the edited W reads as e; it is
+    erased from W as e was, and the empty prompt's rows are kept.
+    """
+    own, anchors = filled(concepts, ("{}",))
+    weights, empty = projections(model), contexts(model.text, [""])[0]
+    rows, its_rows = contexts(model.text, own), contexts(model.text, anchors)
+    e, target = [], []  # from the last word on
+    for mine, its, first, second in zip(
+        rows, its_rows, last_words(model.text, own), last_words(model.text, anchors), strict=True
+    ):
+        count = len(mine) - max(first, second)
+        e.append(mine[first:][:count])
+        target.append(its[second:][:count])
+    t = solved(torch.cat(e), torch.cat(target), 0.5, empty, 1.0)
+    gram = torch.stack([w.T @ w for w in weights.values()]).sum(0)
+    eye = regular * torch.eye(len(gram), dtype=gram.dtype)
+    for _ in range(epochs):
+        back = torch.linalg.inv(t.T @ gram @ t + eye) @ t.T @ gram
+        found = rows.flatten(0, 1) @ back.T
+        t = t @ solved(found, its_rows.flatten(0, 1), 0.1, empty, 0.1)
+    return {name: w @ t for name, w in weights.items()}
+
+
 def speed(
     model: Diffusion,
     concepts: Sequence[Concept],
-    retained: Sequence[str] | None = None,
+    retained: Sequence[str],
     threshold: float = 0.1,
     augmentations: int = 10,
     seed: int = 0,
-) -> None:
+) -> Weights:
     """An update inside the null space of what is retained; V only, as in the authors' settings.
 
-    Retained prompts (the bank's unless given) are those that the plain update would change more
-    than the average one (IPF), and noisy copies of them along the direction that W sees least
-    (DPA). The start row and the empty prompt's rows are kept exactly (IEC), here by the span of
-    the latter's three leading directions.
+    Of the retained names or prompts those count that the plain update would change more than the
+    average one (IPF), and noisy copies of them along the direction that W sees least (DPA). The
+    empty prompt's start row and three centres of its others are kept exactly (IEC).
     """
-    names = [concept.name.casefold() for concept in concepts]
-    retained = [
-        prompt
-        for prompt in (retained or bank_prompts())
-        if not any(name in prompt.casefold() for name in names)
-    ]
-    e = last_rows(model.text, [concept.name for concept in concepts])
-    target = last_rows(model.text, [concept.anchor for concept in concepts])
-    others = last_rows(model.text, retained)
-    empty = model.text.encode([""]).context[0].cpu().double()
-    leading = torch.linalg.svd(empty[1:], full_matrices=False).Vh[:3]
-    invariant = torch.cat([empty[:1], leading])  # [4, dim]
-    # Eigenvalues are compared with their mean, which is 1 in SD 1.x, where the authors chose 0.1.
-    threshold = threshold * float(others.square().mean())
+    free_of = [text for text in retained if not any(holds_name(text, c.name) for c in concepts)]
+    own, anchors = filled(concepts, ("{}",))
+    share = len(concepts) ** -0.5  # concepts are averaged, not summed
+    e, target = share * last_rows(model.text, own), share * last_rows(model.text, anchors)
+    others, empty = last_rows(model.text, free_of), contexts(model.text, [""])[0]
+    invariant = torch.cat([empty[:1], centres(empty[1:], 3)])  # [4, dim]
     generator = torch.Generator().manual_seed(seed)
     eye = torch.eye(e.shape[1], dtype=e.dtype)
-
-    for name, layer in projections(model.unet).items():
+    edited = {}
+    for name, w in projections(model).items():
         if not name.endswith("to_v"):
             continue
-        w = layer.weight.double().cpu()
         plain = w @ (target - e).T @ e @ torch.linalg.inv(e.T @ e + eye)
-        influence = (others @ plain.T).norm(dim=1)
-        kept = others[influence > influence.mean()]
-        unseen = torch.linalg.svd(w).Vh[-1]
-        noise = torch.randn(augmentations, len(kept), 1, generator=generator, dtype=e.dtype)
-        copies = (kept + noise * unseen).flatten(0, 1)
-        influence = (copies @ plain.T).norm(dim=1)
-        kept = torch.cat([kept, copies[influence > influence.mean()]])
+        kept = others
+        if augmentations:
+            kept = above_mean(others, plain)
+            unseen = torch.linalg.svd(w).Vh[-1]
+            noise = torch.randn(augmentations, len(kept), 1, generator=generator, dtype=e.dtype)
+            kept = torch.cat([kept, above_mean((kept + noise * unseen).flatten(0, 1), plain)])
         values, vectors = torch.linalg.eigh(kept.T @ kept / len(kept))
         free = vectors[:, values < threshold]  # [dim, k], the approximate null space
         # Inside it, the directions that the invariant rows have no part in.
@@ -94,10 +205,28 @@ def speed(
         rank = int((s > 1e-9 * s.max()).sum()) if len(s) else 0
         free = free @ vh[rank:].T
         # min_Y |Y freeᵀ e - W (e* - e)|² + |Y|²
-        own = e @ free  # [concepts, k]
-        gram = own.T @ own + torch.eye(own.shape[1], dtype=e.dtype)
-        change = w @ (target - e).T @ own @ torch.linalg.inv(gram) @ free.T
-        layer.weight.copy_((w + change).to(layer.weight))
+        seen = e @ free  # [concepts, k]
+        gram = seen.T @ seen + torch.eye(seen.shape[1], dtype=e.dtype)
+        edited[name] = w + w @ (target - e).T @ seen @ torch.linalg.inv(gram) @ free.T
+    return edited
+
+
+def above_mean(rows: Tensor, update: Tensor) -> Tensor:
+    """The rows that the update changes more than it does on average."""
+    influence = (rows @ update.T).norm(dim=1)
+    return rows[influence > influence.mean()]
+
+
+def centres(rows: Tensor, count: int, rounds: int = 100) -> Tensor:
+    """k-means of rows [n, dim], begun at rows that are evenly spaced: [count, dim]."""
+    found = rows[torch.arange(count) * len(rows) // count]
+    for _ in range(rounds):
+        nearest = torch.cdist(rows, found).argmin(1)
+        new = torch.stack([rows[nearest == k].mean(0) for k in range(count)])
+        if torch.equal(new, found):
+            break
+        found = new
+    return found
 
 
 def esd_x(
@@ -111,39 +240,40 @@ def esd_x(
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Fine-tunes all cross-attention so that the concept's prediction points away from it.
+    """Fine-tunes all cross-attention, in place, so that the concept's prediction points away.
 
     The target is ε(∅) - guidance (ε(c) - ε(∅)) of the original model, at latents that the student
     draws of the concept, guided by 3. The anchor is not used: ESD has none.
     """
     teacher: Any = copy.copy(model)
-    teacher.unet = copy.deepcopy(model.unet)  # ESD keeps two U-Nets
-    trained = [p for name, p in model.unet.named_parameters() if ".attn2." in name]
-    wanted = [parameter.requires_grad for parameter in model.unet.parameters()]
+    teacher.network = copy.deepcopy(model.network)  # ESD keeps two U-Nets
+    trained = [p for name, p in model.network.named_parameters() if ".attn2." in name]
+    wanted = [parameter.requires_grad for parameter in model.network.parameters()]
     encoding = model.text.encode([concept.name for concept in concepts])
     empty = model.text.encode([""])
     generator = torch.Generator().manual_seed(seed)
     try:
-        model.unet.requires_grad_(False)
+        model.network.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(trained, lr=learning_rate)
         for step in range(1, iterations + 1):
             pick = torch.randint(len(concepts), (batch,), generator=generator)
-            own, without = encoding.rows(pick), empty.rows(torch.zeros_like(pick))
+            own = encoding.take(pick)
+            without = empty.like(own)
             # The paper denoises to t; a full, coarse run noised to t costs less and is much alike.
             z0 = model.sample(own, without, generator, max(1, steps // 4), 3.0)
-            t = torch.randint(model.train_timesteps, (batch,), generator=generator).to(z0.device)
-            z_t = model.add_noise(z0, torch.randn(z0.shape, generator=generator).to(z0), t)
+            t = model.times(batch, generator)
+            z_t = model.noised(z0, torch.randn(z0.shape, generator=generator).to(z0), t)
             with torch.no_grad():
-                towards = teacher.predict_noise(z_t, t, own)
-                plain = teacher.predict_noise(z_t, t, without)
-            loss = mse_loss(model.predict_noise(z_t, t, own), plain - guidance * (towards - plain))
+                towards = teacher.predict(z_t, t, own)
+                plain = teacher.predict(z_t, t, without)
+            loss = mse_loss(model.predict(z_t, t, own), plain - guidance * (towards - plain))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             on_step(step, loss.item())
     finally:
-        for parameter, grad in zip(model.unet.parameters(), wanted, strict=True):
+        for parameter, grad in zip(model.network.parameters(), wanted, strict=True):
             parameter.requires_grad_(grad)
             parameter.grad = None

@@ -24,12 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.ablation import REPORTING, RESULTS, concept_of
+from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
-from realera.diffusion import DiffusersModel, Diffusion
 from realera.erasure import applied
-from realera.evaluation import OBJECT, aligned, draw, miniature_classifier
+from realera.evaluation import OBJECT, draw, miniature_classifier
+from realera.families.loading import load_model
 from realera.files import writing
 from realera.miniature.vocabulary import CONCEPTS
+from realera.models import Diffusion
 from realera.scope import scope
 
 
@@ -90,8 +92,6 @@ def shown(before: Seen, after: Seen, anchor: Seen) -> tuple[Tensor, Tensor, Tens
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from realera.miniature import load_pipeline
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
 
-    model, words = DiffusersModel(load_pipeline()), vocabulary()
+    model, words = load_model("miniature"), vocabulary()
     before = see(model, words, options)
     anchors: dict[str, Seen] = {}
     found: dict[str, dict[str, float]] = {}
@@ -113,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             anchors[concept.anchor] = see(model, [concept.anchor] * len(words), options)
         mining = mine(model.text, [concept])
         erasure = erase(mining)
-        with applied(erasure, model.unet):
+        with applied(erasure, model.network):
             after = see(model, words, options)
         distance, share, fall = shown(before, after, anchors[concept.anchor])
-        reaches = {r.word: r for r in scope(erasure.edit, model.text, mining.pairs, words)}
+        reaches = {r.word: r for r in scope(erasure, model.text, mining.pairs, words)}
         moved = torch.tensor([reaches[word].moved for word in words])
         toward = torch.tensor([reaches[word].toward for word in words])
         found[name] = {
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Scope report against generated images\n\n"
         f"`python -m benchmarks.scope_correlation {command}`: Spearman's rank correlation over "
         f"{len(words)} words, {options.images} images a word from the same noise before and after, "
-        f"{options.steps} steps.\n\n```\n{aligned(lines)}\n```\n"
+        f"{options.steps} steps.\n\n{markdown_table(lines)}\n"
     )
     with writing(options.out / "scope_correlation.md", overwrite=True) as part:
         part.write_text(text)

@@ -21,13 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realera.closed_form import LAMBDA2, Sums
-from realera.concepts import Concept, Pairs
-from realera.evaluation import aligned
+from benchmarks.tables import markdown_table
+from realera.closed_form import Sums, solve
+from realera.concepts import Concept
 from realera.files import writing
-from realera.mining import Neighborhood, mine_neighbors, neighborhood
+from realera.models import CONTEXT, Encoding
+from realera.pairs import Pairs
+from realera.ring import NoiseRing, noise_ring
+from realera.settings import Settings
 
 RESULTS = Path("benchmarks/results")
+SETTINGS = Settings(source="isotropic")
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,16 @@ def machine(n: int = 2048) -> dict[str, float]:
 
 def ours(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list[Tensor]:
     """Sums once, one Cholesky solve, one product a layer."""
-    edit = Sums.zeros(e.shape[1]).erasing(e, target).solve()
-    return [edit.edit(weight) for weight in weights]
+    sums = Sums.zeros(e.shape[1]).erasing(e, target)
+    edit = solve(sums, None, SETTINGS.lambda1, SETTINGS.lambda2)
+    return [edit.on_weight(weight) for weight in weights]
 
 
 def layer_by_layer(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list[Tensor]:
     """The same minimum with the sums and the inverse made anew in every layer, in float32."""
     edited = []
     for weight in weights:
-        ridge = LAMBDA2 * e.square().sum() / e.shape[1]
+        ridge = SETTINGS.lambda2 * e.square().sum() / e.shape[1]
         eye = ridge * torch.eye(e.shape[1])
         wanted = (target @ weight.T).T @ e + weight @ eye
         edited.append(wanted @ torch.linalg.inv(e.T @ e + eye))
@@ -125,29 +130,30 @@ def closed_form(size: Size, rows: int, rates: dict[str, float], repeats: int) ->
     }
 
 
-def one_by_one(ring: Neighborhood, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
+def one_by_one(ring: NoiseRing, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """Alg. 1, l. 4-12 as printed: draw one, look, keep or draw again.
 
     Returns e_c and e*_c of every accepted draw, [2, draws, rows, dim], and how many were drawn.
     """
-    pairs, found, drawn = ring.pairs, [], 0
+    pairs, shell, found, drawn = ring.pairs, ring.shells[CONTEXT], [], 0
     for i in range(len(pairs.prompts)):
-        e, target, m = pairs.context[i][pairs.span[i]], pairs.target[i][pairs.span[i]], 0
+        span = pairs.span[CONTEXT][i]
+        e, target, m = pairs.e[CONTEXT][i][span], pairs.target[CONTEXT][i][span], 0
         while m < count:
             v = torch.randn(e.shape, generator=generator)
-            radius = ring.d1 * torch.rand((), generator=generator)
+            radius = shell.d1 * torch.rand((), generator=generator)
             direction = (v - e) / (v - e).norm(dim=-1, keepdim=True)
             point = e + radius * direction
             cosine = torch.nn.functional.cosine_similarity(e, point, dim=-1).mean()
             drawn += 1
             if ring.s2 <= cosine <= ring.s1:
-                tolerance = ring.d1_anchor * torch.rand((), generator=generator)
+                tolerance = shell.d1_anchor * torch.rand((), generator=generator)
                 found.append(torch.stack([point, target + tolerance * direction]))
                 m += 1
     return torch.stack(found, dim=1), drawn
 
 
-def ring_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> tuple[Pairs, Neighborhood]:
+def ring_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> NoiseRing:
     """A ring around random rows of a text encoder's size, spans from row 5 on."""
     generator = torch.Generator().manual_seed(0)
     context, target = torch.randn(2, prompts, tokens, dim, generator=generator)
@@ -155,9 +161,12 @@ def ring_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> tuple[Pairs, 
     span[:, :5] = False
     concept = Concept("airplane", "ground", tuple(f"{n} {{}}" for n in range(prompts)))
     names = tuple(f"{n} airplane" for n in range(prompts))
-    ends = torch.full((prompts,), 6)
-    pairs = Pairs((concept,), names, names, context, target, target, span, ends)
-    return pairs, neighborhood(pairs, "isotropic")
+    e, anchor = Encoding({CONTEXT: context}), Encoding({CONTEXT: target})
+    where, whose = {CONTEXT: span}, torch.zeros(prompts, dtype=torch.int64)
+    ends = context[:, 6], target[:, 6]
+    return noise_ring(
+        Pairs((concept,), names, names, whose, e, anchor, anchor, where, *ends), SETTINGS
+    )
 
 
 def mining(count: int, repeats: int) -> dict[str, float]:
@@ -165,18 +174,18 @@ def mining(count: int, repeats: int) -> dict[str, float]:
 
     The noise of as many draws as Alg. 1 takes is what any way needs at least.
     """
-    pairs, ring = ring_of()
+    ring = ring_of()
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
     _, drawn = one_by_one(ring, count, generator())
-    rows, dim = int(pairs.span[0].sum()), pairs.context.shape[-1]
+    rows, dim = int(ring.pairs.span[CONTEXT][0].sum()), ring.pairs.e[CONTEXT].shape[-1]
     noise = timed(lambda: [torch.randn(rows, dim) for _ in range(drawn)], repeats)
-    blocks = timed(lambda: mine_neighbors(ring, count, generator()), repeats)
+    blocks = timed(lambda: ring.neighbors(count, generator()), repeats)
     loop = timed(lambda: one_by_one(ring, count, generator()), repeats)
     return {
-        "accepted": len(pairs.prompts) * count,
+        "accepted": len(ring.pairs.prompts) * count,
         "drawn": drawn,
         "bound s": noise,
         "ours s": blocks,
@@ -215,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"torch {torch.__version__}: {rates['float32'] / 1e9:.0f} GFLOP/s in float32, "
         f"{rates['float64'] / 1e9:.0f} in float64, {rates['bytes'] / 1e9:.0f} GB/s. Ours sums and "
         "solves in float64, the layer-by-layer way runs in float32.\n\n"
-        f"## Closed form\n\n```\n{aligned(lines)}\n```\n\n"
+        f"## Closed form\n\n{markdown_table(lines)}\n\n"
         "*bound*: the operations needed at least, at this machine's rate for a matrix product. "
         "*difference*: largest relative difference of an edited projection between the two.\n\n"
-        f"## Mining\n\n```\n{aligned(table)}\n```"
+        f"## Mining\n\n{markdown_table(table)}"
         "\n\n*bound*: the random numbers of Alg. 1's draws alone. They come from one generator, so "
         "from one core.\n"
     )

@@ -4,125 +4,218 @@ import argparse
 import copy
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from benchmarks import ablation, peers, scope_correlation, speed, unchanged
-from realera.alignment import Training
+from benchmarks.tables import markdown_table
 from realera.concepts import Concept
-from realera.diffusion import DiffusersModel, projections
+from realera.diffusers_model import DiffusersModel
 from realera.evaluation import Report, Score, harmonic_mean, miniature_task
+from realera.models import CONTEXT
+from realera.readers import adapted_readers
+from realera.settings import Settings, Training
 
 AIRPLANE = Concept("airplane", "ground")
+RETAINED = ["a dog", "a ship", "the sea", "a red house"]
 
 
 @pytest.fixture
 def model(pipelines) -> DiffusersModel:
     """A tiny model whose U-Net may be changed."""
     model = DiffusersModel(pipelines["sd1"])
-    model.unet = copy.deepcopy(model.unet)
+    model.network = copy.deepcopy(model.network)
     return model
 
 
-def weights(model: DiffusersModel) -> dict[str, torch.Tensor]:
-    return {n: layer.weight.detach().clone() for n, layer in projections(model.unet).items()}
+def context(model, prompt):
+    return model.text.encode([prompt])[CONTEXT][0].double()
 
 
 def test_the_last_row_is_that_of_the_last_word_before_the_end(model):
     row = peers.last_rows(model.text, ["a photo of the dog", "dog"])
     for k, prompt in enumerate(["a photo of the dog", "dog"]):
         ids = model.text.tokenize([prompt])[0]
-        expected = model.text.encode([prompt]).context[0, len(ids) - 2].double()
-        assert torch.equal(row[k], expected)
+        assert torch.equal(row[k], context(model, prompt)[len(ids) - 2])
 
 
-def test_uce_is_its_papers_minimum_on_every_projection(model):
-    before = weights(model)
-    peers.uce(model, [AIRPLANE], ridge=0.5)
-    e = peers.last_rows(model.text, ["airplane"])
-    target = peers.last_rows(model.text, ["ground"])
-    for name, w_org in before.items():
-        w = weights(model)[name].double().requires_grad_()
-        loss = (w @ e.T - w_org.double() @ target.T).square().sum()
-        loss = loss + 0.5 * (w - w_org.double()).square().sum()
+def test_what_is_written_is_what_the_network_reads_with(model):
+    weights = peers.uce(model, [AIRPLANE])
+    peers.write(weights, model.network)
+    layers = adapted_readers(model.network)
+    assert weights.keys() == layers.keys()
+    for name, reader in layers.items():
+        assert torch.equal(reader.layer.weight, weights[name].float())
+
+
+@pytest.mark.parametrize("wordings", [("{}",), peers.EXPANDED], ids=["one row", "expanded"])
+def test_uce_is_its_papers_minimum_on_every_projection(model, wordings):
+    e = peers.last_rows(model.text, [w.replace("{}", "airplane") for w in wordings])
+    target = peers.last_rows(model.text, [w.replace("{}", "ground") for w in wordings])
+    new = peers.uce(model, [AIRPLANE], wordings, ridge=0.5)
+    for name, w_org in peers.projections(model).items():
+        w = new[name].requires_grad_()
+        loss = (w @ e.T - w_org @ target.T).square().sum() + 0.5 * (w - w_org).square().sum()
         loss.backward()
-        assert not torch.equal(w, w_org.double())
-        assert w.grad.abs().max() < 1e-4
+        assert not torch.equal(w, w_org)
+        assert w.grad.abs().max() < 1e-9
+
+
+def test_mace_moves_the_rows_around_the_concept_to_those_around_its_anchor(model):
+    own, its = "a photo of the airplane outside", "a photo of the sky outside"
+    e, target = peers.around(model.text, [own], [its])
+    rows, its_rows = context(model, own), context(model, its)
+    a, b = (len(model.text.tokenize([prompt])[0]) for prompt in (own, its))
+    # the four words before and the start; then "outside" and all that follows it
+    assert torch.equal(e[:5], rows[:5]) and torch.equal(target[:5], its_rows[:5])
+    assert torch.equal(e[5], rows[a - 2]) and torch.equal(target[5], its_rows[b - 2])
+    assert len(e) == len(target) == 5 + len(rows) - max(a, b) + 2
+    inside = rows[5 : a - 2]
+    assert not any(torch.equal(row, one) for row in e for one in inside)
+
+
+@pytest.mark.parametrize("anchor", ["sky", "a wide green meadow", "airplane hangar"])
+def test_what_stands_around_is_cut_where_the_longer_of_the_two_ends(model, anchor):
+    e, target = peers.around(model.text, ["the airplane"], [f"the {anchor}"])
+    assert e.shape == target.shape
+
+
+def test_rece_erases_what_the_edited_model_still_reads_as_the_concept(model):
+    """One epoch brings e' nearer to the anchor's outputs than UCE's edit alone leaves it."""
+    zero, one = (peers.rece(model, [AIRPLANE], epochs) for epochs in (0, 1))
+    weights = peers.projections(model)
+    e, anchor = context(model, "airplane"), context(model, "ground")
+    gram = sum(w.T @ w for w in zero.values())
+    back = torch.linalg.inv(gram + 0.1 * torch.eye(len(gram)).double())
+    found = e @ (back @ sum(zero[n].T @ weights[n] for n in weights)).T
+
+    def gap(edited):
+        return sum((edited[n] @ found.T - zero[n] @ anchor.T).square().sum() for n in weights)
+
+    # e' is what it claims to be: no small step reads nearer to e, at its price
+    def read_as_e(rows):
+        gaps = sum((zero[n] @ rows.T - weights[n] @ e.T).square().sum() for n in weights)
+        return gaps + 0.1 * rows.square().sum()
+
+    step = 1e-3 * torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).double()
+    assert read_as_e(found) < min(read_as_e(found + step), read_as_e(found - step))
+    assert gap(one) < 0.5 * gap(zero)
 
 
 def test_speed_changes_values_only_and_keeps_the_empty_prompts_start_exactly(model):
-    before = weights(model)
-    peers.speed(model, [AIRPLANE], retained=["a dog", "a ship", "the sea", "a red house"])
-    after = weights(model)
-    start = model.text.encode([""]).context[0, :1].double()
+    new = peers.speed(model, [AIRPLANE], RETAINED)
+    empty = context(model, "")
+    kept = torch.cat([empty[:1], peers.centres(empty[1:], 3)])
     e = peers.last_rows(model.text, ["airplane"])
     target = peers.last_rows(model.text, ["ground"])
-    for name, w_org in before.items():
-        if name.endswith("to_k"):
-            assert torch.equal(after[name], w_org)
-            continue
-        change = (after[name] - w_org).double()
+    weights = peers.projections(model)
+    assert new.keys() == {name for name in weights if name.endswith("to_v")}
+    for name, w in new.items():
+        change, wanted = w - weights[name], weights[name] @ (target - e).T
         assert change.norm() > 0
-        assert (change @ start.T).abs().max() < 1e-5
-        gap = (w_org.double() @ (target - e).T).norm()
-        assert (change @ e.T - w_org.double() @ (target - e).T).norm() < gap
+        assert (change @ kept.T).abs().max() < 1e-9
+        assert (change @ e.T - wanted).norm() < wanted.norm()
 
 
 def test_speed_leaves_what_it_retains_closer_to_the_original_than_a_plain_update(model):
-    retained = ["a dog", "a ship", "the sea", "a red house"]
-    rows = peers.last_rows(model.text, retained)
-    plain = copy.copy(model)
-    plain.unet = copy.deepcopy(model.unet)
-    before = weights(model)
-    peers.speed(model, [AIRPLANE], retained=retained, threshold=1e-3)
-    peers.uce(plain, [AIRPLANE], ridge=1.0)
-    for name, w_org in before.items():
-        if name.endswith("to_v"):
-            ours = ((weights(model)[name] - w_org).double() @ rows.T).norm()
-            theirs = ((weights(plain)[name] - w_org).double() @ rows.T).norm()
-            assert ours < theirs
+    rows = peers.last_rows(model.text, RETAINED)
+    weights, plain = peers.projections(model), peers.uce(model, [AIRPLANE], ridge=1.0)
+    for name, w in peers.speed(model, [AIRPLANE], RETAINED, threshold=1e-3).items():
+        theirs = ((plain[name] - weights[name]) @ rows.T).norm()
+        assert ((w - weights[name]) @ rows.T).norm() < theirs
+
+
+def test_a_retained_name_that_holds_the_concept_is_not_retained(model):
+    one, other = (
+        peers.speed(model, [AIRPLANE], [*RETAINED, *more])
+        for more in ([], ["airplane", "an old Airplane"])
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_centres_are_means_of_what_is_nearest_to_them():
+    around = torch.tensor([[0.0, 0], [10, 0], [0, 10]]).double()
+    noise = 0.1 * torch.randn(3, 20, 2, generator=torch.Generator().manual_seed(0)).double()
+    rows = (around[:, None] + noise).flatten(0, 1)
+    expected = rows.view(3, 20, 2).mean(1)
+    assert torch.allclose(peers.centres(rows, 3), expected)
 
 
 def test_esd_trains_cross_attention_and_nothing_else(model):
-    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     losses = []
     peers.esd_x(model, [AIRPLANE], 2, 1e-3, 2, steps=4, on_step=lambda n, loss: losses.append(loss))
     changed = {
         name
-        for name, tensor in model.unet.state_dict().items()
+        for name, tensor in model.network.state_dict().items()
         if not torch.equal(tensor, before[name])
     }
     assert changed and all(".attn2." in name for name in changed)
     assert any(name.endswith("attn2.to_q.weight") for name in changed)
-    assert len(losses) == 2 and all(p.grad is None for p in model.unet.parameters())
-    assert all(p.requires_grad for p in model.unet.parameters())
+    assert len(losses) == 2 and all(p.grad is None for p in model.network.parameters())
+    assert all(p.requires_grad for p in model.network.parameters())
 
 
 # ------------------------------------------------------------------ the ablation
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize("row", ablation.ROWS, ids=lambda row: row.name)
-def test_a_row_changes_the_model_and_is_undone(row, model, cache, monkeypatch):
-    monkeypatch.setenv("REALERA_CACHE", str(cache))
-    monkeypatch.setattr(ablation, "STATE", cache)
+def test_a_row_changes_the_model_and_is_undone(row, model, folder, monkeypatch):
+    monkeypatch.setenv("REALERA_CACHE", str(folder))
     # The whole vocabulary of CLIP would take a minute; a few words make the same path.
     monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
-    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
-    forget = partial(ablation.closed_form, model, AIRPLANE)
-    with ablation.restored(model.unet):
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    forget = cache(partial(ablation.closed_form, model))
+    with ablation.restored(model.network):
         ablation.change(row, model, AIRPLANE, forget, Training(steps=2, batch=2))
-        state = model.unet.state_dict()
+        state = model.network.state_dict()
         same = all(torch.equal(tensor, before[name]) for name, tensor in state.items())
         assert same == (row.name == "original")
-    assert all(torch.equal(t, before[name]) for name, t in model.unet.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in model.network.state_dict().items())
+
+
+def test_a_row_of_the_paper_is_one_template_with_one_noise_for_the_whole_span():
+    for row in (*ablation.ROWS, *ablation.SWEEP):
+        if row.single:
+            assert row.asked(AIRPLANE).templates == AIRPLANE.templates[:1]
+            assert row.settings.shared_noise and row.settings.lambda2 == 1e-4
+        else:
+            assert row.asked(AIRPLANE) == AIRPLANE
+
+
+def test_a_row_is_measured_once_and_anew_for_another_edit(model, folder, monkeypatch):
+    monkeypatch.setenv("REALERA_CACHE", str(folder))
+    monkeypatch.setattr(ablation, "STATE", folder)
+    drawn = []
+    real = ablation.evaluate
+    monkeypatch.setattr(ablation, "evaluate", lambda *a, **k: drawn.append(1) or real(*a, **k))
+    options = ablation.parse(["--images", "1", "--steps", "1", "--align-steps", "1"])
+    forget = cache(partial(ablation.closed_form, model))
+    settings = Settings(source="isotropic", bank=False, neighbors=0, beyond=0)
+    concept = ablation.concept_of("airplane", "drawn")
+
+    def measured(**changes):
+        row = ablation.Row("a row", replace(settings, **changes))
+        return ablation.measure(row, model, concept, forget, options, "weights").report
+
+    first = measured()
+    assert measured() == first and len(drawn) == 1
+    measured(lambda2=0.5)
+    assert len(drawn) == 2
+
+
+def test_the_others_of_a_task_are_its_other_classes():
+    others = ablation.others(ablation.concept_of("dog", "drawn"))
+    assert "dog" not in others and {"cat", "tree", "ship"} <= {*others} and len(others) == 17
+    assert len(ablation.others(ablation.concept_of("comic", "drawn"))) == 5
 
 
 def report(concept: str, e: float, s: float, g: float) -> Report:
@@ -173,6 +266,11 @@ def test_the_table_names_each_half_and_row(tmp_path):
     assert text.count("| 50.0 ") == 2  # the drift
 
 
+def test_a_table_is_padded_and_flush_right_but_for_its_first_column():
+    lines = markdown_table([["", "n"], ["one", "10.5"]]).splitlines()
+    assert lines == ["|     | n    |", "| --- | ---: |", "| one | 10.5 |"]
+
+
 # ------------------------------------------------------------------ scope and speed
 
 
@@ -213,7 +311,7 @@ def test_the_sizes_are_those_of_the_real_families(size):
     config = FAMILIES[{"SD 1.5": "sd1", "SDXL": "sdxl"}[size.name]]["unet"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    layers = projections(unet).values()
+    layers = [reader.layer for reader in adapted_readers(unet).values()]
     assert sorted(size.outputs) == sorted(layer.out_features for layer in layers)
     assert {layer.in_features for layer in layers} == {size.dim}
 
@@ -227,13 +325,11 @@ def test_the_two_ways_whose_times_are_compared_give_the_same_weights():
 
 
 def test_the_loop_of_the_paper_and_our_blocks_accept_the_same_ring():
-    from realera.mining import mine_neighbors
-
-    pairs, ring = speed.ring_of(tokens=12, dim=128)
+    ring = speed.ring_of(tokens=12, dim=128)
     (one, _), drawn = speed.one_by_one(ring, 40, torch.Generator().manual_seed(0))
     assert drawn > len(one) == 200
-    blocks = mine_neighbors(ring, 40, torch.Generator().manual_seed(0)).context[:, 5:]
-    e = pairs.context[:, 5:].repeat_interleave(40, 0)
+    blocks = ring.neighbors(40, torch.Generator().manual_seed(0)).e[CONTEXT][:, 5:]
+    e = ring.pairs.e[CONTEXT][:, 5:].repeat_interleave(40, 0)
     lengths = [(points - e).norm(dim=-1).mean().item() for points in (one, blocks)]
     assert lengths[0] == pytest.approx(lengths[1], rel=0.03)
 
