@@ -397,11 +397,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import shlex
     import sys
 
-    from realera.miniature import load_pipeline
+    from realera.families.loading import load_model
 
     options = parse(arguments)
     options.command = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    model = DiffusersModel(load_pipeline())
+    model = load_model("miniature")
     weights = fingerprint(model)
     rows = [row for row in ROWS if not options.rows or row.name in options.rows]
     results: dict[str, dict[str, Result]] = {}

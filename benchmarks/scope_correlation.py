@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.ablation import REPORTING, RESULTS, concept_of
 from realera.algorithm import erase, mine
-from realera.diffusion import DiffusersModel, Diffusion
+from realera.diffusion import Diffusion
 from realera.erasure import applied
 from realera.evaluation import OBJECT, aligned, draw, miniature_classifier
 from realera.files import writing
@@ -90,7 +90,7 @@ def shown(before: Seen, after: Seen, anchor: Seen) -> tuple[Tensor, Tensor, Tens
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from realera.miniature import load_pipeline
+    from realera.families.loading import load_model
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
 
-    model, words = DiffusersModel(load_pipeline()), vocabulary()
+    model, words = load_model("miniature"), vocabulary()
     before = see(model, words, options)
     anchors: dict[str, Seen] = {}
     found: dict[str, dict[str, float]] = {}
