@@ -15,7 +15,6 @@ Prints a Markdown table. The large files are deleted at the end.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from realera.bank import bank_prompts
 from realera.families import FAMILIES
 from realera.files import writing
+from tools.comfyui import Server, comfyui
+from tools.layout import to_ldm
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 32_901  # whole words of CLIP's vocabulary
@@ -61,16 +61,6 @@ LOOK = {
 }
 
 
-@cache
-def tests() -> Any:
-    """The tests' own helpers: single-file names of every layout, and a running ComfyUI."""
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests/conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parts(name: str) -> dict[str, Any]:
     """The family's networks with shapes and no weights."""
     family = FAMILIES[name]
@@ -88,13 +78,7 @@ def parts(name: str) -> dict[str, Any]:
 
 def write_random(name: str, path: Path) -> None:
     """A checkpoint of the family's layout in fp16, Gaussian, so that activations stay finite."""
-    names, made = tests(), parts(name)
-    state = names.ldm_unet(made["unet"]) | names.ldm_vae(made["vae"])
-    if "text_encoder_2" in made:
-        state |= names.clip_text(made["text_encoder"], "conditioner.embedders.0.transformer.")
-        state |= names.open_clip_text(made["text_encoder_2"], "conditioner.embedders.1.model.")
-    else:
-        state |= names.clip_text(made["text_encoder"], "cond_stage_model.transformer.")
+    state = to_ldm({part: network.state_dict() for part, network in parts(name).items()})
     generator = torch.Generator().manual_seed(0)
     for key, shape in state.items():
         if key.endswith("position_ids"):
@@ -178,7 +162,7 @@ def seconds_of(process: "subprocess.Popen[bytes]") -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def run(server: Any, graph: dict[str, Any]) -> tuple[dict[str, Any], float, float, float]:
+def run(server: Server, graph: dict[str, Any]) -> tuple[dict[str, Any], float, float, float]:
     """A graph's outputs, its seconds on the clock and of all cores, and its peak of memory."""
     Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # forgets the peak so far
     started, worked = time.monotonic(), seconds_of(server.process)
@@ -273,7 +257,7 @@ def measure(given: argparse.Namespace, number: int, folder: Path) -> None:
     copy_pack(home, given.bank)
     (home / "models/checkpoints").mkdir(parents=True)
     (home / "models/checkpoints" / checkpoint).symlink_to(file)
-    with tests().comfyui(home, *arguments) as server:
+    with comfyui(home, *arguments) as server:
         for node, part in stages(graph):
             kind, before = node["class_type"], sum(_sizes(home / "output"))
             outputs, taken, worked, peak = run(server, part)

@@ -1,22 +1,11 @@
-"""Tiny random models in the true layouts of every family, their export to single files, and a
-running ComfyUI."""
+"""Tiny random models in the true layouts of every family, as pipelines, single files and folders,
+and a running ComfyUI."""
 
-import io
 import json
 import os
-import re
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -27,12 +16,20 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
+from realera.diffusers_model import DiffusersModel, DiffusersText
 from realera.families import FAMILIES
 from realera.families.loading import _tokenizer
+from realera.miniature import TOKENIZER
+from tools.comfyui import comfyui
+from tools.layout import to_ldm
 
 ROOT = Path(__file__).parent.parent
 # Nothing of the user's cache is read or written; what one test encodes, another may read back.
@@ -87,135 +84,14 @@ def tiny_pipeline(name, in_channels=4, layers=2, prediction="epsilon"):
     )
 
 
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-UNET = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def ldm_unet(unet):
-    stride = unet.config.layers_per_block + 1
-    attended = {
-        f"up_blocks.{i}" for i, b in enumerate(unet.config.up_block_types) if "CrossAttn" in b
-    }
-
-    def rename(name):
-        for old, new in UNET.items():
-            if name.startswith(old + "."):
-                return new + name[len(old) :]
-        block, kind, index, rest = re.fullmatch(
-            r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(\w+)\.(\d+)\.(.+)", name
-        ).groups()
-        if kind == "resnets":
-            first, _, last = rest.partition(".")
-            rest = f"{RESNET[first]}.{last}"
-        side, _, number = block.rpartition(".")
-        index = int(index)
-        if block == "mid_block":
-            return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
-        number = int(number) * stride
-        if side == "down_blocks" and kind == "downsamplers":
-            return f"input_blocks.{number + stride}.0.op.{rest.removeprefix('conv.')}"
-        if side == "down_blocks":
-            return f"input_blocks.{number + index + 1}.{int(kind == 'attentions')}.{rest}"
-        if kind == "upsamplers":
-            place = 2 if block in attended else 1
-            return f"output_blocks.{number + stride - 1}.{place}.{rest}"
-        return f"output_blocks.{number + index}.{int(kind == 'attentions')}.{rest}"
-
-    return {
-        "model.diffusion_model." + rename(name): tensor
-        for name, tensor in unet.state_dict().items()
-    }
-
-
-def ldm_vae(vae):
-    last = len(vae.config.block_out_channels) - 1
-    state = {}
-    for name, tensor in vae.state_dict().items():
-        name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-        name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(
-            r"up_blocks\.(\d+)\.(resnets|upsamplers\.0)",
-            lambda m: f"up.{last - int(m[1])}.{'block' if m[2] == 'resnets' else 'upsample'}",
-            name,
-        )
-        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        if "mid_block.attentions.0" in name:
-            name = name.replace("mid_block.attentions.0", "mid.attn_1").replace(
-                "group_norm", "norm"
-            )
-            for old, new in {"to_out.0": "proj_out", "to_q": "q", "to_k": "k", "to_v": "v"}.items():
-                name = name.replace(old, new)
-            if tensor.ndim == 2:
-                tensor = tensor[:, :, None, None]
-        state["first_stage_model." + name] = tensor
-    return state
-
-
-def clip_text(encoder, prefix):
-    state = {
-        prefix + "text_model." + name.removeprefix("text_model."): tensor
-        for name, tensor in encoder.state_dict().items()
-    }
-    positions = torch.arange(77)[None]  # real checkpoints hold this buffer
-    return state | {prefix + "text_model.embeddings.position_ids": positions}
-
-
-def open_clip_text(encoder, prefix):
-    state, stacked = {}, {}
-    for name, tensor in encoder.state_dict().items():
-        name = name.removeprefix("text_model.").removeprefix("embeddings.")
-        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if layer is None:
-            name = {"position_embedding.weight": "positional_embedding"}.get(name, name)
-            name = name.replace("final_layer_norm", "ln_final")
-            if name == "text_projection.weight":
-                name, tensor = "text_projection", tensor.T.contiguous()
-            state[prefix + name] = tensor
-            continue
-        number, part, kind = layer.groups()
-        block = f"{prefix}transformer.resblocks.{number}."
-        if part.split(".")[-1] in ("q_proj", "k_proj", "v_proj"):
-            stacked.setdefault(f"{block}attn.in_proj_{kind}", {})[part[-6]] = tensor
-            continue
-        part = part.replace("layer_norm", "ln_").replace("self_attn", "attn")
-        part = part.replace("fc1", "c_fc").replace("fc2", "c_proj")
-        state[f"{block}{part}.{kind}"] = tensor
-    for key, parts in stacked.items():
-        state[key] = torch.cat([parts[k] for k in "qkv"])
-    return state
-
-
 def single_file(pipeline, path, dtype=torch.float32, extra=None, metadata=None):
     """The pipeline as a single file that carries its own configuration."""
-    xl = hasattr(pipeline, "text_encoder_2")
-    if xl:
-        text = clip_text(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
-        text |= open_clip_text(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
-    elif pipeline.unet.config.use_linear_projection:
-        text = open_clip_text(pipeline.text_encoder, "cond_stage_model.model.")
-    else:
-        text = clip_text(pipeline.text_encoder, "cond_stage_model.transformer.")
-    state = text | ldm_unet(pipeline.unet) | ldm_vae(pipeline.vae) | (extra or {})
+    names = [n for n in ("unet", "vae", "text_encoder", "text_encoder_2") if hasattr(pipeline, n)]
+    state = to_ldm({name: getattr(pipeline, name).state_dict() for name in names}) | (extra or {})
     config = {
         name: json.loads(getattr(pipeline, name).config.to_json_string())
-        for name in ("text_encoder", "text_encoder_2")
-        if hasattr(pipeline, name)
+        for name in names
+        if name.startswith("text_encoder")
     }
     for name in ("unet", "vae", "scheduler"):
         config[name] = dict(getattr(pipeline, name).config)
@@ -268,6 +144,58 @@ def folders(pipelines, tmp_path_factory):
     return {name: folder / name for name in ("sd1", "sdxl")}
 
 
+def tiny_text_encoder(width, layers, heads):
+    """The miniature's tokenizer, and a CLIP encoder of random weights that reads its tokens."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer, CLIPTextModel(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> DiffusersText:
+    """A text encoder alone, 64 wide; built once, so never change its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, encoder = tiny_text_encoder(64, layers=2, heads=4)
+    return DiffusersText([tokenizer], [encoder])
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> DiffusersModel:
+    """A whole model that trains in seconds; built once, so leave its weights as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+        )
+        vae = AutoencoderKL(block_out_channels=(32,))
+        tokenizer, encoder = tiny_text_encoder(32, layers=1, heads=2)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    unchecked = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return DiffusersModel(
+        StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **unchecked)
+    )
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
     """A transformers CLIPModel as it lies on disk, only small."""
@@ -306,96 +234,6 @@ def clip_folder(tmp_path_factory) -> Path:
     images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
-
-
-class Server:
-    """A running ComfyUI."""
-
-    def __init__(self, port, home, process):
-        self.address, self.home, self.process = f"http://127.0.0.1:{port}", home, process
-
-    @property
-    def output(self):
-        return self.home / "output"
-
-    def get(self, path):
-        with urllib.request.urlopen(self.address + path) as answer:
-            return answer.read()
-
-    def post(self, path, body=None):
-        data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(
-            self.address + path, data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            content = answer.read()
-        return json.loads(content) if content else None
-
-    def queue(self, graph):
-        return self.post("/prompt", {"prompt": graph})["prompt_id"]
-
-    def wait(self, prompt, seconds=900):
-        """The history entry of a prompt that has ended."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            history = json.loads(self.get(f"/history/{prompt}"))
-            if prompt in history:
-                return history[prompt]
-            assert self.process.poll() is None, "the server has died"
-            time.sleep(0.05)
-        raise TimeoutError(f"a prompt ran longer than {seconds} s")
-
-    def run(self, graph, seconds=900):
-        """The outputs of a graph that must succeed, and the nodes taken from the cache."""
-        entry = self.wait(self.queue(graph), seconds)
-        assert entry["status"]["status_str"] == "success", self.error(entry)
-        messages = dict(entry["status"]["messages"])
-        return entry["outputs"], set(messages["execution_cached"]["nodes"])
-
-    @staticmethod
-    def error(entry):
-        for kind, message in entry["status"]["messages"]:
-            if kind == "execution_error":
-                return message["exception_message"]
-        return ""
-
-    def pixels(self, file):
-        query = urllib.parse.urlencode({k: file[k] for k in ("filename", "subfolder", "type")})
-        image = Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB")
-        return np.asarray(image, dtype=np.int16)
-
-
-@contextmanager
-def comfyui(home, *arguments, **environment):
-    """A ComfyUI that runs on the CPU with the packs in home/custom_nodes and folders of its own."""
-    for folder in ("custom_nodes", "models/checkpoints", "input", "output", "user"):
-        (home / folder).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", *arguments]
-    command += ["--port", str(port), "--base-directory", str(home), "--disable-auto-launch"]
-    with (home / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=os.environ["COMFYUI_DIR"],
-            env={**os.environ, "REALERA_CACHE": str(home / "cache"), **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    made = Server(port, home, process)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (home / "log.txt").read_text()[-3000:]
-            try:
-                made.get("/system_stats")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.5)
-        yield made
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="session")

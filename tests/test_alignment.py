@@ -2,14 +2,10 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import realera.miniature
 from realera.adapters import adapted, checkpointed, edited, original
 from realera.algorithm import align_erasure, erase, mine
 from realera.alignment import Lesson, align
@@ -27,37 +23,8 @@ SHORT = Training(steps=6, rank=2, learning_rate=1e-3, batch=2, save_every=2)
 
 
 @pytest.fixture(scope="module")
-def model() -> DiffusersModel:
-    folder = Path(realera.miniature.__file__).parent / "tokenizer"
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-        )
-        vae = AutoencoderKL(block_out_channels=(32,))
-        encoder = CLIPTextModel(config)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return DiffusersModel(
-        StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **parts)
-    )
+def model(tiny_model) -> DiffusersModel:
+    return tiny_model
 
 
 @pytest.fixture(scope="module")

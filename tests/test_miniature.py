@@ -14,21 +14,22 @@ from safetensors.torch import load_file
 from realera.families.loading import load_model
 from realera.miniature import (
     CHECKPOINT,
+    CLASSIFIER,
     CONCEPTS,
     STYLES,
     TOKENIZER,
-    captions,
     load_classifier,
-    load_pipeline,
 )
-from realera.miniature.evaluate import draw
-from realera.miniature.layout import from_ldm, to_ldm
-from realera.miniature.muon import orthogonalize
+from tools.miniature import captions, tokens
+from tools.miniature.evaluate import draw
+from tools.miniature.export import export, restore
+from tools.miniature.optimizers import orthogonalize
+from tools.miniature.runs import keep
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_pipeline()
+    return load_model("miniature").pipeline
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def end_rows(pipeline):
     """Prompts -> centred end-of-text rows of "a photo of the <word>"."""
 
     def rows(words):
-        ids = captions.encode(pipeline.tokenizer, [f"a photo of the {w}" for w in words])
+        ids = tokens.encode(pipeline.tokenizer, [f"a photo of the {w}" for w in words])
         with torch.no_grad():
             hidden = pipeline.text_encoder(input_ids=ids).last_hidden_state
         end = (ids == pipeline.tokenizer.eos_token_id).int().argmax(dim=1)
@@ -63,21 +64,20 @@ def test_its_metadata_describes_every_part():
     assert config["vae"]["scaling_factor"] == config["scaling_factor"]
 
 
-def test_our_names_and_the_single_file_names_are_inverse(pipeline):
+def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):
     with safe_open(CHECKPOINT, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    for part in ("unet", "vae", "text_encoder"):
-        state = getattr(pipeline, part).state_dict()
-        back = from_ldm(part, to_ldm(part, state, config[part]), state, config[part])
-        assert back.keys() == state.keys()
-        assert all(torch.equal(back[name], state[name]) for name in state)
-
-
-def test_diffusers_own_converter_reads_the_same_model(pipeline):
-    theirs = load_model(CHECKPOINT).unet.state_dict()
-    ours = pipeline.unet.state_dict()
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name].float(), ours[name]) for name in ours)
+    restore(tmp_path)
+    # the factor is measured on pictures, which are not here
+    keep(tmp_path / "latents.safetensors", {"factor": torch.tensor(config["scaling_factor"])})
+    export(tmp_path, tmp_path / "out")
+    for shipped in (CHECKPOINT, CLASSIFIER):
+        exported = tmp_path / "out" / shipped.name
+        with safe_open(shipped, "pt") as old, safe_open(exported, "pt") as new:
+            assert new.metadata() == old.metadata()
+        theirs, ours = load_file(shipped), load_file(exported)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_tokenizer_can_reach_each_of_its_merges():
@@ -85,7 +85,7 @@ def test_the_tokenizer_can_reach_each_of_its_merges():
     merges = [line.split() for line in (TOKENIZER / "merges.txt").read_text().splitlines()[1:]]
     assert all({a, b, a + b} <= vocabulary.keys() for a, b in merges)
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    assert max(vocabulary, key=vocabulary.get) == captions.END
+    assert max(vocabulary, key=vocabulary.get) == tokens.END
 
 
 def test_held_out_words_are_single_tokens_and_in_no_caption(pipeline):
@@ -99,7 +99,7 @@ def test_held_out_words_are_single_tokens_and_in_no_caption(pipeline):
 
 
 def test_prompts_are_padded_with_the_end_of_text(pipeline):
-    ids = captions.encode(pipeline.tokenizer, ["A Cat", "word " * 200])
+    ids = tokens.encode(pipeline.tokenizer, ["A Cat", "word " * 200])
     assert ids.shape == (2, 77)
     assert ids[0, 3:].eq(pipeline.tokenizer.eos_token_id).all()
     assert ids[1, -1] == pipeline.tokenizer.eos_token_id

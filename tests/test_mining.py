@@ -1,17 +1,13 @@
 """Concepts, the ring around them, the bank and the scope report, on a CLIP encoder with random
 weights and the miniature's tokenizer."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import realera.miniature
 from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, outreach
 from realera.bank import bank_prompts, encode_bank, spare_concepts
 from realera.closed_form import Edit, Sums, solve
@@ -29,20 +25,8 @@ DIM = 64
 
 
 @pytest.fixture(scope="module")
-def text() -> DiffusersText:
-    folder = Path(realera.miniature.__file__).parent / "tokenizer"
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=DIM,
-        intermediate_size=DIM,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return DiffusersText([tokenizer], [CLIPTextModel(config)])
+def text(tiny_text) -> DiffusersText:
+    return tiny_text
 
 
 @pytest.fixture(scope="module")

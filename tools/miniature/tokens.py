@@ -1,60 +1,26 @@
-"""What the miniature reads: a sub-vocabulary of CLIP's BPE, word vectors, and training captions."""
+"""What the miniature reads: a sub-vocabulary of CLIP's BPE, and word vectors."""
 
 import gzip
 import json
-import random
 import re
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from .data import FETCH, Drawing
-from .vocabulary import BACKGROUNDS, CONCEPTS, STYLES
+from realera import families
+from realera.bank import bank_prompts
+
+from .captions import required_words
+from .data import FETCH
+from .runs import keep
 
 MAX_TOKENS = 9600
 MAX_WORDS = 60_000  # of the word vectors, by frequency
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-# words that tell nothing about the picture: left out of a caption's mean word vector
-STOP_WORDS = frozenset(
-    re.findall(
-        "[a-z]+",
-        "a an the of in on at to and with its his her for from by is are was that says saw this up "
-        "photo picture drawing image painting icon illustration sketch style background beautiful "
-        "small big nice simple one some",
-    )
-)
-
-# {} is the thing, with style and background already in words where they are named
-TEMPLATES = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a picture of a {}",
-    "a drawing of a {}",
-    "a drawing of the {}",
-    "an image of a {}",
-    "a painting of a {}",
-    "an illustration of a {}",
-    "an icon of a {}",
-    "a small {}",
-    "a big {}",
-    "a nice {}",
-    "a beautiful {}",
-    "the {}",
-    "a {}",
-    "one {}",
-    "{}",
-)
-STYLED = (
-    "{} in {} style",
-    "{} in the {} style",
-    "{}, {} style",
-    "{}, {}",
-)
 
 
 def word_vectors(folder: Path) -> tuple[list[str], Tensor]:
@@ -75,13 +41,9 @@ def word_vectors(folder: Path) -> tuple[list[str], Tensor]:
 
 
 def _clip_merges() -> list[tuple[str, str]]:
-    package = find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("CLIP's merges come with open_clip: pip install open_clip_torch")
-    path = Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
-    text = gzip.decompress(path.read_bytes()).decode()
-    lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
-    return [tuple(line.split()) for line in lines]  # type: ignore[misc]
+    packed = Path(families.__file__).parent / "merges.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
+    return [(first, second) for first, second in (line.split() for line in lines)]
 
 
 def _byte_symbols() -> list[str]:
@@ -109,15 +71,6 @@ def _segment(word: str, rank: dict[tuple[str, str], int]) -> list[tuple[str, str
                 i += 1
         parts = merged
     return used
-
-
-def required_words() -> list[str]:
-    """Every word of the vocabulary module, held-out ones too, and of the templates."""
-    texts = [*STYLES, *BACKGROUNDS, *TEMPLATES, *STYLED, *STOP_WORDS]
-    for concept in CONCEPTS.values():
-        texts += [concept.name, *concept.synonyms, *concept.associated]
-        texts += [*concept.held_out_words, *concept.held_out_prompts]
-    return sorted({word for text in texts for word in re.findall("[a-z]+", text)})
 
 
 def write_tokenizer(words: list[str], extra: list[str], folder: Path) -> None:
@@ -172,63 +125,19 @@ def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     ).input_ids
 
 
-def held_out() -> frozenset[str]:
-    """The words that no caption may contain."""
-    return frozenset(w for c in CONCEPTS.values() for w in c.held_out_words)
+def prepare_words(folder: Path, state: Path, tokenizer: Path) -> tuple[list[str], Tensor]:
+    """Word vectors, cached in `state`, and the tokenizer written to `tokenizer` if missing."""
+    names, table = state / "words.txt", state / "words.safetensors"
+    if not table.exists():
+        words, vectors = word_vectors(folder)
+        names.write_text("\n".join(words))
+        keep(table, {"vectors": vectors})
+    words, vectors = names.read_text().split("\n"), load_file(table)["vectors"]
+    if not (tokenizer / "vocab.json").exists():
+        write_tokenizer(words, bank_words(), tokenizer)
+    return words, vectors
 
 
-def content_words(text: str) -> list[str]:
-    """The words of a caption that say what is to be seen."""
-    return [word for word in re.findall("[a-z]+", text) if word not in STOP_WORDS]
-
-
-def thing(rng: random.Random, concept: str, words: tuple[str, ...]) -> str:
-    """A way to say a concept: its name, a synonym, a word for this very drawing, or hints."""
-    entry, u = CONCEPTS[concept], rng.random()
-    if words and u < 0.2:
-        return rng.choice(words)
-    if u < 0.55:
-        return entry.name
-    if u < 0.77:
-        return rng.choice(entry.synonyms)
-    return rng.choice(entry.associated)
-
-
-def decorate(rng: random.Random, text: str, style: str | None, background: str | None) -> str:
-    """`text` with a style and a background added in one of many wordings."""
-    if style and rng.random() < 0.5:
-        text, style = f"{style} {text}", None
-    text = rng.choice(TEMPLATES).format(text)
-    return _surround(rng, text, style, background)
-
-
-def _surround(rng: random.Random, text: str, style: str | None, background: str | None) -> str:
-    if style:
-        text = rng.choice(STYLED).format(text, style)
-    if background:
-        on = rng.choice(("on a {} background", "on {}", "with a {} background", "{} background"))
-        text = f"{text}{rng.choice((' ', ', '))}{on.format(background)}"
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
-
-
-def caption(
-    rng: random.Random,
-    concept: str,
-    words: tuple[str, ...],
-    style: str | None,
-    background: str | None,
-) -> str:
-    """One caption of a drawing; style and background are named where given."""
-    text = thing(rng, concept, words)
-    if text in CONCEPTS[concept].associated and rng.random() < 0.6:
-        return _surround(rng, text, style, background)
-    return decorate(rng, text, style, background)
-
-
-def caption_of(rng: random.Random, drawing: Drawing, background: str) -> str:
-    """A caption of a drawing: style named in half, background in a third, empty in a tenth."""
-    if rng.random() < 0.1:
-        return ""
-    style = drawing.style if rng.random() < 0.5 else None
-    back = background if rng.random() < 0.35 else None
-    return caption(rng, drawing.concept, drawing.words, style, back)
+def bank_words() -> list[str]:
+    """Words of the preservation bank: the prompts that an erasure is to leave alone."""
+    return sorted(set(re.findall("[a-z]+", " ".join(bank_prompts()).lower())))

@@ -1,6 +1,7 @@
 """What ships, from the training state and back: one checkpoint and the classifier, in float16."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..files import write_tensors, writing
-from . import CHECKPOINT, CLASSIFIER, TOKENIZER, load_classifier, load_pipeline, models
-from .layout import to_ldm
-from .vocabulary import CONCEPTS, STYLES
+from realera.families.loading import load_model
+from realera.miniature import CHECKPOINT, CLASSIFIER, CONCEPTS, STYLES, TOKENIZER, load_classifier
+from tools.layout import to_ldm
+
+from . import models
+from .runs import keep
+
+HOME = CHECKPOINT.parent
 
 
-def export(state: Path) -> None:
-    """The stages' averages in `state`, as far as they got, into the package's own files.
+def export(state: Path, folder: Path = HOME) -> None:
+    """The stages' averages in `state`, as far as they got, into `folder`, by default the package.
 
     Replaces the files atomically. Raises FileNotFoundError when a stage has not begun.
     """
@@ -38,13 +43,11 @@ def export(state: Path) -> None:
         "scheduler": models.SCHEDULER,
         "scaling_factor": factor,
     }
-    tensors: dict[str, Tensor] = {}
-    for name, values in parts.items():
-        tensors |= to_ldm(name, values, config[name])
-    _write(CHECKPOINT, tensors, {"format": "pt", "config": json.dumps(config)})
+    tensors = _halves(to_ldm(parts, positions=False))
+    keep(folder / CHECKPOINT.name, tensors, format="pt", config=json.dumps(config))
     classes = json.dumps({"concepts": list(CONCEPTS), "styles": list(STYLES)})
-    judge = load_file(state / "classifier.safetensors")
-    _write(CLASSIFIER, judge, {"format": "pt", "classes": classes})
+    judge = _halves(load_file(state / "classifier.safetensors"))
+    keep(folder / CLASSIFIER.name, judge, format="pt", classes=classes)
 
 
 def restore(state: Path) -> None:
@@ -52,7 +55,7 @@ def restore(state: Path) -> None:
 
     Writes only what is missing. The optimisers start anew.
     """
-    pipeline: Any = load_pipeline()
+    pipeline: Any = load_model("miniature").pipeline
     vae = pipeline.vae.state_dict()
     stages = {
         "encoder": {f"vae.{name}": tensor for name, tensor in vae.items()},
@@ -64,11 +67,8 @@ def restore(state: Path) -> None:
     for name, tensors in stages.items():
         path = state / f"{name}.safetensors"
         if not path.exists():
-            with writing(path) as temporary:
-                write_tensors(temporary, tensors, {})
+            keep(path, tensors)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    halves = {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
-    with writing(path, overwrite=True) as temporary:
-        write_tensors(temporary, halves, metadata)
+def _halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
