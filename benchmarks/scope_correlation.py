@@ -27,7 +27,9 @@ from benchmarks.ablation import REPORTING, RESULTS, concept_of
 from realera.algorithm import erase, mine
 from realera.diffusion import DiffusersModel, Diffusion
 from realera.erasure import applied
-from realera.evaluation import OBJECT, aligned, draw, miniature_classifier
+from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.report import Sampling, columns, draw
+from realera.evaluation.tasks import OBJECT
 from realera.files import writing
 from realera.miniature.vocabulary import CONCEPTS
 from realera.scope import scope
@@ -71,7 +73,8 @@ class Seen:
 def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> Seen:
     """Image k of word n has the same noise in every call with as many words."""
     prompts = [OBJECT.replace("{}", word) for word in words]
-    batches = draw(model, prompts, options.images, seed=options.seed, steps=options.steps, batch=64)
+    sampling = Sampling(options.steps, seed=options.seed, batch=64)
+    batches = draw(model, prompts, options.images, sampling)
     images = torch.cat([*batches])
     probability = miniature_classifier().logits(images).softmax(-1)
     shape = (len(words), options.images, -1)
@@ -134,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Scope report against generated images\n\n"
         f"`python -m benchmarks.scope_correlation {command}`: Spearman's rank correlation over "
         f"{len(words)} words, {options.images} images a word from the same noise before and after, "
-        f"{options.steps} steps.\n\n```\n{aligned(lines)}\n```\n"
+        f"{options.steps} steps.\n\n```\n{columns(lines)}\n```\n"
     )
     with writing(options.out / "scope_correlation.md", overwrite=True) as part:
         part.write_text(text)

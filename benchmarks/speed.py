@@ -23,7 +23,7 @@ from torch import Tensor
 
 from realera.closed_form import LAMBDA2, Sums
 from realera.concepts import Concept, Pairs
-from realera.evaluation import aligned
+from realera.evaluation.report import columns
 from realera.files import writing
 from realera.mining import Neighborhood, mine_neighbors, neighborhood
 
@@ -215,10 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"torch {torch.__version__}: {rates['float32'] / 1e9:.0f} GFLOP/s in float32, "
         f"{rates['float64'] / 1e9:.0f} in float64, {rates['bytes'] / 1e9:.0f} GB/s. Ours sums and "
         "solves in float64, the layer-by-layer way runs in float32.\n\n"
-        f"## Closed form\n\n```\n{aligned(lines)}\n```\n\n"
+        f"## Closed form\n\n```\n{columns(lines)}\n```\n\n"
         "*bound*: the operations needed at least, at this machine's rate for a matrix product. "
         "*difference*: largest relative difference of an edited projection between the two.\n\n"
-        f"## Mining\n\n```\n{aligned(table)}\n```"
+        f"## Mining\n\n```\n{columns(table)}\n```"
         "\n\n*bound*: the random numbers of Alg. 1's draws alone. They come from one generator, so "
         "from one core.\n"
     )

@@ -22,19 +22,18 @@ from .checkpoints import write_checkpoint, write_lora
 from .concepts import STYLE_TEMPLATES, TEMPLATES, encode_pairs, parse_concepts
 from .diffusion import DiffusersModel
 from .erasure import Erasure, applied, concepts_of
-from .evaluation import (
+from .evaluation.judges import (
     Clip,
+    ClipScore,
     Judge,
-    Task,
+    Meter,
+    NudeNet,
     clip_classifier,
-    draw,
-    evaluate,
     miniature_classifier,
-    miniature_task,
-    paper_task,
-    table,
 )
-from .evaluation import write as write_evaluation
+from .evaluation.report import Sampling, draw, evaluate, survey, table
+from .evaluation.report import write as write_evaluation
+from .evaluation.tasks import ARTISTS, STYLE_WORDS, Task, bundled_task, miniature_task, paper_task
 from .families import family_of, locate, unet_files
 from .families.loading import load_model, load_text
 from .files import open_tensors, writing
@@ -45,6 +44,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
 }
+CLIP = "openai/clip-vit-large-patch14"
 DEMO = "airplane -> ground"
 DEMO_PROMPTS = (
     "a photo of the airplane",
@@ -115,15 +115,12 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    asked = _asked(options)
+    judge = _judge(options, asked) if isinstance(asked, Task) else _meter(options)
+    options.images = options.images or (20 if isinstance(asked, Task) else 1)
     model = load_model(options.model, DTYPES.get(options.dtype), options.device)
-    small = options.model == "miniature"
-    task = miniature_task(options.concept) if small else paper_task(options.concept)
-    if small:
-        judge: Judge = miniature_classifier()
-    else:
-        judge = clip_classifier(Clip(options.clip, options.device), task.classes, task.template)
     erasures = {str(path): Erasure.load(path) for path in options.erasures}
-    _evaluate(options, model, erasures, task, judge)
+    _evaluate(options, model, erasures, asked, judge)
 
 
 def run_scope(options: argparse.Namespace) -> None:
@@ -250,7 +247,7 @@ def _before_after(
 ) -> Image.Image:
     def images() -> list[torch.Tensor]:
         with _bar("images") as progress:
-            drawn = draw(model, prompts, 1, seed=options.seed, progress=progress)
+            drawn = draw(model, prompts, 1, Sampling(seed=options.seed), progress)
             return [image for batch in drawn for image in batch]
 
     before = images()
@@ -259,35 +256,92 @@ def _before_after(
     return pictures.grid([before, after], ["before", "after"], list(prompts))
 
 
+def _asked(options: argparse.Namespace) -> Task | list[str]:
+    """The task of a name that is known, else the prompts of a file. Raises ValueError."""
+    task_of = bundled_task if options.model == "miniature" else paper_task
+    try:
+        return task_of(options.asked)
+    except ValueError as unknown:
+        if options.asked.endswith(".safetensors"):
+            raise ValueError(f"{options.asked}: say what to evaluate before the erasures") from None
+        if not Path(options.asked).is_file():
+            raise ValueError(f"{unknown}; nor is it a text file of prompts") from None
+    return _lines(options.asked)
+
+
+def _judge(options: argparse.Namespace, task: Task) -> Judge:
+    """Who judges a task: as the paper has it, unless the user says."""
+    bundled = options.model == "miniature"
+    papers = "bundled" if bundled else "clip-score" if task.concept in ARTISTS else "clip"
+    name = options.judge or papers
+    if name == "nudity":
+        raise ValueError(
+            "explicit content is counted over prompts of your own: give a text file of them, one a "
+            f"line, instead of {task.concept!r}"
+        )
+    if name == "bundled":
+        if not bundled:
+            raise ValueError(
+                "the bundled classifier knows the drawings of 'miniature' only: choose --judge "
+                "clip or --judge clip-score"
+            )
+        _refuse_clip(options, name)
+        return miniature_classifier("style" if task.concept in STYLE_WORDS else "concept")
+    clip = Clip(options.clip or CLIP, options.device)
+    if name == "clip":
+        return clip_classifier(clip, task.classes, task.template)
+    return ClipScore(clip, task.template)
+
+
+def _meter(options: argparse.Namespace) -> Meter:
+    """What measures the images of a file of prompts."""
+    if options.judge == "nudity":
+        _refuse_clip(options, options.judge)
+        return NudeNet()
+    if options.judge == "clip-score":
+        return ClipScore(Clip(options.clip or CLIP, options.device))
+    raise ValueError(
+        f"the prompts of {options.asked} name no class to recognise: add --judge nudity or --judge "
+        "clip-score"
+    )
+
+
+def _refuse_clip(options: argparse.Namespace, judge: str) -> None:
+    if options.clip:
+        raise ValueError(f"the judge {judge!r} uses no CLIP: leave out --clip, or --judge clip")
+
+
 def _evaluate(
     options: argparse.Namespace,
     model: DiffusersModel,
     erasures: dict[str, Erasure],
-    task: Task,
-    judge: Judge,
+    asked: Task | list[str],
+    judge: Judge | Meter,
 ) -> None:
+    """Draws and judges what is asked, before and after every erasure, and writes it down."""
     _refuse_existing(
         Path(options.out), [f"evaluation.{e}" for e in ("json", "txt", "png")], options
     )
-
     for erasure in erasures.values():
         with applied(erasure, model.unet):
             pass  # one that does not fit is refused before anything is drawn
+    measure: Any = evaluate if isinstance(asked, Task) else survey
 
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
         with _bar("evaluation") as progress:
-            return evaluate(
-                model, task, judge, images=options.images, seed=options.seed, progress=progress
-            )
+            sampling = Sampling(seed=options.seed)
+            return measure(model, asked, judge, options.images, sampling, progress)
 
     results = {"original": one()}
     for name, erasure in erasures.items():
         with applied(erasure, model.unet):
             results[name] = one()
     reports = {name: report for name, (report, _) in results.items()}
-    prompts = list(next(iter(results.values()))[1])
-    rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
-    grid = pictures.grid(rows, list(results), prompts)
+    grid = None
+    if not isinstance(judge, NudeNet):  # explicit pictures are counted, not kept
+        prompts = list(results["original"][1])
+        rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
+        grid = pictures.grid(rows, list(results), prompts)
     write_evaluation(Path(options.out), reports, grid, options.overwrite)
     print(table(reports))
 
@@ -379,11 +433,23 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
     judge.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
-    judge.add_argument("concept", help="of the miniature, or one of the paper's")
-    judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
-    judge.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name")
     judge.add_argument(
-        "--images", type=_positive, default=20, help="per prompt; the paper draws 200"
+        "asked", metavar="concept",
+        help="an object or style of the miniature; else an object, celebrity or artist of the "
+        "paper's; or a text file of prompts, one a line",
+    )  # fmt: skip
+    judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
+    judge.add_argument(
+        "--judge", choices=("bundled", "clip", "clip-score", "nudity"),
+        help="the bundled classifier (of the miniature), CLIP as a classifier or the CLIP score, "
+        "as the paper has it unless given; for a file of prompts the CLIP score, or NudeNet's "
+        "detections of explicit content, whose pictures are not kept",
+    )  # fmt: skip
+    judge.add_argument(
+        "--clip", help=f"folder or hub name of a CLIP; {CLIP}, the paper's, unless given"
+    )
+    judge.add_argument(
+        "--images", type=_positive, help="per prompt; 20, and 1 for a file of prompts, unless given"
     )
     judge.add_argument("--seed", type=int, default=0)
     judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")

@@ -13,7 +13,8 @@ from benchmarks import ablation, peers, scope_correlation, speed
 from realera.alignment import Training
 from realera.concepts import Concept
 from realera.diffusion import DiffusersModel, projections
-from realera.evaluation import Report, Score, harmonic_mean, miniature_task
+from realera.evaluation.report import Report, Score, harmonic_mean
+from realera.evaluation.tasks import miniature_task
 
 AIRPLANE = Concept("airplane", "ground")
 

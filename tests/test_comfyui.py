@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from realera.evaluation import Clip
+from realera.evaluation.judges import Clip
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows/api"
