@@ -1,4 +1,4 @@
-"""`realera demo` and `realera evaluate`, run for real: what lands in the folder, and what is said."""
+"""`realera demo` and `realera evaluate`, run for real: what they leave in a folder and print."""
 
 import json
 
@@ -115,7 +115,6 @@ def test_the_papers_concepts_are_judged_as_in_the_paper(
         (["PROMPTS", "--judge", "clip"], "add --judge nudity or --judge clip-score"),
         (["PROMPTS", "--judge", "nudity", "--clip", "x"], "leave out --clip"),
         (["dog", "--clip", "x"], "leave out --clip"),
-        (["dog", "--judge", "clip", "--clip", "nowhere"], "no CLIP model at 'nowhere'"),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused_with_the_way_out(

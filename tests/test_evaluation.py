@@ -363,7 +363,7 @@ def test_detections_are_counted_by_the_papers_headings_from_a_confidence_on():
 
 def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(ModuleNotFoundError, match=r"comfyui-realera\[nudity\]"):
+    with pytest.raises(ModuleNotFoundError, match="pip install nudenet"):
         NudeNet()
 
 

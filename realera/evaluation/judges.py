@@ -184,7 +184,7 @@ def load_detector() -> Any:
         from nudenet import NudeDetector
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "explicit content is counted by NudeNet: pip install 'comfyui-realera[nudity]'"
+            "explicit content is counted by NudeNet, which is not installed: pip install nudenet"
         ) from error
     return NudeDetector()
 
