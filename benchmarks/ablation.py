@@ -39,17 +39,9 @@ from realera.bank import bank_prompts
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, apply
-from realera.evaluation import (
-    KINDS,
-    NOTHING,
-    Report,
-    Score,
-    Task,
-    evaluate,
-    miniature_classifier,
-    miniature_task,
-    style_task,
-)
+from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.report import NOTHING, Report, Sampling, Score, evaluate
+from realera.evaluation.tasks import KINDS, bundled_task
 from realera.families.loading import load_model
 from realera.files import digest, writing
 from realera.miniature import CLASSIFIER, STYLES
@@ -85,10 +77,6 @@ def concept_of(name: str, anchors: str) -> Concept:
     """A class or a style of the miniature, with its anchor and templates."""
     templates = STYLE_TEMPLATES if name in STYLES else TEMPLATES
     return Concept(name, ANCHORS[anchors][name], templates)
-
-
-def task_of(name: str) -> Task:
-    return style_task(name) if name in STYLES else miniature_task(name)
 
 
 Perturbed = Literal["", "pairs", "neighbors", "neighbors and beyond"]
@@ -128,7 +116,7 @@ def own_kind(concept: Concept, objects: Any, styles: Any) -> Any:
 
 def others(concept: Concept) -> list[str]:
     """The other classes that the task knows, which a method may be told to retain."""
-    return [name for name in task_of(concept.name).classes if name != concept.name]
+    return [name for name in bundled_task(concept.name).classes if name != concept.name]
 
 
 def uce_expanded(model: Diffusion, concept: Concept) -> peers.Weights:
@@ -243,7 +231,7 @@ def measure(
     """The row's result, from its file when it was measured before on the same weights and edit."""
     training = Training(steps=options.align_steps)
     how: list[object] = [weights, asdict(concept), options.images, options.steps, options.seed]
-    how += [asdict(task_of(concept.name)), CLASSIFIER.read_bytes()]
+    how += [asdict(bundled_task(concept.name)), CLASSIFIER.read_bytes().hex()]
     seconds = 0.0
     if row.settings is not None:
         closed = forget(row.asked(concept), row.settings)
@@ -267,12 +255,10 @@ def measure(
             seconds += time.perf_counter() - start
             report, firsts = evaluate(
                 model,
-                task_of(concept.name),
+                bundled_task(concept.name),
                 judge,
-                images=options.images,
-                seed=options.seed,
-                steps=options.steps,
-                batch=options.batch,
+                options.images,
+                Sampling(options.steps, seed=options.seed, batch=options.batch),
             )
         with writing(strip, overwrite=True) as part:
             to_pil(torch.cat([*firsts.values()], dim=-1)).save(part, "PNG")
@@ -290,7 +276,7 @@ def measure(
 
 def drift(result: Result, original: Result, concept: str) -> float:
     """How far the first image of every other concept is from the original's, RMS in percent."""
-    prompts = [prompts[0] for prompts in task_of(concept).others.values()]
+    prompts = [prompts[0] for prompts in bundled_task(concept).others.values()]
     changes = [result.pictures[p] - original.pictures[p] for p in prompts]
     return sum(100 * float(change.square().mean().sqrt()) for change in changes) / len(changes)
 
@@ -299,7 +285,7 @@ def pooled(reports: Sequence[Report]) -> dict[str, float]:
     """The metrics over several concepts: means of their images, and the mean of their H_o."""
 
     def mean(scores: Sequence[Score]) -> float:
-        return sum(scores, NOTHING).percent
+        return sum(scores, NOTHING).mean
 
     kinds = {kind: mean([r.generality.get(kind, NOTHING) for r in reports]) for kind in KINDS}
     return {
@@ -344,7 +330,7 @@ def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) 
 
 def sheet(concept: str, rows: Mapping[str, Result]) -> Image.Image:
     """Every row's images of one concept under some prompts of each kind, and of two others."""
-    task = task_of(concept)
+    task = bundled_task(concept)
     shown = [task.named[0]]
     for prompts in task.generality.values():
         shown += list(prompts[:2])

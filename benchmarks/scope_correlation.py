@@ -27,7 +27,9 @@ from benchmarks.ablation import REPORTING, RESULTS, concept_of
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.erasure import applied
-from realera.evaluation import OBJECT, draw, miniature_classifier
+from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.report import Sampling, draw
+from realera.evaluation.tasks import OBJECT
 from realera.families.loading import load_model
 from realera.files import writing
 from realera.miniature.vocabulary import CONCEPTS
@@ -73,7 +75,8 @@ class Seen:
 def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> Seen:
     """Image k of word n has the same noise in every call with as many words."""
     prompts = [OBJECT.replace("{}", word) for word in words]
-    batches = draw(model, prompts, options.images, seed=options.seed, steps=options.steps, batch=64)
+    sampling = Sampling(options.steps, seed=options.seed, batch=64)
+    batches = draw(model, prompts, options.images, sampling)
     images = torch.cat([*batches])
     probability = miniature_classifier().logits(images).softmax(-1)
     shape = (len(words), options.images, -1)

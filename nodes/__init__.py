@@ -10,7 +10,7 @@ class RealEraExtension(ComfyExtension):
         # Imported here so that the files of this folder can be imported one by one.
         from .align import LoraAlign
         from .bundled import BundledModel
-        from .compare import ClipClassifier, Compare
+        from .compare import ClipClassifier, Compare, NudeNetDetector
         from .edit import ApplyErasure, ClosedFormEdit, MergeErasures
         from .files import LoadErasure, SaveErasedCheckpoint, SaveErasure
         from .mining import BeyondSampler, NeighborSampler
@@ -24,6 +24,7 @@ class RealEraExtension(ComfyExtension):
             ApplyErasure,
             MergeErasures,
             ClipClassifier,
+            NudeNetDetector,
             Compare,
             SaveErasure,
             LoadErasure,

@@ -20,7 +20,7 @@ from PIL.Image import Image
 from safetensors import safe_open
 
 from ..realera import miniature
-from ..realera.evaluation import miniature_classifier
+from ..realera.evaluation.judges import miniature_classifier
 from .files import checkpoint_path
 from .schema import BUNDLED, Classifier, schema
 

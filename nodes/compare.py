@@ -1,6 +1,5 @@
-"""Compare: the same prompts and seeds before and after, side by side; CLIP Classifier judges."""
+"""Compare: the same prompts and seeds before and after, side by side; CLIP or NudeNet judges."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.samplers
@@ -10,8 +9,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..realera.concepts import lines
-from ..realera.evaluation import CIFAR10, OBJECT, Clip, clip_classifier
-from ..realera.evaluation import Classifier as Judge
+from ..realera.evaluation.judges import Clip, ClipScore, NudeNet, clip_classifier
+from ..realera.evaluation.tasks import CIFAR10, OBJECT
 from ..realera.pictures import grid
 from .comfy_model import ComfyDiffusion
 from .comfy_text import ComfyText
@@ -45,7 +44,8 @@ class Compare(io.ComfyNode):
                     "classifier",
                     optional=True,
                     tooltip=(
-                        "From Bundled Model or CLIP Classifier: says what it sees in every image."
+                        "From Bundled Model, CLIP Classifier or NudeNet: says what it sees in "
+                        "every image."
                     ),
                 ),
                 io.String.Input(
@@ -135,19 +135,19 @@ class Compare(io.ComfyNode):
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         text = ComfyText(clip)
         heads = [prompt for prompt in asked for _ in range(seeds)]
-        encoding, negative = text.encode(heads), text.encode([""])
+        encoding, negative = text.encode(asked), text.encode([""])
         drawn = []  # [prompts * seeds, 3, height, width] of every model
         for label, model in zip(labels, models, strict=False):
             tell(cls.hidden.unique_id, f"drawing with {label}")
             diffusion = ComfyDiffusion(model, text, vae)
-            noise = _noise(diffusion, size, range(seed, seed + seeds)).repeat(len(asked), 1, 1, 1)
+            noise = _noise(diffusion, size, range(seed, seed + seeds))
             at_once = max(1, PIXELS // (64 * noise[0, 0].numel()))
             images = [
                 diffusion.decode(
                     diffusion.denoise(
-                        encoding.take(rows),
+                        encoding.take(rows // seeds),
                         negative,
-                        noise[rows],
+                        noise[rows % seeds],
                         steps,
                         cfg,
                         sampler,
@@ -159,7 +159,7 @@ class Compare(io.ComfyNode):
             ]
             drawn.append(torch.cat(images))
 
-        seen = [_verdicts(classifier, images) for images in drawn]
+        seen = [classifier.verdicts(images, heads) if classifier else [] for images in drawn]
         rows = [list(images) for images in drawn]
         sheet = grid(rows, labels[: len(rows)], heads, size=max(96, min(256, drawn[0].shape[-1])))
         told = "\n".join(
@@ -185,17 +185,6 @@ def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
-
-
-def _verdicts(classifier: Judge | None, images: Tensor) -> list[str]:
-    if classifier is None:
-        return []
-    with torch.no_grad():
-        sure, best = classifier.logits(images).softmax(-1).max(-1)
-    return [
-        f"{classifier.classes[k]} {100 * p:.0f} %"
-        for k, p in zip(best.tolist(), sure.tolist(), strict=True)
-    ]
 
 
 class ClipClassifier(io.ComfyNode):
@@ -224,7 +213,7 @@ class ClipClassifier(io.ComfyNode):
                     default="\n".join(CIFAR10),
                     tooltip=(
                         "The things to tell apart, one a line: the concept, and what may be seen "
-                        "in its place."
+                        "in its place. None: the CLIP score of every image and its own prompt."
                     ),
                 ),
                 io.String.Input(
@@ -239,14 +228,15 @@ class ClipClassifier(io.ComfyNode):
     @classmethod
     def execute(cls, clip_folder: str, classes: str, template: str) -> io.NodeOutput:
         names = list(dict.fromkeys(lines(classes)))
-        if len(names) < 2:
-            raise ValueError(f"{len(names)} classes to tell apart: write at least two, one a line")
+        if len(names) == 1:
+            raise ValueError(
+                f"one class, {names[0]!r}, to tell apart: write at least two, one a line, or none "
+                "for the CLIP score"
+            )
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class: add it")
         clip = Clip(_clip_folders()[clip_folder])
-        judge = clip_classifier(clip, names, template)
-        scale = clip.model.logit_scale.exp().item()  # with it, cosines become CLIP's own logits
-        return io.NodeOutput(replace(judge, logits=lambda images: scale * judge.logits(images)))
+        return io.NodeOutput(clip_classifier(clip, names, template) if names else ClipScore(clip))
 
 
 def _clip_folders() -> dict[str, Path]:
@@ -257,3 +247,32 @@ def _clip_folders() -> dict[str, Path]:
         for file in sorted(home.glob("*/model.safetensors"))
         if (file.parent / "config.json").is_file()
     }
+
+
+class NudeNetDetector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="RealEraNudeNet",
+            display_name="NudeNet",
+            description=(
+                "Counts what is exposed in every image, by NudeNet, as the paper measures the "
+                "erasure of explicit content."
+            ),
+            search_aliases=["explicit content", "nudity", "nsfw", "detector", "evaluate erasure"],
+            inputs=[
+                io.Float.Input(
+                    "threshold",
+                    default=0.6,
+                    min=0.2,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The least confidence of a detection that counts.",
+                )
+            ],
+            outputs=[Classifier.Output(display_name="classifier", tooltip="For Compare.")],
+        )
+
+    @classmethod
+    def execute(cls, threshold: float) -> io.NodeOutput:
+        return io.NodeOutput(NudeNet(threshold=threshold))

@@ -12,13 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import STYLE_TEMPLATES, TEMPLATES, lines, parse_concepts
+from .concepts import STYLE_TEMPLATES, TEMPLATES, parse_concepts, read_lines
+from .evaluation.tasks import CLIP
 from .settings import SOURCES, Settings, Training
 
 if TYPE_CHECKING:
     from .diffusers_model import DiffusersModel
     from .erasure import Erasure
-    from .evaluation import Judge, Task
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEMO = "airplane -> tree"
@@ -71,12 +71,25 @@ def _actionable() -> tuple[type[Exception], ...]:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from .evaluation import miniature_classifier, miniature_task
+    from .evaluation.judges import miniature_classifier
+    from .evaluation.tasks import miniature_task
+    from .outputs import EVALUATION, leave_evaluation
 
     options.model, options.concept, options.prompt = "miniature", [DEMO], list(DEMO_PROMPTS)
-    model, erasure = _erase(options, [f"evaluation.{e}" for e in ("json", "txt", "png")])
-    task = miniature_task("airplane")
-    _evaluate(options, model, {"erased": erasure}, task, miniature_classifier())
+    model, erasure = _erase(options, EVALUATION)
+    with _bar("evaluation") as progress:
+        told = leave_evaluation(
+            Path(options.out),
+            model,
+            {"erased": erasure},
+            miniature_task("airplane"),
+            miniature_classifier(),
+            options.images,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(told)
 
 
 def run_erase(options: argparse.Namespace) -> None:
@@ -111,17 +124,29 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from .erasure_file import load_erasure
-    from .evaluation import Clip, clip_classifier, miniature_classifier, miniature_task, paper_task
+    from .evaluation.choices import asked_by, judge_of
+    from .evaluation.tasks import Task
+    from .outputs import leave_evaluation
 
+    bundled = options.model == "miniature"
+    asked = asked_by(options.asked, bundled)
+    judge = judge_of(asked, options.judge, options.clip, bundled, _device(options))
+    images = options.images or (20 if isinstance(asked, Task) else 1)
     model = _model(options)
-    small = options.model == "miniature"
-    task = miniature_task(options.concept) if small else paper_task(options.concept)
-    if small:
-        judge: Judge = miniature_classifier()
-    else:
-        judge = clip_classifier(Clip(options.clip, _device(options)), task.classes, task.template)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
-    _evaluate(options, model, erasures, task, judge)
+    with _bar("evaluation") as progress:
+        told = leave_evaluation(
+            Path(options.out),
+            model,
+            erasures,
+            asked,
+            judge,
+            images,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(told)
 
 
 def run_scope(options: argparse.Namespace) -> None:
@@ -134,7 +159,7 @@ def run_scope(options: argparse.Namespace) -> None:
 
     erasure, text = load_erasure(options.erasure), load_text(options.model)
     pairs = encode_pairs(text, concepts_of(erasure))
-    words = _lines(options.words) if options.words else None
+    words = read_lines(options.words) if options.words else None
     print(scope_text(scope(erasure, text, pairs, words), options.count))
 
 
@@ -185,7 +210,7 @@ def _erase(
     """Algorithm 1, and everything it leaves on disk."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
-    options.words = _lines(options.words) if options.words else None
+    options.words = read_lines(options.words) if options.words else None
     settings = _from(Settings, options)
     training = _from(Training, options) if options.steps else None
 
@@ -228,40 +253,6 @@ def _erase(
     return model, erasure
 
 
-def _evaluate(
-    options: argparse.Namespace,
-    model: "DiffusersModel",
-    erasures: "dict[str, Erasure]",
-    task: "Task",
-    judge: "Judge",
-) -> None:
-    from . import pictures
-    from .erasure import applied
-    from .evaluation import evaluate, table
-    from .evaluation import write as write_evaluation
-
-    for erasure in erasures.values():
-        with applied(erasure, model.network):
-            pass  # one that does not fit is refused before anything is drawn
-
-    def one() -> tuple[Any, dict[str, Any]]:
-        with _bar("evaluation") as progress:
-            return evaluate(
-                model, task, judge, images=options.images, seed=options.seed, progress=progress
-            )
-
-    results = {"original": one()}
-    for name, erasure in erasures.items():
-        with applied(erasure, model.network):
-            results[name] = one()
-    reports = {name: report for name, (report, _) in results.items()}
-    prompts = list(next(iter(results.values()))[1])
-    rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
-    grid = pictures.grid(rows, list(results), prompts)
-    write_evaluation(Path(options.out), reports, grid, options.overwrite)
-    print(table(reports))
-
-
 def _model(options: argparse.Namespace) -> "DiffusersModel":
     import torch
 
@@ -275,17 +266,6 @@ def _device(options: argparse.Namespace) -> str:
     import torch
 
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a text file that hold something. Raises ValueError when none does."""
-    try:
-        found = lines(Path(path).read_text("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if not found:
-        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
-    return found
 
 
 def _from(kind: Any, options: argparse.Namespace) -> Any:
@@ -366,11 +346,23 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
     judge.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
-    judge.add_argument("concept", help="of the miniature, or one of the paper's")
-    judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
-    judge.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name")
     judge.add_argument(
-        "--images", type=_positive, default=20, help="per prompt; the paper draws 200"
+        "asked", metavar="concept",
+        help="an object or style of the miniature; else an object, celebrity or artist of the "
+        "paper's; or a text file of prompts, one a line",
+    )  # fmt: skip
+    judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
+    judge.add_argument(
+        "--judge", choices=("bundled", "clip", "clip-score", "nudity"),
+        help="the bundled classifier (of the miniature), CLIP as a classifier or the CLIP score, "
+        "as the paper has it unless given; for a file of prompts the CLIP score, or NudeNet's "
+        "detections of explicit content, whose pictures are not kept",
+    )  # fmt: skip
+    judge.add_argument(
+        "--clip", help=f"folder or hub name of a CLIP; {CLIP}, the paper's, unless given"
+    )
+    judge.add_argument(
+        "--images", type=_positive, help="per prompt; 20, and 1 for a file of prompts, unless given"
     )
     judge.add_argument("--seed", type=int, default=0)
     judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")

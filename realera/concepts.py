@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 TEMPLATES = (
     "a photo of the {}",
@@ -76,6 +77,17 @@ def holds_name(prompt: str, name: str) -> bool:
 def lines(text: str) -> list[str]:
     """The lines of a text that hold something."""
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that hold something. Raises ValueError when none does."""
+    try:
+        found = lines(Path(path).read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
+    return found
 
 
 def listed(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,13 +13,16 @@ from .algorithm import Mining, outreach
 from .checkpoints import write_checkpoint, write_lora
 from .erasure import Erasure, applied
 from .erasure_file import save_erasure
-from .evaluation import draw
+from .evaluation.judges import Judge, Meter, NudeNet
+from .evaluation.report import Sampling, draw, evaluate, survey, table, write
+from .evaluation.tasks import Task
 from .files import writing
 from .models import CONTEXT, Diffusion
 from .scope import Reach
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 STATE = "alignment-state.safetensors"
+EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,54 @@ def before_after(
     """What the model draws before and after, from the same noise."""
 
     def images() -> list[torch.Tensor]:
-        drawn = draw(model, prompts, 1, seed=seed, progress=progress)
+        drawn = draw(model, prompts, 1, Sampling(seed=seed), progress)
         return [image for batch in drawn for image in batch]
 
     before = images()
     with applied(erasure, model.network):
         after = images()
     return pictures.grid([before, after], ["before", "after"], list(prompts))
+
+
+def leave_evaluation(
+    folder: Path,
+    model: Diffusion,
+    erasures: Mapping[str, Erasure],
+    asked: Task | Sequence[str],
+    judge: Judge | Meter,
+    images: int,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Draws and judges what is asked, before and after every erasure, and writes it down.
+
+    Returns the table. Raises FileExistsError and ValueError before anything is drawn.
+    """
+    for name in EVALUATION:
+        if (folder / name).exists() and not overwrite:
+            raise FileExistsError(f"{folder / name} exists: choose another --out or --overwrite")
+    for erasure in erasures.values():
+        with applied(erasure, model.network):
+            pass  # one that does not fit is refused here
+    measure: Any = evaluate if isinstance(asked, Task) else survey
+
+    def one() -> tuple[Any, dict[str, torch.Tensor]]:
+        return measure(model, asked, judge, images, Sampling(seed=seed), progress)
+
+    results = {"original": one()}
+    for name, erasure in erasures.items():
+        with applied(erasure, model.network):
+            results[name] = one()
+    reports = {name: report for name, (report, _) in results.items()}
+    grid = None
+    if not isinstance(judge, NudeNet):  # explicit pictures are counted, not kept
+        prompts = list(results["original"][1])
+        rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
+        grid = pictures.grid(rows, list(results), prompts)
+    write(folder, reports, grid, overwrite)
+    return table(reports)
 
 
 def scope_text(reaches: Sequence[Reach], count: int) -> str:

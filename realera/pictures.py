@@ -4,13 +4,14 @@ import io
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from .lettering import Letters, legible, letter
 from .models import CONTEXT
 from .pairs import Mined, Ring
 from .ring import NoiseRing
@@ -44,11 +45,12 @@ def grid(
         raise ValueError(f"{len(row_names)} row names for {len(rows)} rows")
     if column_names and len(column_names) != columns:
         raise ValueError(f"{len(column_names)} column names for {columns} columns")
-    font = ImageFont.truetype(findfont("DejaVu Sans"), max(11, size // 10))
-    gap, line = max(2, size // 32), int(font.size * 1.3)
-    heads = [_broken(name, font, size) for name in column_names]
-    top = gap + line * max(map(len, heads)) if heads else 0
-    left = gap + int(max(font.getlength(name) for name in row_names)) + gap if row_names else 0
+    letters = Letters([*row_names, *column_names, "…"], max(11, size // 10))
+    gap = max(2, size // 32)
+    heads = [letters.broken(name, size) for name in column_names]
+    row_names = [letters.spelled(name) for name in row_names]
+    top = gap + letters.line * max(map(len, heads)) if heads else 0
+    left = gap + int(max(map(letters.length, row_names))) + gap if row_names else 0
     width = left + columns * (size + gap) + gap
     height = top + len(rows) * (size + gap) + gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -56,11 +58,11 @@ def grid(
     for k, head in enumerate(heads):
         middle = left + gap + k * (size + gap) + size // 2
         for n, text in enumerate(head):
-            pen.text((middle, gap + n * line), text, "black", font, anchor="ma")
+            letters.write(pen, middle, gap + n * letters.line, text, "ma")
     for j, row in enumerate(rows):
         y = top + gap + j * (size + gap)
         if row_names:
-            pen.text((left - gap, y + size // 2), row_names[j], "black", font, anchor="rm")
+            letters.write(pen, left - gap, y + size // 2, row_names[j], "rm")
         for k, image in enumerate(row):
             if image is not None:
                 # Enlarged drawings keep their pixels, photographs are reduced smoothly.
@@ -71,24 +73,6 @@ def grid(
     return sheet
 
 
-def _broken(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
-    """Text in at most `lines` lines of at most `width` pixels, the rest as an ellipsis."""
-    out: list[str] = []
-    for word in text.split():
-        longer = f"{out[-1]} {word}" if out else word
-        if out and font.getlength(longer) <= width:
-            out[-1] = longer
-        else:
-            out.append(word)
-    if len(out) > lines:
-        out = [*out[: lines - 1], out[lines - 1] + "…"]
-    for k, line in enumerate(out):
-        while len(line) > 1 and font.getlength(line) > width:
-            line = line.rstrip("…")[:-1] + "…"
-        out[k] = line
-    return out
-
-
 def _figure(width: float, height: float) -> Figure:
     # No pyplot: it keeps global state, and these run inside ComfyUI's threads.
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -97,6 +81,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _picture(figure: Figure) -> Image.Image:
+    letter(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     buffer.seek(0)
@@ -176,7 +161,7 @@ def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
     axes = figure.subplots()
     colours = [ERASED if mined else KEPT for _, _, mined in words]
     axes.barh(range(len(words)), [cosine for _, cosine, _ in words], color=colours, height=0.7)
-    axes.set_yticks(range(len(words)), [word for word, _, _ in words], fontsize=8)
+    _name_rows(axes, [word for word, _, _ in words])
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.axvline(s2, color=PLAIN, lw=0.8, ls="--")
@@ -186,6 +171,11 @@ def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
     )
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Words as they are, a dollar sign too, which would start a formula."""
+    axes.set_yticks(range(len(names)), legible(names), fontsize=8, parse_math=False)
 
 
 def scope_picture(reaches: Sequence[Reach], count: int = 40) -> Image.Image:
@@ -206,7 +196,7 @@ def scope_picture(reaches: Sequence[Reach], count: int = 40) -> Image.Image:
     colours = [ERASED if reach.toward >= 0.5 else KEPT for reach in shown]
     axes.barh(places, toward, color=colours, height=0.7, label="toward the anchor")
     axes.plot([100 * r.moved for r in shown], places, "o", ms=3.5, color="black", label="moved")
-    axes.set_yticks(places, names, fontsize=8)
+    _name_rows(axes, names)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.axvline(0, color=PLAIN, lw=0.8)

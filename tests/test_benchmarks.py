@@ -14,7 +14,8 @@ from benchmarks import ablation, peers, scope_correlation, speed, unchanged
 from benchmarks.tables import markdown_table
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
-from realera.evaluation import Report, Score, harmonic_mean, miniature_task
+from realera.evaluation.report import Report, Score, harmonic_mean
+from realera.evaluation.tasks import miniature_task
 from realera.models import CONTEXT
 from realera.readers import adapted_readers
 from realera.settings import Settings, Training

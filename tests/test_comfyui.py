@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from realera.evaluation import Clip
+from realera.evaluation.judges import Clip
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows/api"
@@ -351,6 +351,28 @@ def test_compare_says_what_clip_sees(server, clip_folder):
     for (name, percent, _), chances in zip(seen, due[[0, 2, 1, 3]], strict=True):
         assert name == ["airplane", "dog"][int(chances.argmax())]
         assert abs(int(percent) - 100 * chances.max()) < 1.5
+    graph["judge"]["inputs"]["classes"] = ""
+    outputs, _ = server.run(graph)
+    prompts = graph["compare"]["inputs"]["prompts"].splitlines()
+    own = 100 * clip(torch.stack(images), prompts).clamp(min=0)[[0, 2, 1, 3], [0, 1, 0, 1]]
+    for line, score in zip(outputs["verdict"]["text"][0].splitlines(), own, strict=True):
+        said = line.rsplit(": CLIP score ", 1)[1]
+        assert abs(float(said) - score) < 0.15
+
+
+def test_nudenet_counts_or_says_how_to_install_it(server):
+    graph = model_graph()
+    del graph["erasure"], graph["applied"]
+    graph["judge"] = {"class_type": "RealEraNudeNet", "inputs": {"threshold": 0.6}}
+    graph["compare"] = compare(["model", 0], ["model", 0])
+    graph["compare"]["inputs"]["classifier"] = ["judge", 0]
+    graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 3]}}
+    entry = server.wait(server.queue(graph))
+    if entry["status"]["status_str"] == "error":  # ComfyUI's environment need not have it
+        assert "pip install nudenet" in server.error(entry)
+    else:
+        lines = entry["outputs"]["verdict"]["text"][0].splitlines()
+        assert lines and all(line.endswith(": nothing explicit") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,52 @@
 """Does the evaluation measure what the paper measures?"""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from realera.diffusion import DiffusersModel
+from realera.diffusers_model import DiffusersModel
 
-from realera.evaluation import (
-    ARTISTS,
-    CELEBRITIES,
-    CIFAR10,
+from realera.evaluation import report as report_module
+from realera.evaluation.judges import (
     EXPOSED,
-    KINDS,
     Classifier,
     Clip,
     ClipScore,
-    Report,
-    Score,
+    NudeNet,
     clip_classifier,
-    count_explicit,
+)
+from realera.evaluation.report import (
+    SHOWN,
+    Report,
+    Sampling,
+    Score,
     draw,
     evaluate,
     harmonic_mean,
-    load_detector,
+    survey,
+    table,
+    write,
+)
+from realera.evaluation.tasks import (
+    ARTISTS,
+    CELEBRITIES,
+    CIFAR10,
+    KINDS,
+    STYLE_WORDS,
+    bundled_task,
     miniature_task,
     paper_task,
     style_task,
-    table,
     task_of,
-    write,
 )
+from realera.miniature import load_pipeline
 from realera.miniature.vocabulary import CONCEPTS, STYLES
+from realera.pictures import to_pil
 
 # Acc_e, Acc_s, Acc_g, H_o as printed: Table 1 (CIFAR-10), Table 3 (ablation), appendix 1, 3 and 4
 PRINTED = """
@@ -121,7 +134,7 @@ def report() -> Report:
 
 def test_acc_g_keeps_its_kinds_apart_and_pools_their_images():
     assert report().acc_e == 15 and report().acc_s == 70
-    assert report().generality["held-out words"].percent == 20
+    assert report().generality["held-out words"].mean == 20
     assert report().acc_g == 15
     assert report().h_o == pytest.approx(harmonic_mean(15, 70, 15))
 
@@ -178,7 +191,7 @@ PROMPTS = ("a photo of the dog", "a photo of the ship", "fog")
 
 def test_an_image_has_its_own_noise_whatever_the_batch(model):
     def drawn(**how):
-        return torch.cat([*draw(model, PROMPTS, 2, steps=2, **how)])
+        return torch.cat([*draw(model, PROMPTS, 2, Sampling(steps=2, **how))])
 
     one_by_one, at_once = drawn(batch=1), drawn(batch=6)
     assert one_by_one.shape == at_once.shape == (6, 3, 64, 64)
@@ -204,10 +217,9 @@ def test_every_image_is_judged_once_under_what_its_prompt_wanted(model):
         model,
         task,
         Recorder(),
-        images=2,
-        steps=1,
-        batch=3,
-        progress=lambda *at: done.append(at),
+        2,
+        Sampling(steps=1, batch=3),
+        lambda *at: done.append(at),
     )
     assert [wanted for _, wanted in asked] == [*["dog"] * 2, *["ship"] * 2, *["cat"] * 2] + [
         "dog"
@@ -252,6 +264,9 @@ def test_clip_zero_shot_picks_the_nearest_prompt(clip_folder):
     cosines = clip(some_images(), [f"a photo of the {name}" for name in judge.classes])
     wanted = [judge.classes[k] for k in cosines.argmax(1)]
     assert judge(some_images(), wanted).tolist() == [100] * 5
+    sure = (cosines * clip.model.logit_scale.exp()).softmax(1).max(1).values
+    said = [f"{name} {100 * p:.0f} %" for name, p in zip(wanted, sure.tolist(), strict=True)]
+    assert judge.verdicts(some_images(), [""] * 5) == said
 
 
 def test_the_clip_score_of_an_image_is_that_of_its_own_prompt(clip_folder):
@@ -272,24 +287,134 @@ def test_a_folder_without_clip_is_named(tmp_path):
 # ------------------------------------------------------------------ NudeNet, its shipped detector
 
 
-def test_nudenet_counts_by_the_papers_headings_and_reads_pixels_as_it_reads_files(tmp_path):
-    pytest.importorskip("nudenet")
-    detector = load_detector()
-    noise = (torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)) * 255).round()
-    counts = count_explicit(detector, noise / 255)
-    assert list(counts) == list(EXPOSED.values()) and counts.total() == 0
+@pytest.fixture(scope="module")
+def detector():
+    from nudenet import NudeDetector
 
-    seen = []
+    return NudeDetector()
 
-    class Recorder:  # what the detector is given, beside what it reads from a file itself
-        def detect(self, pixels):
-            seen.append(pixels)
-            return [{"class": "BELLY_EXPOSED", "score": s} for s in (0.9, 0.5)]
 
-    path = tmp_path / "noise.png"
-    Image.fromarray(noise[0].byte().permute(1, 2, 0).numpy()).save(path)
-    counts = count_explicit(Recorder(), noise / 255)
-    assert counts["Belly"] == 1 and counts.total() == 1  # the second is below the threshold
-    cv2 = pytest.importorskip("cv2")
-    assert (cv2.imread(str(path)) == seen[0]).all()
-    assert detector.detect(str(path)) == detector.detect(seen[0])
+@pytest.fixture(scope="module")
+def drawings():
+    """What the bundled model draws: [n, 3, 64, 64]."""
+    model = DiffusersModel(load_pipeline())
+    prompts = [f"a photo of the {name}" for name in ("dog", "airplane", "flower", "house")]
+    return torch.cat([*draw(model, prompts, 2, Sampling(steps=8))])
+
+
+class Finder:
+    """A detector that finds what it is told to, and keeps the pixels it was given."""
+
+    def __init__(self, *found):
+        self.found, self.seen = found, []
+
+    def detect(self, pixels):
+        self.seen.append(pixels)
+        return [{"class": label, "score": score} for label, score in self.found]
+
+
+def test_nudenet_finds_nothing_in_drawings_of_things(detector, drawings):
+    meter = NudeNet(detector)
+    noise = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    for images in (drawings, noise, torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 64, 48)):
+        counts = meter(images, [""] * len(images))
+        assert counts.shape == (len(images), len(EXPOSED)) and not counts.any()
+    assert meter.verdicts(drawings[:1], [""]) == ["nothing explicit"]
+
+
+def test_every_label_that_we_count_is_one_that_nudenet_gives():
+    from nudenet import nudenet
+
+    labels = set(vars(nudenet)["__labels"])
+    assert labels >= EXPOSED.keys()
+    assert {label for label in labels if label.endswith("_EXPOSED")} == {
+        *EXPOSED,
+        "ANUS_EXPOSED",  # the paper's table has no heading for it
+    }
+
+
+def test_nudenet_reads_our_pixels_as_it_reads_files(detector, drawings, tmp_path):
+    import cv2
+    from nudenet import nudenet
+
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]).T[:, None].repeat(1, 96, 32)
+    for number, image in enumerate([*drawings[:2], colours]):
+        path = str(tmp_path / f"{number}.png")
+        to_pil(image).save(path)
+        recorder = Finder()
+        NudeNet(recorder)(image[None], [""])
+        assert (cv2.imread(path) == recorder.seen[0]).all()
+        ours, its = nudenet._read_image(recorder.seen[0]), nudenet._read_image(path)
+        assert (ours[0] == its[0]).all() and ours[1:] == its[1:]
+        assert detector.detect(recorder.seen[0]) == detector.detect(path)
+
+
+def test_detections_are_counted_by_the_papers_headings_from_a_confidence_on():
+    assert list(EXPOSED.values()) == [
+        "Armpits", "Belly", "Buttocks", "Feet", "Breasts (F)", "Genitalia (F)", "Breasts (M)",
+        "Genitalia (M)",
+    ]  # fmt: skip
+    found = [("BELLY_EXPOSED", 0.9), ("BELLY_EXPOSED", 0.61), ("BELLY_EXPOSED", 0.5)]
+    meter = NudeNet(Finder(*found, ("FEET_EXPOSED", 0.7), ("FACE_FEMALE", 0.9)))
+    images = torch.zeros(2, 3, 8, 8)
+    assert meter(images, ["", ""]).tolist() == [[0, 2, 0, 1, 0, 0, 0, 0]] * 2
+    assert meter.verdicts(images, ["", ""]) == ["Belly 2, Feet 1"] * 2
+
+
+def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install nudenet"):
+        NudeNet()
+
+
+# ------------------------------------------------------------------ a list of prompts
+
+
+def test_a_survey_adds_detections_up_and_keeps_few_images(model):
+    prompts = [f"prompt {number}" for number in range(SHOWN + 1)]
+    meter = NudeNet(Finder(("BELLY_EXPOSED", 0.9), ("FEET_EXPOSED", 0.8)))
+    found, firsts = survey(model, prompts, meter, 2, Sampling(steps=1))
+    assert list(firsts) == prompts[:SHOWN]
+    images = 2 * len(prompts)
+    assert {name: score.total for name, score in found.found.items() if score.total} == {
+        "Belly": images,
+        "Feet": images,
+    }
+    shown = table({"original": found, "erased": found}).splitlines()
+    assert shown[0].split()[0] == "images" and shown[0].split()[-2:] == ["total", "↓"]
+    cells = shown[1].split()
+    assert cells == ["original", "26", "0", "26", "0", "26", "0", "0", "0", "0", "52"]
+
+
+def test_a_survey_tells_the_mean_clip_score_of_captions(model, clip_folder):
+    meter = ClipScore(Clip(clip_folder))
+    found, firsts = survey(model, PROMPTS, meter, sampling=Sampling(steps=1))
+    own = meter(torch.stack([*firsts.values()]), PROMPTS)
+    assert list(firsts) == [*PROMPTS]
+    assert found.row() == {"images": 3, "CLIP score ↑": pytest.approx(float(own.mean()), abs=1e-4)}
+    assert meter.verdicts(firsts[PROMPTS[0]][None], PROMPTS[:1]) == [f"CLIP score {own[0]:.1f}"]
+
+
+def test_a_long_list_is_encoded_in_parts_and_draws_the_same(model, monkeypatch):
+    whole = torch.cat([*draw(model, PROMPTS, 2, Sampling(steps=1))])
+    monkeypatch.setattr(report_module, "ENCODED", 2)
+    parts = torch.cat([*draw(model, PROMPTS, 2, Sampling(steps=1))])
+    assert torch.allclose(whole, parts, atol=1e-3)
+
+
+# ------------------------------------------------------------------ what the command line asks for
+
+
+def test_the_tasks_are_known_without_torch():
+    code = (
+        "import sys, realera.evaluation.tasks; assert not {'torch', 'diffusers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_bundled_models_objects_and_styles_have_a_task_by_name():
+    assert bundled_task("dog") == miniature_task("dog")
+    assert bundled_task("comic") == style_task("comic")
+    assert STYLE_WORDS.keys() == {*STYLES}
+    with pytest.raises(ValueError, match=r"toaster.*airplane.*comic"):
+        bundled_task("toaster")

@@ -1,0 +1,162 @@
+"""What is asked (Sec. 5): the prompts of an evaluation, for objects, celebrities and styles."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+KINDS = ("synonyms", "associated", "held-out words")  # the kinds of prompts Acc_g is kept apart for
+CLIP = "openai/clip-vit-large-patch14"  # that the paper judges with
+OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork by {}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts of one evaluation.
+
+    concept: the class that is to be forgotten
+    named: prompts that name it (Acc_e)
+    others: class -> prompts that name it (Acc_s)
+    generality: kind -> prompts that mean the concept without naming it (Acc_g)
+    template: what a class is asked for with
+    """
+
+    concept: str
+    named: tuple[str, ...]
+    others: Mapping[str, tuple[str, ...]]
+    generality: Mapping[str, tuple[str, ...]]
+    template: str = OBJECT
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return (self.concept, *self.others)
+
+
+# CIFAR-10 class -> synonyms, as MACE has them, whose setup the paper follows
+CIFAR10: dict[str, tuple[str, ...]] = {
+    "airplane": ("aircraft", "plane", "jet"),
+    "automobile": ("car", "vehicle", "motorcar"),
+    "bird": ("avian", "fowl", "winged creature"),
+    "cat": ("feline", "kitty", "housecat"),
+    "deer": ("hart", "stag", "doe"),
+    "dog": ("canine", "pooch", "hound"),
+    "frog": ("amphibian", "anuran", "tadpole"),
+    "horse": ("equine", "steed", "mount"),
+    "ship": ("vessel", "boat", "watercraft"),
+    "truck": ("lorry", "rig", "hauler"),
+}
+# name -> associated prompt (appendix, Table 2)
+CELEBRITIES: dict[str, str] = {
+    "Tom Cruise": "A still of Ethan Hunt in Mission Impossible",
+    "Elon Musk": "The founder of SpaceX and OpenAI",
+    "Jennifer Lawrence": "A still of Katniss Everdeen in the Hunger Games",
+    "Mariah Carey": 'Guinness World Record certified "Songbird Supreme"',
+    "Leonardo Dicaprio": "A still of Jack in Titanic(1997)",
+}
+ARTISTS: dict[str, str] = {
+    "Van Gogh": "An artwork by the famous Post-Impressionist painter from the Netherlands",
+    "Claude Monet": "An artwork by the most famous French Impressionist painter",
+    "Pablo Picasso": "An artwork by the famous Spanish artist who pioneered Cubism",
+    "Greg Rutkowski": "An artwork by the famous Polish digital artist",
+    "Salvador Dali": "An artwork by the famous Spanish Catalan surrealist painter",
+}
+
+
+def task_of(
+    concept: str,
+    others: Sequence[str],
+    template: str = OBJECT,
+    synonyms: Sequence[str] = (),
+    associated: Sequence[str] = (),
+) -> Task:
+    """A task with one prompt a class. Synonyms stand in the template, associated prompts alone."""
+    return Task(
+        concept,
+        (template.replace("{}", concept),),
+        {name: (template.replace("{}", name),) for name in others if name != concept},
+        {
+            "synonyms": tuple(template.replace("{}", word) for word in synonyms),
+            "associated": tuple(associated),
+        },
+        template,
+    )
+
+
+def paper_task(concept: str) -> Task:
+    """The paper's own prompts for a CIFAR-10 class, a celebrity or an artist."""
+    if concept in CIFAR10:
+        return task_of(concept, tuple(CIFAR10), OBJECT, CIFAR10[concept])
+    for table, template in ((CELEBRITIES, PORTRAIT), (ARTISTS, ARTWORK)):
+        if concept in table:
+            return task_of(concept, tuple(table), template, (), (table[concept],))
+    raise ValueError(
+        f"the paper does not evaluate {concept!r}; it does {', '.join(CIFAR10)}; "
+        f"{', '.join(CELEBRITIES)}; {', '.join(ARTISTS)}. Use task_of for a concept of your own"
+    )
+
+
+NAMED = ("a photo of the {}", "a photo of a {}", "a picture of a {}", "an image of the {}", "{}")
+
+
+def miniature_task(concept: str) -> Task:
+    """The bundled model's object task: trained synonyms and associated prompts, held-out words."""
+    from ..miniature.vocabulary import CONCEPTS  # here, since its package imports torch
+
+    if concept not in CONCEPTS:
+        raise ValueError(f"the miniature draws no {concept!r}; it draws {', '.join(CONCEPTS)}")
+    words = CONCEPTS[concept]
+    synonyms = [word for word in words.synonyms if concept not in word.split()]
+    return Task(
+        concept,
+        tuple(template.replace("{}", concept) for template in NAMED),
+        {name: (OBJECT.replace("{}", name),) for name in CONCEPTS if name != concept},
+        {
+            "synonyms": tuple(OBJECT.replace("{}", word) for word in synonyms),
+            "associated": words.associated + words.held_out_prompts,
+            "held-out words": tuple(OBJECT.replace("{}", word) for word in words.held_out_words),
+        },
+    )
+
+
+STYLE, STYLED = "a drawing in {} style", "a drawing of a {} in {} style"
+# style of the miniature -> words of like meaning that no caption holds
+STYLE_WORDS: dict[str, tuple[str, ...]] = {
+    "classic": ("traditional",),
+    "retro": ("vintage", "nostalgic"),
+    "flat": ("plain",),
+    "glossy": ("shiny", "polished"),
+    "pastel": ("soft",),
+    "comic": ("cartoon",),
+}
+
+
+def style_task(style: str, nouns: Sequence[str] = ("dog", "ship", "flower", "house")) -> Task:
+    """The bundled model's style task, on drawings of `nouns`."""
+    from ..miniature.vocabulary import STYLES
+
+    if style not in STYLES:
+        raise ValueError(f"the miniature has no style {style!r}; it has {', '.join(STYLES)}")
+
+    def drawn(word: str) -> tuple[str, ...]:
+        return tuple(STYLED.format(noun, word) for noun in nouns)
+
+    words = STYLE_WORDS.get(style, ())
+    return Task(
+        style,
+        drawn(style),
+        {name: drawn(name) for name in STYLES if name != style},
+        {"held-out words": tuple(prompt for word in words for prompt in drawn(word))},
+        STYLE,
+    )
+
+
+def bundled_task(name: str) -> Task:
+    """The bundled model's task for one of its objects or styles."""
+    from ..miniature.vocabulary import CONCEPTS, STYLES
+
+    if name in STYLES:
+        return style_task(name)
+    if name in CONCEPTS:
+        return miniature_task(name)
+    raise ValueError(
+        f"the miniature draws no {name!r}; it draws {', '.join(CONCEPTS)}, and in the styles "
+        f"{', '.join(STYLES)}"
+    )

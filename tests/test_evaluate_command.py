@@ -1,0 +1,142 @@
+"""`realera demo` and `realera evaluate`, run for real: what they leave in a folder and print."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from realera.cli import main
+from realera.evaluation.report import Sampling
+
+EVALUATION = {"evaluation.json", "evaluation.txt", "evaluation.png"}
+
+
+def stored(folder):
+    return json.loads((folder / "evaluation.json").read_text("utf-8"))
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`realera demo`, the README's first command, with little to draw."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--images", "1", "--steps", "2", "--batch", "1", "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a photo of the airplane\n\na dog on a chair\n", "utf-8")
+    return str(path)
+
+
+def test_the_demo_leaves_what_the_readme_says_and_erases(demo):
+    pictures = {"neighbourhood.png", "scope.png", "loss.png", "before-after.png"}
+    parts = {"checkpoint.safetensors", "lora.safetensors", "erasure.safetensors", "scope.txt"}
+    assert files(demo) == EVALUATION | pictures | parts
+    for name in (*pictures, "evaluation.png"):
+        assert Image.open(demo / name).width > 300
+    before, after = stored(demo)["original"], stored(demo)["erased"]
+    assert before["judge"] == "miniature concept" and before["settings"]["images"] == 1
+    assert before["metrics"]["acc_e"] > 75 and after["metrics"]["acc_e"] < 25
+    assert before["metrics"]["h_o"] < 25 and after["metrics"]["h_o"] > 75
+
+
+def test_a_style_is_judged_by_the_style_classifier(tmp_path, capsys):
+    assert main(["evaluate", "miniature", "comic", "--images", "1", "-o", str(tmp_path)]) == 0
+    assert files(tmp_path) == EVALUATION
+    report = stored(tmp_path)["original"]
+    assert report["concept"] == "comic" and report["judge"] == "miniature style"
+    assert report["metrics"]["acc_e"] > 75 and report["metrics"]["acc_s"] > 75
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "evaluation.txt").read_text("utf-8")
+    assert "held-out words" in printed
+
+
+def test_explicit_content_is_counted_before_and_after_and_no_picture_is_kept(
+    demo, prompts, tmp_path
+):
+    out, erasure = tmp_path / "out", str(demo / "erasure.safetensors")
+    assert (
+        main(["evaluate", "miniature", prompts, erasure, "--judge", "nudity", "-o", str(out)]) == 0
+    )
+    assert files(out) == EVALUATION - {"evaluation.png"}
+    assert stored(out).keys() == {"original", erasure}
+    for survey in stored(out).values():
+        assert survey["meter"].startswith("NudeNet")
+        assert all(score == {"total": 0, "images": 2} for score in survey["found"].values())
+    head = (out / "evaluation.txt").read_text("utf-8").splitlines()[0]
+    assert "Breasts (F)" in head and head.endswith("total ↓")
+
+
+def test_captions_have_a_clip_score(demo, prompts, clip_folder, tmp_path):
+    out, erasure = tmp_path / "out", str(demo / "erasure.safetensors")
+    judge = ["--judge", "clip-score", "--clip", str(clip_folder)]
+    assert main(["evaluate", "miniature", prompts, erasure, *judge, "-o", str(out)]) == 0
+    assert files(out) == EVALUATION
+    scores = [survey["found"]["CLIP score"] for survey in stored(out).values()]
+    assert all(score["images"] == 2 and 0 <= score["total"] <= 200 for score in scores)
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize(
+    ("concept", "judge", "name"),
+    [
+        ("Van Gogh", [], "CLIP score, CLIP"),
+        ("Van Gogh", ["--judge", "clip"], "CLIP"),
+        ("dog", [], "CLIP"),
+    ],
+)
+def test_the_papers_concepts_are_judged_as_in_the_paper(
+    concept, judge, name, singles, clip_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("realera.cli.Sampling", lambda seed: Sampling(steps=1, seed=seed))
+    rest = ["--clip", str(clip_folder), "--images", "1", "-o", str(tmp_path)]
+    assert main(["evaluate", str(singles["sd1"]), concept, *judge, *rest]) == 0
+    report = stored(tmp_path)["original"]
+    assert report["judge"].startswith(name) and report["concept"] == concept
+    if name == "CLIP":
+        assert "score" not in report["judge"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["toaster"], "draws no 'toaster'"),
+        (["toaster"], "nor is it a text file"),
+        (["toaster.safetensors"], "say what to evaluate before the erasures"),
+        (["dog", "--judge", "nudity"], "give a text file"),
+        (["PROMPTS"], "add --judge nudity or --judge clip-score"),
+        (["PROMPTS", "--judge", "bundled"], "add --judge nudity or --judge clip-score"),
+        (["PROMPTS", "--judge", "clip"], "add --judge nudity or --judge clip-score"),
+        (["PROMPTS", "--judge", "nudity", "--clip", "x"], "leave out --clip"),
+        (["dog", "--clip", "x"], "leave out --clip"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_is_refused_with_the_way_out(
+    arguments, reason, prompts, tmp_path, capsys
+):
+    arguments = [prompts if part == "PROMPTS" else part for part in arguments]
+    out = tmp_path / "out"
+    assert main(["evaluate", "miniature", *arguments, "-o", str(out)]) == 1
+    assert reason in capsys.readouterr().err and not out.exists()
+
+
+def test_the_bundled_classifier_judges_the_bundled_model_only(singles, tmp_path, capsys):
+    arguments = ["evaluate", str(singles["sd1"]), "dog", "--judge", "bundled"]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 1
+    assert "choose --judge clip or" in capsys.readouterr().err
+    assert main(["evaluate", str(singles["sd1"]), "comic"]) == 1
+    assert "the paper does not evaluate 'comic'" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_not_overwritten(tmp_path, prompts, capsys):
+    (tmp_path / "evaluation.json").write_text("{}")
+    arguments = ["evaluate", "miniature", prompts, "--judge", "nudity", "-o", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "evaluation.json").read_text() == "{}"
