@@ -6,7 +6,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..realera import pictures
-from ..realera.algorithm import align_erasure
+from ..realera.algorithm import align_erasure, refuse_foreign
 from ..realera.anchors import draw_anchors
 from ..realera.settings import Training
 from .comfy_model import ComfyDiffusion, training, whole_clone
@@ -186,6 +186,7 @@ class LoraAlign(io.ComfyNode):
             gradient_checkpointing=gradient_checkpointing,
         )
         refuse_edited(model, erasure)
+        refuse_foreign(erasure, mining)  # before anything is drawn
         model = whole_clone(model)
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])

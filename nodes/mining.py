@@ -40,7 +40,7 @@ def found(mining: Mined) -> str:
     far = len(mining.beyond.pair) - named
     said = [f"{len(mining.neighbors.pair)} {kind} become the anchor"]
     said += [f"{far} keep their meaning"] if far else []
-    said += [f"{named} prompts of yours keep theirs"] if named else []
+    said += [f"{named} that you named keep theirs"] if named else []
     return ", ".join(said)
 
 

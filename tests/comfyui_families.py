@@ -22,8 +22,13 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import torch
+from comfy.text_encoders import sd2_clip
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location(
@@ -34,6 +39,7 @@ spec.loader.exec_module(sys.modules["RealEra"])
 
 from RealEra.nodes.comfy_model import ComfyDiffusion, training
 from RealEra.nodes.comfy_patch import apply_erasure
+from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
 from RealEra.realera.adapters import adapted, checkpointed, edited
 from RealEra.realera.closed_form import Edit
@@ -93,13 +99,61 @@ def random_model(family, layout, dtype):
     config = family(layout)
     config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     model = config.get_model({}, "", device=CPU)
-    for name, weight in model.diffusion_model.named_parameters():
+    fill(model.diffusion_model, dtype)
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def fill(network, dtype):
+    """Random weights by which activations neither grow nor vanish."""
+    for name, weight in network.named_parameters():
         if weight.ndim > 1:
             values = torch.randn(weight.shape) * (0.5 / weight[0].numel()) ** 0.5
         else:
             values = torch.full(weight.shape, float(name.endswith("weight")))
         weight.data = values.to(dtype)
-    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+TEXTS = {
+    "sd1": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+    "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
+    "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+}
+
+
+def tiny_clip(family, embeddings=None):
+    """A CLIP of the family with the true tokenizer and a narrow random encoder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+    sizes |= {"num_attention_heads": 4, "num_hidden_layers": 3}
+    keys = ("clip_l_model_config", "clip_g_model_config", "_model_config")  # SD 2.x has no name
+    target = comfy.supported_models_base.ClipTarget(*TEXTS[family])
+    options = {**dict.fromkeys(keys, sizes), "dtype": torch.float32}
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=embeddings and str(embeddings),
+        model_options=options,
+    )
+    fill(clip.cond_stage_model, torch.float32)
+    return clip
+
+
+def text_encoders():
+    """Every kind of TextEncoder on ComfyUI's side, by name."""
+    return {family: ComfyText(tiny_clip(family)) for family in TEXTS}
+
+
+def diffusions():
+    """Every kind of Diffusion on ComfyUI's side but the bundled model's, by name, with its text."""
+    made = {}
+    for family, (kind, layout) in FAMILIES.items():
+        torch.manual_seed(0)
+        text = ComfyText(tiny_clip(family.split()[0]))
+        wide = {stream: rows.shape[-1] for stream, rows in text.encode([""]).items()}
+        narrow = layout | {"context_dim": wide[CONTEXT]}
+        if POOLED in wide:  # followed by the embeddings of six sizes
+            narrow["adm_in_channels"] = wide[POOLED] + 6 * 256
+        made[family] = ComfyDiffusion(random_model(kind, narrow, torch.float32), text)
+    return made
 
 
 def random_edit(dim):
@@ -125,12 +179,10 @@ def random_encoding(model, layout, prompts=2):
     return Encoding(streams)
 
 
-def own_prediction(patcher, z, sigma, encoding):
-    """What ComfyUI's own `apply_model` makes of clean latents at these sigmas: (x, denoised)."""
+def own_prediction(patcher, z, sigma, encoding, noise):
+    """What ComfyUI's own `apply_model` makes of noised latents at these sigmas: (x, denoised)."""
     model = patcher.model
-    x = model.model_sampling.noise_scaling(
-        sigma[:, None, None, None], torch.zeros_like(z), z.clone()
-    )
+    x = model.model_sampling.noise_scaling(sigma[:, None, None, None], noise.clone(), z.clone())
     pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
     extra = model.extra_conds(
         noise=x,
@@ -165,8 +217,9 @@ def check(family, layout, dtype):
     comfy.model_management.load_models_gpu([patcher])
     z, sigma = torch.randn(2, 4, 16, 16), model.model_sampling.sigmas[[100, 800]]
     encoding = random_encoding(model, layout)
-    x, theirs = own_prediction(patcher, z, sigma, encoding)
-    z_t = diffusion.noised(z, torch.zeros_like(z), sigma)
+    noise = torch.randn(z.shape)
+    x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
+    z_t = diffusion.noised(z, noise, sigma)
     ours = diffusion.predict(z_t, sigma, encoding)
     denoised = model.model_sampling.calculate_denoised(sigma, ours, x)
 
