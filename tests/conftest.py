@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -34,6 +35,8 @@ from realera.families import FAMILIES
 from realera.families.loading import _tokenizer
 
 ROOT = Path(__file__).parent.parent
+# Nothing of the user's cache is read or written; what one test encodes, another may read back.
+os.environ["REALERA_CACHE"] = tempfile.mkdtemp(prefix="realera-cache-")
 
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},

@@ -10,20 +10,19 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import realera.miniature
-from realera.alignment import (
-    Training,
-    adapted,
-    align,
-    checkpointed,
-    draw_anchors,
-    edited,
-    original,
-)
-from realera.closed_form import Edit, collect
-from realera.concepts import Concept, encode_pairs
-from realera.diffusion import DiffusersModel, Encoding, projections
-from realera.mining import mine_neighbors, neighborhood
+from realera.adapters import adapted, checkpointed, edited, original
+from realera.algorithm import align_erasure, erase, mine
+from realera.alignment import Lesson, align
+from realera.anchors import draw_anchors
+from realera.closed_form import Edit
+from realera.concepts import Concept
+from realera.diffusers_model import DiffusersModel
+from realera.erasure import Erasure, applied
+from realera.models import CONTEXT
+from realera.readers import adapted_readers
+from realera.settings import Settings, Training
 
+OF_JOB = Settings(source="isotropic", neighbors=2, beyond=1, bank=False)
 SHORT = Training(steps=6, rank=2, learning_rate=1e-3, batch=2, save_every=2)
 
 
@@ -63,11 +62,20 @@ def model() -> DiffusersModel:
 
 @pytest.fixture(scope="module")
 def job(model):
-    """The ring, the edit and the anchors of one erasure."""
-    ring = neighborhood(encode_pairs(model.text, [Concept("airplane", "ground")]))
-    edit = collect(mine_neighbors(ring, 2, torch.Generator().manual_seed(0))).solve()
-    anchors = draw_anchors(model, ring, 3, steps=2)
-    return ring, edit, anchors
+    """What one erasure is aligned on."""
+    settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
+    mining = mine(model.text, [Concept("airplane", "ground")], settings)
+    anchors = draw_anchors(model, mining.pairs, 3, steps=2)
+    return Lesson(mining.ring, True, erase(mining), anchors)
+
+
+def with_edit(job, matrix):
+    """The same lesson on top of another T."""
+    return replace(job, erasure=Erasure({CONTEXT: Edit(matrix)}))
+
+
+def matrix_of(job):
+    return job.erasure.edits[CONTEXT].matrix
 
 
 def state_of(unet) -> dict[str, torch.Tensor]:
@@ -79,25 +87,23 @@ def same(first, second) -> bool:
 
 
 def run(model, job, training=SHORT, **options):
-    ring, edit, anchors = job
-    return align(model, ring, ring, edit, None, anchors, training, **options)
+    return align(model, job, training, **options)
 
 
 def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job):
-    ring, edit, anchors = job
-    untouched = ring, Edit(torch.eye(len(edit.matrix))), anchors
+    untouched = with_edit(job, torch.eye(len(matrix_of(job))))
     losses: dict[float, list[float]] = {}
     for rate in (1e-12, 3e-2):
         seen = losses[rate] = []
         long = replace(SHORT, steps=40, learning_rate=rate, batch=4)
         lora = run(model, untouched, long, on_step=lambda step, loss, seen=seen: seen.append(loss))
-        assert lora.keys() == projections(model.unet).keys()
+        assert lora.keys() == adapted_readers(model.network).keys()
     assert sum(losses[3e-2][-10:]) < 0.9 * sum(losses[1e-12][-10:])
 
 
 def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
-    before, modules = state_of(model.unet), [name for name, _ in model.unet.named_modules()]
-    gradients = [p.requires_grad for p in model.unet.parameters()]
+    before, modules = state_of(model.network), [name for name, _ in model.network.named_modules()]
+    gradients = [p.requires_grad for p in model.network.parameters()]
 
     def cancel(step: int, loss: float) -> None:
         if step == 3:
@@ -107,14 +113,13 @@ def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
     with pytest.raises(KeyboardInterrupt):
         run(model, job, on_step=cancel)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        ring, edit, anchors = job
-        run(model, (ring, Edit(edit.matrix * torch.inf), anchors))
-    assert same(before, state_of(model.unet))
-    assert modules == [name for name, _ in model.unet.named_modules()]
-    assert gradients == [p.requires_grad for p in model.unet.parameters()]
-    assert not hasattr(model.unet, "peft_config")
-    for module in model.unet.modules():
-        assert not module._forward_pre_hooks
+        run(model, with_edit(job, matrix_of(job) * torch.inf))
+    assert same(before, state_of(model.network))
+    assert modules == [name for name, _ in model.network.named_modules()]
+    assert gradients == [p.requires_grad for p in model.network.parameters()]
+    assert not hasattr(model.network, "peft_config")
+    for module in model.network.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
 
 
 def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, job, monkeypatch):
@@ -162,9 +167,8 @@ def test_gradient_checkpointing_trains_the_same_lora_and_is_undone(model, job, t
         assert torch.allclose(a, again[name][0], rtol=1e-3, atol=1e-6)
         assert torch.allclose(b, again[name][1], rtol=1e-3, atol=1e-6)
     with pytest.raises(FloatingPointError):
-        ring, edit, anchors = job
-        run(model, (ring, Edit(edit.matrix * torch.inf), anchors), thrifty)
-    assert not any("forward" in vars(module) for module in model.unet.modules())
+        run(model, with_edit(job, matrix_of(job) * torch.inf), thrifty)
+    assert not any("forward" in vars(module) for module in model.network.modules())
     # One that ran out of memory may go on with it.
     state = tmp_path / "state.safetensors"
     run(model, job, replace(SHORT, steps=2), state=state)
@@ -172,9 +176,8 @@ def test_gradient_checkpointing_trains_the_same_lora_and_is_undone(model, job, t
 
 
 def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(model, job):
-    ring, edit, _ = job
     z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    encoding = Encoding(ring.pairs.context[:2])
+    encoding = job.ring.pairs.e.take(torch.arange(2))
     kept, gradients = [], []
     for thrifty in (False, True):
         saved: dict[int, int] = {}
@@ -184,10 +187,10 @@ def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(mo
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        saving = checkpointed(model.unet) if thrifty else nullcontext()
-        with saving, adapted(model.unet, 2, 0) as layers, edited(model.unet, edit):
+        saving = checkpointed(model.network) if thrifty else nullcontext()
+        with saving, adapted(model.network, 2, 0) as layers, edited(model.network, job.erasure):
             with hooks:
-                loss = model.predict_noise(z, t, encoding).square().mean()
+                loss = model.predict(z, t, encoding).square().mean()
             kept.append(sum(saved.values()))
             loss.backward()
             gradients.append([b.grad for _, b in layers.values()])
@@ -198,13 +201,12 @@ def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(mo
 
 
 def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model, job):
-    ring, edit, _ = job
-    first = Encoding(ring.pairs.context[:1])
+    first = job.ring.pairs.e.take(torch.arange(1))
     drawn = []
 
     def sketch(step: int, loss: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad(), edited(model.unet, edit):
+        with torch.no_grad(), edited(model.network, job.erasure):
             drawn.append(model.sample(first, first, generator, 2, 1.0))
 
     plain, watched = run(model, job), run(model, job, on_step=sketch)
@@ -214,63 +216,159 @@ def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model
 
 
 def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job):
-    ring, edit, _ = job
-    unet, pairs = model.unet, ring.pairs
+    network, encoding = model.network, job.ring.pairs.e.take(torch.arange(1))
     z, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    encoding = Encoding(pairs.context[:1])
+    edit = job.erasure.edits[CONTEXT]
     with torch.no_grad():
-        plain = model.predict_noise(z, t, encoding)
-        on_edited_context = model.predict_noise(z, t, Encoding(edit(pairs.context[:1])))
-        with adapted(unet, 2, 0) as layers:
+        plain = model.predict(z, t, encoding)
+        on_edited_context = model.predict(
+            z, t, replace(encoding, streams={CONTEXT: edit(encoding[CONTEXT])})
+        )
+        with adapted(network, 2, 0) as layers:
             for _, b in layers.values():
                 b.data = torch.ones_like(b)
-            with original(unet):
-                teacher = model.predict_noise(z, t, encoding)
-                with edited(unet, edit):
-                    edit_alone = model.predict_noise(z, t, encoding)
-            with edited(unet, edit):
-                student = model.predict_noise(z, t, encoding)
-        weights = state_of(unet)
-        for name, layer in projections(unet).items():
-            a, b = layers[name]
-            layer.weight.copy_(edit.edit(layer.weight) + b @ a)
-        erased = model.predict_noise(z, t, encoding)
-        unet.load_state_dict(weights)
+            lora = {name: (a.clone(), b.clone()) for name, (a, b) in layers.items()}
+            with original(network):
+                teacher = model.predict(z, t, encoding)
+                with edited(network, job.erasure):
+                    edit_alone = model.predict(z, t, encoding)
+            with edited(network, job.erasure):
+                student = model.predict(z, t, encoding)
+        with applied(job.erasure.with_lora(lora, {}), network):
+            erased = model.predict(z, t, encoding)
     assert torch.equal(teacher, plain)
     assert torch.allclose(edit_alone, on_edited_context, atol=1e-5)
     assert torch.allclose(student, erased, atol=1e-4)
     assert not torch.allclose(student, edit_alone, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name):
+    """Every stream, with a LoRA: the hooks of training against the weights of `apply`."""
+    model, g = DiffusersModel(pipelines[name]), torch.Generator().manual_seed(0)
+    encoding = model.text.encode(["a photo of the airplane", "a dog"])
+    edits = {}
+    for stream, rows in encoding.items():
+        dim = rows.shape[-1]
+        edits[stream] = Edit(torch.eye(dim) + 0.1 * torch.randn(dim, dim, generator=g))
+    lora = {
+        layer: (
+            torch.randn(2, reader.layer.in_features, generator=g),
+            torch.randn(reader.layer.out_features, 2, generator=g),
+        )
+        for layer, reader in adapted_readers(model.network).items()
+    }
+    z, t = torch.randn(2, *model.latent_shape, generator=g), torch.tensor([500])
+    with torch.no_grad():
+        for erasure in (Erasure(edits), Erasure(edits, lora)):
+            with edited(model.network, erasure):
+                read = model.predict(z, t, encoding)
+            with applied(erasure, model.network):
+                written = model.predict(z, t, encoding)
+            torch.testing.assert_close(read, written, atol=1e-4, rtol=1e-4)
+
+
+def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
+    mining = mine(model.text, job.ring.pairs.concepts, OF_JOB)
+    first = align_erasure(model, erase(mining), mining, SHORT, anchors=job.anchors)
+    losses = []
+    second = align_erasure(
+        model,
+        first,
+        mining,
+        SHORT,
+        anchors=job.anchors,
+        on_step=lambda _, loss: losses.append(loss),
+    )
+    fresh = []
+    align_erasure(
+        model, erase(mining), mining, SHORT, anchors=job.anchors,
+        on_step=lambda _, loss: fresh.append(loss),
+    )  # fmt: skip
+    assert losses[0] != fresh[0]  # the student of the first step has the first LoRA already
+    for name, (a, b) in first.lora.items():
+        assert torch.equal(second.lora[name][0][: len(a)], a)
+        assert torch.equal(second.lora[name][1][:, : b.shape[1]], b)
+        assert len(second.lora[name][0]) == 2 * len(a)
+
+
+def test_an_erasure_of_another_mining_is_refused(model, job):
+    mining = mine(model.text, job.ring.pairs.concepts, OF_JOB)
+    dog = mine(model.text, [Concept("dog", "tree")], OF_JOB)
+    with pytest.raises(ValueError, match="forgets dog and the mining is of airplane"):
+        align_erasure(model, erase(dog), mining, SHORT, anchors=job.anchors)
+    other = mine(model.text, job.ring.pairs.concepts, replace(OF_JOB, seed=3))
+    with pytest.raises(ValueError, match="with seed = 3 and this one has 0"):
+        align_erasure(model, erase(other), mining, SHORT, anchors=job.anchors)
+
+
+def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch):
+    asked, predict = [], model.predict
+
+    def note(latents, times, encoding):
+        asked.append(encoding.prompts)
+        return predict(latents, times, encoding)
+
+    monkeypatch.setattr(model, "predict", note)
+    for beyond, prompts in ((True, [2, 2, 4, 4]), (False, [2, 2, 2, 2])):
+        asked.clear()
+        run(model, replace(job, beyond=beyond), replace(SHORT, steps=2))
+        assert asked == prompts
+
+
 def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, monkeypatch):
     monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
-    pairs = job[0].pairs
-    ring = neighborhood(pairs, "vocabulary", s2=0.0, text=model.text)
-    teachers = []
+    mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.0, beyond=1, bank=False))
+    teachers, predict = [], model.predict
 
-    def note(latents, timesteps, encoding):
+    def note(latents, times, encoding):
         if not torch.is_grad_enabled():
-            teachers.append(encoding.context)
-        return predict(latents, timesteps, encoding)
+            teachers.append(encoding[CONTEXT])
+        return predict(latents, times, encoding)
 
-    predict = model.predict_noise
-    monkeypatch.setattr(model, "predict_noise", note)
-    align(model, ring, ring, job[1], None, job[2], replace(SHORT, steps=2))
+    monkeypatch.setattr(model, "predict", note)
+    run(model, replace(job, ring=mining.ring), replace(SHORT, steps=2))
     odd, even = teachers
     assert len(even) == 2 * len(odd) == 4
     # Words stand in the concept's first template.
-    assert torch.equal(even[:2], pairs.anchor[:1].expand(2, -1, -1))
+    assert torch.equal(even[:2], mining.pairs.anchor[CONTEXT][:1].expand(2, -1, -1))
 
 
-def test_anchors_are_drawn_once_and_read_back_by_content(model, job, tmp_path):
-    ring = job[0]
-    first = draw_anchors(model, ring, 2, steps=2, cache=tmp_path)
-    (file,) = tmp_path.iterdir()
-    stamp = file.stat().st_mtime_ns
-    again = draw_anchors(model, ring, 2, steps=2, cache=tmp_path)
-    assert torch.equal(first, again) and file.stat().st_mtime_ns == stamp
-    draw_anchors(model, ring, 2, steps=2, seed=1, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_state_of_another_model_is_not_gone_on_with(model, job, tmp_path):
+    state = tmp_path / "state.safetensors"
+    run(model, job, replace(SHORT, steps=2), state=state)
+    weight = next(model.network.parameters())
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight += 0.01
+    try:
+        with pytest.raises(ValueError, match="state of another run"):
+            run(model, job, state=state)
+    finally:
+        weight.data = old
+
+
+def test_anchors_are_drawn_once_and_read_back_by_content(model, job, monkeypatch):
+    pairs, drawn, sample = job.ring.pairs, [], model.sample
+
+    def note(*arguments):
+        drawn.append(1)
+        return sample(*arguments)
+
+    monkeypatch.setattr(model, "sample", note)
+    first = draw_anchors(model, pairs, 2, steps=3)
+    once = len(drawn)
+    assert torch.equal(first, draw_anchors(model, pairs, 2, steps=3)) and len(drawn) == once > 0
+    draw_anchors(model, pairs, 2, steps=3, seed=1)
+    assert len(drawn) > once
+
+
+def test_an_anchor_image_that_is_not_finite_is_refused_and_not_kept(model, job, monkeypatch):
+    broken = torch.full((1, *model.latent_shape), torch.nan)
+    monkeypatch.setattr(model, "sample", lambda *_: broken)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="float32 or bfloat16"):
+            draw_anchors(model, job.ring.pairs, 1, steps=4)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}])

@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 import torch
+from realera.diffusion import DiffusersModel, projections
 
 from benchmarks import ablation, peers, scope_correlation, speed
 from realera.alignment import Training
 from realera.concepts import Concept
-from realera.diffusion import DiffusersModel, projections
 from realera.evaluation import Report, Score, harmonic_mean, miniature_task
 
 AIRPLANE = Concept("airplane", "ground")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from realera.cli import main
-from realera.erasure import Erasure
+from realera.erasure_file import load_erasure
 from realera.files import open_tensors
 from realera.miniature import CHECKPOINT
 
@@ -59,8 +59,8 @@ def test_merging_two_erasures_is_the_joint_fit(tmp_path):
         assert main(["erase", "miniature", *chosen, *quick, *out]) == 0
     files = [str(tmp_path / name / FILES[2]) for name in ("one", "two")]
     assert main(["merge", *files, "-o", str(tmp_path / "merged.safetensors")]) == 0
-    merged = Erasure.load(tmp_path / "merged.safetensors").edit.matrix
-    joint = Erasure.load(tmp_path / "both" / FILES[2]).edit.matrix
+    merged = load_erasure(tmp_path / "merged.safetensors").edits["context"].matrix
+    joint = load_erasure(tmp_path / "both" / FILES[2]).edits["context"].matrix
     assert torch.allclose(merged, joint, atol=1e-5)
     assert not torch.allclose(merged, torch.eye(len(merged)), atol=1e-2)
 
@@ -83,7 +83,7 @@ def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path):
     concept = ["-c", "airplane -> sky", "--template", "{}", "--prompt", "a dog"]
     arguments = ["erase", "miniature", *concept, "--words", str(words), "-o", str(out), *quick]
     assert main(arguments) == 0
-    provenance = Erasure.load(out / FILES[2]).provenance
+    provenance = load_erasure(out / FILES[2]).provenance
     assert provenance["settings"]["words"] == ["plane taking off from the runway"]
     assert "plane taking off from the runway" in {reach["word"] for reach in provenance["scope"]}
 

@@ -2,43 +2,50 @@ import copy
 import json
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realera.closed_form import Edit, Sums
-from realera.diffusion import projections
-from realera.erasure import POOLED, Erasure, applied, apply, canonical, concepts_of
+from realera.closed_form import Edit, Kept, Sums, solve
+from realera.erasure import Erasure, applied, apply, concepts_of
+from realera.erasure_file import load_erasure, save_erasure
+from realera.models import CONTEXT, POOLED
+from realera.readers import adapted_readers, canonical, diffusers_names, readers
 
 DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
+NAME, ADDED = "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0"
 
 
-def random_sums(dim, seed, bank=True):
+def random_sums(dim, seed):
     g = torch.Generator().manual_seed(seed)
-    gram = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    gram = gram.T @ gram
-    dropped = {f"a prompt about {seed}": torch.randn(7, dim, generator=g) / 10}
-    nothing = torch.zeros(dim, dim, dtype=torch.float64)
-    sums = Sums(nothing, nothing, nothing, gram if bank else nothing, dropped if bank else {})
     rows, targets = torch.randn(6, dim, generator=g), torch.randn(6, dim, generator=g)
-    return sums.erasing(rows, targets).preserving(torch.randn(9, dim, generator=g))
+    sums = Sums.zeros(dim).erasing(rows, targets)
+    return sums.preserving(torch.randn(9, dim, generator=g))
+
+
+def random_bank(seed, dim=DIM):
+    rows = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    dropped = torch.randn(7, dim, generator=torch.Generator().manual_seed(seed)) / 10
+    return Kept(rows.T @ rows, {f"a prompt about {seed}": dropped})
 
 
 def random_erasure(seed=0, names=()):
     g = torch.Generator().manual_seed(seed)
-    sums, pooled = random_sums(DIM, seed), random_sums(POOLED_DIM, seed, bank=False)
-    erasure = Erasure.fit(sums, pooled, 0.2, 1e-3, {"concepts": ["äirplane"], "seed": seed})
+    sums = {CONTEXT: random_sums(DIM, seed), POOLED: random_sums(POOLED_DIM, seed)}
+    kept = {CONTEXT: random_bank(seed)}
+    erasure = Erasure.fit(sums, kept, 0.2, 1e-3, {"concepts": ["äirplane"], "seed": seed})
     lora = {n: (torch.randn(2, DIM, generator=g), torch.randn(32, 2, generator=g)) for n in names}
     return erasure.with_lora(lora, {"steps": 3}) if names else erasure
 
 
 @pytest.fixture
 def saved(tmp_path, pipelines):
-    names = list(canonical(projections(pipelines["sdxl"].unet)).values())
+    names = list(adapted_readers(pipelines["sdxl"].unet))
     path = tmp_path / "erasure.safetensors"
     erasure = random_erasure(0, names[:4])
-    erasure.save(path)
+    save_erasure(erasure, path)
     return erasure, path
 
 
@@ -46,55 +53,57 @@ def saved(tmp_path, pipelines):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_delta_is_w_t_plus_b_a_in_the_weights_dtype(dtype):
-    name = "middle_block.1.transformer_blocks.0.attn2.to_k"
-    erasure = random_erasure(0, [name])
+def test_the_erased_weight_is_w_t_plus_b_a_in_the_weights_dtype(dtype):
+    erasure = random_erasure(0, [NAME])
     weight = torch.randn(32, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
-    a, b = erasure.lora[name]
+    a, b = erasure.lora[NAME]
     for s, r in [(1.0, 1.0), (0.3, 0.0), (0.0, 2.0)]:
-        t = torch.eye(DIM) + s * (erasure.edit.matrix - torch.eye(DIM))
+        t = torch.eye(DIM) + s * (erasure.edits[CONTEXT].matrix - torch.eye(DIM))
         expected = weight.double() @ t.double() + r * (b.double() @ a.double())
-        got = erasure.delta(name, weight, s, r)
+        got = erasure.erased(NAME, weight, s, r)
         assert got.dtype == dtype
         torch.testing.assert_close(
             got.double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-3 * float(s + r)
         )
-    assert torch.equal(erasure.delta(name, weight, 0.0, 0.0), weight)
+    assert torch.equal(erasure.erased(NAME, weight, 0.0, 0.0), weight)
 
 
 def test_only_the_pooled_columns_of_the_added_embedding_change():
     erasure = random_erasure()
     weight = torch.randn(16, POOLED_DIM + 48, generator=torch.Generator().manual_seed(1))
-    erased = erasure.delta(POOLED, weight)
+    erased = erasure.erased(ADDED, weight)
     assert torch.equal(erased[:, POOLED_DIM:], weight[:, POOLED_DIM:])
-    expected = weight[:, :POOLED_DIM] @ erasure.pooled_edit.matrix
+    expected = weight[:, :POOLED_DIM] @ erasure.edits[POOLED].matrix
     torch.testing.assert_close(erased[:, :POOLED_DIM], expected)
 
 
 def test_an_erasure_of_another_family_is_refused_with_both_sizes():
-    with pytest.raises(ValueError, match=r"96 numbers and x\.attn2\.to_k reads 768"):
-        random_erasure().delta("x.attn2.to_k", torch.zeros(2, 768))
+    with pytest.raises(ValueError, match=r"96 numbers and middle_.*to_k reads 768"):
+        random_erasure().erased(NAME, torch.zeros(2, 768))
 
 
 def test_a_result_that_is_not_finite_is_refused():
-    erasure = Erasure(Edit(1e6 * torch.eye(4)))
+    erasure = Erasure({CONTEXT: Edit(1e6 * torch.eye(4))})
     with pytest.raises(ValueError, match=r"would not be finite in torch\.float16"):
-        erasure.delta("x", torch.ones(2, 4, dtype=torch.float16))
+        erasure.erased(NAME, torch.ones(2, 4, dtype=torch.float16))
+    with pytest.raises(ValueError, match="to_k holds numbers that are not finite before"):
+        erasure.erased(NAME, torch.full((2, 4), torch.nan))
 
 
 def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipelines):
     unet = copy.deepcopy(pipelines["sdxl"].unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    names = canonical(projections(unet))
-    erasure = random_erasure(0, list(names.values()))
+    layers = readers(unet)
+    erasure = random_erasure(0, list(adapted_readers(unet)))
     with applied(erasure, unet, 0.5, 2.0):
         changed = {
             n for n, tensor in unet.state_dict().items() if not torch.equal(tensor, before[n])
         }
-        for name, layer in projections(unet).items():
-            expected = erasure.delta(names[name], before[name + ".weight"], 0.5, 2.0)
-            assert torch.equal(layer.weight, expected)
-    assert changed == {name + ".weight" for name in names} | {"add_embedding.linear_1.weight"}
+        for name, reader in layers.items():
+            expected = erasure.erased(name, before[reader.path + ".weight"], 0.5, 2.0)
+            assert torch.equal(reader.layer.weight, expected)
+    assert changed == {reader.path + ".weight" for reader in layers.values()}
+    assert "add_embedding.linear_1.weight" in changed
     assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
     apply(erasure, unet)
     assert not torch.equal(unet.state_dict()[next(iter(changed))], before[next(iter(changed))])
@@ -103,23 +112,23 @@ def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipel
 def test_a_refused_apply_leaves_the_unet_as_it_was(pipelines):
     unet = copy.deepcopy(pipelines["sd1"].unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    with pytest.raises(ValueError, match="pooled part"):
+    with pytest.raises(ValueError, match="edit of the pooled embedding, which this model does not"):
         apply(random_erasure(), unet)
     stray = {"input_blocks.9.1.transformer_blocks.0.attn2.to_k": (torch.ones(1, 32),) * 2}
     with pytest.raises(ValueError, match=r"LoRA for input_blocks\.9"):
-        apply(Erasure(Edit(torch.eye(32) * 2), lora=stray), unet)
+        apply(Erasure({CONTEXT: Edit(torch.eye(32) * 2)}, stray), unet)
     with pytest.raises(ValueError, match="reads 32"):
-        apply(Erasure(Edit(torch.eye(48))), unet)
+        apply(Erasure({CONTEXT: Edit(torch.eye(48))}), unet)
     assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd1 one layer", "sd2", "sdxl"])
 def test_canonical_names_are_those_of_the_single_file(pipelines, singles, name):
-    layers = projections(pipelines[name].unet)
-    stored, names = load_file(singles[name]), canonical(layers)
-    for key, layer in layers.items():
-        assert torch.equal(stored[f"model.diffusion_model.{names[key]}.weight"], layer.weight)
-    assert canonical(names.values()) == {n: n for n in names.values()}
+    layers, stored = readers(pipelines[name].unet), load_file(singles[name])
+    for own, reader in layers.items():
+        assert torch.equal(stored[f"model.diffusion_model.{own}.weight"], reader.layer.weight)
+    assert canonical(layers) == {name: name for name in layers}
+    assert diffusers_names(layers) == {name: reader.path for name, reader in layers.items()}
 
 
 # --- saving and loading --------------------------------------------------------------------------
@@ -127,23 +136,26 @@ def test_canonical_names_are_those_of_the_single_file(pipelines, singles, name):
 
 def test_an_erasure_comes_back_as_it_was_saved(saved):
     erasure, path = saved
-    again = Erasure.load(path)
-    assert torch.equal(again.edit.matrix, erasure.edit.matrix)
-    assert torch.equal(again.pooled_edit.matrix, erasure.pooled_edit.matrix)
+    again = load_erasure(path)
+    assert list(again.edits) == list(again.sums) == [CONTEXT, POOLED]
     assert again.lora.keys() == erasure.lora.keys()
     for name, pair in erasure.lora.items():
         assert all(torch.equal(x, y) for x, y in zip(again.lora[name], pair, strict=True))
-    for part in ("erase", "moved", "preserve", "bank"):
-        assert torch.equal(getattr(again.sums, part), getattr(erasure.sums, part))
-        assert torch.equal(getattr(again.pooled_sums, part), getattr(erasure.pooled_sums, part))
-    assert again.sums.dropped.keys() == erasure.sums.dropped.keys()
+    for stream, edit in erasure.edits.items():
+        assert torch.equal(again.edits[stream].matrix, edit.matrix)
+        for part in ("erase", "moved", "preserve"):
+            own, its = getattr(again.sums[stream], part), getattr(erasure.sums[stream], part)
+            assert torch.equal(own, its)
+    assert again.kept.keys() == {CONTEXT}
+    assert torch.equal(again.kept[CONTEXT].gram, erasure.kept[CONTEXT].gram)
+    assert again.kept[CONTEXT].dropped.keys() == erasure.kept[CONTEXT].dropped.keys()
     assert again.provenance == erasure.provenance
     assert (again.lambda1, again.lambda2) == (0.2, 1e-3)
 
 
 def test_the_same_erasure_is_the_same_bytes(saved, tmp_path):
     erasure, path = saved
-    erasure.save(tmp_path / "again.safetensors")
+    save_erasure(erasure, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -151,40 +163,40 @@ def test_saving_never_overwrites_unasked(saved):
     erasure, path = saved
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="exists"):
-        Erasure(erasure.edit).save(path)
+        save_erasure(Erasure(erasure.edits), path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
-    Erasure(erasure.edit).save(path, overwrite=True)
-    assert Erasure.load(path).sums is None
+    save_erasure(Erasure(erasure.edits), path, overwrite=True)
+    assert not load_erasure(path).sums
 
 
 def test_saved_sums_merge_to_exactly_the_joint_fit(tmp_path):
-    name = "middle_block.1.transformer_blocks.0.attn2.to_k"
-    parts = [random_erasure(seed, [name]) for seed in (1, 2, 3)]
+    parts = [random_erasure(seed, [NAME]) for seed in (1, 2, 3)]
     for number, part in enumerate(parts):
-        part.save(tmp_path / f"{number}.safetensors")
-    merged = Erasure.merge([Erasure.load(tmp_path / f"{n}.safetensors") for n in range(3)])
+        save_erasure(part, tmp_path / f"{number}.safetensors")
+    merged = Erasure.merge([load_erasure(tmp_path / f"{n}.safetensors") for n in range(3)])
     joint = random_sums(DIM, 1) + random_sums(DIM, 2) + random_sums(DIM, 3)
-    assert torch.equal(merged.edit.matrix, joint.solve(0.2, 1e-3).matrix)
+    kept = random_bank(1) | random_bank(2) | random_bank(3)
+    assert torch.equal(merged.edits[CONTEXT].matrix, solve(joint, kept, 0.2, 1e-3).matrix)
     weight = torch.zeros(32, DIM)
-    added = sum(part.lora[name][1] @ part.lora[name][0] for part in parts)
-    torch.testing.assert_close(merged.delta(name, weight), added, atol=1e-5, rtol=1e-5)
+    added = sum(part.lora[NAME][1] @ part.lora[NAME][0] for part in parts)
+    torch.testing.assert_close(merged.erased(NAME, weight), added, atol=1e-5, rtol=1e-5)
     assert merged.provenance["merged"] == [part.provenance for part in parts]
     # The merged one can be merged again.
     four = Erasure.merge([merged, random_erasure(4)])
-    expected = (joint + random_sums(DIM, 4)).solve(0.2, 1e-3).matrix
-    assert torch.equal(four.edit.matrix, expected)
+    expected = solve(joint + random_sums(DIM, 4), kept | random_bank(4), 0.2, 1e-3).matrix
+    assert torch.equal(four.edits[CONTEXT].matrix, expected)
 
 
 def test_what_cannot_be_merged_says_why():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
-        Erasure.merge([erasure, Erasure(erasure.edit)])
+        Erasure.merge([erasure, Erasure(erasure.edits)])
     with pytest.raises(ValueError, match=r"λ1, λ2 are 0\.1"):
-        Erasure.merge(
-            [erasure, Erasure.fit(random_sums(DIM, 1), random_sums(POOLED_DIM, 1, False))]
-        )
+        Erasure.merge([erasure, Erasure.fit(erasure.sums)])
     with pytest.raises(ValueError, match="different model families"):
-        Erasure.merge([erasure, Erasure.fit(random_sums(DIM, 1), None, 0.2, 1e-3)])
+        Erasure.merge([erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3)])
+    with pytest.raises(ValueError, match="one with a bank and one without"):
+        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3)])
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
 
@@ -216,7 +228,26 @@ def test_a_provenance_that_does_not_name_the_concepts_is_explained(note):
 )
 def test_a_strange_provenance_is_no_reason_not_to_merge(note):
     one, other = random_erasure(1), replace(random_erasure(2), provenance=note)
-    assert Erasure.merge([one, other]).sums is not None
+    assert Erasure.merge([one, other]).sums
+
+
+def test_a_file_of_the_first_format_loads_and_merges():
+    """tests/data/erasure-1.safetensors, written by release 0.1: T, sums, bank and LoRA of both
+    streams, of small random numbers."""
+    path = Path(__file__).parent / "data" / "erasure-1.safetensors"
+    stored, erasure = load_file(path), load_erasure(path)
+    for stream, prefix in ((CONTEXT, ""), (POOLED, "pooled_")):
+        assert torch.equal(erasure.edits[stream].matrix, stored[f"{prefix}edit"])
+        for part in ("erase", "moved", "preserve"):
+            assert torch.equal(getattr(erasure.sums[stream], part), stored[f"{prefix}sums.{part}"])
+        again = solve(erasure.sums[stream], erasure.kept.get(stream), 0.2, 1e-3)
+        assert torch.equal(again.matrix, erasure.edits[stream].matrix)
+    assert torch.equal(erasure.kept[CONTEXT].gram, stored["sums.bank"])
+    assert list(erasure.kept[CONTEXT].dropped) == ["a prompt about 0"]
+    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0
+    merged = Erasure.merge([erasure, erasure])
+    twice = solve(erasure.sums[CONTEXT] + erasure.sums[CONTEXT], erasure.kept[CONTEXT], 0.2, 1e-3)
+    assert torch.equal(merged.edits[CONTEXT].matrix, twice.matrix)
 
 
 # --- a file from a stranger ----------------------------------------------------------------------
@@ -242,20 +273,25 @@ SQUARE = torch.eye(DIM)
         ({"tensors": {"stowaway": SQUARE}}, "'stowaway', which does not belong"),
         ({"tensors": {"lora.../../x.down": SQUARE}}, "is not the name of a cross-attention"),
         ({"tensors": {"lora.middle_block.1.attn2.to_k.down": SQUARE}}, "is not the name"),
-        ({"tensors": {"edit": SQUARE.double()}}, r"'edit' is F64 \[96, 96\], expected F32"),
-        ({"tensors": {"edit": torch.ones(DIM, DIM + 1)}}, "96 x 97, not square"),
-        ({"tensors": {"edit": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
-        ({"tensors": {"edit": torch.ones(1, 9000)}}, r"F32 \[1, 9000\]"),
         (
-            {"tensors": {"edit": torch.full((DIM, DIM), torch.nan)}},
-            "'edit' holds numbers that are not",
+            {"tensors": {"edit.context": SQUARE.double()}},
+            r"'edit.context' is F64 \[96, 96\], expected F32",
         ),
-        ({"tensors": {"sums.bank": SQUARE}}, "'sums.bank' is F32"),
-        ({"tensors": {"sums.moved": torch.eye(5).double()}}, r"'sums.moved' is F64 \[5, 5\]"),
-        ({"tensors": {"sums.dropped.0": torch.ones(7, 5)}}, r"'sums.dropped.0' is F32 \[7, 5\]"),
-        ({"without": ["edit"]}, "'edit'"),
-        ({"without": ["sums.erase"]}, "'sums.erase'"),
-        ({"metadata": {"realera_erasure": "2"}}, "format is '2'"),
+        ({"tensors": {"edit.context": torch.ones(DIM, DIM + 1)}}, "96 x 97, not square"),
+        ({"tensors": {"edit.context": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
+        ({"tensors": {"edit.context": torch.ones(1, 9000)}}, r"F32 \[1, 9000\]"),
+        (
+            {"tensors": {"edit.context": torch.full((DIM, DIM), torch.nan)}},
+            "'edit.context' holds numbers that are not",
+        ),
+        ({"tensors": {"kept.context.gram": SQUARE}}, "'kept.context.gram' is F32"),
+        ({"tensors": {"sums.context.moved": torch.eye(5).double()}}, r"moved' is F64 \[5, 5\]"),
+        ({"tensors": {"kept.context.dropped.0": torch.ones(7, 5)}}, r"0' is F32 \[7, 5\]"),
+        ({"tensors": {"edit.other": SQUARE}}, "'edit.other', which does not belong"),
+        ({"without": ["edit.context"]}, "lacks the edit of the context"),
+        ({"without": ["sums.context.erase"]}, "'sums.context"),
+        ({"without": ["kept.context.gram"]}, "'kept.context.gram'"),
+        ({"metadata": {"realera_erasure": "3"}}, "format is '3'"),
         ({"metadata": {"realera": "{not json"}}, "not a sound"),
         ({"metadata": {"realera": "[]"}}, "not a sound"),
         ({"metadata": {"realera": "[" * 100_000}}, "not a sound"),
@@ -264,18 +300,18 @@ SQUARE = torch.eye(DIM)
 )
 def test_a_changed_erasure_file_is_refused(saved, changes, message):
     with pytest.raises(ValueError, match=message):
-        Erasure.load(rewritten(saved[1], **changes))
+        load_erasure(rewritten(saved[1], **changes))
 
 
 def test_a_lora_of_the_wrong_shape_is_refused(saved):
     erasure, path = saved
     key = f"lora.{next(iter(erasure.lora))}"
     with pytest.raises(ValueError, match=r"down' is F32 \[2, 5\]"):
-        Erasure.load(rewritten(path, {key + ".down": torch.ones(2, 5)}))
+        load_erasure(rewritten(path, {key + ".down": torch.ones(2, 5)}))
     with pytest.raises(ValueError, match=r"up' is F32 \[32, 2\]"):
-        Erasure.load(rewritten(path, {key + ".down": torch.ones(3, DIM)}))
+        load_erasure(rewritten(path, {key + ".down": torch.ones(3, DIM)}))
     with pytest.raises(ValueError, match=r"up'"):
-        Erasure.load(rewritten(path, without=[key + ".up"]))
+        load_erasure(rewritten(path, without=[key + ".up"]))
 
 
 def raw(path, header, data=b""):
@@ -303,7 +339,7 @@ def raw(path, header, data=b""):
 )
 def test_a_malformed_header_is_refused_before_a_tensor_is_read(tmp_path, header, data, message):
     with pytest.raises(ValueError, match=message):
-        Erasure.load(raw(tmp_path / "x.safetensors", header, data))
+        load_erasure(raw(tmp_path / "x.safetensors", header, data))
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 2**63) + b"{}", b"{}" * 100])
@@ -311,7 +347,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a safetensors file or was cut off"):
-        Erasure.load(path)
+        load_erasure(path)
 
 
 @pytest.mark.parametrize("size", [10, 5_000, -1])
@@ -319,4 +355,4 @@ def test_a_truncated_erasure_is_refused(saved, size):
     path = saved[1]
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="cut off"):
-        Erasure.load(path)
+        load_erasure(path)

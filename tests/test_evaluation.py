@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
 from realera.diffusion import DiffusersModel
+
 from realera.evaluation import (
     ARTISTS,
     CELEBRITIES,

@@ -5,20 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as trials
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import realera.miniature
-from realera.algorithm import Mining, outreach
+from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, outreach
 from realera.bank import bank_prompts, encode_bank, spare_concepts
-from realera.closed_form import collect
-from realera.concepts import Concept, Pairs, encode_pairs, parse_concepts
-from realera.diffusion import DiffusersText
+from realera.closed_form import Edit, Sums, solve
+from realera.concepts import Concept, holds_name, listed, parse_concepts
+from realera.diffusers_model import DiffusersText
 from realera.erasure import Erasure
-from realera.mining import mine_beyond, mine_neighbors, neighborhood, preserving
+from realera.models import CONTEXT
+from realera.pairs import Pairs, encode_pairs
+from realera.ring import noise_ring
 from realera.scope import scope
+from realera.settings import Settings
+from realera.words import word_ring
 
 DIM = 64
 
@@ -55,23 +60,24 @@ def drawn(seed: int = 0) -> torch.Generator:
 def test_every_row_of_the_span_meets_the_anchor_row_at_its_own_distance(text):
     template = "a photo of the {} in the sky"
     pairs = encode_pairs(text, [Concept("red airplane", "ground", (template,))])
-    context, target, anchor = pairs.context[0], pairs.target[0], pairs.anchor[0]
+    context, target, anchor = (e[CONTEXT][0] for e in (pairs.e, pairs.target, pairs.anchor))
+    span = pairs.span[CONTEXT][0]
     first = 5  # start, a, photo, of, the
-    assert pairs.span[0].tolist() == [False] * first + [True] * (77 - first)
+    assert span.tolist() == [False] * first + [True] * (77 - first)
     assert torch.equal(target[:first], context[:first])
     assert torch.equal(target[first], anchor[first])  # red -> ground
     assert torch.equal(target[first + 1], anchor[first])  # airplane -> ground, its last token
     for row in range(first + 2, 77):  # in, the, sky, end of text, padding
         assert torch.equal(target[row], anchor[min(row - 1, 76)])
-    assert int(pairs.ends[0]) == first + 2 + 3
+    assert torch.equal(pairs.summary[0], context[first + 2 + 3])  # end of text
+    assert torch.equal(pairs.target_summary[0], anchor[first + 1 + 3])
 
 
 def test_a_longer_anchor_lends_its_first_rows_and_its_own_end_of_text(text):
     pairs = encode_pairs(text, [Concept("dog", "big red house", ("a {}",))])
-    anchor = pairs.anchor[0]
-    assert torch.equal(pairs.target[0, 2], anchor[2])
-    end = int(pairs.ends[0])
-    assert torch.equal(pairs.target[0, end], anchor[end + 2])
+    target, anchor = pairs.target[CONTEXT][0], pairs.anchor[CONTEXT][0]
+    assert torch.equal(target[2], anchor[2])
+    assert torch.equal(target[3], anchor[5])  # end of text
 
 
 def test_lines_are_read_as_concepts_and_a_wrong_line_is_named():
@@ -110,45 +116,52 @@ def test_a_prompt_that_does_not_fit_is_refused(text):
 # ---------------------------------------------------------------- neighbours and beyond points
 
 
+def ring_of(text, pairs, bank=None, **options):
+    """A ring of random steps; `bank` gives the prompts to step towards."""
+    settings = Settings(**{"source": "isotropic", **options})
+    return noise_ring(pairs, settings, None if bank is None else candidates(text, bank))
+
+
 @pytest.mark.parametrize(
     ("source", "shared_noise"), [("isotropic", False), ("isotropic", True), ("bank", False)]
 )
 def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shared_noise):
-    ring = neighborhood(pairs, source, bank=bank, text=text, shared_noise=shared_noise)
-    near = mine_neighbors(ring, 12, drawn())
-    far = mine_beyond(ring, 12, drawn())
+    given = bank if source == "bank" else None
+    ring = ring_of(text, pairs, given, source=source, shared_noise=shared_noise)
+    near, far = ring.neighbors(12, drawn()), ring.beyond(12, drawn())
+    shell, e, target = ring.shells[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
     for mined, low, high in ((near, ring.s2, ring.s1), (far, -1.0, ring.s2)):
-        assert mined.prompt.bincount().tolist() == [12] * len(pairs.prompts)
-        for context, i in zip(mined.context, mined.prompt, strict=True):
-            span, own = pairs.span[i], pairs.context[i]
+        assert mined.pair.bincount().tolist() == [12] * len(pairs.prompts)
+        for context, i in zip(mined.e[CONTEXT], mined.pair, strict=True):
+            span, own = pairs.span[CONTEXT][i], e[i]
             assert torch.equal(context[~span], own[~span])
-            around = own[span] - ring.centre[span]
-            cosine = cosine_similarity(around, context[span] - ring.centre[span], dim=-1).mean()
+            around = own[span] - shell.centre[span]
+            cosine = cosine_similarity(around, context[span] - shell.centre[span], dim=-1).mean()
             assert low - 1e-5 <= cosine <= high + 1e-5
-    moved = (near.context - pairs.context[near.prompt]).norm(dim=-1)
-    assert moved.max() < ring.d1 + 1e-4
-    tolerance = (near.target - pairs.target[near.prompt]).norm(dim=-1)
-    assert 0 < tolerance.max() < ring.d1_anchor + 1e-4
-    beyond = (far.context - pairs.context[far.prompt]).norm(dim=-1)[far.span]
-    assert ring.d1 - 1e-4 <= beyond.min() and beyond.max() < ring.d2 + 1e-4
-    assert torch.equal(far.target, far.context)
+    moved = (near.e[CONTEXT] - e[near.pair]).norm(dim=-1)
+    assert moved.max() < shell.d1 + 1e-4
+    tolerance = (near.target[CONTEXT] - target[near.pair]).norm(dim=-1)
+    assert 0 < tolerance.max() < shell.d1_anchor + 1e-4
+    beyond = (far.e[CONTEXT] - e[far.pair]).norm(dim=-1)[far.span[CONTEXT]]
+    assert shell.d1 - 1e-4 <= beyond.min() and beyond.max() < shell.d2 + 1e-4
+    assert torch.equal(far.target[CONTEXT], far.e[CONTEXT])
 
 
-@settings(max_examples=4, deadline=None)
+@trials(max_examples=4, deadline=None)
 @given(st.integers(0, 1000))
-def test_the_same_seed_draws_the_same_and_another_one_does_not(pairs, seed):
-    ring = neighborhood(pairs)
-    first, second = (mine_neighbors(ring, 2, drawn(seed)).context for _ in range(2))
+def test_the_same_seed_draws_the_same_and_another_one_does_not(text, pairs, seed):
+    ring = ring_of(text, pairs)
+    first, second = (ring.neighbors(2, drawn(seed)).e[CONTEXT] for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, mine_neighbors(ring, 2, drawn(seed + 1)).context)
+    assert not torch.equal(first, ring.neighbors(2, drawn(seed + 1)).e[CONTEXT])
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.floats(0.05, 0.6), st.floats(0.05, 0.3))
-def test_automatic_radii_let_draws_succeed_for_any_ring(pairs, s2, width):
-    ring = neighborhood(pairs, s2=s2, s1=s2 + width)
-    assert len(mine_neighbors(ring, 1, drawn()).prompt) == len(pairs.prompts)
-    assert len(mine_beyond(ring, 1, drawn()).prompt) == len(pairs.prompts)
+@trials(max_examples=10, deadline=None)
+@given(st.floats(0.05, 0.6), st.floats(0.05, 0.3), st.floats(0.0, 0.5))
+def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, lower):
+    ring = ring_of(text, pairs, s2=s2, s1=s2 + width, beyond_s2=s2 - lower)
+    assert len(ring.neighbors(1, drawn()).pair) == len(pairs.prompts)
+    assert len(ring.beyond(1, drawn()).pair) == len(pairs.prompts)
 
 
 @pytest.mark.parametrize(
@@ -156,44 +169,42 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(pairs, s2, width):
     [
         ({"s1": 0.3, "s2": 0.7}, "S2 must be smaller"),
         ({"d1": 0.5}, "never reaches S1.*choose D1 between"),
-        ({"d1": 1e4}, "D2"),
+        ({"d1": 1e4, "d2": 1e3}, "D2"),
         ({"d2": 1.0}, "choose D2 larger"),
         ({"s2": -0.99}, "never get below"),
         ({"d1_anchor": 1e3}, "must be smaller than D1"),
-        ({"source": "vocabulary"}, "needs the text encoder"),
-        ({"source": "bank"}, "needs the preservation bank"),
         ({"source": "noise"}, "none of"),
         ({"source": "bank", "shared_noise": True}, "'bank' does not use it.*isotropic"),
-        ({"source": "bank", "words": ["jet"]}, "words = jet.*choose vocabulary"),
+        ({"source": "bank", "words": ("jet",)}, "words = jet.*choose vocabulary"),
         ({"source": "vocabulary", "d1": 20.0}, "d1 = 20.*isotropic or bank"),
         ({"source": "vocabulary", "d1_anchor": 2.0}, "d1_anchor = 2"),
         ({"source": "vocabulary", "d2": 40.0}, "d2 = 40"),
+        ({"beyond_s2": 0.4}, "S2 = 0.4 and neighbours from S2 = 0.3.*erased and preserved"),
     ],
 )
-def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(pairs, ranges, reason):
-    if ranges == {"d1": 1e4}:
-        ranges = {"d1": 1e4, "d2": 1e3}
+def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(text, pairs, ranges, reason):
     with pytest.raises(ValueError, match=reason):
-        neighborhood(pairs, **ranges)
+        ring_of(text, pairs, **ranges)
 
 
-def test_many_neighbours_have_the_moments_that_geometry_predicts(pairs):
+def test_many_neighbours_have_the_moments_that_geometry_predicts(text, pairs):
     """A neighbour is (R - c r) ê + s r u, with c, s the cosine and sine between -e and v̂."""
-    ring = neighborhood(pairs)
-    near = mine_neighbors(ring, 3000, drawn(), prompts=[0])
-    own = pairs.context[0][pairs.span[0]]
-    rows = near.context[:, pairs.span[0]]  # [draws, rows, dim]
+    ring = ring_of(text, pairs)
+    shell, e, span = ring.shells[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
+    near = ring.neighbors(3000, drawn(), of=[0]).e[CONTEXT]
+    own = e[span]
+    rows = near[:, span]  # [draws, rows, dim]
     norm = own.norm(dim=-1)
     along = (rows * own).sum(-1) / norm
     across = (rows.square().sum(-1) - along.square()).clamp(min=0)
 
     # v is nearly orthogonal to e: of length sqrt(dim), it lies at a right angle on average.
     c = norm / torch.hypot(norm, torch.tensor(DIM**0.5))
-    radius = (near.context - pairs.context[0])[:, pairs.span[0]].norm(dim=-1)[:, 0]
+    radius = (near - e)[:, span].norm(dim=-1)[:, 0]
     r, r2 = radius.mean(), radius.square().mean()
     assert torch.allclose(along.mean(0), norm - c * r, rtol=0.05)
     assert torch.allclose(across.mean(0), (1 - c.square()) * r2, rtol=0.05)
-    shortest, longest = ring.d1 * 0.5, ring.d1
+    shortest, longest = shell.d1 * 0.5, shell.d1
     assert shortest < radius.min() and radius.max() < longest
     assert abs(r - (radius.min() + radius.max()) / 2) < 0.03 * r  # uniform on what is accepted
 
@@ -206,139 +217,174 @@ def two(text) -> Pairs:
 
 
 @pytest.fixture(scope="module")
-def word_ring(text, two):
-    return neighborhood(two, "vocabulary", text=text, s2=0.4)
+def words(text, two):
+    return word_ring(text, two, Settings(s2=0.4))
 
 
-def has(mined, word):
-    return any(word in prompt.split() for prompt in mined.words)
+def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, words):
+    inside = [word for word, cosine in words.cosine.items() if cosine >= 0.4]
+    struck, others = inside[0], inside[1:]
+    mining = mine(text, two.concepts, Settings(s2=0.4, neighbors=10_000, exclude=(struck,)))
+    assert struck in words.neighbors(10_000, drawn()).words
+    kept = " ".join(mining.beyond.words).split()
+    assert struck not in mining.neighbors.words and struck in kept
+    assert set(others) <= set(mining.neighbors.words)
 
 
-def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, word_ring):
-    templates = " ".join(t for c in two.concepts for t in c.templates).split()
-    cosines = word_ring.words.cosine.items()
-    listed = [word for word, cosine in cosines if cosine >= 0.4 and word not in templates]
-    struck = listed[0]
-    ring = neighborhood(two, "vocabulary", text=text, s2=0.4, exclude=[struck])
-    near = mine_neighbors(ring, 10_000, drawn())
-    far = preserving(mine_beyond(ring, 1, drawn()), text, [])
-    assert has(mine_neighbors(word_ring, 10_000, drawn()), struck)
-    assert not has(near, struck) and has(far, struck)
-    for word in listed[1:]:
-        assert has(near, word) and not has(far, word)
-
-
-def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two, word_ring):
-    near = mine_neighbors(word_ring, 3, drawn())
-    far = mine_beyond(word_ring, 3, drawn())
-    first = [0, len(two.concepts[0].templates)]
-    assert near.prompt.tolist() == [i for i in first for _ in range(3)]
-    last = mine_neighbors(word_ring, 1, drawn(), [len(two.prompts) - 1])
-    assert last.prompt.tolist() == first[1:]
+def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two, words):
+    near, far = words.neighbors(3, drawn()), words.beyond(3, drawn())
+    first = two.first.tolist()
+    assert near.pair.tolist() == [i for i in first for _ in range(3)]
+    last = words.neighbors(1, drawn(), [len(two.prompts) - 1])
+    assert last.pair.tolist() == first[1:]
     templates = [(c.anchor, template) for c in two.concepts for template in c.templates]
-    for k, prompt in enumerate(near.prompt.tolist()):
-        anchor, template = templates[prompt]
-        before, after = template.split("{}")
-        word = near.words[k].removeprefix(before).removesuffix(after)
-        alone = encode_pairs(text, [Concept(word, anchor, (template,))])
-        assert torch.allclose(near.context[k], alone.context[0], atol=1e-5)
-        assert torch.allclose(near.target[k], alone.target[0], atol=1e-5)
-        assert torch.equal(near.span[k], alone.span[0])
-    assert torch.allclose(far.context, text.encode(far.words).context, atol=1e-5)
-    assert torch.equal(far.target, far.context)
+    for k, pair in enumerate(near.pair.tolist()):
+        anchor, template = templates[pair]
+        alone = encode_pairs(text, [Concept(near.words[k], anchor, (template,))])
+        for mined, own in ((near.e, alone.e), (near.target, alone.target)):
+            assert torch.allclose(mined[CONTEXT][k], own[CONTEXT][0], atol=1e-5)
+        assert torch.equal(near.span[CONTEXT][k], alone.span[CONTEXT][0])
+    asked = [templates[p][1].replace("{}", w) for p, w in zip(far.pair, far.words, strict=True)]
+    assert torch.allclose(far.e[CONTEXT], text.encode(asked)[CONTEXT], atol=1e-5)
+    assert torch.equal(far.target[CONTEXT], far.e[CONTEXT])
 
 
-def test_prompts_of_one_concept_get_words_of_their_own(two, word_ring):
-    near = mine_neighbors(word_ring, 1, drawn(), [0, 1, 2, len(two.prompts) - 1, 3])
-    words = near.words[:3] + near.words[4:]
-    assert len(set(words)) == 4 and near.prompt.tolist()[3] != near.prompt.tolist()[0]
-    many = mine_neighbors(word_ring, 1, drawn(), [0] * 500)
-    inside = mine_neighbors(word_ring, 10_000, drawn(), [0])
+def test_prompts_of_one_concept_get_words_of_their_own(two, words):
+    near = words.neighbors(1, drawn(), [0, 1, 2, len(two.prompts) - 1, 3])
+    of_one = near.words[:3] + near.words[4:]
+    assert len(set(of_one)) == 4 and near.pair.tolist()[3] != near.pair.tolist()[0]
+    many, inside = words.neighbors(1, drawn(), [0] * 500), words.neighbors(10_000, drawn(), [0])
     assert set(many.words) == set(inside.words)  # all of them before one comes again
 
 
-def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, word_ring):
+def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, words):
     phrase = "dog dog dog in the garden"
-    ring = neighborhood(two, "vocabulary", text=text, s2=0.4, words=[phrase, "Airplane", "a"])
-    added = ring.words.cosine.keys() - word_ring.words.cosine.keys()
-    assert added == {phrase}
-    near = mine_neighbors(ring, 10_000, drawn())
-    assert f"an old {phrase}" in near.words
-    for word, cosine in word_ring.words.cosine.items():
-        assert ring.words.cosine.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
+    ring = word_ring(text, two, Settings(s2=0.4, words=(phrase, "Airplane", "a")))
+    assert ring.cosine.keys() - words.cosine.keys() == {phrase}
+    assert phrase in ring.neighbors(10_000, drawn()).words
+    for word, cosine in words.cosine.items():
+        assert ring.cosine.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
 
 
-def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, word_ring, monkeypatch):
-    monkeypatch.setattr("realera.mining.NEAR_WORDS", 3)
-    monkeypatch.setattr("realera.mining.FAR_WORDS", 2)
-    words = neighborhood(two, "vocabulary", text=text, s2=0.4).words
-    assert len(words.near.context) == 3 * len(two.concepts)
-    assert len(words.far.context) == 2 * len(two.concepts)
-    for start in ("a photo of the ", "an old "):
+def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, monkeypatch):
+    monkeypatch.setattr("realera.words.NEAR_WORDS", 3)
+    monkeypatch.setattr("realera.words.FAR_WORDS", 2)
+    few = word_ring(text, two, Settings(s2=0.4))
+    assert few.near.e.prompts == 3 * len(two.concepts)
+    assert few.far.e.prompts == 2 * len(two.concepts)
+    for first in two.first.tolist():
         kept, all_near = (
-            [prompt for prompt in ring.near.prompts if prompt.startswith(start)]
-            for ring in (words, word_ring.words)
+            [w for w, p in zip(r.near.words, r.near.pair.tolist(), strict=True) if p == first]
+            for r in (few, words)
         )
         assert kept == all_near[:3] and len(all_near) > 3
 
 
+def test_beyond_words_lie_below_their_own_limit(text, two, words):
+    ring = word_ring(text, two, Settings(s2=0.4, beyond_s2=0.3))
+    assert set(ring.near.words) == set(words.near.words)
+    assert max(ring.cosine[word] for word in ring.far.words) < 0.3
+    assert max(words.cosine[word] for word in words.far.words) > 0.3
+
+
+def test_the_vocabulary_is_encoded_once_for_an_encoder_and_a_template(text, two, monkeypatch):
+    word_ring(text, two, Settings(s2=0.4))
+
+    def refuse(prompts):
+        raise AssertionError(f"{len(prompts)} words were encoded again")
+
+    monkeypatch.setattr(text, "summary", refuse)
+    word_ring(text, two, Settings(s2=0.5, exclude=("jet",)))
+
+
 def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
-    beyond = mine_beyond(neighborhood(pairs), 2, drawn())
-    kept = preserving(beyond, text, ["a photo of a dog"])
-    assert len(kept.prompt) == len(beyond.prompt) + 1 and int(kept.prompt[-1]) == -1
+    ring = Settings(source="isotropic", neighbors=0)
+    mining = mine_neighbors(text, pairs.concepts, ring)
+    kept = mine_beyond(mining, beyond=2, preserve=("a photo of a dog",)).beyond
+    assert len(kept.pair) == 2 * len(pairs.prompts) + 1 and int(kept.pair[-1]) == -1
     with pytest.raises(ValueError, match="which is to be erased"):
-        preserving(beyond, text, ["an Airplane over a house"])
+        mine_beyond(mining, preserve=("an Airplane over a house",))
     with pytest.raises(ValueError, match="which is to be erased"):
-        neighborhood(pairs, exclude=["Airplane"])
-    preserving(beyond, text, ["a paper aeroplaneairplane"])  # a name within a word is no name
+        mine_neighbors(text, pairs.concepts, Settings(source="isotropic", exclude=("Airplane",)))
+    mine_beyond(mining, beyond=0, preserve=("a paper aeroplaneairplane",))  # within a word: no name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "held"),
+    [
+        ("a red car", "car", True),
+        ("a carpet", "car", False),
+        ("一只猫的照片", "猫", True),
+        ("一只cat的照片", "cat", True),
+        ("一张cats的照片", "cat", False),
+        ("ネコの写真", "ネコ", True),
+        ("a photo of C3-PO", "C3-PO", True),
+        ("Tom Cruise.", "tom cruise", True),
+    ],
+)
+def test_a_name_is_found_as_a_word_of_its_own_and_where_words_have_no_spaces(prompt, name, held):
+    assert holds_name(prompt, name) is held
+
+
+def test_a_list_may_be_separated_by_the_commas_of_any_script():
+    words = ["jet", "rocket", "bird", "old boat", "Car"]
+    assert listed("jet，rocket、bird; old boat\nCar,") == words
 
 
 def test_a_preserved_prompt_that_would_be_cut_off_is_refused_with_its_length(text, pairs):
-    beyond = mine_beyond(neighborhood(pairs), 0, drawn())
+    mining = mine_neighbors(text, pairs.concepts, Settings(source="isotropic", neighbors=0))
     longest = " ".join(["dog"] * 75)
-    assert len(preserving(beyond, text, [longest]).words) == 1
+    assert mine_beyond(mining, beyond=0, preserve=(longest,)).beyond.words == (longest,)
     with pytest.raises(ValueError, match=r"'dog dog .* takes 78 tokens and the encoder reads 77"):
-        preserving(beyond, text, ["a cat", longest + " dog"])
+        mine_beyond(mining, beyond=0, preserve=("a cat", longest + " dog"))
 
 
 # ---------------------------------------------------------------- the bank
 
 
 @pytest.fixture(scope="module")
-def bank(text, tmp_path_factory):
-    return encode_bank(text, bank_prompts()[:120], cache=tmp_path_factory.mktemp("bank"))
+def bank(text):
+    return encode_bank(text, bank_prompts()[:120])
 
 
-def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text, tmp_path):
+def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text):
     prompts = list(bank_prompts()[:70])
     calls = []
-    bank = encode_bank(text, prompts, cache=tmp_path, progress=lambda *done: calls.append(done))
-    rows = text.encode(["", *prompts]).context.double().flatten(0, 1)
-    assert torch.allclose(bank.gram, rows.T @ rows, rtol=1e-5)
+    bank = encode_bank(text, prompts, progress=lambda *done: calls.append(done))
+    rows = text.encode(["", *prompts])[CONTEXT].double().flatten(0, 1)
+    assert torch.allclose(bank.grams[CONTEXT], rows.T @ rows, rtol=1e-5)
     assert calls[-1] == (71, 71)
     calls.clear()
-    again = encode_bank(text, prompts, cache=tmp_path, progress=lambda *done: calls.append(done))
-    assert not calls and torch.equal(again.gram, bank.gram) and torch.equal(again.ends, bank.ends)
+    again = encode_bank(text, prompts, progress=lambda *done: calls.append(done))
+    assert not calls and torch.equal(again.grams[CONTEXT], bank.grams[CONTEXT])
+    assert torch.equal(again.summary, bank.summary)
+    assert encode_bank(text, []).prompts == ("",)  # an empty bank is empty
 
 
-def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs, tmp_path):
+def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
     prompts = ["an airplane in the clouds", "a wooden chair", "two bowls of soup"]
-    bank = spare_concepts(encode_bank(text, prompts, cache=tmp_path), text, pairs, limit=1.01)
-    assert set(bank.dropped) == {"an airplane in the clouds"}
-    sums = collect(mine_neighbors(neighborhood(pairs), 1, drawn()), None, bank)
-    rows = text.encode(["", "a wooden chair", "two bowls of soup"]).context.double().flatten(0, 1)
-    kept = sums.bank - sum(r.double().T @ r.double() for r in sums.dropped.values())
-    assert torch.allclose(kept, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    bank = spare_concepts(encode_bank(text, prompts), text, pairs, limit=1.01)
+    assert bank.dropped == ("an airplane in the clouds",)
+    kept = bank.kept[CONTEXT]
+    left = kept.gram - sum(r.double().T @ r.double() for r in kept.dropped.values())
+    rows = text.encode(["", "a wooden chair", "two bowls of soup"])[CONTEXT].double().flatten(0, 1)
+    assert torch.allclose(left, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def pair_sums(pairs) -> Sums:
+    span = pairs.span[CONTEXT]
+    rows, targets = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
+    return Sums.zeros(DIM).erasing(rows, targets, 100.0)
 
 
 def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(text, pairs, bank):
-    near = mine_neighbors(neighborhood(pairs), 0, drawn())
-    e, target = pairs.context[pairs.span], pairs.target[pairs.span]
+    span = pairs.span[CONTEXT]
+    e, target = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
     spared = spare_concepts(bank, text, pairs, 0.9)
-    kept = text.encode([p for p in spared.prompts if p not in spared.dropped][:40]).context
+    kept = text.encode([p for p in spared.prompts if p not in spared.dropped][:40])[CONTEXT]
     moved = []
-    for own in (None, spared):
-        edit = collect(near, None, own).solve(0.1, 1e-8)
+    for own in (None, spared.kept[CONTEXT]):
+        edit = solve(pair_sums(pairs), own, 0.1, 1e-8)
         assert (edit(e) - target).norm() < 0.3 * (e - target).norm()
         moved.append(float((edit(kept) - kept).norm() / kept.norm()))
     assert moved[1] < 0.5 * moved[0]
@@ -350,22 +396,23 @@ def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(te
 def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_does_nothing(
     text, pairs
 ):
-    near = mine_neighbors(neighborhood(pairs), 0, drawn())
-    edit = collect(near, None, None).solve(0.1, 1e-8)
+    erasure = Erasure({CONTEXT: solve(pair_sums(pairs), None, 0.1, 1e-8)})
     words = ["airplane", "house", "dog", "apple"]
-    reaches = {reach.word: reach for reach in scope(edit, text, pairs, words)}
+    reaches = {reach.word: reach for reach in scope(erasure, text, pairs, words)}
     assert reaches["airplane"].toward == pytest.approx(1.0, abs=0.1)
     assert reaches["airplane"].closeness == pytest.approx(1.0, abs=1e-4)
     assert all(reaches[word].toward < reaches["airplane"].toward for word in words[1:])
-    still = type(edit)(torch.eye(DIM))
+    still = Erasure({CONTEXT: Edit(torch.eye(DIM))})
     assert all(abs(r.toward) + r.moved < 1e-5 for r in scope(still, text, pairs, words))
+    with pytest.raises(ValueError, match="give at least one word"):
+        scope(still, text, pairs, [])
+    with pytest.raises(ValueError, match="made for text embeddings of 3 numbers"):
+        scope(Erasure({CONTEXT: Edit(torch.eye(3))}), text, pairs, words)
 
 
-def test_every_concept_is_measured_around_its_own_mean(text, two, word_ring):
-    near, far = mine_neighbors(word_ring, 1, drawn()), mine_beyond(word_ring, 1, drawn())
-    erasure = Erasure.fit(collect(near, far))
-    mining = Mining(two, word_ring, near, far, None)
-    reaches = outreach(text, erasure, mining)
+def test_every_concept_is_measured_around_its_own_mean(text, two, words):
+    mining = mine(text, two.concepts, Settings(s2=0.4, neighbors=1, beyond=1, bank=False))
+    reaches = outreach(erase(mining), mining)
     assert {reach.concept for reach in reaches} == {"airplane", "dog"}
     for reach in reaches:
-        assert reach.closeness == pytest.approx(word_ring.words.cosine[reach.word], abs=1e-5)
+        assert reach.closeness == pytest.approx(words.cosine[reach.word], abs=1e-5)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from realera.concepts import Concept, Pairs
-from realera.mining import mine_beyond, mine_neighbors, neighborhood
+from realera.concepts import Concept
+from realera.models import Encoding
+from realera.pairs import Pairs
 from realera.pictures import geometry, grid, loss_curve, scope_picture, to_pil
+from realera.ring import noise_ring
 from realera.scope import Reach
+from realera.settings import Settings
 
 RED, BLUE = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
 
@@ -28,8 +31,9 @@ def pairs(prompts: int = 2, tokens: int = 4, dim: int = 64) -> Pairs:
     span[:, 0] = False
     concept = Concept("airplane", "ground", tuple(f"{n} {{}}" for n in range(prompts)))
     names = tuple(f"{n} airplane" for n in range(prompts))
-    ends = torch.full((prompts,), 2)
-    return Pairs((concept,), names, names, context, target, target, span, ends)
+    e, anchor = Encoding({"context": context}), Encoding({"context": target})
+    first, ends = torch.zeros(prompts, dtype=torch.int64), (context[:, 2], target[:, 2])
+    return Pairs((concept,), names, names, first, e, anchor, anchor, {"context": span}, *ends)
 
 
 def test_a_picture_has_the_images_pixels():
@@ -77,10 +81,10 @@ def test_a_resumed_run_keeps_the_numbers_of_its_steps():
 
 def test_the_ring_shows_neighbours_and_beyond_points_apart():
     generator = torch.Generator().manual_seed(0)
-    ring = neighborhood(pairs(), "isotropic")
-    near, far = mine_neighbors(ring, 20, generator), mine_beyond(ring, 20, generator)
-    nothing = mine_beyond(ring, 0, generator)
-    both, alone = geometry(near, far), geometry(near, nothing)
+    ring = noise_ring(pairs(), Settings(source="isotropic"))
+    near, far = ring.neighbors(20, generator), ring.beyond(20, generator)
+    nothing = ring.beyond(0, generator)
+    both, alone = geometry(ring, near, far), geometry(ring, near, nothing)
     assert both.tobytes() != alone.tobytes()
     assert len(colours(both)) > 2
 

@@ -1,8 +1,18 @@
+"""diffusers' models behind our protocol, and the protocol itself."""
+
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from realera.diffusion import DiffusersModel, DiffusersText, Encoding, end_rows, projections
+import realera
+import realera.adapters
+import realera.spans
+from realera.diffusers_model import DiffusersModel, DiffusersText
+from realera.models import CONTEXT, POOLED, Encoding, last_rows
+from realera.readers import adapted_readers, readers
 
 PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
 FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
@@ -13,31 +23,47 @@ def models(pipelines):
     return {name: DiffusersModel(pipeline) for name, pipeline in pipelines.items()}
 
 
+@pytest.fixture(scope="module")
+def checks():
+    spec = importlib.util.spec_from_file_location(
+        "conformance", Path(__file__).with_name("conformance.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "sd1 inpainting"])
+def test_diffusers_models_do_what_every_model_must(models, checks, name):
+    checks.check_text_encoder(models[name].text, realera)
+    checks.check_diffusion(models[name], realera)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_encode_gives_what_the_pipeline_reads(models, pipelines, name):
     encoding = models[name].text.encode(PROMPTS)
     theirs = pipelines[name].encode_prompt(
         PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    torch.testing.assert_close(encoding.context, theirs[0])
+    torch.testing.assert_close(encoding[CONTEXT], theirs[0])
     if name == "sdxl":
-        torch.testing.assert_close(encoding.pooled, theirs[2])
+        torch.testing.assert_close(encoding[POOLED][:, 0], theirs[2])
     else:
-        assert encoding.pooled is None
+        assert list(encoding) == [CONTEXT]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_encode_ends_is_the_end_of_text_row_of_encode(models, name):
+def test_the_summary_is_the_end_of_text_row_of_encode(models, name):
     text = models[name].text
     # Of every length, so that the buckets mix and the order must come back.
     prompts = ["cat", *PROMPTS, "", "dog", "the red cat"]
-    context = text.encode(prompts).context
+    context = text.encode(prompts)[CONTEXT]
     rows = [min(len(ids), 77) - 1 for ids in text.tokenize(prompts)]
     expected = context[torch.arange(len(prompts)), rows]
-    torch.testing.assert_close(text.encode_ends(prompts), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(text.summary(prompts), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_end_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_of_text():
+def test_last_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_of_text():
     batches = []
 
     def last_row(ids):
@@ -45,7 +71,7 @@ def test_end_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_
         return ids[:, -2:].float()
 
     prompts = [[0, 7, 9], [0, 9], *([0, k, 9] for k in range(900)), [0, *[5] * 100, 9]]
-    rows = end_rows(prompts, last_row).tolist()
+    rows = last_rows(prompts, 77, last_row).tolist()
     assert rows == [[7, 9], [0, 9], *([k, 9] for k in range(900)), [5, 9]]
     assert all(ids.numel() <= 32 * 77 for ids in batches)
     assert [ids.shape[1] for ids in batches] == [2, 3, 3, 77]
@@ -54,10 +80,10 @@ def test_end_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_
 def test_encoding_in_batches_changes_nothing(models, monkeypatch):
     text = models["sdxl"].text
     whole = text.encode(PROMPTS)
-    monkeypatch.setattr("realera.diffusion.BATCH", 2)
+    monkeypatch.setattr("realera.diffusers_model.BATCH", 2)
     parts = text.encode(PROMPTS)
-    torch.testing.assert_close(parts.context, whole.context)
-    torch.testing.assert_close(parts.pooled, whole.pooled)
+    for stream, rows in whole.items():
+        torch.testing.assert_close(parts[stream], rows)
 
 
 def test_tokenize_neither_pads_nor_cuts_off(models):
@@ -133,10 +159,9 @@ def test_decode_gives_images_in_range_on_the_cpu(models, pipelines):
 def test_gradients_flow_to_the_context(models):
     model = models["sdxl"]
     encoding = model.text.encode(["a dog"])
-    context = encoding.context.clone().requires_grad_()
-    noise = model.predict_noise(
-        torch.zeros(1, 4, 8, 8), torch.tensor([10]), Encoding(context, encoding.pooled)
-    )
+    context = encoding[CONTEXT].clone().requires_grad_()
+    read = Encoding({**encoding, CONTEXT: context})
+    noise = model.predict(torch.zeros(1, 4, 8, 8), torch.tensor([10]), read)
     assert noise.shape == (1, 4, 8, 8) and noise.dtype == torch.float32
     noise.square().sum().backward()
     assert context.grad is not None and context.grad.abs().sum() > 0
@@ -146,18 +171,19 @@ def test_the_pooled_embedding_reaches_the_prediction(models):
     model = models["sdxl"]
     one, two = model.text.encode(["a dog"]), model.text.encode(["a cat"])
     latents, t = torch.ones(1, 4, 8, 8), torch.tensor([500])
-    first = model.predict_noise(latents, t, one)
-    assert not torch.allclose(
-        first, model.predict_noise(latents, t, Encoding(one.context, two.pooled))
-    )
+    first = model.predict(latents, t, one)
+    mixed = Encoding({**one, POOLED: two[POOLED]})
+    assert not torch.allclose(first, model.predict(latents, t, mixed))
 
 
 def test_inpainting_paints_everything(models):
     model = models["sd1 inpainting"]
     seen = []
-    handle = model.unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    handle = model.network.conv_in.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noise = model.predict_noise(latents, torch.tensor([1, 999]), model.text.encode(["a", "b"]))
+    noise = model.predict(latents, torch.tensor([1, 999]), model.text.encode(["a", "b"]))
     handle.remove()
     assert noise.shape == (2, 4, 8, 8) and model.latent_shape == (4, 8, 8)
     assert torch.equal(seen[0][:, :4], latents)
@@ -169,35 +195,49 @@ def test_half_precision_pipelines_take_and_give_float32(make_pipeline, dtype):
     model = DiffusersModel(make_pipeline("sd1").to(dtype))
     encoding = model.text.encode(["a dog"])
     latents = model.sample(encoding, encoding, torch.Generator().manual_seed(0), 2, 2.0)
-    assert encoding.context.dtype == latents.dtype == torch.float32
-    assert latents.isfinite().all() and model.unet.dtype == dtype
+    assert encoding[CONTEXT].dtype == latents.dtype == torch.float32
+    assert latents.isfinite().all() and model.network.dtype == dtype
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd1", 32), ("sd1 one layer", 20), ("sdxl", 56)])
-def test_projections_are_the_cross_attention_keys_and_values(models, name, count):
-    layers = projections(models[name].unet)
-    assert all(isinstance(layer, nn.Linear) for layer in layers.values())
-    width = models[name].text.encode(["a"]).context.shape[-1]
-    assert {layer.in_features for layer in layers.values()} == {width}
-    assert len(layers) == count
+def test_readers_are_the_cross_attention_keys_and_values_and_what_reads_the_pooled_embedding(
+    models, name, count
+):
+    found, encoding = readers(models[name].network), models[name].text.encode(["a"])
+    assert all(isinstance(reader.layer, nn.Linear) for reader in found.values())
+    assert {reader.kind.stream for reader in found.values()} == set(encoding)
+    for reader in found.values():
+        assert reader.kind.fits(reader.layer.in_features, encoding[reader.kind.stream].shape[-1])
+        assert models[name].network.get_submodule(reader.path) is reader.layer
+    assert len(adapted_readers(models[name].network)) == count
+    assert len(found) - count == len(encoding) - 1
 
 
-def test_projections_looks_through_peft(models):
+def test_readers_look_through_peft(models):
     import peft
 
-    unet = models["sd1 one layer"].unet
-    before = projections(unet)
-    config = peft.LoraConfig(r=1, target_modules=list(before))
-    wrapped = peft.PeftModel(unet, config)
+    network = models["sd1 one layer"].network
+    before = readers(network)
+    paths = [reader.path for reader in before.values()]
+    wrapped = peft.PeftModel(network, peft.LoraConfig(r=1, target_modules=paths))
     try:
-        assert projections(wrapped) == before
+        assert readers(wrapped) == before
     finally:
         wrapped.unload()
-    assert projections(unet) == before
+    assert readers(network) == before
 
 
 def test_a_model_without_cross_attention_is_refused_by_name():
     with pytest.raises(ValueError, match=r"Sequential has no cross-attention.*SDXL"):
-        projections(nn.Sequential(nn.Linear(2, 2)))
+        readers(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="has no U-Net"):
         DiffusersModel(object())
+
+
+def test_an_encoding_is_taken_apart_and_put_together_by_prompts(models):
+    whole = models["sdxl"].text.encode(["a", "b", "c"])
+    parts = Encoding.cat([whole.take(torch.tensor([0])), whole.take(torch.tensor([1, 2]))])
+    assert whole.prompts == 3 and set(parts) == {CONTEXT, POOLED}
+    assert all(torch.equal(rows, whole[stream]) for stream, rows in parts.items())
+    one = whole.take(torch.tensor([2])).like(whole)
+    assert all(torch.equal(rows[0], whole[s][2]) and len(rows) == 3 for s, rows in one.items())

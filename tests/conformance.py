@@ -1,0 +1,117 @@
+"""What every TextEncoder and every Diffusion must do, whoever wrote it (`realera/models.py`).
+
+Plain functions, so that the same checks run under pytest and inside ComfyUI's own interpreter.
+`core` is the package: `realera` here, `RealEra.realera` there.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PROMPTS = ["cat", "a photo of the airplane", "", "dog", "a red cat in the garden", "word " * 120]
+
+
+def check_text_encoder(text: Any, core: ModuleType) -> None:
+    models, spans = core.models, core.spans
+    encoding = text.encode(PROMPTS)
+    assert next(iter(encoding)) == models.CONTEXT, "the context comes first"
+    for stream, rows in encoding.items():
+        assert rows.ndim == 3 and len(rows) == len(PROMPTS), f"{stream}: [prompts, tokens, dim]"
+        assert rows.dtype == torch.float32 and rows.isfinite().all(), f"{stream}: finite float32"
+    assert encoding[models.CONTEXT].shape[1] == text.length, "a row a token, padded and cut off"
+
+    again = text.encode(PROMPTS)
+    alone = models.Encoding.cat([text.encode([prompt]) for prompt in PROMPTS])
+    for stream, rows in encoding.items():
+        assert torch.equal(rows, again[stream]), f"{stream}: encoding twice gives the same"
+        close = torch.allclose(rows, alone[stream], atol=1e-4, rtol=1e-3)
+        assert close, f"{stream}: a prompt's rows do not depend on the others of its batch"
+
+    ids = text.tokenize(PROMPTS)
+    assert len({row[0] for row in ids}) == 1 and len({row[-1] for row in ids}) == 1
+    assert ids[2] == [ids[0][0], ids[0][-1]], "the empty prompt is start and end-of-text"
+    assert len(ids[-1]) > text.length, "token ids are not cut off"
+    own = spans.summaries(text, PROMPTS, encoding).cpu()
+    summary = text.summary(PROMPTS)
+    assert torch.allclose(summary.cpu(), own, atol=1e-3, rtol=1e-3), "summary is a row of encode"
+    spans.refuse_long(text, PROMPTS[:-1])
+    try:
+        spans.refuse_long(text, PROMPTS)
+    except ValueError as error:
+        assert str(text.length) in str(error)
+    else:
+        raise AssertionError("a prompt that would be cut off is refused")
+
+    one, other = text.encode(["a photo of the cat", "a photo of the red dog"])[models.CONTEXT]
+    first = len(text.tokenize(["a photo of the"])[0]) - 1
+    assert torch.allclose(one[:first], other[:first], atol=1e-4), "rows before the phrase stay"
+    assert not torch.allclose(one[first], other[first], atol=1e-2), "and its own row does not"
+
+    words = text.words()
+    assert words == sorted(set(words)) and all(word.isalpha() for word in words)
+    assert all(len(row) == 3 for row in text.tokenize(words[:: max(1, len(words) // 50)]))
+    assert text.fingerprint == text.fingerprint != ""
+
+
+def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
+    models, readers, adapters = core.models, core.readers, core.adapters
+    streams = model.text.encode(["a photo of the cat", "a dog"])
+    for reader in readers.readers(model.network).values():
+        columns = reader.layer.weight.shape[1]
+        assert reader.kind.fits(columns, streams[reader.kind.stream].shape[-1]), reader.name
+        assert model.network.get_submodule(reader.path) is reader.layer
+    before = model.fingerprint
+    generator = torch.Generator().manual_seed(0)
+
+    times = model.times(64, generator)
+    assert times.shape == (64,) and len(times.unique()) > 32, "random times"
+    assert torch.equal(times, model.times(64, torch.Generator().manual_seed(0))), "of the generator"
+    z = torch.randn(2, *model.latent_shape, generator=generator)
+    noise = torch.randn(z.shape, generator=generator)
+    early, late = times.min().repeat(2), times.max().repeat(2)
+    little, much = model.noised(z, noise, early), model.noised(z, noise, late)
+    assert little.shape == z.shape and little.dtype == torch.float32
+    near = torch.nn.functional.cosine_similarity
+    assert near(little.flatten(), z.flatten(), 0) > near(much.flatten(), z.flatten(), 0)
+    assert near(much.flatten(), noise.flatten(), 0) > near(little.flatten(), noise.flatten(), 0)
+
+    with torch.no_grad():
+        both = model.predict(much, late, streams)
+        assert both.shape == z.shape and both.dtype == torch.float32 and both.isfinite().all()
+        other = model.predict(much, late, streams.take(torch.tensor([1, 0])))
+        assert not torch.equal(both, other), "the prediction reads the text"
+        for stream in streams:
+            mixed = models.Encoding({**streams, stream: streams[stream].flip(0)})
+            assert not torch.equal(both, model.predict(much, late, mixed)), f"and its {stream}"
+        torch.manual_seed(1)
+        assert torch.equal(both, model.predict(much, late, streams)), "and nothing random"
+
+    with adapters.adapted(model.network, 1, 0) as layers:
+        model.predict(much, late, streams).square().mean().backward()
+        gradients = [b.grad for _, b in layers.values()]
+        assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+        assert sum(float(grad.abs().sum()) for grad in gradients) > 0, "the LoRA can learn"
+
+    empty = model.text.encode([""])
+    drawn = [
+        model.sample(streams, empty, torch.Generator().manual_seed(seed), steps, 3.0).float().cpu()
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0].shape == z.shape and drawn[0].isfinite().all()
+    assert torch.equal(drawn[0], drawn[1]), "the same seed draws the same"
+    assert not torch.allclose(drawn[0], drawn[2]), "and another one does not"
+    images = model.decode(drawn[0])
+    assert images.shape[:2] == (2, 3) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+
+    assert model.fingerprint == before, "nothing was written into the network"
+    weight = next(iter(readers.readers(model.network).values())).layer.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+    try:
+        assert model.fingerprint != before, "another weight is another model"
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
