@@ -32,7 +32,8 @@ def sketch(
         comfy.model_management.throw_exception_if_processing_interrupted()
         z = sampling.calculate_input(sigma, x)
         predictions = diffusion.predict(z.repeat(2, 1, 1, 1), sigma.repeat(2), both)
-        predicted = torch.lerp(*predictions.chunk(2), GUIDANCE)
+        without, towards = predictions.chunk(2)
+        predicted = torch.lerp(without, towards, GUIDANCE)
         return sampling.calculate_denoised(sigma, predicted, x)
 
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)

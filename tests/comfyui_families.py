@@ -142,7 +142,7 @@ def text_encoders():
     return {family: ComfyText(tiny_clip(family)) for family in TEXTS}
 
 
-def diffusions():
+def diffusions(vae):
     """Every kind of Diffusion on ComfyUI's side but the bundled model's, by name, with its text."""
     made = {}
     for family, (kind, layout) in FAMILIES.items():
@@ -152,7 +152,9 @@ def diffusions():
         narrow = layout | {"context_dim": wide[CONTEXT]}
         if POOLED in wide:  # followed by the embeddings of six sizes
             narrow["adm_in_channels"] = wide[POOLED] + 6 * 256
-        made[family] = ComfyDiffusion(random_model(kind, narrow, torch.float32), text)
+        model = random_model(kind, narrow, torch.float32)
+        model.model.model_config.latent_size = 16
+        made[family] = ComfyDiffusion(model, text, vae)
     return made
 
 

@@ -27,10 +27,12 @@ from comfyui_families import (
     FAMILIES,
     SD1,
     apply_erasure,
+    diffusions,
     own_prediction,
     random_encoding,
     random_erasure,
     random_model,
+    text_encoders,
     tiny_clip,
     weight_of,
 )
@@ -44,7 +46,9 @@ import comfy.ops
 import comfy.supported_models
 import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
+import RealEra.realera.models
 import torch
+from conformance import check_diffusion, check_text_encoder
 from RealEra.nodes import align, bundled, edit, files, mining
 from RealEra.nodes.comfy_model import ComfyDiffusion
 from RealEra.nodes.comfy_patch import ErasurePatch
@@ -541,6 +545,34 @@ def claim_anchors_are_in_the_latents_of_the_models_own_format():
     layout = patched.get_model_object("latent_format")
     due = miniature().vae.decode(layout.process_out(z)).movedim(-1, 1)
     assert torch.allclose(diffusion.decode(z), due, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ the core's protocols
+
+
+def claim_every_text_encoder_does_what_the_core_asks_of_it():
+    for name, text in {**text_encoders(), "bundled": ComfyText(miniature().clip)}.items():
+        with naming(name):
+            check_text_encoder(text, RealEra.realera)
+
+
+def claim_every_diffusion_does_what_the_core_asks_of_it():
+    # Weights that are made in inference mode take no part in autograd; `training` mends what nodes
+    # are given, and these are made outside of it.
+    with torch.inference_mode(False):
+        model, clip, vae, _ = run(bundled.BundledModel)
+        made = diffusions(vae) | {"bundled": ComfyDiffusion(model, ComfyText(clip), vae)}
+        for name, diffusion in made.items():
+            with naming(name):
+                check_diffusion(diffusion, RealEra.realera)
+
+
+@contextmanager
+def naming(part):
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(part) from error
 
 
 def main():
