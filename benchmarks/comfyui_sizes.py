@@ -142,9 +142,10 @@ def least(node: dict[str, Any], cost: dict[str, float], told: str, bank: int) ->
     drawn = len(inputs.get("prompts", "").splitlines())
     again = inputs.get("gradient_checkpointing", False)
     return {
-        "RealEraNeighborSampler": cost["token"] * (77 * bank + WORD * words),
+        "RealEraNeighborSampler": cost["token"] * WORD * words,
         "RealEraBeyondSampler": cost["token"] * 77 * preserved,
-        "RealEraClosedFormEdit": cost["solve"] + cost["token"] * WORD * len(told.splitlines()),
+        "RealEraClosedFormEdit": cost["solve"]
+        + cost["token"] * (77 * bank + WORD * len(told.splitlines())),
         # Teacher, student, gradient of the student's input; Eq. 9 has two pictures a prompt.
         "RealEraLoraAlign": cost["unet"] * 3 * (3 + again),
         "RealEraCompare": 2 * drawn * (cost["unet"] * 2 * inputs.get("steps", 0) + cost["vae"]),

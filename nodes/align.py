@@ -6,7 +6,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..realera import pictures
-from ..realera.algorithm import align_erasure
+from ..realera.algorithm import align_erasure, refuse_foreign
 from ..realera.anchors import draw_anchors
 from ..realera.settings import Training
 from .comfy_model import ComfyDiffusion, training, whole_clone
@@ -20,6 +20,7 @@ from .schema import Erasure, Mining, advanced, schema, seed_input
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 PREVIEWED = 4  # concepts at most
+MEANED = 20  # losses
 
 
 class LoraAlign(io.ComfyNode):
@@ -154,6 +155,7 @@ class LoraAlign(io.ComfyNode):
                 io.Image.Output(display_name="loss", tooltip="The loss of every step."),
             ],
             view=True,
+            alone=False,
         )
 
     @classmethod
@@ -184,6 +186,7 @@ class LoraAlign(io.ComfyNode):
             gradient_checkpointing=gradient_checkpointing,
         )
         refuse_edited(model, erasure)
+        refuse_foreign(erasure, mining)  # before anything is drawn
         model = whole_clone(model)
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])
@@ -192,7 +195,7 @@ class LoraAlign(io.ComfyNode):
             tell(node, "drawing images of the anchors")
             anchors = draw_anchors(diffusion, pairs, images, seed=seed)
         else:
-            samples = model.model.process_latent_in(latents["samples"])
+            samples = model.get_model_object("latent_format").process_in(latents["samples"])
             anchors = _by_concept(samples, len(pairs.concepts))
 
         losses: dict[int, float] = {}
@@ -226,7 +229,10 @@ class LoraAlign(io.ComfyNode):
                 state=state,
             )
         picture = to_image(pictures.loss_curve(losses))
-        return io.NodeOutput(aligned, picture, ui={"realera_loss": list(losses.items())})
+        last = list(losses.values())[-MEANED:]
+        said = f"{steps} steps, the last {len(last)} with a loss of {sum(last) / len(last):.4f}"
+        shown = {"realera_loss": list(losses.items()), "text": [said]}
+        return io.NodeOutput(aligned, picture, ui=shown)
 
 
 def _by_concept(samples: Tensor, concepts: int) -> Tensor:

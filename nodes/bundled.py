@@ -39,6 +39,7 @@ class BundledModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
+                    optional=True,
                     options=[BUNDLED, *folder_paths.get_filename_list("checkpoints")],
                     default=BUNDLED,
                     tooltip=(
@@ -59,7 +60,7 @@ class BundledModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, checkpoint: str) -> io.NodeOutput:
+    def execute(cls, checkpoint: str = BUNDLED) -> io.NodeOutput:
         model, clip, vae = load_miniature(checkpoint_path(checkpoint))
         return io.NodeOutput(model, clip, vae, miniature_classifier())
 

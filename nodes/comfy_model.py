@@ -49,9 +49,11 @@ class ComfyDiffusion:
             wide = next(iter(adapted_readers(self.network).values())).layer.in_features == 1024
             if wide and self.model.model.model_type == ModelType.V_PREDICTION:
                 size = 96  # SD 2.x for 768 pixels
-        return (self.model.model.latent_format.latent_channels, size, size)
+        return (self._latent_format.latent_channels, size, size)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Sigmas of the MODEL's own schedule. Raises ValueError where nothing can be noised."""
+        _refuse_noiseless(self.sampling)
         sigmas = self.sampling.sigmas
         index = torch.randint(len(sigmas), (count,), generator=generator)
         return sigmas[index.to(sigmas.device)]
@@ -128,15 +130,20 @@ class ComfyDiffusion:
             callback=latent_preview.prepare_callback(self.model, steps),  # hears Cancel, too
             seed=seed,
         )
-        return self.model.model.process_latent_in(samples)
+        return self._latent_format.process_in(samples)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [n, 3, height, width] in [0, 1], on the CPU."""
-        return self.vae.decode(self.model.model.process_latent_out(latents)).movedim(-1, 1).cpu()
+        return self.vae.decode(self._latent_format.process_out(latents)).movedim(-1, 1).cpu()
 
     @property
     def sampling(self) -> Any:
         return self.model.get_model_object("model_sampling")
+
+    @property
+    def _latent_format(self) -> Any:
+        """As the MODEL has it: some sampling nodes give it another one."""
+        return self.model.get_model_object("latent_format")
 
     def _with_mask(self, latents: Tensor) -> Tensor:
         """Inpainting U-Nets read a mask and a masked image too: everything is to be painted."""
@@ -145,6 +152,23 @@ class ComfyDiffusion:
             noise=latents, latent_image=blank, device=latents.device
         )
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
+
+
+def _refuse_noiseless(sampling: Any) -> None:
+    """Raises ValueError for a sampling object that has no noise levels, or adds none of them."""
+    names = " of ".join(kind.__name__ for kind in type(sampling).__mro__[:3])
+    parts = ("sigmas", "timestep", "noise_scaling", "calculate_input")
+    lacks = [part for part in parts if not hasattr(sampling, part)]
+    if not lacks:
+        blank, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        sigma = sampling.sigmas[-1:].float().cpu().view(1, 1, 1, 1)
+        if torch.equal(sampling.noise_scaling(sigma, one, blank.clone()), blank):
+            lacks = ["noise"]
+    if lacks:
+        raise ValueError(
+            f"the MODEL samples by {names}, which has no {lacks[0]}: nothing can be aligned on it. "
+            "Take the MODEL without that sampling node, or the closed form alone"
+        )
 
 
 def _told(patches: Any) -> Any:

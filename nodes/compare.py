@@ -16,8 +16,9 @@ from .comfy_model import ComfyDiffusion
 from .comfy_text import ComfyText
 from .page import to_image
 from .progress import tell
-from .schema import Classifier, advanced, schema, seed_input
+from .schema import Classifier, advanced, growing, schema, seed_input
 
+MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 PIXELS = 4 * 512**2  # drawn at once: four images of SD 1.x, one of SDXL
 
 
@@ -38,6 +39,7 @@ class Compare(io.ComfyNode):
                 io.Model.Input("third", optional=True, tooltip="A third model to compare."),
                 io.Model.Input("fourth", optional=True, tooltip="A fourth model to compare."),
                 io.Model.Input("fifth", optional=True, tooltip="A fifth model to compare."),
+                *growing(io.Model.Input("model", optional=True), MORE, "More models to compare."),
                 io.Clip.Input("clip", tooltip="The text encoder of all of them."),
                 io.Vae.Input("vae", tooltip="The autoencoder of all of them."),
                 Classifier.Input(
@@ -56,14 +58,20 @@ class Compare(io.ComfyNode):
                 ),
                 io.String.Input(
                     "names",
+                    optional=True,
                     default="before, after",
                     tooltip="What to call the models, separated by commas.",
                 ),
-                io.Int.Input("seeds", default=2, min=1, max=16, tooltip="Images per prompt."),
+                io.Int.Input(
+                    "seeds", optional=True, default=2, min=1, max=16, tooltip="Images per prompt."
+                ),
                 seed_input("The first of the seeds."),
-                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps."),
+                io.Int.Input(
+                    "steps", optional=True, default=20, min=1, max=200, tooltip="Sampling steps."
+                ),
                 io.Float.Input(
                     "cfg",
+                    optional=True,
                     default=5.0,
                     min=1.0,
                     max=30.0,
@@ -73,6 +81,7 @@ class Compare(io.ComfyNode):
                 advanced(
                     io.Int.Input(
                         "size",
+                        optional=True,
                         default=0,
                         min=0,
                         max=4096,
@@ -83,6 +92,7 @@ class Compare(io.ComfyNode):
                 advanced(
                     io.Combo.Input(
                         "sampler",
+                        optional=True,
                         options=comfy.samplers.KSampler.SAMPLERS,
                         default="ddim",
                         tooltip="The sampler, as in KSampler.",
@@ -91,6 +101,7 @@ class Compare(io.ComfyNode):
                 advanced(
                     io.Combo.Input(
                         "scheduler",
+                        optional=True,
                         options=comfy.samplers.KSampler.SCHEDULERS,
                         default="ddim_uniform",
                         tooltip="The noise schedule, as in KSampler.",
@@ -114,23 +125,25 @@ class Compare(io.ComfyNode):
         clip,
         vae,
         prompts: str,
-        names: str,
-        seeds: int,
-        seed: int,
-        steps: int,
-        cfg: float,
-        size: int,
-        sampler: str,
-        scheduler: str,
+        names: str = "before, after",
+        seeds: int = 2,
+        seed: int = 0,
+        steps: int = 20,
+        cfg: float = 5.0,
+        size: int = 0,
+        sampler: str = "ddim",
+        scheduler: str = "ddim_uniform",
         third=None,
         fourth=None,
         fifth=None,
+        more=None,
         classifier=None,
     ) -> io.NodeOutput:
         asked = lines(prompts)
         if not asked:
             raise ValueError("no prompt to draw: write one a line")
-        models = [model for model in (before, after, third, fourth, fifth) if model is not None]
+        given = (before, after, third, fourth, fifth, *(more or {}).values())
+        models = [model for model in given if model is not None]
         labels = [name.strip() for name in names.split(",")]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         text = ComfyText(clip)
@@ -209,6 +222,7 @@ class ClipClassifier(io.ComfyNode):
                 ),
                 io.String.Input(
                     "classes",
+                    optional=True,
                     multiline=True,
                     default="\n".join(CIFAR10),
                     tooltip=(
@@ -218,6 +232,7 @@ class ClipClassifier(io.ComfyNode):
                 ),
                 io.String.Input(
                     "template",
+                    optional=True,
                     default=OBJECT,
                     tooltip="How a class is put into words; {} stands for it.",
                 ),
@@ -226,7 +241,9 @@ class ClipClassifier(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_folder: str, classes: str, template: str) -> io.NodeOutput:
+    def execute(
+        cls, clip_folder: str, classes: str = "\n".join(CIFAR10), template: str = OBJECT
+    ) -> io.NodeOutput:
         names = list(dict.fromkeys(lines(classes)))
         if len(names) == 1:
             raise ValueError(

@@ -12,9 +12,10 @@ from ..realera.settings import Settings
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter, tell
-from .schema import Erasure, Mining, advanced, schema, strength_input
+from .schema import Erasure, Mining, advanced, growing, schema, strength_input
 
 DEFAULTS = Settings()
+MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 
 
 class ClosedFormEdit(io.ComfyNode):
@@ -102,7 +103,8 @@ class ClosedFormEdit(io.ComfyNode):
         edited = apply_erasure(model, erasure)
         reaches = outreach(erasure, mining)
         gone = sum(reach.toward >= 0.5 for reach in reaches)
-        tell(node, f"{gone} words go more than half the way to the anchor")
+        said = f"{gone} words go more than half the way to the anchor"
+        tell(node, said)
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
@@ -112,7 +114,8 @@ class ClosedFormEdit(io.ComfyNode):
         shown = {
             "realera_scope": [
                 [r.word, r.concept, round(r.toward, 3), round(r.moved, 3)] for r in reaches
-            ]
+            ],
+            "text": [said],
         }
         return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
 
@@ -169,11 +172,14 @@ class MergeErasures(io.ComfyNode):
                 Erasure.Input("second", tooltip="Another one for the same family."),
                 Erasure.Input("third", optional=True, tooltip="One more, if there is one."),
                 Erasure.Input("fourth", optional=True, tooltip="One more, if there is one."),
+                *growing(
+                    Erasure.Input("erasure", optional=True), MORE, "More, as many as you like."
+                ),
             ],
             outputs=[Erasure.Output(display_name="erasure", tooltip="Forgets all of them.")],
         )
 
     @classmethod
-    def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
-        given = [erasure for erasure in (first, second, third, fourth) if erasure is not None]
-        return io.NodeOutput(ErasureOf.merge(given))
+    def execute(cls, first, second, third=None, fourth=None, more=None) -> io.NodeOutput:
+        given = [first, second, third, fourth, *(more or {}).values()]
+        return io.NodeOutput(ErasureOf.merge([one for one in given if one is not None]))

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..realera import miniature
 from ..realera.checkpoints import save_lora, write_checkpoint
@@ -14,6 +14,7 @@ from .progress import tell
 from .schema import BUNDLED, Erasure, advanced, schema, strength_input
 
 FOLDER = "erasures"
+NAME = "realera"
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.add_model_folder_path(
     FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
@@ -64,7 +65,8 @@ class SaveErasure(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename",
-                    default="realera",
+                    optional=True,
+                    default=NAME,
                     tooltip=(
                         "Name of the files, in ComfyUI's output folder; a number is added and "
                         "nothing is overwritten."
@@ -72,17 +74,20 @@ class SaveErasure(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "lora",
+                    optional=True,
                     default=True,
                     tooltip="Write a LoRA to output/loras; LoraLoader lists it. Needs the MODEL.",
                 ),
                 io.Boolean.Input(
                     "erasure_file",
+                    optional=True,
                     default=True,
                     tooltip="Write the erasure to output/erasures; Load Erasure lists it.",
                 ),
                 advanced(
                     io.Float.Input(
                         "tolerance",
+                        optional=True,
                         default=1e-3,
                         min=1e-6,
                         max=0.5,
@@ -103,7 +108,13 @@ class SaveErasure(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, erasure, filename: str, lora: bool, erasure_file: bool, tolerance: float, model=None
+        cls,
+        erasure,
+        filename: str = NAME,
+        lora: bool = True,
+        erasure_file: bool = True,
+        tolerance: float = 1e-3,
+        model=None,
     ) -> io.NodeOutput:
         lora_name = erasure_name = ""
         if lora:
@@ -119,11 +130,11 @@ class SaveErasure(io.ComfyNode):
             path = new_path(FOLDER, filename)
             save_erasure(erasure, path)
             erasure_name = _listed(FOLDER, path)
-        names = [name for name in (lora_name, erasure_name) if name]
-        if not names:
+        if not (lora or erasure_file):
             raise ValueError("nothing to save: switch 'lora' or 'erasure_file' on")
-        saved = "\n".join(f"saved {name}" for name in names)
-        return io.NodeOutput(lora_name, erasure_name, ui=ui.PreviewText(saved))
+        folders = {"output/loras": lora_name, f"output/{FOLDER}": erasure_name}
+        saved = [f"saved {folder}/{name}" for folder, name in folders.items() if name]
+        return io.NodeOutput(lora_name, erasure_name, ui={"text": saved})
 
 
 class LoadErasure(io.ComfyNode):
@@ -175,7 +186,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename",
-                    default="realera",
+                    optional=True,
+                    default=NAME,
                     tooltip=(
                         "Name of the new file in output/checkpoints; a number is added and nothing "
                         "is overwritten."
@@ -194,7 +206,12 @@ class SaveErasedCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, erasure, checkpoint: str, filename: str, edit_strength: float, lora_strength: float
+        cls,
+        erasure,
+        checkpoint: str,
+        filename: str = NAME,
+        edit_strength: float = 1.0,
+        lora_strength: float = 1.0,
     ) -> io.NodeOutput:
         path = new_path("checkpoints", filename)
         tell(cls.hidden.unique_id, f"writing {path.name}")
@@ -206,7 +223,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
             lora_strength=lora_strength,
         )
         name = _listed("checkpoints", path)
-        return io.NodeOutput(name, ui=ui.PreviewText(f"saved {name}"))
+        return io.NodeOutput(name, ui={"text": [f"saved output/checkpoints/{name}"]})
 
 
 def checkpoint_path(name: str) -> Path:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..realera import pictures
+from ..realera.algorithm import Mining as Mined
 from ..realera.algorithm import mine_beyond, mine_neighbors
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
 from ..realera.settings import SOURCES, Settings
@@ -30,6 +31,17 @@ def cosine_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
 
 def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
     return auto_input(name, display_name, tooltip, AUTO_DISTANCE, 1000.0, 0.1)
+
+
+def found(mining: Mined) -> str:
+    """What a sampler says that it found."""
+    kind = "words" if isinstance(mining.ring, WordRing) else "points"
+    named = int((mining.beyond.pair < 0).sum())
+    far = len(mining.beyond.pair) - named
+    said = [f"{len(mining.neighbors.pair)} {kind} become the anchor"]
+    said += [f"{far} keep their meaning"] if far else []
+    said += [f"{named} that you named keep theirs"] if named else []
+    return ", ".join(said)
 
 
 class NeighborSampler(io.ComfyNode):
@@ -182,9 +194,11 @@ class NeighborSampler(io.ComfyNode):
         ring = mining.ring
         named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
-        tell(node, f"{len(mining.neighbors.pair)} neighbours")
+        said = found(mining)
+        tell(node, said)
         picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
-        return io.NodeOutput(mining, picture, told, ui={"realera_geometry": [geometry(mining)]})
+        shown = {"realera_geometry": [geometry(mining)], "text": [said]}
+        return io.NodeOutput(mining, picture, told, ui=shown)
 
 
 class BeyondSampler(io.ComfyNode):
@@ -258,9 +272,10 @@ class BeyondSampler(io.ComfyNode):
         d2: float = AUTO_DISTANCE,
         seed: int = AUTO_SEED,
     ) -> io.NodeOutput:
+        node = cls.hidden.unique_id
         mining = mine_beyond(
             mining,
-            reporter(cls.hidden.unique_id, "mining"),
+            reporter(node, "mining"),
             beyond=count,
             preserve=tuple(lines(preserve)),
             beyond_s2=None if s2 == AUTO_COSINE else s2,
@@ -268,4 +283,7 @@ class BeyondSampler(io.ComfyNode):
             beyond_seed=None if seed == AUTO_SEED else seed,
         )
         picture = to_image(pictures.geometry(mining.ring, mining.neighbors, mining.beyond))
-        return io.NodeOutput(mining, picture, ui={"realera_geometry": [geometry(mining)]})
+        said = found(mining)
+        tell(node, said)
+        shown = {"realera_geometry": [geometry(mining)], "text": [said]}
+        return io.NodeOutput(mining, picture, ui=shown)

@@ -13,16 +13,35 @@ CATEGORY = "RealEra"
 BUNDLED = "bundled"  # the entry of a checkpoint list that stands for the bundled model
 
 
-def schema(search_aliases: list[str], view: bool = False, **fields: Any) -> io.Schema:
+KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(
+    search_aliases: list[str], view: bool = False, alone: bool = True, **fields: Any
+) -> io.Schema:
     """A node's schema in our category; the Oct 2025 release has no search aliases yet.
 
-    view: the node shows what it found, also when nothing is connected to it
+    view: the node shows what it found; alone: also when nothing is connected to it, so that it can
+    be run by itself. Releases before 0.33 show only what such a node found.
     """
-    if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
+    if "search_aliases" in KNOWN:
         fields["search_aliases"] = search_aliases
     if view:
-        fields |= {"hidden": [io.Hidden.unique_id], "is_output_node": True}
+        fields["hidden"] = [io.Hidden.unique_id]
+        shown = alone or "has_intermediate_output" not in KNOWN
+        fields["is_output_node" if shown else "has_intermediate_output"] = True
     return io.Schema(category=CATEGORY, **fields)
+
+
+def growing(template: io.Input, names: list[str], tooltip: str) -> list[io.Input]:
+    """An input "more" that grows by another of `names` as each is connected, where ComfyUI has it.
+
+    `execute` gets a dict of those that are connected, or nothing.
+    """
+    if not hasattr(io, "Autogrow"):
+        return []
+    grown = io.Autogrow.TemplateNames(template, names, min=0)
+    return [io.Autogrow.Input("more", template=grown, optional=True, tooltip=tooltip)]
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:

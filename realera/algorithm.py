@@ -182,7 +182,7 @@ def align_erasure(
     keeps its first term only. on_step, state: as in `alignment.align`. Raises ValueError when the
     erasure is not of what was mined.
     """
-    _refuse_foreign(erasure, mining)
+    refuse_foreign(erasure, mining)
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, seed=training.seed)
     lesson = Lesson(mining.ring, mining.settings.beyond > 0, erasure, anchors)
@@ -244,8 +244,11 @@ def _refuse_named(pairs: Pairs, prompt: str, what: str) -> None:
             )
 
 
-def _refuse_foreign(erasure: Erasure, mining: Mining) -> None:
-    """Eq. 9's neighbours must be those of what was erased, else the provenance would lie."""
+def refuse_foreign(erasure: Erasure, mining: Mining) -> None:
+    """Raises ValueError when the erasure is not of what was mined.
+
+    Eq. 9's neighbours must be those of what was erased, else the provenance would lie.
+    """
     own, its = concepts_of(erasure), mining.pairs.concepts
     if own != its:
         raise ValueError(

@@ -18,11 +18,17 @@ import comfy.options
 
 comfy.options.enable_args_parsing()
 
+import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import torch
+from comfy.text_encoders import sd2_clip
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location(
@@ -31,12 +37,15 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["RealEra"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["RealEra"])
 
-from RealEra.nodes.comfy_model import ComfyDiffusion, apply_erasure, training, weights_of
+from RealEra.nodes.comfy_model import ComfyDiffusion, training
+from RealEra.nodes.comfy_patch import apply_erasure
+from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
-from RealEra.realera.alignment import adapted, checkpointed, edited
+from RealEra.realera.adapters import adapted, checkpointed, edited
 from RealEra.realera.closed_form import Edit
-from RealEra.realera.diffusion import Encoding, projections
-from RealEra.realera.erasure import POOLED, Erasure
+from RealEra.realera.erasure import Erasure
+from RealEra.realera.models import CONTEXT, POOLED, Encoding
+from RealEra.realera.readers import readers
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -90,28 +99,114 @@ def random_model(family, layout, dtype):
     config = family(layout)
     config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     model = config.get_model({}, "", device=CPU)
-    for name, weight in model.diffusion_model.named_parameters():
+    fill(model.diffusion_model, dtype)
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def fill(network, dtype):
+    """Random weights by which activations neither grow nor vanish."""
+    for name, weight in network.named_parameters():
         if weight.ndim > 1:
             values = torch.randn(weight.shape) * (0.5 / weight[0].numel()) ** 0.5
         else:
             values = torch.full(weight.shape, float(name.endswith("weight")))
         weight.data = values.to(dtype)
-    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+TEXTS = {
+    "sd1": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+    "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
+    "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+}
+
+
+def tiny_clip(family, embeddings=None):
+    """A CLIP of the family with the true tokenizer and a narrow random encoder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+    sizes |= {"num_attention_heads": 4, "num_hidden_layers": 3}
+    keys = ("clip_l_model_config", "clip_g_model_config", "_model_config")  # SD 2.x has no name
+    target = comfy.supported_models_base.ClipTarget(*TEXTS[family])
+    options = {**dict.fromkeys(keys, sizes), "dtype": torch.float32}
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=embeddings and str(embeddings),
+        model_options=options,
+    )
+    fill(clip.cond_stage_model, torch.float32)
+    return clip
+
+
+def text_encoders():
+    """Every kind of TextEncoder on ComfyUI's side, by name."""
+    return {family: ComfyText(tiny_clip(family)) for family in TEXTS}
+
+
+def diffusions(vae):
+    """Every kind of Diffusion on ComfyUI's side but the bundled model's, by name, with its text."""
+    made = {}
+    for family, (kind, layout) in FAMILIES.items():
+        torch.manual_seed(0)
+        text = ComfyText(tiny_clip(family.split()[0]))
+        wide = {stream: rows.shape[-1] for stream, rows in text.encode([""]).items()}
+        narrow = layout | {"context_dim": wide[CONTEXT]}
+        if POOLED in wide:  # followed by the embeddings of six sizes
+            narrow["adm_in_channels"] = wide[POOLED] + 6 * 256
+        model = random_model(kind, narrow, torch.float32)
+        model.model.model_config.latent_size = 16
+        made[family] = ComfyDiffusion(model, text, vae)
+    return made
 
 
 def random_edit(dim):
     return Edit(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
 
 
+def random_erasure(model, rank=2):
+    """An edit of every stream that the model reads and a LoRA on its projections."""
+    found, edits, lora = readers(model.diffusion_model), {}, {}
+    for name, reader in found.items():
+        wide = 1280 if reader.kind.stream == POOLED else reader.layer.in_features
+        edits.setdefault(reader.kind.stream, random_edit(wide))
+        if reader.kind.adapted:
+            a = 0.01 * torch.randn(rank, reader.layer.in_features)
+            lora[name] = (a, 0.01 * torch.randn(reader.layer.out_features, rank))
+    return Erasure(edits, lora)
+
+
+def random_encoding(model, layout, prompts=2):
+    streams = {CONTEXT: torch.randn(prompts, 77, layout["context_dim"])}
+    if model.adm_channels:
+        streams[POOLED] = torch.randn(prompts, 1, 1280)
+    return Encoding(streams)
+
+
+def own_prediction(patcher, z, sigma, encoding, noise):
+    """What ComfyUI's own `apply_model` makes of noised latents at these sigmas: (x, denoised)."""
+    model = patcher.model
+    x = model.model_sampling.noise_scaling(sigma[:, None, None, None], noise.clone(), z.clone())
+    pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
+    extra = model.extra_conds(
+        noise=x,
+        latent_image=torch.zeros_like(x),
+        device=CPU,
+        pooled_output=pooled,
+        width=8 * z.shape[3],
+        height=8 * z.shape[2],
+    )
+    conditions = {name: condition.cond for name, condition in extra.items()}
+    return x, model.apply_model(x, sigma, c_crossattn=encoding[CONTEXT], **conditions)
+
+
 def sketch_differs(patcher, erasure, encoding, noise):
     """A preview of an untrained LoRA from what ComfyUI draws with the closed form alone."""
-    pooled = None if encoding.pooled is None else torch.zeros(1, 1280)
-    empty = Encoding(torch.zeros_like(encoding.context[:1]), pooled)
-    diffusion = ComfyDiffusion(patcher)
-    with training(patcher), adapted(diffusion.unet, 2, 0), torch.no_grad():
-        ours = sketch(diffusion, erasure, encoding, empty, noise)
-    closed_form = ComfyDiffusion(apply_erasure(patcher, erasure, 1.0, 0.0))
-    both = noise.repeat(len(encoding.context), 1, 1, 1)
+    empty = Encoding({stream: torch.zeros_like(rows[:1]) for stream, rows in encoding.items()})
+    diffusion = ComfyDiffusion(patcher, None)
+    unaligned = Erasure(erasure.edits)
+    with training(patcher), adapted(diffusion.network, 2, 0), torch.no_grad():
+        ours = sketch(diffusion, unaligned, encoding, empty, noise)
+    closed_form = ComfyDiffusion(apply_erasure(patcher, erasure, 1.0, 0.0), None)
+    both = noise.repeat(encoding.prompts, 1, 1, 1)
     settings = (STEPS, GUIDANCE, "euler", "normal")
     theirs = closed_form.denoise(encoding, empty, both, *settings)
     return float((ours - theirs).norm() / theirs.norm())
@@ -120,63 +215,44 @@ def sketch_differs(patcher, erasure, encoding, noise):
 def check(family, layout, dtype):
     torch.manual_seed(0)
     patcher = random_model(family, layout, dtype)
-    model, diffusion = patcher.model, ComfyDiffusion(patcher)
+    model, diffusion = patcher.model, ComfyDiffusion(patcher, None)
     comfy.model_management.load_models_gpu([patcher])
-    z, t = torch.randn(2, 4, 16, 16), torch.tensor([100, 800])
-    pooled = torch.randn(2, 1280) if model.adm_channels else None
-    encoding = Encoding(torch.randn(2, 77, layout["context_dim"]), pooled)
-    ours = diffusion.predict_noise(z, t, encoding)
-
-    sigma = model.model_sampling.sigmas[t]
-    x = z * (1 + sigma**2).sqrt()[:, None, None, None]
-    extra = model.extra_conds(
-        noise=x,
-        latent_image=torch.zeros_like(x),
-        device=CPU,
-        pooled_output=pooled,
-        width=128,
-        height=128,
-    )
-    conditions = {name: condition.cond for name, condition in extra.items()}
-    theirs = model.apply_model(x, sigma, c_crossattn=encoding.context, **conditions)
+    z, sigma = torch.randn(2, 4, 16, 16), model.model_sampling.sigmas[[100, 800]]
+    encoding = random_encoding(model, layout)
+    noise = torch.randn(z.shape)
+    x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
+    z_t = diffusion.noised(z, noise, sigma)
+    ours = diffusion.predict(z_t, sigma, encoding)
     denoised = model.model_sampling.calculate_denoised(sigma, ours, x)
 
-    layers = projections(model.diffusion_model)
-    lora = {
-        name: (
-            0.01 * torch.randn(2, layer.in_features),
-            0.01 * torch.randn(layer.out_features, 2),
-        )
-        for name, layer in layers.items()
-    }
-    pooled_edit = None if pooled is None else random_edit(1280)
-    erasure = Erasure(random_edit(layout["context_dim"]), pooled_edit, lora)
+    erasure = random_erasure(model)
     erased = apply_erasure(patcher, erasure, 1.0, 0.5)
-    names = [*layers, *([POOLED] if pooled is not None else [])]
-    before, after = weights_of(patcher, names), weights_of(erased, names)
-    wrong = max(
-        (after[name] - erasure.delta(name, before[name], 1.0, 0.5)).abs().max() for name in names
-    )
+    wrong = 0.0
+    for name, reader in readers(model.diffusion_model).items():
+        before, after = weight_of(patcher, reader.path), weight_of(erased, reader.path)
+        due = erasure.erased(name, before, 1.0, 0.5)
+        wrong = max(wrong, float((after.float() - due.float()).abs().max()))
     comfy.model_management.load_models_gpu([erased])
-    loaded = ComfyDiffusion(erased).predict_noise(z, t, encoding)
+    loaded = ComfyDiffusion(erased, None).predict(z_t, sigma, encoding)
     erased.unpatch_model(CPU)
     comfy.model_management.unload_all_models()
     erased.patch_model(CPU, lowvram_model_memory=1)
-    low = ComfyDiffusion(erased).predict_noise(z, t, encoding)
+    low = ComfyDiffusion(erased, None).predict(z_t, sigma, encoding)
     patched = model.lowvram_patch_counter
     erased.unpatch_model(CPU)
 
     comfy.model_management.load_models_gpu([patcher])
     gradients, kept_bytes = [], []
-    for saving in (nullcontext(), checkpointed(diffusion.unet)):
+    for saving in (nullcontext(), checkpointed(diffusion.network)):
         saved = {}
-        with training(patcher), saving, adapted(diffusion.unet, 2, 0) as adapters:
-            with edited(diffusion.unet, erasure.edit):
-                own = Encoding(encoding.context.clone(), None if pooled is None else pooled.clone())
+        with training(patcher), saving, adapted(diffusion.network, 2, 0) as adapters:
+            with edited(diffusion.network, Erasure(erasure.edits)):
+                own = Encoding({stream: rows.clone() for stream, rows in encoding.items()})
                 with torch.autograd.graph.saved_tensors_hooks(
                     lambda x, saved=saved: saved.setdefault(x.data_ptr(), x), lambda x: x
                 ):
-                    loss = diffusion.predict_noise(z.clone(), t.clone(), own).square().mean()
+                    made = diffusion.predict(z_t.clone(), sigma.clone(), own)
+                    loss = made.square().mean()
                 loss.backward()
             kept_bytes.append(sum(x.untyped_storage().nbytes() for x in saved.values()))
             gradients.append(torch.cat([b.grad.flatten() for _, b in adapters.values()]))
@@ -186,7 +262,7 @@ def check(family, layout, dtype):
     comfy.model_management.load_models_gpu([patcher])
     return {
         "denoised differs": float((denoised - theirs).abs().max()),
-        "weights differ": float(wrong),
+        "weights differ": wrong,
         "changed": float((loaded - ours).abs().mean()),
         "lowvram differs": float((low - loaded).abs().mean()),
         "lowvram patches": patched,
@@ -194,12 +270,22 @@ def check(family, layout, dtype):
         "checkpointing keeps": kept_bytes[1] / kept_bytes[0],
         "checkpointing differs": float((kept - again).norm() / kept.norm()),
         "sketch differs": sketched,
-        "same again": torch.equal(diffusion.predict_noise(z, t, encoding), ours),
+        "same again": torch.equal(diffusion.predict(z_t, sigma, encoding), ours),
     }
 
 
-with torch.inference_mode():
-    for family, (kind, layout) in FAMILIES.items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
-            result = {"family": family, "dtype": str(dtype)} | check(kind, layout, dtype)
-            print("CASE", json.dumps(result), flush=True)
+def weight_of(patcher, path):
+    """The weight of a layer of the U-Net with the MODEL's patches, as ComfyUI computes it."""
+    key = f"diffusion_model.{path}.weight"
+    (weight, convert), *added = patcher.get_key_patches("diffusion_model.")[key]
+    own = convert(weight.detach().clone(), inplace=True)
+    dtype = own.dtype
+    return comfy.lora.calculate_weight(added, own.float(), key).to(dtype)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        for family, (kind, layout) in FAMILIES.items():
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+                result = {"family": family, "dtype": str(dtype)} | check(kind, layout, dtype)
+                print("CASE", json.dumps(result), flush=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from realera.diffusers_model import DiffusersModel, projections
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from realera.checkpoints import lora_tensors, write_checkpoint, write_lora
 from realera.closed_form import Edit
+from realera.diffusers_model import DiffusersModel, projections
 from realera.erasure import POOLED, Erasure, applied, canonical
 from realera.families import FAMILIES, family_of, loading
 from realera.families.loading import _explained, load_model, load_text

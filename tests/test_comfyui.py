@@ -5,6 +5,7 @@ requirements and ours (this one unless set). The server gets folders of its own 
 UPDATE_OBJECT_INFO=1 records the schemas for `test_nodes.py` instead of checking them.
 """
 
+import ast
 import base64
 import io
 import json
@@ -20,8 +21,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from realera.erasure_file import load_erasure
 from realera.evaluation.judges import Clip
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +66,7 @@ def stable(info):
     """Schemas without what differs from machine to machine."""
     keys = ("input", "output", "output_name", "output_tooltips", "display_name", "description")
     kept = {key: info.get(key) for key in (*keys, "category")}
+    kept["input"].pop("hidden", None)
     for group in kept["input"].values():
         for name in FILES:
             if name in group:
@@ -71,6 +75,23 @@ def stable(info):
                 for option in options:
                     option.pop("options", None)
     return kept
+
+
+def comparable(name, info, grows):
+    """A schema as every release of ComfyUI tells it: of our nodes all but the lists of samplers and
+    the inputs that grow, of ComfyUI's own what they are connected by."""
+    inputs = {
+        field: [kind, *options]
+        for group in ("required", "optional")
+        for field, (kind, *options) in info["input"].get(group, {}).items()
+        if grows or kind != "COMFY_AUTOGROW_V3"
+    }
+    if not name.startswith("RealEra"):
+        return {field: isinstance(kind, str) and kind for field, (kind, *_) in inputs.items()}
+    for field in ("sampler", "scheduler"):
+        if field in inputs:
+            inputs[field][1] = {k: v for k, v in inputs[field][1].items() if k != "options"}
+    return {**info, "input": inputs, "required": list(info["input"].get("required", {}))}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +112,12 @@ def test_the_recorded_schemas_are_those_of_real_comfyui(server):
     if os.environ.get("UPDATE_OBJECT_INFO"):
         text = json.dumps(found, indent=1, ensure_ascii=False)
         RECORDED.write_text(text + "\n", "utf-8")
-    assert found == json.loads(RECORDED.read_text("utf-8"))
+        recorded = json.loads(RECORDED.read_text("utf-8"))
+    assert found.keys() == recorded.keys()
+    grows = "more" in found["RealEraCompare"]["input"]["optional"]
+    for name, info in found.items():
+        due = comparable(name, recorded[name], grows)
+        assert comparable(name, info, grows) == due
 
 
 def test_the_page_gets_the_script_the_help_the_strings_and_the_workflows(server):
@@ -129,6 +155,117 @@ def test_an_unchanged_graph_is_not_run_again_and_a_changed_concept_is(server, er
     assert loader in cached
     assert sampler not in cached
     assert outputs[sampler]["realera_geometry"], "a sampler runs alone, with nothing behind it"
+
+
+def closed_form_only(graph, filename):
+    """The workflow as far as its closed form, which is saved as an erasure file."""
+    kinds = ("BundledModel", "NeighborSampler", "BeyondSampler", "ClosedFormEdit")
+    kinds = [f"RealEra{kind}" for kind in kinds]
+    graph = {name: node for name, node in graph.items() if node["class_type"] in kinds}
+    edit, _ = node_of(graph, "RealEraClosedFormEdit")
+    inputs = {"erasure": [edit, 1], "lora": False, "filename": filename}
+    graph["save"] = {"class_type": "RealEraSaveErasure", "inputs": inputs}
+    return graph
+
+
+def test_inputs_with_a_default_may_be_left_out(server, erased):
+    whole = json.loads(json.dumps(erased[0]))
+    node_of(whole, "RealEraBeyondSampler")[1]["preserve"] = ""
+    server.run(closed_form_only(whole, "whole"))
+    bare = json.loads(json.dumps(whole))
+    for node in bare.values():
+        kept = ("concepts", "prompts", "checkpoint")
+        inputs = node["inputs"].items()
+        node["inputs"] = {k: v for k, v in inputs if isinstance(v, list) or k in kept}
+    server.run(closed_form_only(bare, "bare"))
+    one, other = (
+        load_erasure(server.output / f"erasures/{name}_00001_.safetensors")
+        for name in ("whole", "bare")
+    )
+    assert one.provenance["settings"] == other.provenance["settings"]
+    assert one.provenance["concepts"] == other.provenance["concepts"]
+    assert torch.equal(one.edits["context"].matrix, other.edits["context"].matrix)
+    # The nodes that draw have defaults too; what they would take long for is told.
+    node_of(bare, "RealEraLoraAlign")[1].update(steps=1, images=1)
+    node_of(bare, "RealEraCompare")[1].update(steps=1, seeds=1)
+    server.run(bare)
+    for folder in ("loras", "erasures", "checkpoints"):
+        assert (server.output / folder / "realera_00001_.safetensors").is_file()
+
+
+def test_a_graph_and_the_command_line_with_its_settings_erase_alike(server, erased, tmp_path):
+    """The text encoder is diffusers' there, so that numbers agree as far as the encoders do."""
+    whole = load_erasure(server.output / "erasures/no-airplane_00001_.safetensors")
+    settings = whole.provenance["settings"]
+    command = [sys.executable, "-m", "realera", "erase", "miniature", "-c", "airplane -> tree"]
+    command += ["--steps", "0", "-o", str(tmp_path / "made")]
+    command += [part for prompt in settings["preserve"] for part in ("--preserve", prompt)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "REALERA_CACHE": str(tmp_path / "cache")}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    other = load_erasure(tmp_path / "made/erasure.safetensors")
+    assert other.provenance["concepts"] == whole.provenance["concepts"]
+    assert other.provenance["settings"] == settings
+    one, same = (erasure.edits["context"].matrix for erasure in (whole, other))
+    assert (one - same).norm() / (one - torch.eye(len(one))).norm() < 1e-3
+
+
+def test_a_lora_is_the_same_file_by_the_node_and_by_the_command_line(server, erased, tmp_path):
+    node = server.output / "loras/no-airplane_00001_.safetensors"
+    made = tmp_path / "lora.safetensors"
+    realera = [sys.executable, "-m", "realera"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    erasure = server.output / "erasures/no-airplane_00001_.safetensors"
+    command = [*realera, "apply", "miniature", str(erasure), str(made), "--lora"]
+    subprocess.run([*command, "--tolerance", "1e-5"], check=True, env=environment)
+    with safe_open(node, "pt") as one, safe_open(made, "pt") as other:
+        assert one.metadata() == other.metadata()
+        assert one.keys() == other.keys()
+        for key in one.keys():  # noqa: SIM118
+            assert torch.allclose(one.get_tensor(key), other.get_tensor(key), atol=1e-6)
+    told = subprocess.run(
+        [*realera, "info", str(node)], check=True, env=environment, capture_output=True, text=True
+    )
+    assert "airplane" in told.stdout
+
+
+def test_a_node_says_what_it_found_and_where_it_saved(erased):
+    graph, outputs = erased
+    said = {graph[name]["class_type"]: shown.get("text") for name, shown in outputs.items()}
+    name = "no-airplane_00001_.safetensors"
+    saved = [f"saved output/{folder}/{name}" for folder in ("loras", "erasures")]
+    assert said["RealEraSaveErasure"] == saved
+    assert said["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
+    assert "become the anchor" in said["RealEraNeighborSampler"][0]
+    assert "keep their meaning" in said["RealEraBeyondSampler"][0]
+    assert "half the way" in said["RealEraClosedFormEdit"][0]
+    assert said["RealEraLoraAlign"][0].startswith("6 steps")
+
+
+def test_more_models_and_erasures_than_there_were_inputs_for(server, erased):
+    info = json.loads(server.get("/object_info/RealEraCompare"))["RealEraCompare"]
+    if "more" not in info["input"]["optional"]:
+        pytest.skip("this ComfyUI has no inputs that grow")
+    graph = model_graph()
+    graph["compare"] = compare(["model", 0], ["applied", 0])
+    inputs = graph["compare"]["inputs"] | {"prompts": "a photo of the dog", "steps": 2}
+    inputs |= {name: ["model", 0] for name in ("third", "fourth", "fifth")}
+    inputs |= {"more.sixth": ["model", 0], "more.seventh": ["applied", 0]}
+    graph["compare"]["inputs"] = inputs | {"names": "a, b, c, d, e, f, g", "seeds": 1}
+    inputs["classifier"] = ["model", 3]
+    graph["compare"]["inputs"] = inputs
+    graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 3]}}
+    outputs, _ = server.run(graph)
+    assert len(outputs["verdict"]["text"][0].splitlines()) == 7
+    joined = {"first": ["erasure", 0], "second": ["erasure", 0], "more.fifth": ["erasure", 0]}
+    graph = {"erasure": model_graph()["erasure"]}
+    graph["merge"] = {"class_type": "RealEraMergeErasures", "inputs": joined}
+    graph["save"] = {
+        "class_type": "RealEraSaveErasure",
+        "inputs": {"erasure": ["merge", 0], "lora": False, "filename": "thrice"},
+    }
+    server.run(graph)
+    thrice = load_erasure(server.output / "erasures/thrice_00001_.safetensors")
+    assert len(thrice.provenance["merged"]) == 3
 
 
 def model_graph():
@@ -412,6 +549,32 @@ def test_the_concept_is_gone_by_the_classifier_and_others_stay(server, erased):
         pytest.skip(f"the bundled model is not trained well enough to tell: {share}")
     assert share["after", "airplane"] <= 0.25
     assert share["after", "dog"] >= 0.75
+
+
+def claims_inside():
+    """The names of the claims of `comfyui_inside.py`, which this interpreter cannot import."""
+    tree = ast.parse((ROOT / "tests/comfyui_inside.py").read_text("utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name for name in names if name.startswith("claim_")]
+
+
+@pytest.fixture(scope="module")
+def inside():
+    """What became of every claim, by name."""
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_inside.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("CLAIM ")]
+    told = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}
+    return told, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", claims_inside())
+def test_inside_comfyui(inside, name):
+    told, errors = inside
+    assert name in told, errors
+    if told[name]["skipped"]:
+        pytest.skip(told[name]["skipped"])
+    assert not told[name]["failed"], told[name]["failed"]
 
 
 def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from realera.diffusers_model import DiffusersModel
 
+from realera.diffusers_model import DiffusersModel
 from realera.evaluation import report as report_module
 from realera.evaluation.judges import (
     EXPOSED,

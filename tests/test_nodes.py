@@ -138,8 +138,34 @@ def test_the_english_strings_are_those_of_the_schemas():
 def test_the_page_speaks_of_nodes_and_widgets_that_exist():
     script = (ROOT / "web/realera.js").read_text("utf-8")
     assert set(re.findall(r"RealEra[A-Z]\w+", script)) <= OURS.keys()
-    fields = {field for info in OURS.values() for field, _, _ in inputs_of(info)}
-    assert {"preserve", "beyond", "s1", "s2", "d1", "d2"} <= fields
+    fields = {name: {field for field, _, _ in inputs_of(info)} for name, info in OURS.items()}
+    # Wherever the script names a widget of a node: find("RealEraNeighborSampler", "leave_out").
+    read = re.findall(r'"(RealEra\w+)", "(\w+)"', script)
+    assert ("RealEraNeighborSampler", "leave_out") in read
+    assert all(field in fields[name] for name, field in read)
+    assert {"s1", "s2", "d1"} <= fields["RealEraNeighborSampler"]
+    assert {"s2", "d2"} <= fields["RealEraBeyondSampler"]
+
+
+def test_one_wire_leads_from_what_is_mined_to_what_is_trained():
+    for name in ("BeyondSampler", "ClosedFormEdit", "LoraAlign"):
+        wires = {field: kind for field, kind, _ in inputs_of(OURS[f"RealEra{name}"])}
+        assert wires["mining"] == "REALERA_MINING"
+        assert not {"neighbors", "beyond"} & wires.keys()
+
+
+def test_only_wires_and_what_is_to_be_erased_or_drawn_must_be_given():
+    due = {"concepts", "prompts", "checkpoint", *FILES}
+    for name, info in OURS.items():
+        for field, (kind, *_) in info["input"]["required"].items():
+            assert field in due or not is_widget(kind), (name, field)
+
+
+def test_every_anchor_that_we_show_is_one_that_the_model_draws_surely():
+    shown = INFO["RealEraNeighborSampler"]["input"]["required"]["concepts"][1]["default"]
+    assert shown == "airplane -> tree"
+    for path in [*WORKFLOWS, *(ROOT / "web/docs").rglob("*.md")]:
+        assert "-> ground" not in path.read_text("utf-8"), path
 
 
 def test_all_seven_workflows_are_there():

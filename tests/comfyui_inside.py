@@ -1,0 +1,595 @@
+"""Run by `test_comfyui.py` with ComfyUI's interpreter: what our nodes promise, inside its process.
+
+Every function whose name starts with "claim_" is a test; the interpreter has no pytest. Prints one
+line a claim, `CLAIM {"name": …, "failed": traceback or "", "skipped": reason or ""}`; arguments
+choose claims by a part of their name.
+"""
+
+# ruff: noqa: E402 (ComfyUI reads its arguments while it is imported)
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+ASKED = sys.argv[1:]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, os.environ["COMFYUI_DIR"])
+import utils.install_util  # noqa: F401 (ComfyUI's, before another module takes the name)
+from comfyui_families import (
+    CPU,
+    FAMILIES,
+    SD1,
+    apply_erasure,
+    diffusions,
+    own_prediction,
+    random_encoding,
+    random_erasure,
+    random_model,
+    text_encoders,
+    tiny_clip,
+    weight_of,
+)
+
+HOME = Path(tempfile.mkdtemp())
+os.environ["REALERA_CACHE"] = str(HOME / "cache")
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import comfy_extras.nodes_model_advanced as advanced
+import folder_paths
+import RealEra.realera.models
+import torch
+from conformance import check_diffusion, check_text_encoder
+from RealEra.nodes import align, bundled, edit, files, mining
+from RealEra.nodes.comfy_model import ComfyDiffusion
+from RealEra.nodes.comfy_patch import ErasurePatch
+from RealEra.nodes.comfy_text import ComfyText
+from RealEra.realera import algorithm
+from RealEra.realera.concepts import parse_concepts
+from RealEra.realera.erasure_file import load_erasure, save_erasure
+from RealEra.realera.models import CONTEXT
+from RealEra.realera.readers import readers
+from RealEra.realera.settings import Settings
+from RealEra.realera.spans import place_rows
+from server import PromptServer
+
+PromptServer.instance = SimpleNamespace(
+    send_sync=lambda *_: None,
+    send_progress_text=lambda *_: None,
+    client_id=None,
+    last_prompt_id=None,
+    last_node_id=None,
+)
+folder_paths.set_output_directory(str(HOME / "output"))
+NAMED = "airplane -> tree"
+
+
+class Skipped(Exception):
+    """A claim that this release of ComfyUI has no part in."""
+
+
+def run(node, **inputs):
+    """What a node returns for these inputs and its defaults."""
+    prepared = type(node.__name__, (node,), {"hidden": SimpleNamespace(unique_id=None)})
+    return prepared.execute(**inputs).args
+
+
+@contextmanager
+def refused(words):
+    """The block must raise a ValueError that says this."""
+    try:
+        yield
+    except ValueError as error:
+        assert words in str(error), f"{words!r} is not in {error}"
+    else:
+        raise AssertionError(f"accepted; {words!r} was to be said")
+
+
+@contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@cache
+def miniature():
+    model, clip, vae, _ = run(bundled.BundledModel)
+    return SimpleNamespace(model=model, clip=clip, vae=vae)
+
+
+@cache
+def mined(**settings):
+    """Neighbor Sampler and Beyond Sampler, isotropic unless told: no vocabulary is read."""
+    chosen = {"source": "isotropic", "count": 2} | settings
+    (found, *_) = run(mining.NeighborSampler, clip=miniature().clip, concepts=NAMED, **chosen)
+    return run(mining.BeyondSampler, mining=found, count=1)[0]
+
+
+@cache
+def erased(concepts=NAMED):
+    """Closed-Form Edit without the bank: the MODEL and the erasure."""
+    (found, *_) = run(
+        mining.NeighborSampler,
+        clip=miniature().clip,
+        concepts=concepts,
+        source="isotropic",
+        count=2,
+    )
+    (found, _) = run(mining.BeyondSampler, mining=found, count=1)
+    model, erasure, *_ = run(edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False)
+    return SimpleNamespace(model=model, erasure=erasure, mining=found)
+
+
+def saved(erasure):
+    """The erasure as it comes back from a file."""
+    path = HOME / f"{len(list(HOME.iterdir()))}.safetensors"
+    save_erasure(erasure, path)
+    return load_erasure(path)
+
+
+def short(**inputs):
+    """LoRA Align with a training that is only long enough to change something."""
+    given = {"model": miniature().model, "mining": erased().mining, "images": 1, "batch": 1}
+    given |= {"steps": 2, "preview_every": 0, "learning_rate": 1e-3}
+    return run(align.LoraAlign, **given | inputs)[0]
+
+
+# ------------------------------------------------------------------------ the patch
+
+
+def patches_of(model):
+    return {
+        key: entry[1]
+        for key, (entry, *_) in model.patches.items()
+        if isinstance(entry[1], ErasurePatch)
+    }
+
+
+def random_sd1():
+    torch.manual_seed(0)
+    patcher = random_model(comfy.supported_models.SD15, SD1, torch.float32)
+    return patcher, random_erasure(patcher.model)
+
+
+def claim_a_patch_is_made_anew_from_its_keys_and_weights():
+    patcher, erasure = random_sd1()
+    made = apply_erasure(patcher, erasure, 0.7, 0.3)
+    assert patches_of(made)
+    for key, patch in patches_of(made).items():
+        again = type(patch)(patch.loaded_keys, patch.weights)
+        weight = comfy.utils.get_attr(patcher.model, key)
+        first, second = (
+            one.calculate_weight(weight, key, 1.0, 1.0, None, lambda x: x) for one in (patch, again)
+        )
+        assert torch.equal(first, second) and not torch.equal(first, weight)
+        assert again.concepts == patch.concepts
+
+
+def claim_a_patch_is_prepared_for_dynamic_vram_and_gives_the_same_weight():
+    low_vram = getattr(comfy.model_patcher, "LowVramPatch", None)
+    if not hasattr(low_vram, "prepare"):
+        raise Skipped("this ComfyUI does not prepare patches")
+    patcher, erasure = random_sd1()
+    made = apply_erasure(patcher, erasure, 1.0, 0.5)
+    for name, reader in readers(patcher.model.diffusion_model).items():
+        key = f"diffusion_model.{reader.path}.weight"
+        patch = low_vram(key, made.patches)
+        size = patch.memory_required()
+        room = torch.zeros(size, dtype=torch.uint8)
+        patch.prepare(room, None, copy=True, commit=True)
+        # The tensors must have moved into the room that ComfyUI gave.
+        moved = patch.prepared_patches[0][1].weights[2]
+        assert room.data_ptr() <= moved.data_ptr() < room.data_ptr() + size
+        weight = reader.layer.weight
+        given = patch(weight.detach().clone())
+        assert torch.equal(given, weight_of(made, reader.path)), name
+        assert torch.allclose(given, erasure.erased(name, weight, 1.0, 0.5), atol=1e-6)
+        patch.clear_prepared()
+        assert patch.prepared_patches is None
+
+
+def claim_a_layer_computes_with_a_prepared_patch_as_comfyui_casts_it():
+    """What comfy/ops.py does with a module whose weight is loaded dynamically, after the cast."""
+    low_vram = getattr(comfy.model_patcher, "LowVramPatch", None)
+    if not hasattr(low_vram, "prepare"):
+        raise Skipped("this ComfyUI does not prepare patches")
+    patcher, erasure = random_sd1()
+    made = apply_erasure(patcher, erasure)
+    (name, reader), *_ = readers(patcher.model.diffusion_model).items()
+    rows = torch.randn(2, 5, reader.layer.in_features)
+    due = torch.nn.functional.linear(rows, erasure.erased(name, reader.layer.weight))
+    patch = low_vram(f"diffusion_model.{reader.path}.weight", made.patches)
+    patch.prepare(torch.zeros(patch.memory_required(), dtype=torch.uint8), None)
+    reader.layer.comfy_cast_weights = True
+    reader.layer.weight_function = [patch]
+    try:
+        assert torch.allclose(reader.layer(rows), due, atol=1e-5)
+    finally:
+        reader.layer.weight_function = []
+
+
+def claim_a_dynamic_patcher_on_the_cpu_draws_what_a_plain_one_draws():
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if dynamic is None:
+        raise Skipped("this ComfyUI has no dynamic patcher")
+    plain, erasure = random_sd1()
+    made = dynamic(plain.model, load_device=CPU, offload_device=CPU)
+    drawn = []
+    encoding = random_encoding(plain.model, SD1)
+    z, sigma = torch.randn(2, 4, 16, 16), plain.model.model_sampling.sigmas[[100, 800]]
+    for patcher in (plain, made):
+        one = apply_erasure(patcher, erasure)
+        comfy.model_management.load_models_gpu([one])
+        drawn.append(ComfyDiffusion(one, None).predict(z, sigma, encoding))
+        comfy.model_management.unload_all_models()
+    assert torch.equal(*drawn)
+
+
+# ------------------------------------------------------------------------ erased twice
+
+
+def claim_an_erasure_that_is_on_the_model_already_is_refused():
+    one, other = saved(erased().erasure), saved(erased().erasure)
+    with refused("erased twice"):
+        run(edit.ApplyErasure, model=erased().model, erasure=erased().erasure)
+    (applied,) = run(edit.ApplyErasure, model=miniature().model, erasure=one)
+    with refused("erased twice"):
+        run(edit.ApplyErasure, model=applied, erasure=other)
+    with refused("erased twice"):
+        short(model=applied, erasure=other)
+    with refused("erased twice"):
+        run(files.SaveErasure, erasure=other, model=applied)
+
+
+def claim_a_merged_erasure_of_what_is_on_the_model_is_refused():
+    ship = erased("ship -> sea")
+    (merged,) = run(edit.MergeErasures, first=saved(erased().erasure), second=ship.erasure)
+    with refused("airplane"):
+        run(edit.ApplyErasure, model=erased().model, erasure=merged)
+    (both,) = run(edit.ApplyErasure, model=miniature().model, erasure=merged)
+    with refused("ship"):
+        run(edit.ApplyErasure, model=both, erasure=ship.erasure)
+
+
+def claim_an_erasure_without_its_notes_is_known_by_its_matrix():
+    bare = replace(saved(erased().erasure), provenance={})
+    with refused("the same"):
+        run(edit.ApplyErasure, model=erased().model, erasure=bare)
+
+
+def claim_another_erasure_goes_on_top():
+    (both,) = run(edit.ApplyErasure, model=erased().model, erasure=erased("ship -> sea").erasure)
+    key = next(iter(patches_of(both)))
+    assert len(both.patches[key]) == 2
+
+
+# ------------------------------------------------------------------------ one tokenisation
+
+
+def read_by_comfyui(clip, prompt):
+    """The ids before padding that `encode` reads, by ComfyUI's own tokenizer."""
+    (sections, *_) = clip.tokenize(prompt, disable_weights=True, return_word_ids=True).values()
+    (section,) = sections
+    words = [k for k, (_, _, word) in enumerate(section) if word]
+    return section, max(words) + 1 if words else 1
+
+
+def claim_escaped_brackets_are_counted_as_they_are_read():
+    for name in ("sd1", "sdxl"):
+        text = ComfyText(tiny_clip(name))
+        for prompt in (r"saber \(fate\)", "a photo of the dog", "", r"(a:1.2) [b] \\(c\\)"):
+            (ids,) = text.tokenize([prompt])
+            section, end = read_by_comfyui(text.clip, prompt)
+            assert ids == [token for token, _, _ in section][: end + 1], prompt
+    named = (r"saber \(fate\)", "knight", "a photo of the {}")
+    encoded = text.encode([named[2].replace("{}", named[0])])
+    place = place_rows(text, [named], encoded).streams[CONTEXT][0]
+    # The row of end-of-text meets the anchor's, and what follows it goes on one by one.
+    _, end = read_by_comfyui(text.clip, named[2].replace("{}", named[0]))
+    _, its = read_by_comfyui(text.clip, named[2].replace("{}", named[1]))
+    assert place[end].item() == its and place[end + 1].item() == its + 1
+    assert torch.equal(text.summary([prompt]), text.encode([prompt])[CONTEXT][:, end_of(text)])
+
+
+def end_of(text):
+    (ids,) = text.tokenize([r"(a:1.2) [b] \\(c\\)"])
+    return len(ids) - 1
+
+
+def claim_a_textual_inversion_is_counted_and_read_as_comfyui_reads_it():
+    folder = HOME / "embeddings"
+    folder.mkdir(exist_ok=True)
+    text = ComfyText(tiny_clip("sd1", folder))
+    wide = text.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.shape[1]
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": torch.randn(3, wide)}, folder / "hero.safetensors")
+    prompt = "a photo of the embedding:hero"
+    section, end = read_by_comfyui(text.clip, prompt)
+    (ids,) = text.tokenize([prompt])
+    vectors = [token for token, _, _ in section[: end + 1] if isinstance(token, torch.Tensor)]
+    assert len(vectors) == 3 and sum(k < 0 for k in ids) == 3 and len(ids) == end + 1
+    whole = text.clip.encode_from_tokens(text.clip.tokenize(prompt, disable_weights=True))
+    assert torch.allclose(text.encode([prompt])[CONTEXT][0], whole[0], atol=1e-6)
+    rows = text.summary([prompt, "a dog"])
+    assert torch.allclose(rows[0], whole[0, end], atol=1e-5)
+    pairs = algorithm.encode_pairs(text, parse_concepts("embedding:hero -> person", ["a {}"]))
+    assert pairs.span[CONTEXT][0].tolist() == [False] * 2 + [True] * 75
+
+
+# ------------------------------------------------------------------------ the same numbers
+
+
+def same_edits(one, other):
+    return all(torch.equal(edit.matrix, other.edits[s].matrix) for s, edit in one.edits.items())
+
+
+def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
+    text = ComfyText(miniature().clip)
+    for source, count in (("vocabulary", 12), ("isotropic", 2)):
+        for beyond_seed in (None, 5):
+            settings = Settings(
+                source=source,
+                neighbors=count,
+                beyond=3,
+                seed=2,
+                beyond_seed=beyond_seed,
+                preserve=("a photo of the dog",),
+                exclude=("rocket",),
+                bank=False,
+            )
+            theirs = algorithm.erase(algorithm.mine(text, parse_concepts(NAMED), settings))
+            (found, *_) = run(
+                mining.NeighborSampler,
+                clip=miniature().clip,
+                concepts=NAMED,
+                source=source,
+                count=count,
+                seed=2,
+                leave_out="rocket",
+            )
+            (found, _) = run(
+                mining.BeyondSampler,
+                mining=found,
+                count=3,
+                seed=-1 if beyond_seed is None else beyond_seed,
+                preserve="a photo of the dog",
+            )
+            _, ours, *_ = run(
+                edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False
+            )
+            assert same_edits(ours, theirs), (source, beyond_seed)
+            assert ours.provenance["settings"] == theirs.provenance["settings"]
+
+
+def claim_a_graph_is_made_again_from_its_provenance():
+    text = ComfyText(miniature().clip)
+    for source in ("vocabulary", "isotropic"):
+        (found, *_) = run(
+            mining.NeighborSampler,
+            clip=miniature().clip,
+            concepts="airplane -> tree\nship -> sea",
+            source=source,
+            count=3,
+            s2=0.5,
+            seed=7,
+        )
+        (found, _) = run(mining.BeyondSampler, mining=found, count=2, s2=0.4, seed=9)
+        _, made, *_ = run(
+            edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False, lambda1=0.3
+        )
+        noted = saved(made).provenance
+        lists = ("words", "exclude", "preserve")
+        told = {k: tuple(v) if k in lists else v for k, v in noted["settings"].items()}
+        named = [
+            algorithm.Concept(c["name"], c["anchor"], tuple(c["templates"]))
+            for c in noted["concepts"]
+        ]
+        again = algorithm.erase(algorithm.mine(text, named, Settings(**told)))
+        assert same_edits(made, again), source
+
+
+# ------------------------------------------------------------------------ parts that fit
+
+
+def claim_the_same_words_are_never_erased_and_preserved():
+    (found, *_) = run(mining.NeighborSampler, clip=miniature().clip, concepts=NAMED)
+    with refused("would be erased and preserved"):
+        run(mining.BeyondSampler, mining=found, s2=0.9)
+
+
+def claim_an_erasure_of_another_mining_is_refused_before_anything_is_drawn():
+    other = erased("ship -> sea")
+    with (
+        replaced(ComfyDiffusion, "sample", lambda *_: 1 / 0),
+        refused("the mining that the erasure was made from"),
+    ):
+        short(erasure=erased().erasure, mining=other.mining)
+    reseeded = mined(seed=3)
+    with refused("seed"):
+        short(erasure=erased().erasure, mining=reseeded)
+
+
+def claim_aligning_keeps_the_lora_that_an_erasure_has():
+    first = short(erasure=erased().erasure)
+    second = short(erasure=first, seed=1, rank=2)
+    assert first.lora and second.lora.keys() == first.lora.keys()
+    for name, (a, b) in second.lora.items():
+        assert len(a) == 6 and torch.equal(a[:4], first.lora[name][0])
+        assert torch.equal(b[:, :4], first.lora[name][1])
+
+
+def claim_the_bank_is_read_only_where_it_is_used():
+    def unread(*_, **__):
+        raise AssertionError("the bank was read")
+
+    with replaced(algorithm, "encode_bank", unread):
+        (found, *_) = run(mining.NeighborSampler, clip=miniature().clip, concepts=NAMED, count=4)
+        (found, _) = run(mining.BeyondSampler, mining=found)
+        run(edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False)
+
+
+def claim_anchors_are_drawn_once():
+    calls = []
+    own = ComfyDiffusion.sample
+
+    def counted(*given):
+        calls.append(given)
+        return own(*given)
+
+    with replaced(ComfyDiffusion, "sample", counted):
+        short(erasure=erased().erasure, seed=11)
+        drawn = len(calls)
+        short(erasure=erased().erasure, seed=11, rank=2, steps=3)
+    assert drawn == len(calls) == 1
+
+
+def claim_a_training_that_is_asked_for_twice_is_the_same():
+    one, other = (short(erasure=erased().erasure, seed=4) for _ in range(2))
+    assert all(torch.equal(a, other.lora[name][0]) for name, (a, _) in one.lora.items())
+    assert all(torch.equal(b, other.lora[name][1]) for name, (_, b) in one.lora.items())
+    assert any(b.any() for _, b in one.lora.values())
+
+
+# ------------------------------------------------------------------------ the MODEL's own sampling
+
+
+def sampled_otherwise(patcher, kind, sampling, *range_of_sigmas):
+    (made,) = getattr(advanced, kind)().patch(patcher, sampling, *range_of_sigmas)
+    return made
+
+
+SAMPLINGS = {
+    "epsilon": lambda patcher: patcher,
+    "v": lambda p: sampled_otherwise(p, "ModelSamplingDiscrete", "v_prediction", False),
+    "v, zero terminal SNR": lambda p: sampled_otherwise(
+        p, "ModelSamplingDiscrete", "v_prediction", True
+    ),
+    "EDM": lambda p: sampled_otherwise(p, "ModelSamplingContinuousEDM", "edm", 80.0, 0.002),
+    "Playground": lambda p: sampled_otherwise(
+        p, "ModelSamplingContinuousEDM", "edm_playground_v2.5", 80.0, 0.002
+    ),
+    "CosXL": lambda p: sampled_otherwise(
+        p, "ModelSamplingContinuousEDM", "v_prediction", 120.0, 0.002
+    ),
+    "LCM": lambda p: sampled_otherwise(p, "ModelSamplingDiscrete", "lcm", False),
+}
+
+
+def claim_a_training_step_sees_what_comfyui_feeds_at_that_sigma():
+    seen = {}
+    for family in ("sd1", "sdxl"):
+        kind, layout = FAMILIES[family]
+        torch.manual_seed(0)
+        plain = random_model(kind, layout, torch.float32)
+        encoding = random_encoding(plain.model, layout)
+        z = torch.randn(2, 4, 16, 16)
+        for name, patched in SAMPLINGS.items():
+            patcher = patched(plain)
+            comfy.model_management.load_models_gpu([patcher])
+            diffusion = ComfyDiffusion(patcher, None)
+            sigma = diffusion.times(2, torch.Generator().manual_seed(1))
+            fed = []
+            unet = patcher.model.diffusion_model
+            handle = unet.register_forward_pre_hook(lambda _, given, fed=fed: fed.append(given))
+            noise = torch.randn(z.shape)
+            x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
+            ours = diffusion.predict(diffusion.noised(z, noise, sigma), sigma, encoding)
+            handle.remove()
+            (latents, times, *_), (own_latents, own_times, *_) = fed
+            assert torch.allclose(latents, own_latents, atol=1e-5), (family, name)
+            assert torch.allclose(times, own_times), (family, name)
+            seen[name] = times
+            made = diffusion.sampling.calculate_denoised(sigma, ours, x)
+            wrong = float((made - theirs).abs().max() / theirs.abs().max())
+            assert wrong < 1e-4, (family, name, wrong)
+    assert (seen["EDM"] < 10).all() and not torch.allclose(seen["EDM"], seen["epsilon"])
+
+
+def claim_a_model_that_samples_otherwise_can_be_aligned():
+    for name in ("EDM", "v"):
+        made = short(model=SAMPLINGS[name](miniature().model), erasure=erased().erasure)
+        assert any(b.any() for _, b in made.lora.values()), name
+
+
+def claim_a_sampling_that_adds_no_noise_is_refused_by_name():
+    patched = sampled_otherwise(miniature().model, "ModelSamplingDiscrete", "img_to_img", False)
+    if "IMG_TO_IMG_FLOW" in dir(comfy.model_sampling):
+        patched = sampled_otherwise(
+            miniature().model, "ModelSamplingDiscrete", "img_to_img_flow", False
+        )
+    else:
+        raise Skipped("this ComfyUI always adds noise")
+    with refused("IMG_TO_IMG_FLOW"):
+        short(model=patched, erasure=erased().erasure)
+
+
+def claim_anchors_are_in_the_latents_of_the_models_own_format():
+    """Playground's latents have another mean and scale than SDXL's; decoding must undo the same."""
+    patched = SAMPLINGS["Playground"](miniature().model)
+    diffusion = ComfyDiffusion(patched, ComfyText(miniature().clip), miniature().vae)
+    z = torch.randn(1, *diffusion.latent_shape)
+    layout = patched.get_model_object("latent_format")
+    due = miniature().vae.decode(layout.process_out(z)).movedim(-1, 1)
+    assert torch.allclose(diffusion.decode(z), due, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ the core's protocols
+
+
+def claim_every_text_encoder_does_what_the_core_asks_of_it():
+    for name, text in {**text_encoders(), "bundled": ComfyText(miniature().clip)}.items():
+        with naming(name):
+            check_text_encoder(text, RealEra.realera)
+
+
+def claim_every_diffusion_does_what_the_core_asks_of_it():
+    # Weights that are made in inference mode take no part in autograd; `training` mends what nodes
+    # are given, and these are made outside of it.
+    with torch.inference_mode(False):
+        model, clip, vae, _ = run(bundled.BundledModel)
+        made = diffusions(vae) | {"bundled": ComfyDiffusion(model, ComfyText(clip), vae)}
+        for name, diffusion in made.items():
+            with naming(name):
+                check_diffusion(diffusion, RealEra.realera)
+
+
+@contextmanager
+def naming(part):
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(part) from error
+
+
+def main():
+    claims = {name: made for name, made in globals().items() if name.startswith("claim_")}
+    with torch.inference_mode():
+        for name, claim in claims.items():
+            if ASKED and not any(part in name for part in ASKED):
+                continue
+            result = {"name": name, "failed": "", "skipped": ""}
+            try:
+                claim()
+            except Skipped as reason:
+                result["skipped"] = str(reason)
+            except Exception:
+                result["failed"] = traceback.format_exc()
+            print("CLAIM", json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
