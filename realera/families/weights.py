@@ -40,10 +40,10 @@ def scale_of(file: TensorFile, key: str) -> str | None:
     ]
     beside += [f"{leaf}.{other}" for other in file.modules.get(key, ())]
     scales = [other for other in beside if other in known]
-    if len(scales) < len(beside) or len(scales) > 1:
-        unknown = next((other for other in beside if other not in known), scales[-1])
+    unknown = [other for other in beside if other not in known] or scales[1:]
+    if unknown:
         raise ValueError(
-            f"{file.path}: beside {key!r} lies {unknown!r}, which changes what its numbers mean "
+            f"{file.path}: beside {key!r} lies {unknown[0]!r}, which changes what its numbers mean "
             "and is not known here: use the checkpoint in float16 or float32, or in fp8 with one "
             "scale a tensor (scale_weight or weight_scale)"
         )
