@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .erasure import Erasure
-from .families import FAMILIES, family_like, locate, unet_files
-from .files import PICKLES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
+from .families import FAMILIES, family_like, locate, read_json, unet_files
+from .families.weights import stored, weight_of
+from .files import DTYPES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
 from .models import POOLED
 from .readers import diffusers_names, kind_of
 
 CHUNK = 16 << 20  # bytes copied at once
+# Of the weights as they were: tools that look a file up by them would take it for the unerased one.
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without
+WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ def write_checkpoint(
 
     A file gives a file, a diffusers folder a folder; dtypes, metadata and the order of the header
     are kept, and the erasure's provenance is added under "realera". One tensor is in memory at a
-    time. A folder's pickles, and whole checkpoints that lie beside its parts, are left out: they
-    hold the unerased model. Raises ValueError when the erasure does not fit the source,
-    FileExistsError when the destination exists, OSError when the disk is full; nothing is left
-    behind.
+    time. A scaled fp8 weight stays one, with a new scale where it no longer fits under its own.
+    A folder's other parts are copied as they are, pickles unopened; what else may hold the unerased
+    U-Net (its own folder's other files, whole checkpoints beside the parts) is left out.
+    Raises ValueError when the erasure does not fit the source, the source is not whole or holds
+    numbers that are not finite; FileExistsError when the destination exists; OSError when the disk
+    is full. Nothing is left behind.
     """
     path, target = locate(source), Path(destination)
     if target.resolve() == path.resolve() or path.resolve() in target.resolve().parents:
@@ -68,21 +75,46 @@ def write_checkpoint(
             _stream(*files[0], erased, note, temporary)
         return
 
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        loose = Path(folder) in (path, path / "unet")
-        return {
-            name
-            for name in names
-            if name.endswith((*PICKLES, ".msgpack", ".onnx", ".h5"))
-            or (loose and name.endswith(".safetensors"))
-        }
-
+    copied = _copied(path)
     with _writing_folder(target, overwrite) as temporary:
-        _check_space(temporary, sum(file.path.stat().st_size for file, _ in files))
-        shutil.copytree(path, temporary, ignore=left_out)
+        written = [*copied, *(file.path for file, _ in files)]
+        _check_space(temporary, sum(part.stat().st_size for part in written))
+        for part in copied:
+            copy = temporary / part.relative_to(path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(part, copy)
         for file, keys in files:
             with writing(temporary / "unet" / file.path.name) as part:
                 _stream(file, keys, erased, note, part)
+
+
+def _copied(path: Path) -> list[Path]:
+    """The files of a diffusers folder that its erased copy shares with it.
+
+    All of a part that the pipeline names, whatever its format; elsewhere only what cannot hold
+    weights, for the U-Net's folder, the top and folders of any other name may hold the unerased
+    model once more. Raises ValueError when a part that the pipeline names is not there.
+    """
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{path} is no whole pipeline folder: it lacks model_index.json")
+    named = {
+        name: kind
+        for name, kind in read_json(index.read_bytes(), index).items()
+        if isinstance(kind, list) and name != "unet" and "UNet" not in str(kind)
+    }
+    for name, kind in named.items():
+        if all(kind) and name not in DISPENSABLE and not (path / name).is_dir():
+            raise ValueError(f"{path} is no whole pipeline folder: it lacks {name}/")
+    found = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # git's, the hub's
+        inside = Path(folder).relative_to(path).parts
+        for name in names:
+            weightless = Path(name).suffix.lower() in WEIGHTLESS and ".bin.index" not in name
+            if weightless or (inside and inside[0] in named):
+                found.append(Path(folder, name))
+    return found
 
 
 def write_lora(
@@ -96,12 +128,12 @@ def write_lora(
     path = locate(source)
     if Path(destination).resolve() == path.resolve():
         raise ValueError(f"{destination} is the source: choose another destination")
-    weights = {
-        name: file.read(key)
-        for file, keys in unet_files(path)
-        for key, name in keys.items()
-        if not key.startswith("model_ema.")  # the running average, which no loader draws with
-    }
+    weights = {}
+    for file, keys in unet_files(path):
+        for key, name in keys.items():
+            if not key.startswith("model_ema."):  # the running average, which no loader draws with
+                weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
+                weights[name] = weight.half() if fp8 else weight
     _check_fit(erasure, weights.keys(), path)
     return save_lora(weights, erasure, destination, tolerance, overwrite)
 
@@ -127,7 +159,7 @@ def save_lora(
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_v2": str(family == "sd2"),
-        "ss_base_model_version": FAMILIES[family].get("lora_base", "") if family else "",
+        "ss_base_model_version": FAMILIES[family]["lora_base"] if family else "",
         "realera": json.dumps(erasure.provenance),
     }
     with writing(destination, overwrite) as temporary:
@@ -201,28 +233,38 @@ def _stream(
     note: Mapping[str, Any],
     destination: Path,
 ) -> None:
-    """Copies a file tensor by tensor, passing what is erasable through `erased(name, weight)`."""
+    """Copies a file tensor by tensor, passing what is erasable through `erased(name, weight)`.
+
+    weight: in float32; every tensor keeps its place, type and shape
+    """
     digest = hashlib.sha256()
 
     def header() -> bytes:
         source = {"file": file.path.name, "sha256": digest.hexdigest()}
         notes = [*_notes(file), {**note, "from": source}]
-        return header_bytes({**file.metadata, "realera": json.dumps(notes)}, file.entries)
+        kept = {k: v for k, v in file.metadata.items() if k not in HASHES}
+        return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
 
+    scales: dict[int, bytes] = {}  # place in the data -> what stands there in the end
     with file.path.open("rb") as source, destination.open("wb") as out:
         start = len(header())
         out.seek(start)  # the header comes last: it holds the hash of all that is read here
         digest.update(source.read(file.start))
         for key, entry in sorted(file.entries.items(), key=lambda item: item[1].begin):
             if key in erasable:
-                data = source.read(entry.end - entry.begin)
-                digest.update(data)
-                out.write(raw_bytes(erased(erasable[key], file.decode(key, data))))
+                digest.update(source.read(entry.end - entry.begin))
+                new = stored(file, key, erased(erasable[key], weight_of(file, key).float()))
+                out.write(raw_bytes(new.pop(key)))
+                # A scale may come before its weight or after.
+                scales |= {file.entries[k].begin: raw_bytes(scale) for k, scale in new.items()}
                 continue
             for position in range(entry.begin, entry.end, CHUNK):
                 data = source.read(min(CHUNK, entry.end - position))
                 digest.update(data)
                 out.write(data)
+        for place, data in scales.items():
+            out.seek(start + place)
+            out.write(data)
         out.seek(0)
         out.write(header())
     if destination.stat().st_size != start + file.path.stat().st_size - file.start:

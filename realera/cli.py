@@ -166,6 +166,7 @@ def run_scope(options: argparse.Namespace) -> None:
 def run_info(options: argparse.Namespace) -> None:
     from .erasure_file import load_erasure
     from .families import family_of, locate, unet_files
+    from .families.adapters import adapter_of
     from .files import open_tensors
 
     path = locate(options.file)
@@ -180,8 +181,10 @@ def run_info(options: argparse.Namespace) -> None:
     if "realera" in metadata:
         print("carries an erasure:")
         print(json.dumps(json.loads(metadata["realera"]), indent=1, ensure_ascii=False))
-    if "ss_network_module" in metadata:
-        print(f"LoRA of rank {metadata.get('ss_network_dim', 'unknown')}")
+    adapter = adapter_of(file)
+    if adapter is not None:
+        rank = "" if adapter.rank is None else f", rank {adapter.rank} at most"
+        print(f"{adapter.kind} of {adapter.layers} layers{rank}")
     else:
         family = family_of(path)
         print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")

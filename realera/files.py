@@ -11,19 +11,46 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DTYPES: dict[str, torch.dtype] = {
+BITS = {  # of one number in every data type of the format; a tensor's bytes are always whole
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+    "C64": 64,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+}
+DTYPES: dict[str, torch.dtype] = {  # those whose numbers we read; the others are only copied
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -57,16 +84,29 @@ class TensorFile:
     entries: Mapping[str, Entry]
     start: int
 
+    @cached_property
+    def modules(self) -> Mapping[str, tuple[str, ...]]:
+        """Module -> the last parts of its own tensors' names: "a.to_k" -> ("weight", "bias")."""
+        found: dict[str, list[str]] = {}
+        for key in self.entries:
+            module, _, leaf = key.rpartition(".")
+            found.setdefault(module, []).append(leaf)
+        return {module: tuple(leaves) for module, leaves in found.items()}
+
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, in memory of its own."""
+        """The tensor as stored, in memory of its own.
+
+        Raises ValueError when its data type is not in DTYPES or the file is shorter than it was.
+        """
         entry = self.entries[key]
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.path}: tensor {key!r} is {entry.dtype}, which can only be copied; read are "
+                f"{', '.join(DTYPES)}"
+            )
         with self.path.open("rb") as file:
             file.seek(self.start + entry.begin)
-            return self.decode(key, file.read(entry.end - entry.begin))
-
-    def decode(self, key: str, data: bytes) -> Tensor:
-        """The tensor from its bytes. Raises ValueError when some are missing."""
-        entry = self.entries[key]
+            data = file.read(entry.end - entry.begin)
         if len(data) != entry.end - entry.begin:
             raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
         if not data:
@@ -139,9 +179,9 @@ def _entry(key: str, value: Any) -> Entry:
     dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 8:
         raise ValueError(f"{key!r} has the shape {shape} at bytes {begin} to {end}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{key!r} has the data type {dtype!r}; known are {', '.join(DTYPES)}")
-    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+    if dtype not in BITS:
+        raise ValueError(f"{key!r} has the data type {dtype!r}; known are {', '.join(BITS)}")
+    if math.prod(shape) * BITS[dtype] != 8 * (end - begin):
         raise ValueError(f"{key!r}, {dtype} {list(shape)}, does not fit bytes {begin} to {end}")
     return Entry(dtype, shape, begin, end)
 

@@ -6,6 +6,7 @@ terms. A checkpoint may carry its own instead, as JSON in its metadata under "co
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from ..files import DTYPES, PICKLES, TensorFile, open_tensors
 from ..models import CONTEXT
 from ..readers import canonical, kind_of
+from .weights import FLOATS, scale_of
 
 UNET = "model.diffusion_model."
 FAMILIES = {
@@ -23,6 +25,11 @@ FAMILIES = {
 }
 SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
+_WEIGHTS = re.compile(
+    # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named
+    r"[\w-]+?(?:-(?P<place>\d{5}-of-\d{5}))?"
+    r"(?:\.(?P<variant>\w+)(?:-(?P<late_place>\d{5}-of-\d{5}))?)?\.safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,11 @@ def family_of(source: str | os.PathLike[str]) -> Family:
     dim, pooled = projection.shape[1], len({_stream(layer) for layer in entries}) > 1
     if path.is_dir():
         config = {
-            part.parent.name: _json(part.read_text(), part) for part in path.glob("*/config.json")
+            part.parent.name: read_json(part.read_bytes(), part)
+            for part in path.glob("*/config.json")
         }
+        if pooled and "text_encoder_2" not in config:
+            raise ValueError(f"{path} is no whole SDXL folder: it lacks text_encoder_2/config.json")
     elif own := _own_configuration(files[0][0], pooled):
         config = own
     elif name is not None:
@@ -111,9 +121,44 @@ def _stream(layer: str) -> str | None:
     return None if kind is None else kind.stream
 
 
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors files of a part and the variant that is loaded: "fp16", say, or None.
+
+    None where the files without a variant are there; they come last. Raises ValueError when there
+    is no file, or a shard is missing.
+    """
+    paths: list[tuple[bool, Path, str | None]] = []
+    shards: dict[tuple[str | None, int], set[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        match = _WEIGHTS.fullmatch(path.name)
+        variant = match["variant"] if match else None
+        paths.append((variant is None, path, variant))
+        if match and (place := match["place"] or match["late_place"]):
+            number, total = map(int, place.split("-of-"))
+            shards.setdefault((variant, total), set()).add(number)
+    if not paths:
+        pickled = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
+        raise ValueError(
+            f"{pickled[0]} is a pickle and is refused: load the pipeline where you trust it and "
+            "save it again with save_pretrained(folder, safe_serialization=True)"
+            if pickled
+            else f"{folder.parent} is no diffusers pipeline folder that can be read: it has no "
+            f"{folder.name}/*.safetensors"
+        )
+    for (variant, total), numbers in shards.items():
+        missing = set(range(1, total + 1)) - numbers
+        if missing:
+            raise ValueError(
+                f"{folder} lacks shard {min(missing)} of {total} of its "
+                f"{variant or 'full'} weights: get it again"
+            )
+    paths.sort(key=lambda found: found[:2])
+    return [path for _, path, _ in paths], paths[-1][2]
+
+
 def _own_configuration(file: TensorFile, pooled: bool) -> dict[str, Any]:
     """The configuration that a file carries, empty when there is none of every part."""
-    config = _json(file.metadata.get("config", "{}"), file.path)
+    config = read_json(file.metadata.get("config", "{}"), file.path)
     needed = (*PARTS, "text_encoder_2") if pooled else PARTS
     return config if all(isinstance(config.get(part), dict) for part in needed) else {}
 
@@ -134,18 +179,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 def unet_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
     """The files of the U-Net, each with key -> canonical name of what an erasure may change."""
-    paths = [path]
-    if path.is_dir():
-        paths = sorted((path / "unet").glob("*.safetensors"))
-        if not paths:
-            pickled = [p for p in (path / "unet").glob("*") if p.suffix in PICKLES]
-            raise ValueError(
-                f"{pickled[0]} is a pickle and is refused: load the pipeline where you trust it "
-                "and save it again with save_pretrained(folder, safe_serialization=True)"
-                if pickled
-                else f"{path} is no diffusers pipeline folder: it has no unet/*.safetensors"
-            )
-    files = [open_tensors(p) for p in paths]
+    files = [open_tensors(p) for p in (weight_files(path / "unet")[0] if path.is_dir() else [path])]
     layers = {
         (n, key): key.removeprefix(UNET).removesuffix(".weight")
         for n, file in enumerate(files)
@@ -165,21 +199,24 @@ def unet_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
         )
     erasable: list[dict[str, str]] = [{} for _ in files]
     for (n, key), layer in layers.items():
-        entry = files[n].entries[key]
-        if len(entry.shape) != 2 or not DTYPES[entry.dtype].is_floating_point:
-            raise ValueError(
-                f"{key!r} in {path} is {entry.dtype} {list(entry.shape)}: quantised checkpoints "
-                "cannot be erased, use the float16 or float32 one"
-            )
-        erasable[n][key] = names[layer]
         # Some checkpoints hold a second U-Net, the running average; dots are left out of its names.
         average = "model_ema.diffusion_model" + f"{names[layer]}.weight".replace(".", "")
-        if average in files[n].entries:
-            erasable[n][average] = names[layer]
+        for stored in (key, average):
+            entry = files[n].entries.get(stored)
+            if entry is None:
+                continue
+            if len(entry.shape) != 2 or entry.dtype not in FLOATS:
+                raise ValueError(
+                    f"{stored!r} in {path} is {entry.dtype} {list(entry.shape)}: quantised "
+                    "checkpoints cannot be erased, use the float16 or float32 one"
+                )
+            scale_of(files[n], stored)  # raises where the numbers mean something unknown
+            erasable[n][stored] = names[layer]
     return list(zip(files, erasable, strict=True))
 
 
-def _json(text: str, path: Path) -> dict[str, Any]:
+def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
+    """A configuration as an object. Raises ValueError that names its path when it is none."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..diffusers_model import DiffusersModel, DiffusersText
 from ..files import TensorFile, open_tensors
-from . import FAMILIES, PARTS, UNET, Family, family_of, locate
+from . import FAMILIES, PARTS, UNET, Family, family_of, locate, weight_files
+from .weights import FLOATS, is_companion, weight_of
 
-VAE, TEXT = "first_stage_model.", ("cond_stage_model.", "conditioner.")
+VAE = "first_stage_model."
+BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
 CLIP_VOCABULARY = 49408
+_PLAIN_TEXT = re.compile(r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)")
 
 
 def load_model(
@@ -64,23 +67,21 @@ def load_model(
         (True, False): StableDiffusionXLPipeline,
         (True, True): StableDiffusionXLInpaintPipeline,
     }[xl, inpainting]
-    unchecked: dict[str, Any] = (
-        {} if xl else {"safety_checker": None, "feature_extractor": None}
-    ) | ({} if xl else {"requires_safety_checker": False})
+    unused: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+    if not xl:
+        unused |= {"safety_checker": None, "requires_safety_checker": False}
     if path.is_dir():
-        pipeline = pipeline_class.from_pretrained(
-            path,
-            torch_dtype=dtype,
-            variant=_variant(path / "unet"),
-            use_safetensors=True,
-            local_files_only=True,
-            **unchecked,
-        )
+        parts = {
+            "unet": _folder_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype),
+            "vae": _folder_part(AutoencoderKL, path / "vae", torch_dtype=dtype),
+            **_text_parts(_folder_text(path, dtype)),
+        }
+        pipeline = pipeline_class.from_pretrained(path, local_files_only=True, **parts, **unused)
         return DiffusersModel(pipeline.to(device))
 
-    file, config = open_tensors(path), family.config
+    file = open_tensors(path)
     text = _text(file, family, dtype)
-    with _configuration_folder(config, family.in_channels) as folder, _explained(file, family):
+    with _configuration_folder(family) as folder, _explained(file, family):
         options: dict[str, Any] = {"config": folder, "local_files_only": True}
         if dtype != torch.float32:  # the converters' own default, and they warn of a needless cast
             options["torch_dtype"] = dtype
@@ -93,9 +94,7 @@ def load_model(
     scheduler, sample_size = _prediction(file, family)
     unet.register_to_config(sample_size=sample_size)
     parts = {"unet": unet, "vae": vae, "scheduler": DDIMScheduler.from_config(scheduler)}
-    for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
-        parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, encoder
-    return DiffusersModel(pipeline_class(**parts, **unchecked).to(device))
+    return DiffusersModel(pipeline_class(**parts, **_text_parts(text), **unused).to(device))
 
 
 def load_text(
@@ -105,39 +104,56 @@ def load_text(
 ) -> DiffusersText:
     """The text side alone: the closed form needs no more, and no U-Net is ever built."""
     path, family = locate(source), family_of(source)
-    if not path.is_dir():
-        text = _text(open_tensors(path), family, dtype)
-    else:
-        encoders, tokenizers = [], []
-        for suffix in ("", "_2"):
-            folder = path / f"text_encoder{suffix}"
-            if folder.is_dir():
-                if not list(folder.glob("*.safetensors")):
-                    raise ValueError(f"{folder} has no safetensors weights; pickles are not opened")
-                encoder = _text_class(suffix).from_pretrained(
-                    folder, variant=_variant(folder), use_safetensors=True, local_files_only=True
-                )
-                words = path / f"tokenizer{suffix}"
-                if not words.is_dir():
-                    raise ValueError(f"{path} is no whole pipeline folder: it lacks {words.name}/")
-                encoders.append(encoder.to(dtype))
-                tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
-        text = DiffusersText(tokenizers, encoders)
+    text = _folder_text(path, dtype) if path.is_dir() else _text(open_tensors(path), family, dtype)
     for encoder in text.encoders:
         encoder.to(device)
     return text
 
 
-def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText:
-    state = {key: value for prefix in TEXT for key, value in _state(file, prefix, dtype).items()}
+def _folder_part(part_class: Any, folder: Path, **options: Any) -> Any:
+    """A part of a pipeline folder, in the variant that it has."""
+    paths, variant = weight_files(folder)
+    for file in map(open_tensors, paths):
+        for key in file.entries:
+            if is_companion(key):
+                raise ValueError(
+                    f"{file.path} holds the scale {key!r}, which diffusers would leave out: use "
+                    "the single file, or the folder in float16 or float32"
+                )
+    return part_class.from_pretrained(
+        folder, variant=variant, use_safetensors=True, local_files_only=True, **options
+    )
+
+
+def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
     encoders, tokenizers = [], []
-    with _configuration_folder(family.config) as folder, _explained(file, family):
+    for suffix in ("", "_2"):
+        folder, words = path / f"text_encoder{suffix}", path / f"tokenizer{suffix}"
+        if folder.is_dir():
+            if not words.is_dir():
+                raise ValueError(f"{path} is no whole pipeline folder: it lacks {words.name}/")
+            encoders.append(_folder_part(_text_class(suffix), folder).to(dtype))
+            tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
+    return DiffusersText(tokenizers, encoders)
+
+
+def _text_parts(text: DiffusersText) -> dict[str, Any]:
+    """The text side as a pipeline names it."""
+    parts = {}
+    for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
+        parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, encoder
+    return parts
+
+
+def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText:
+    encoders, tokenizers = [], []
+    with _configuration_folder(family) as folder, _explained(file, family):
         for suffix in ("", "_2"):
             config = family.config.get("text_encoder" + suffix)
             if config is not None:
                 encoder = create_diffusers_clip_model_from_ldm(
                     _text_class(suffix),
-                    state,
+                    _text_state(file, family, suffix, dtype),
                     subfolder="text_encoder" + suffix,
                     config=folder,
                     torch_dtype=dtype,
@@ -148,6 +164,39 @@ def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText
     for encoder in encoders:
         _check_complete(encoder, file)
     return DiffusersText(tokenizers, encoders)
+
+
+def _text_state(
+    file: TensorFile, family: Family, suffix: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A text encoder's tensors, in one of the two layouts that diffusers converts.
+
+    Files have more, and ComfyUI reads them: names as in transformers with or without "text_model."
+    or below "model.", OpenCLIP's below "conditioner." in SD 2, the projection either way around.
+    """
+    homes = ["conditioner.embedders.1." if suffix else "conditioner.embedders.0."]
+    if family.pooled is None:
+        homes.append("cond_stage_model.")
+    found = {
+        key.removeprefix(home): tensor
+        for home in homes
+        for key, tensor in _state(file, home, dtype).items()
+    }
+    plain, open_clip = "cond_stage_model.transformer.", f"{homes[-1]}model."
+    state, projection = {}, None  # [width, pooled width]
+    for name, tensor in found.items():
+        if name.endswith(("text_projection", "text_projection.weight")):
+            projection = tensor.T if name.endswith("weight") else tensor
+        elif match := _PLAIN_TEXT.fullmatch(name):
+            state[f"{plain}text_model.{match[1]}"] = tensor
+        else:
+            state[open_clip + name.removeprefix("model.")] = tensor
+    if projection is not None:
+        if any(key.startswith(plain) for key in state):
+            state[plain + "text_projection.weight"] = projection.T.contiguous()
+        else:
+            state[open_clip + "text_projection"] = projection.contiguous()
+    return state
 
 
 def _text_class(suffix: str) -> Any:
@@ -197,28 +246,29 @@ def _prediction(file: TensorFile, family: Family) -> tuple[dict[str, Any], int]:
 
 
 def _state(file: TensorFile, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    state = {}
-    for key in file.entries:
-        if key.startswith(prefix):
-            tensor = file.read(key)
-            state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return state
+    """The parameters below a prefix. Raises ValueError when one cannot be read (`weight_of`)."""
+    return {
+        key: weight_of(file, key).to(dtype)
+        for key, entry in file.entries.items()
+        if key.startswith(prefix)
+        and (entry.dtype in FLOATS or key.endswith("weight"))
+        and not is_companion(key)
+        and not key.endswith(BUFFERS)
+    }
 
 
 @contextmanager
-def _configuration_folder(
-    config: Mapping[str, Any], in_channels: int | None = None
-) -> Iterator[str]:
+def _configuration_folder(family: Family) -> Iterator[str]:
     """The configurations as the folder that diffusers' converters read."""
     with tempfile.TemporaryDirectory() as folder:
         # The names may be a stranger's: only those of parts are written.
         for name in (*PARTS, "text_encoder_2"):
-            part = config.get(name)
+            part = family.config.get(name)
             if isinstance(part, dict):
-                if name == "unet" and in_channels is not None:
-                    part = {**part, "in_channels": in_channels}
-                if name == "vae" and "scaling_factor" in config:
-                    part = {"scaling_factor": config["scaling_factor"], **part}
+                if name == "unet":
+                    part = {**part, "in_channels": family.in_channels}
+                if name == "vae" and "scaling_factor" in family.config:
+                    part = {"scaling_factor": family.config["scaling_factor"], **part}
                 if name.startswith("text_encoder"):
                     part = {"model_type": "clip_text_model", **part}
                 target = Path(folder) / name / "config.json"
@@ -247,10 +297,3 @@ def _check_complete(part: nn.Module, file: TensorFile) -> None:
             f"{file.path} lacks {len(missing)} tensors of {type(part).__name__}, {missing[0]} "
             "among them: get the full checkpoint"
         )
-
-
-def _variant(folder: Path) -> str | None:
-    """ "fp16" for a part that is there as model.fp16.safetensors only, as the hub names it."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    found = [re.fullmatch(r"\w+\.(\w+)(?:-\d+-of-\d+)?\.safetensors", name) for name in names]
-    return found[0][1] if found and all(found) and found[0] else None
