@@ -20,11 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from realera.checkpoints import lora_tensors, write_checkpoint, write_lora
 from realera.closed_form import Edit
-from realera.diffusers_model import DiffusersModel, projections
-from realera.erasure import POOLED, Erasure, applied, canonical
+from realera.diffusers_model import DiffusersModel
+from realera.erasure import Erasure, applied
+from realera.erasure_file import load_erasure, save_erasure
 from realera.families import FAMILIES, family_of, loading
 from realera.families.loading import _explained, load_model, load_text
 from realera.files import open_tensors, raw_bytes, writing
+from realera.models import CONTEXT, POOLED
+from realera.readers import adapted_readers, readers
 
 DIMS = {"sd1": 32, "sd1 one layer": 32, "sd1 inpainting": 32, "sd2": 64, "sdxl": 96}
 
@@ -47,18 +50,19 @@ def low_rank_edit(dim, rank, seed):
 
 
 def make_erasure(pipeline, name, lora=True):
-    layers = projections(pipeline.unet)
-    names, g = canonical(layers), torch.Generator().manual_seed(5)
+    g = torch.Generator().manual_seed(5)
     trained = {
-        names[key]: (
-            torch.randn(2, layer.in_features, generator=g) / 10,
-            torch.randn(layer.out_features, 2, generator=g) / 10,
+        key: (
+            torch.randn(2, reader.layer.in_features, generator=g) / 10,
+            torch.randn(reader.layer.out_features, 2, generator=g) / 10,
         )
-        for key, layer in layers.items()
+        for key, reader in adapted_readers(pipeline.unet).items()
     }
+    edits = {CONTEXT: low_rank_edit(DIMS[name], 3, 1)}
+    if name == "sdxl":
+        edits[POOLED] = low_rank_edit(64, 2, 2)
     return Erasure(
-        low_rank_edit(DIMS[name], 3, 1),
-        low_rank_edit(64, 2, 2) if name == "sdxl" else None,
+        edits,
         trained if lora else {},
         provenance={"concepts": ["airplane"], "seed": 7},
     )
@@ -220,7 +224,7 @@ def test_half_and_fp8_files_load(tmp_path, pipelines, make_single, dtype):
     assert family_of(path).dtype == dtype
     model = load_model(path)
     weight = pipelines["sd1 one layer"].unet.conv_in.weight
-    assert torch.equal(model.unet.conv_in.weight, weight.to(dtype).float())
+    assert torch.equal(model.network.conv_in.weight, weight.to(dtype).float())
     half = load_model(path, dtype=torch.float16)
     assert half.unet.dtype == torch.float16
     assert torch.equal(half.unet.conv_in.weight, weight.to(dtype).half())
@@ -340,9 +344,8 @@ def test_an_erased_checkpoint_differs_in_the_erased_tensors_alone(
 ):
     layer = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     average = "model_ema." + layer.removeprefix("model.").replace(".", "")
-    width = projections(pipelines[name].unet)
-    width = width["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]
-    extra = {average: width.weight * 2, "step": torch.tensor(3), "none": torch.zeros(0, 4)}
+    own = readers(pipelines[name].unet)["middle_block.1.transformer_blocks.0.attn2.to_k"]
+    extra = {average: own.layer.weight * 2, "step": torch.tensor(3), "none": torch.zeros(0, 4)}
     source = make_single(
         pipelines[name], tmp_path / "in.safetensors", dtype, extra, {"by": "a person, café"}
     )
@@ -400,20 +403,20 @@ def test_checkpoint_and_erasure_both_give_the_images_of_the_model_in_memory(
 ):
     model, erasure = DiffusersModel(pipelines[name]), make_erasure(pipelines[name], name)
     original = images(model)
-    with applied(erasure, model.unet):
+    with applied(erasure, model.network):
         expected = images(model)
     assert (expected - original).abs().max() > 0.01
     write_checkpoint(singles[name], erasure, tmp_path / "out.safetensors")
     assert_same_images(images(load_model(tmp_path / "out.safetensors")), expected)
-    erasure.save(tmp_path / "erasure.safetensors")
-    with applied(Erasure.load(tmp_path / "erasure.safetensors"), model.unet):
+    save_erasure(erasure, tmp_path / "erasure.safetensors")
+    with applied(load_erasure(tmp_path / "erasure.safetensors"), model.network):
         assert_same_images(images(model), expected)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_folder_gives_a_folder(tmp_path, pipelines, folders, name):
     model, erasure = DiffusersModel(pipelines[name]), make_erasure(pipelines[name], name)
-    with applied(erasure, model.unet):
+    with applied(erasure, model.network):
         expected = images(model)
     source = tmp_path / "in"
     shutil.copytree(folders[name], source)
@@ -440,7 +443,7 @@ def test_a_sharded_half_precision_folder_is_erased_in_every_shard(tmp_path, pipe
     pipeline.unet.save_pretrained(tmp_path / "in" / "unet", max_shard_size="400KB", variant="fp16")
     assert len(list((tmp_path / "in" / "unet").glob("*.safetensors"))) > 2
     model, erasure = DiffusersModel(pipeline), make_erasure(pipeline, "sd1")
-    with applied(erasure, model.unet):
+    with applied(erasure, model.network):
         expected = images(model)
     write_checkpoint(tmp_path / "in", erasure, tmp_path / "out")
     assert_same_images(images(load_model(tmp_path / "out")), expected)
@@ -493,7 +496,7 @@ def test_an_erasure_of_another_family_leaves_nothing(tmp_path, pipelines, single
             write_checkpoint(source, erasure, tmp_path / "out")
     lora = {"input_blocks.99.1.transformer_blocks.0.attn2.to_k": (torch.ones(1, 32),) * 2}
     with pytest.raises(ValueError, match=r"input_blocks\.99"):
-        write_lora(singles["sd1"], Erasure(Edit(torch.eye(32)), lora=lora), tmp_path / "x")
+        write_lora(singles["sd1"], Erasure({CONTEXT: Edit(torch.eye(32))}, lora), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -509,12 +512,12 @@ def disk_that_ends_after(size):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, singles, folders):
-    erasure = Erasure(Edit(torch.eye(32)))
+    erasure = Erasure({CONTEXT: Edit(torch.eye(32))})
     for source in (singles["sd1"], folders["sd1"]):
         with disk_that_ends_after(1_000_000), pytest.raises(OSError, match="File too large"):
             write_checkpoint(source, erasure, tmp_path / "out")
     with disk_that_ends_after(1000), pytest.raises(OSError, match="File too large"):
-        erasure.save(tmp_path / "out")
+        save_erasure(erasure, tmp_path / "out")
     with disk_that_ends_after(1000), pytest.raises(OSError, match="File too large"):
         write_lora(singles["sd1"], erasure, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -525,7 +528,7 @@ def test_too_little_space_is_said_before_writing(tmp_path, singles, monkeypatch)
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
     with pytest.raises(OSError, match=r"0\.0 GB left and 0\.0 GB are to be written"):
-        write_checkpoint(singles["sd1"], Erasure(Edit(torch.eye(32))), tmp_path / "out")
+        write_checkpoint(singles["sd1"], Erasure({CONTEXT: Edit(torch.eye(32))}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -541,7 +544,7 @@ def test_an_interrupt_at_any_tensor_leaves_nothing(tmp_path, singles, folders, m
 
             monkeypatch.setattr(Erasure, "delta", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                write_checkpoint(source, Erasure(Edit(torch.eye(32))), tmp_path / "out")
+                write_checkpoint(source, Erasure({CONTEXT: Edit(torch.eye(32))}), tmp_path / "out")
             assert not list(tmp_path.iterdir())
 
 
@@ -571,7 +574,7 @@ def test_writing_keeps_one_tensor_in_memory(tmp_path):
         "from realera.checkpoints import write_checkpoint\n"
         "from realera.closed_form import Edit\nfrom realera.erasure import Erasure\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"write_checkpoint({str(source)!r}, Erasure(Edit(torch.eye(768))), "
+        f"write_checkpoint({str(source)!r}, Erasure({{'context': Edit(torch.eye(768))}}), "
         f"{str(tmp_path / 'out')!r})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -590,9 +593,10 @@ def test_the_lora_file_does_in_diffusers_what_the_erased_checkpoint_does(
     tmp_path, singles, pipelines, name
 ):
     erasure = make_erasure(pipelines[name], name)
-    report = write_lora(singles[name], erasure, tmp_path / "lora.safetensors", tolerance=1e-5)
-    assert report.rank == 3 and report.relative < 1e-5
-    assert (report.pooled_rank, report.pooled_relative < 1e-5) == (2 * (name == "sdxl"), True)
+    cuts = write_lora(singles[name], erasure, tmp_path / "lora.safetensors", tolerance=1e-5)
+    ranks = {CONTEXT: 3, POOLED: 2} if name == "sdxl" else {CONTEXT: 3}
+    assert {stream: cut.rank for stream, cut in cuts.items()} == ranks
+    assert all(cut.relative < 1e-5 for cut in cuts.values())
     write_checkpoint(singles[name], erasure, tmp_path / "out.safetensors")
     original, erased = load_model(singles[name]), load_model(tmp_path / "out.safetensors")
 
@@ -600,7 +604,7 @@ def test_the_lora_file_does_in_diffusers_what_the_erased_checkpoint_does(
         g = torch.Generator().manual_seed(0)
         latents, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([900, 20])
         with torch.no_grad():
-            return model.predict_noise(latents, t, model.text.encode(["airplane", "dog"]))
+            return model.predict(latents, t, model.text.encode(["airplane", "dog"]))
 
     before, expected = predict(original), predict(erased)
     original.pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
@@ -616,10 +620,10 @@ def test_the_cut_is_what_is_missing_and_within_the_tolerance(tmp_path, pipelines
     g = torch.Generator().manual_seed(0)
     u = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]
     edit = Edit(torch.eye(dim) + u @ torch.diag(0.5 ** torch.arange(dim)) @ u.T.flip(0))
-    erasure = Erasure(edit)
+    erasure = Erasure({CONTEXT: edit})
     ranks = []
     for tolerance in (0.3, 1e-2, 1e-4):
-        report = write_lora(singles[name], erasure, tmp_path / "x", tolerance, overwrite=True)
+        report = write_lora(singles[name], erasure, tmp_path / "x", tolerance, True)[CONTEXT]
         down, up, cut = edit.factors(tolerance)
         change = edit.matrix - torch.eye(dim)
         assert report.cut == cut <= tolerance * change.norm()
@@ -644,7 +648,7 @@ def test_a_lora_is_made_of_the_weights_that_loaders_draw_with(tmp_path, pipeline
 
 def test_a_lora_for_another_family_is_refused(tmp_path, singles):
     with pytest.raises(ValueError, match=r"made for text embeddings of 32 numbers .* reads 64"):
-        write_lora(singles["sd2"], Erasure(low_rank_edit(32, 2, 0)), tmp_path / "x")
+        write_lora(singles["sd2"], Erasure({CONTEXT: low_rank_edit(32, 2, 0)}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -668,10 +672,8 @@ def test_a_file_and_a_folder_and_the_model_in_memory_give_the_same_lora(
     tmp_path, pipelines, singles, folders
 ):
     erasure = make_erasure(pipelines["sdxl"], "sdxl")
-    layers = projections(pipelines["sdxl"].unet)
-    names = canonical(layers)
-    weights = {names[key]: layer.weight.detach() for key, layer in layers.items()}
-    weights[POOLED] = pipelines["sdxl"].unet.add_embedding.linear_1.weight.detach()
+    layers = readers(pipelines["sdxl"].unet)
+    weights = {key: reader.layer.weight.detach() for key, reader in layers.items()}
     expected, report = lora_tensors(weights, erasure)
     for number, source in enumerate((singles["sdxl"], folders["sdxl"])):
         assert write_lora(source, erasure, tmp_path / str(number)) == report

@@ -7,17 +7,18 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from realera.diffusion import DiffusersModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from realera.checkpoints import write_checkpoint, write_lora
 from realera.closed_form import Edit
+from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure
 from realera.families import FAMILIES, family_of, unet_files
 from realera.families.loading import load_model, load_text
 from realera.families.weights import weight_of
 from realera.files import Entry, header_bytes, open_tensors, raw_bytes, write_tensors
+from realera.models import CONTEXT
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
 TO_K = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k"
@@ -30,7 +31,7 @@ def make_erasure(name="sd1", size=1.0):
     dim = DIM[name]
     edit = Edit(size * (torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim))
     lora = (torch.randn(2, dim, generator=g), size * torch.randn(32, 2, generator=g) / 10)
-    return Erasure(edit, lora={TO_K.removeprefix(UNET): lora}, provenance={"seed": 7})
+    return Erasure({CONTEXT: edit}, {TO_K.removeprefix(UNET): lora}, provenance={"seed": 7})
 
 
 def metadata_of(path):
@@ -40,7 +41,7 @@ def metadata_of(path):
 
 def state_of(model):
     """Every weight of a loaded model."""
-    parts = {"unet": model.unet, "vae": model.vae}
+    parts = {"unet": model.network, "vae": model.vae}
     parts |= {f"text {n}": encoder for n, encoder in enumerate(model.text.encoders)}
     return {f"{p} {k}": t for p, part in parts.items() for k, t in part.state_dict().items()}
 
@@ -490,9 +491,9 @@ def test_shards_in_the_older_naming_are_read_as_diffusers_reads_them(tmp_path, p
     assert files_in(tmp_path / "out") == files_in(source)
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     before, after = (
-        load_model(p).unet.get_submodule(layer).weight for p in (source, tmp_path / "out")
+        load_model(p).network.get_submodule(layer).weight for p in (source, tmp_path / "out")
     )
-    expected = make_erasure().delta("middle_block.1.transformer_blocks.0.attn2.to_v", before)
+    expected = make_erasure().erased("middle_block.1.transformer_blocks.0.attn2.to_v", before)
     torch.testing.assert_close(after, expected)
     write_lora(source, make_erasure(), tmp_path / "lora.safetensors")
 
@@ -513,7 +514,7 @@ def test_each_part_is_read_in_the_variant_that_it_has(tmp_path, pipelines, folde
     assert_same(state_of(load_model(tmp_path / "in")), state_of(theirs))
     assert load_text(tmp_path / "in").fingerprint == theirs.text.fingerprint
     for source, name in ((folders["sdxl"], "a"), (tmp_path / "in", "b")):
-        write_lora(source, Erasure(make_erasure("sdxl").edit), tmp_path / name)
+        write_lora(source, Erasure(make_erasure("sdxl").edits), tmp_path / name)
     assert_same(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
@@ -569,7 +570,7 @@ def test_a_lora_names_the_family_of_the_model_however_it_is_stored(tmp_path, kin
     dim = FAMILIES[name]["unet"]["cross_attention_dim"]
     edit = torch.eye(dim)
     edit[0, 1] = 1
-    write_lora(source, Erasure(Edit(edit)), tmp_path / "lora")
+    write_lora(source, Erasure({CONTEXT: Edit(edit)}), tmp_path / "lora")
     metadata = metadata_of(tmp_path / "lora")
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (base, v2)
     assert metadata["ss_network_module"] == "networks.lora"
