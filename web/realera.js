@@ -305,7 +305,7 @@ function drawWords(pen, width, height, colors, taken, geometry, ring) {
   shown.forEach((entry, k) => {
     const [word, cosine] = entry;
     const turns = Array.from({ length: 24 }, (_, turn) => golden * k + (turn * Math.PI) / 12);
-    const places = [0, 12, 24].flatMap((more) =>
+    const places = [0, 12, 24, 36, 48, 60, 72].flatMap((more) =>
       turns.map((angle) => place(cosine, angle, more / Math.min(reachX, reachY))),
     );
     pen.fillStyle = colorOf(entry);
@@ -517,7 +517,15 @@ api.addEventListener("realera.step", ({ detail }) => {
 
 // ------------------------------------------------------------------------ before and after
 
+// Room for four prompts: classic nodes ask the widget for it, Nodes 2.0 the style.
+const PROMPTS = 96; // pixels
+const style = document.createElement("style");
+style.textContent = `.lg-node-widgets:has(.realera-slider) textarea { min-height: ${PROMPTS}px; }`;
+document.head.append(style);
+
 function addSlider(node) {
+  const prompts = node.widgets.find(({ name }) => name === "prompts");
+  prompts.options.getMinHeight = () => PROMPTS;
   const view = addView(node, "realera_slider", 320, () => colorsOf(view));
   view.classList.add("realera-slider");
   const box = element("div", { flexDirection: "column", height: "100%", gap: "4px" });
