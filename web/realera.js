@@ -110,6 +110,8 @@ new MutationObserver(() => {
 
 // ------------------------------------------------------------------------ views
 
+const MARGINS = 20; // pixels that a classic node keeps free above and below a widget's element
+
 /** Adds a view under a node; it is neither saved nor sent.
  *
  * `height` is its smallest; it grows with its node. Classic nodes ask the widget for it, Nodes 2.0
@@ -129,7 +131,7 @@ function addView(node, name, height, repaint) {
     font: "11px sans-serif",
   });
   view.className = "realera-view";
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => height };
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => height + MARGINS };
   const widget = node.addDOMWidget(name, name, view, options);
   widget.serialize = false;
   view.repaint = () => view.isConnected && repaint();
@@ -442,8 +444,8 @@ function addScope(node) {
       const color = held ? "far" : toward >= 0.5 ? "concept" : "near";
       const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
       const share = Math.max(0, Math.min(1, toward));
-      const style = { width: percent(share), height: "100%", background: `var(--realera-${color})` };
-      bar.append(element("div", style));
+      const length = { width: `${100 * share}%`, height: "100%" };
+      bar.append(element("div", { ...length, background: `var(--realera-${color})` }));
       const name = element("span", { width: "42%", overflow: "hidden", whiteSpace: "nowrap" }, word);
       name.style.color = `var(--realera-${held ? "far" : "text"})`;
       const number = { width: "34px", textAlign: "right", color: "var(--realera-text)" };
@@ -526,6 +528,7 @@ document.head.append(style);
 function addSlider(node) {
   const prompts = node.widgets.find(({ name }) => name === "prompts");
   prompts.options.getMinHeight = () => PROMPTS;
+  prompts.options.getMaxHeight = () => 2 * PROMPTS; // a larger node is for the picture
   const view = addView(node, "realera_slider", 320, () => colorsOf(view));
   view.classList.add("realera-slider");
   const box = element("div", { flexDirection: "column", height: "100%", gap: "4px" });
