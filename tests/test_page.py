@@ -2,14 +2,17 @@
 
 The browser tests run when COMFYUI_DIR is set, `playwright` is installed (`pip install playwright`)
 and a Chromium is found: the system's, or Playwright's own (`playwright install chromium`).
+COMFYUI_FRONTEND may name a folder with another frontend than the one that ComfyUI brings.
 """
 
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageStat
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "web/docs"
@@ -70,6 +73,32 @@ def test_what_a_chinese_help_page_sets_in_bold_is_what_the_node_shows(name):
 def test_no_help_page_is_left_over():
     pages = {path.relative_to(DOCS).parts[0] for path in DOCS.rglob("*.md")}
     assert {page.removesuffix(".md") for page in pages} == STRINGS["en"].keys()
+
+
+# ------------------------------------------------------------------------ the examples
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_checkpoint_that_a_workflow_names_can_be_downloaded_from_its_node(path):
+    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            [model] = node["properties"]["models"]
+            assert model["name"] == node["widgets_values"][0]
+            assert model["directory"] == "checkpoints"
+            assert re.fullmatch(
+                rf"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/{re.escape(model['name'])}"
+                r"(\?download=true)?",
+                model["url"],
+            )
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_picture_of_a_workflow_can_be_seen(path):
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        grey = ImageStat.Stat(picture.convert("L"))
+    assert grey.mean[0] > 120 and grey.stddev[0] > 20
 
 
 # ------------------------------------------------------------------------ the browser
@@ -203,7 +232,7 @@ class Window:
 
 
 @pytest.fixture(scope="module")
-def window(server):
+def browser(server):
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with api.sync_playwright() as playwright:
@@ -213,10 +242,16 @@ def window(server):
             )
         except api.Error as error:
             pytest.skip(f"no browser: {error.message.splitlines()[0]}")
-        made = Window(browser.new_page(viewport={"width": 1400, "height": 1100}), server.address)
-        made.open_example()
-        yield made
+        server.post("/settings/Comfy.TutorialCompleted", True)  # else its templates lie on top
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def window(server, browser):
+    made = Window(browser.new_page(viewport={"width": 1400, "height": 1100}), server.address)
+    made.open_example()
+    return made
 
 
 def shorten(window):
@@ -349,3 +384,378 @@ def test_the_help_of_a_node_opens_in_chinese_with_its_picture(ran):
 def test_nothing_that_the_page_did_ended_in_an_error_of_ours(ran):
     window, _ = ran
     assert window.our_errors == []
+
+
+# ------------------------------------------------------------------------ both renderings
+
+MINING = [f"{word} {k}" for k in range(6) for word in ("plane", "jet", "runway", "ship", "Zoë")]
+RING = {
+    "source": "vocabulary",
+    "concepts": [["airplane", "ground"]],
+    "radius": 10.0,
+    "s1": 1.0,
+    "s2": 0.55,
+    "d1": 4.0,
+    "d2": 9.0,
+    "words": [[word, 0.98 - 0.02 * k, k < 20] for k, word in enumerate(MINING)],
+    "exclude": [],
+    "neighbors": [],
+    "beyond": [],
+}
+POINTS = {"words": [], "source": "isotropic", "s1": 0.7, "s2": 0.4, "neighbors": [[1.0, 3.0]] * 3}
+FILES = [{"filename": f"{name}.png", "subfolder": "", "type": "input"} for name in ("red", "blue")]
+SENT = {  # what a run sends to each node that has a view
+    "RealEraNeighborSampler": {"realera_geometry": [RING]},
+    "RealEraBeyondSampler": {"realera_geometry": [RING | POINTS]},
+    "RealEraClosedFormEdit": {
+        "realera_scope": [[w, "airplane", 1 - k / 30, 0.5] for k, w in enumerate([*MINING] * 3)]
+    },
+    "RealEraLoraAlign": {"realera_loss": [[k + 1, 1 / (k + 1)] for k in range(50)]},
+    "RealEraCompare": {
+        "realera_pairs": [
+            {"prompt": f"prompt {k}", "before": FILES[0], "after": FILES[1]} for k in range(4)
+        ]
+    },
+}
+PALETTES = ("dark", "light", "solarized", "arc", "nord", "github")
+LEAST, MOST = 190, 450  # pixels that a view is high, of a node as it is added
+
+
+class Sheet(Window):
+    """A page with one node of each kind that has a view, as it is added, and what happens to it."""
+
+    def __init__(self, page, address, vue):
+        super().__init__(page, address)
+        self.do("v => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', v)", vue)
+        # Every text that a canvas shows: its box, its colour and what it stands on.
+        self.do(
+            """() => {
+                const { fillText, clearRect } = CanvasRenderingContext2D.prototype;
+                CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...more) {
+                    if (this.canvas.closest('.realera-view')) {
+                        const { width } = this.measureText(text);
+                        const left = x - (this.textAlign === 'center' ? width / 2 : 0);
+                        (this.canvas.texts ??= []).push(
+                            { text, color: this.fillStyle, box: [left, y - 8, left + width, y] });
+                    }
+                    return fillText.call(this, text, x, y, ...more);
+                };
+            }"""
+        )
+
+    def add(self, fill=True):
+        """Empties the page and adds the nodes anew; shows what a run would send them."""
+        self.do(
+            """kinds => {
+                app.graph.clear();
+                let x = 0;
+                for (const kind of kinds) {
+                    const node = LiteGraph.createNode(kind);
+                    node.pos = [x, 0];
+                    x += node.size[0] + 100;
+                    app.graph.add(node);
+                }
+                app.canvas.ds.scale = 0.5;
+                app.canvas.ds.offset = [100, 200];
+                app.canvas.setDirty(true, true);
+            }""",
+            list(SENT),
+        )
+        self.settle()
+        if fill:
+            self.fill()
+
+    def fill(self):
+        self.do(
+            """sent => {
+                for (const node of app.graph._nodes) node.onExecuted?.(sent[node.comfyClass] ?? {});
+            }""",
+            SENT,
+        )
+        self.page.wait_for_function(
+            "() => document.querySelector('.realera-slider img')?.naturalWidth"
+        )
+        self.settle()
+
+    def heights(self):
+        """kind -> how high its view is, in the canvas's own pixels."""
+        return self.do(
+            """() => Object.fromEntries(app.graph._nodes.flatMap((node) => {
+                const view = node.widgets?.find((w) => w.element?.matches('.realera-view'));
+                if (!view) return [];
+                const { height } = view.element.getBoundingClientRect();
+                return [[node.comfyClass, height / app.canvas.ds.scale]];
+            }))"""
+        )
+
+    def hanging_out(self):
+        """The kinds whose view reaches below their node."""
+        return self.do(
+            """() => app.graph._nodes.filter((node) => {
+                const { ds, canvas } = app.canvas;
+                const { element } = node.widgets.find((w) => w.element?.matches('.realera-view'));
+                const around = element.closest('[data-node-id]')?.getBoundingClientRect().bottom;
+                const below = canvas.getBoundingClientRect().top
+                    + ds.scale * (ds.offset[1] + node.pos[1] + node.size[1]);
+                return element.getBoundingClientRect().bottom > (around ?? below) + 1;
+            }).map((node) => node.comfyClass)"""
+        )
+
+    def texts(self, kind):
+        """What the canvas of a node's view shows: the texts of its last drawing."""
+        return self.do(
+            """kind => {
+                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                const view = node.widgets.find((w) => w.element?.matches('.realera-view')).element;
+                const canvas = view.querySelector('canvas');
+                canvas.texts = [];
+                view.repaint();
+                return canvas.texts;
+            }""",
+            kind,
+        )
+
+
+@pytest.fixture(scope="module", params=["classic", "Nodes 2.0"])
+def sheet(request, server, browser):
+    for file, color in zip(FILES, ("#ff0000", "#0000ff"), strict=True):
+        Image.new("RGB", (64, 64), color).save(server.home / "input" / file["filename"])
+    vue = request.param != "classic"
+    page = browser.new_page(viewport={"width": 1700, "height": 1000})
+    made = Sheet(page, server.address, vue)
+    version = made.do("() => window.__COMFYUI_FRONTEND_VERSION__ ?? '0.0.0'")
+    try:
+        if vue and tuple(map(int, version.split(".")[:2])) < (1, 40):
+            pytest.skip(f"Nodes 2.0 of frontend {version} shows no node of anybody rightly")
+        yield made
+    finally:
+        made.do("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+        page.close()
+
+
+def test_views_keep_a_sensible_height_when_added_filled_and_reloaded(sheet):
+    sheet.add(fill=False)
+    added = sheet.heights()
+    assert added.keys() == SENT.keys()
+    sheet.fill()
+    filled = sheet.heights()
+    sheet.do("() => app.loadGraphData(app.graph.serialize())")
+    sheet.settle()
+    sheet.fill()
+    reloaded = sheet.heights()
+    for heights in (added, filled, reloaded):
+        assert all(LEAST <= height <= MOST for height in heights.values()), heights
+    assert sheet.hanging_out() == []
+
+
+def test_a_view_grows_with_its_node(sheet):
+    sheet.add()
+    before = sheet.heights()
+    sheet.do(
+        """() => {
+            for (const node of app.graph._nodes) node.setSize([node.size[0], 1300]);
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    sheet.settle()
+    after = sheet.heights()
+    assert all(after[kind] > before[kind] + 40 for kind in SENT), (before, after)
+
+
+def test_compare_shows_no_frame_before_it_has_run_and_says_what_to_do(sheet):
+    sheet.add(fill=False)
+    view = sheet.page.locator(".realera-slider")
+    assert not any(image.is_visible() for image in view.locator("img, select, input").all())
+    assert view.get_by_text("Run the graph to see this.").is_visible()
+
+
+def test_compare_has_room_for_four_prompts_and_not_much_more(sheet):
+    sheet.add()
+    sheet.set("RealEraCompare", prompts="one\ntwo\nthree\nfour")
+    sheet.settle()
+    box = sheet.page.locator("textarea").last
+    assert box.input_value() == "one\ntwo\nthree\nfour"
+    assert box.evaluate("box => box.scrollHeight - box.clientHeight") <= 1
+    height = box.evaluate("box => box.getBoundingClientRect().height / app.canvas.ds.scale")
+    assert height < 130
+
+
+def test_no_label_of_the_neighbourhood_stands_on_another_text(sheet):
+    sheet.add()
+    for kind in ("RealEraNeighborSampler", "RealEraBeyondSampler"):
+        texts = sheet.texts(kind)
+        labels = [one for one in texts if re.match(r"[SD][12] |airplane$", one["text"])]
+        assert len(labels) >= 2
+        for label in labels:
+            for other in texts:
+                (a, b, c, d), (e, f, g, h) = label["box"], other["box"]
+                apart = c <= e or g <= a or d <= f or h <= b
+                assert apart or other == label, (label, other)
+
+
+def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothing(sheet):
+    sheet.add()
+    scale = sheet.do("() => app.canvas.ds.scale")
+    rows = sheet.page.locator(".realera-scope")
+    cut = """list => [...list.children].filter((row) => {
+        const [own, all] = [row.getBoundingClientRect(), list.getBoundingClientRect()];
+        const slack = own.height / 8;
+        return own.bottom > all.top + slack && own.top < all.bottom - slack
+            && (own.top < all.top - slack || own.bottom > all.bottom + slack);
+    }).length"""
+    assert rows.evaluate(cut) == 0
+    rows.hover()
+    sheet.page.mouse.wheel(0, 200)
+    sheet.until("() => document.querySelector('.realera-scope').scrollTop > 0", seconds=20)
+    rows.evaluate("list => (list.scrollTop = 1e6)")
+    sheet.settle()
+    sheet.until(f"() => ({cut})(document.querySelector('.realera-scope')) === 0", seconds=20)
+    lengths = rows.evaluate(
+        """list => [...list.children].map(({ children: [, bar, share] }) => [bar.firstChild.offsetWidth
+            / bar.offsetWidth, parseFloat(share.textContent) / 100])"""
+    )
+    assert all(abs(length - share) < 0.02 for length, share in lengths)
+    assert sheet.do("() => app.canvas.ds.scale") == scale
+
+
+def test_a_drag_on_the_picture_moves_the_slider_and_nothing_else(sheet):
+    sheet.add()
+    # Wide and low, so that the picture is narrower than its node.
+    sheet.do(
+        """() => {
+            const node = app.graph._nodes.find((n) => n.comfyClass === 'RealEraCompare');
+            node.setSize([900, node.size[1]]);
+        }"""
+    )
+    sheet.look_at("RealEraCompare")
+    sheet.do("() => { app.canvas.ds.scale = 0.8; app.canvas.setDirty(true, true); }")
+    sheet.settle()
+    tabs = sheet.do("() => app.extensionManager.workflow.openWorkflows.length")
+    spot = sheet.do("() => [...app.canvas.ds.offset, ...app.graph._nodes.at(-1).pos]")
+    picture = sheet.page.locator(".realera-slider img").first
+    box = picture.bounding_box()
+    assert abs(box["width"] - box["height"]) < 2  # the shape of the picture itself
+    assert box["width"] > 100
+    middle = box["y"] + box["height"] / 2
+    mouse = sheet.page.mouse
+    for share in (0.25, 0.75):
+        mouse.move(box["x"] + box["width"] / 2, middle)
+        mouse.down()
+        mouse.move(box["x"] + box["width"] * share, middle, steps=8)
+        mouse.up()
+        sheet.settle()
+        shot = Image.open(io.BytesIO(sheet.page.screenshot())).convert("RGB")
+        for away, color in ((-0.05, (255, 0, 0)), (0.05, (0, 0, 255))):  # before, after
+            x = box["x"] + box["width"] * (share + away)
+            assert shot.getpixel((round(x), round(middle - 20))) == color
+        value = sheet.page.locator(".realera-slider input").evaluate("slider => +slider.value")
+        assert abs(value - 100 * share) < 2
+    assert sheet.do("() => app.extensionManager.workflow.openWorkflows.length") == tabs
+    assert sheet.do("() => [...app.canvas.ds.offset, ...app.graph._nodes.at(-1).pos]") == spot
+    assert picture.evaluate("image => image.draggable") is False
+
+
+def luminance(color):
+    channels = [float(part) / 255 for part in re.findall(r"[\d.]+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted(luminance(color) + 0.05 for color in (one, other))
+    return high / low
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_every_text_of_a_view_can_be_read_in_every_theme(sheet, palette):
+    sheet.add()
+    sheet.do("id => app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette)
+    sheet.settle()
+    try:
+        low = []
+        for kind in SENT:
+            ground, texts = sheet.do(
+                """kind => {
+                    const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                    const { element } = node.widgets.find((w) =>
+                        w.element?.matches('.realera-view'));
+                    const texts = [...element.querySelectorAll('span, select, div')]
+                        .filter((one) => one.checkVisibility() && [...one.childNodes].some((text) =>
+                            text.nodeType === 3 && text.data.trim()) || one.matches('select'))
+                        .map((one) => [one.textContent.slice(0, 20), getComputedStyle(one).color]);
+                    return [getComputedStyle(element).backgroundColor, texts];
+                }""",
+                kind,
+            )
+            texts = [tuple(text) for text in texts]
+            texts += (
+                [(one["text"], hex_of(one["color"])) for one in sheet.texts(kind)]
+                if (kind not in ("RealEraClosedFormEdit", "RealEraCompare"))
+                else []
+            )
+            assert texts
+            low += [(kind, *text) for text in texts if contrast(text[1], ground) < 4.5]
+        assert low == []
+    finally:
+        sheet.do("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def hex_of(color):
+    """A colour as a canvas returns it, as CSS computes it."""
+    if not color.startswith("#"):
+        return color
+    return f"rgb({', '.join(str(int(color[k : k + 2], 16)) for k in (1, 3, 5))})"
+
+
+def test_a_word_that_was_left_out_by_hand_is_kept_in_whatever_case(sheet):
+    sheet.add()
+    sheet.do(
+        """() => {
+            const of = (kind) => app.graph._nodes.find((n) => n.comfyClass === kind);
+            const neighbors = of('RealEraNeighborSampler'), edit = of('RealEraClosedFormEdit');
+            const slot = edit.inputs.findIndex(({ name }) => /neighbors|mining/.test(name));
+            neighbors.connect(0, edit, slot);
+        }"""
+    )
+    sheet.set("RealEraNeighborSampler", leave_out="JET 0， zoë 1")
+    sheet.fill()
+    row = sheet.page.locator(".realera-scope > div[title]").filter(has_text="jet 0").first
+    assert row.get_attribute("aria-pressed") == "true"
+    row.click()
+    assert sheet.value("RealEraNeighborSampler", "leave_out") == "zoë 1"
+    row = sheet.page.locator(".realera-scope > div[title]").filter(has_text="Zoë 1").first
+    row.click()
+    assert sheet.value("RealEraNeighborSampler", "leave_out") == ""
+
+
+def test_the_hints_of_empty_boxes_are_in_the_language_of_the_page(sheet):
+    sheet.do("() => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        sheet.settle()
+        sheet.add(fill=False)
+        sheet.until("() => document.querySelectorAll('textarea').length > 3", seconds=30)
+        hints = sheet.page.locator("textarea").evaluate_all(
+            "boxes => boxes.filter((box) => !box.value).map((box) => box.placeholder)"
+        )
+        assert len(hints) >= 2
+        # Nodes 2.0 has a box's name above it, and shows no hint.
+        assert [hint for hint in hints if hint and not re.search("[\u4e00-\u9fff]", hint)] == []
+    finally:
+        sheet.do("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        sheet.settle()
+
+
+def test_nothing_that_the_views_did_ended_in_an_error_of_ours(sheet):
+    sheet.add()
+    assert sheet.our_errors == []
+
+
+def test_the_template_browser_lists_the_examples_in_their_order(server, browser):
+    made = Window(browser.new_page(viewport={"width": 1400, "height": 1100}), server.address)
+    made.do("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    made.page.get_by_text("RealEra", exact=True).click()
+    made.page.get_by_text(EXAMPLE).first.wait_for()
+    text = made.page.locator("body").inner_text()
+    found = [text.index(path.stem) for path in WORKFLOWS]
+    assert found == sorted(found)
+    made.page.close()

@@ -94,13 +94,18 @@ class Server:
 
 @contextmanager
 def comfyui(home: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """A ComfyUI that runs on the CPU with the packs in home/custom_nodes and folders of its own."""
+    """A ComfyUI that runs on the CPU with the packs in home/custom_nodes and folders of its own.
+
+    COMFYUI_FRONTEND may name a folder with another frontend than the one that it brings.
+    """
     for folder in ("custom_nodes", "models/checkpoints", "input", "output", "user"):
         (home / folder).mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", *arguments]
+    if os.environ.get("COMFYUI_FRONTEND"):
+        command += ["--front-end-root", os.environ["COMFYUI_FRONTEND"]]
     command += ["--port", str(port), "--base-directory", str(home), "--disable-auto-launch"]
     with (home / "log.txt").open("w") as log:
         process = subprocess.Popen(

@@ -3,10 +3,9 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const CONCEPT = "#d1495b";
-const NEAR = "#edae49";
-const FAR = "#6c8ebf";
-const GREY = "#8a8a8a";
+// The colours of a view, each made readable on what the view stands on.
+const HUES = { concept: "#d1495b", near: "#edae49", far: "#6c8ebf", grey: "#8a8a8a" };
+const CONTRAST = 4.6; // WCAG asks 4.5 of small text; the rest is for the rounding of a mixture
 
 const TEXTS = {
   en: {
@@ -19,6 +18,7 @@ const TEXTS = {
     after: "after",
     step: "step",
     loss: "loss",
+    moved: "moved",
   },
   zh: {
     run: "运行工作流后显示。",
@@ -30,12 +30,26 @@ const TEXTS = {
     after: "之后",
     step: "步",
     loss: "损失",
+    moved: "已偏移",
   },
 };
 
+/** What stands in an empty widget, which ComfyUI's own translations leave out. */
+const PLACEHOLDERS = {
+  zh: {
+    leave_out: "要排除的词，例如：rocket, bird",
+    words: "还要搜索的词语或提示词，每行一个",
+    preserve: "要保留的提示词，每行一条",
+    resume: "已保存的训练状态名称",
+  },
+};
+
+function locale() {
+  return app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+}
+
 function text(key) {
-  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  return (TEXTS[locale] ?? TEXTS.en)[key];
+  return (TEXTS[locale()] ?? TEXTS.en)[key];
 }
 
 function element(tag, style = {}, content = "") {
@@ -45,21 +59,89 @@ function element(tag, style = {}, content = "") {
   return made;
 }
 
-/** Adds a view of a fixed height under a node; it is neither saved nor sent. */
-function addView(node, name, content, height) {
-  const options = { serialize: false, hideOnZoom: false };
-  const widget = node.addDOMWidget(name, name, content, {
-    ...options,
-    getMinHeight: () => height,
-    getMaxHeight: () => height,
+// ------------------------------------------------------------------------ colours
+
+/** The red, green and blue of a colour that the browser has computed, in [0, 1]. */
+function channels(color) {
+  return color.match(/[\d.]+/g).slice(0, 3).map((part) => part / (color.includes("srgb") ? 1 : 255));
+}
+
+function luminance(color) {
+  const linear = color.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+
+/** A colour, mixed with black or white until its contrast with the ground reaches `CONTRAST`. */
+function readable(color, ground) {
+  const below = luminance(ground) + 0.05;
+  const end = below > 0.229 ? 0 : 1; // there, black and white contrast alike
+  const mix = (step) => color.map((c) => c + (step / 20) * (end - c));
+  let step = 0;
+  for (; step < 20; step++) {
+    const own = luminance(mix(step)) + 0.05;
+    if (Math.max(own / below, below / own) >= CONTRAST) break;
+  }
+  return `rgb(${mix(step).map((c) => Math.round(255 * c)).join(", ")})`;
+}
+
+const HEX = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16) / 255);
+
+/** Sets the colours of a view as its variables `--realera-…`, and returns them by name. */
+function colorsOf(view) {
+  const { backgroundColor, color } = getComputedStyle(view);
+  const ground = channels(backgroundColor);
+  const made = { text: readable(channels(color), ground) };
+  for (const [name, hex] of Object.entries(HUES)) made[name] = readable(HEX(hex), ground);
+  for (const [name, value] of Object.entries(made)) {
+    view.style.setProperty(`--realera-${name}`, value);
+  }
+  return made;
+}
+
+const views = new Set(); // weak references to [view, what draws it], for when the theme changes
+
+new MutationObserver(() => {
+  for (const reference of views) {
+    const shown = reference.deref();
+    if (shown) shown.repaint();
+    else views.delete(reference);
+  }
+}).observe(document.documentElement, { attributeFilter: ["style", "class"] });
+
+// ------------------------------------------------------------------------ views
+
+const MARGINS = 20; // pixels that a classic node keeps free above and below a widget's element
+
+/** Adds a view under a node; it is neither saved nor sent.
+ *
+ * `height` is its smallest; it grows with its node. Classic nodes ask the widget for it, Nodes 2.0
+ * the style. What is in it lies in a size container, so that it never pushes its node.
+ */
+function addView(node, name, height, repaint) {
+  const view = element("div", {
+    boxSizing: "border-box",
+    position: "relative",
+    height: "100%",
+    minHeight: `${height}px`,
+    overflow: "hidden",
+    containerType: "size",
+    borderRadius: "6px",
+    background: "var(--comfy-input-bg, #222)",
+    color: "var(--input-text, #ddd)",
+    font: "11px sans-serif",
   });
+  view.className = "realera-view";
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => height + MARGINS };
+  const widget = node.addDOMWidget(name, name, view, options);
   widget.serialize = false;
-  return widget;
+  view.repaint = () => view.isConnected && repaint();
+  views.add(new WeakRef(view));
+  new ResizeObserver(view.repaint).observe(view);
+  return view;
 }
 
 function addCanvas(node, name, height, draw) {
   const canvas = element("canvas", { width: "100%", height: "100%", display: "block" });
-  addView(node, name, canvas, height);
   const redraw = () => {
     const { clientWidth, clientHeight } = canvas;
     if (!clientWidth) return;
@@ -69,16 +151,29 @@ function addCanvas(node, name, height, draw) {
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
     pen.font = "11px sans-serif";
-    draw(pen, clientWidth, clientHeight);
+    draw(pen, clientWidth, clientHeight, colorsOf(view));
   };
-  new ResizeObserver(redraw).observe(canvas);
-  return { canvas, redraw };
+  const view = addView(node, name, height, redraw);
+  view.append(canvas);
+  return redraw;
 }
 
-function say(pen, width, height, message) {
-  pen.fillStyle = GREY;
+function say(pen, width, height, message, colors) {
+  pen.fillStyle = colors.grey;
   pen.textAlign = "center";
   pen.fillText(message, width / 2, height / 2);
+}
+
+/** Writes at the first of some places, [x, y] of its middle, where nothing in `taken` stands. */
+function write(pen, taken, message, places) {
+  const width = pen.measureText(message).width + 4;
+  const boxes = places.map(([x, y]) => [x - width / 2, y - 11, x + width / 2, y + 3]);
+  const free = ([left, top, right, bottom]) =>
+    !taken.some(([l, t, r, b]) => left < r && l < right && top < b && t < bottom);
+  const at = Math.max(0, boxes.findIndex(free));
+  taken.push(boxes[at]);
+  pen.textAlign = "center";
+  pen.fillText(message, ...places[at]);
 }
 
 /** A node by its id; of one in a subgraph, "12:5": node 5 of what node 12 (or its id) holds. */
@@ -107,17 +202,18 @@ function ringOf(node, geometry) {
 
 // ------------------------------------------------------------------------ the neighbourhood
 
-function drawPoints(pen, width, height, geometry, ring) {
+function drawPoints(pen, width, height, colors, taken, geometry, ring) {
   // The plane of the centre of cosines, left, and the concept, in the middle.
   const reach = 1.15 * Math.max(ring.d2, geometry.radius);
   const scale = Math.min(width, height) / (2 * reach);
   const x = (along) => width / 2 + along * scale;
   const y = (across) => height / 2 - across * scale;
   const origin = x(-geometry.radius);
+  const labels = []; // written last, on top of the points
 
   for (const [cosine, name] of [[ring.s1, "S1"], [ring.s2, "S2"]]) {
     const angle = Math.acos(Math.max(-1, Math.min(1, cosine)));
-    pen.strokeStyle = GREY;
+    pen.strokeStyle = colors.grey;
     pen.setLineDash([4, 4]);
     pen.beginPath();
     for (const side of [1, -1]) {
@@ -126,20 +222,21 @@ function drawPoints(pen, width, height, geometry, ring) {
       pen.lineTo(origin + far * Math.cos(angle), y(0) - side * far * Math.sin(angle));
     }
     pen.stroke();
-    const label = Math.min(0.92 * reach / Math.max(Math.sin(angle), 0.05), 1.9 * reach);
-    pen.fillStyle = GREY;
-    pen.textAlign = "center";
-    const at = [origin + label * scale * Math.cos(angle), y(label * Math.sin(angle))];
-    pen.fillText(`${name} ${cosine.toFixed(2)}`, ...at);
+    const end = Math.min(0.92 * reach / Math.max(Math.sin(angle), 0.05), 1.9 * reach);
+    const places = [1, 0.9, 0.8, 0.7, 0.6].map((share) => [
+      origin + share * end * scale * Math.cos(angle),
+      y(share * end * Math.sin(angle)),
+    ]);
+    labels.push([`${name} ${cosine.toFixed(2)}`, colors.grey, places]);
   }
   pen.setLineDash([]);
-  for (const [distance, name, color] of [[ring.d1, "D1", NEAR], [ring.d2, "D2", FAR]]) {
-    pen.strokeStyle = pen.fillStyle = color;
+  for (const [distance, name, color] of [[ring.d1, "D1", colors.near], [ring.d2, "D2", colors.far]]) {
+    pen.strokeStyle = color;
     pen.beginPath();
     pen.arc(x(0), y(0), distance * scale, 0, 2 * Math.PI);
     pen.stroke();
-    pen.textAlign = "center";
-    pen.fillText(`${name} ${distance.toFixed(1)}`, x(0), y(-distance) + 12);
+    const places = [[x(0), y(-distance) + 12], [x(0), y(-distance) - 4], [x(0), y(distance) - 4]];
+    labels.push([`${name} ${distance.toFixed(1)}`, color, places]);
   }
   const dots = (points, color) => {
     pen.fillStyle = color;
@@ -149,67 +246,93 @@ function drawPoints(pen, width, height, geometry, ring) {
       pen.fill();
     });
   };
-  dots(geometry.neighbors, NEAR);
-  dots(geometry.beyond, FAR);
-  pen.fillStyle = CONCEPT;
+  dots(geometry.neighbors, colors.near);
+  dots(geometry.beyond, colors.far);
+  pen.fillStyle = colors.concept;
   pen.beginPath();
   pen.arc(x(0), y(0), 6, 0, 2 * Math.PI);
   pen.fill();
-  pen.fillText(geometry.concepts.map(([name]) => name).join(", "), x(0), y(0) - 10);
+  write(pen, taken, namesOf(geometry), [[x(0), y(0) - 10]]);
+  for (const [label, color, places] of labels) {
+    pen.fillStyle = color;
+    write(pen, taken, label, places);
+  }
 }
 
-function drawWords(pen, width, height, geometry, ring) {
+function drawWords(pen, width, height, colors, taken, geometry, ring) {
   // Words around the concept: the smaller their cosine, the farther out.
   const { words } = geometry;
   // As it was mined; once the ring is edited, as it would be. Words in it may be left undrawn.
-  const struck = new Set(geometry.exclude.map((word) => word.toLowerCase()));
+  const struck = new Set(geometry.exclude.map(fold));
   const inside = ([word, cosine]) =>
-    cosine >= ring.s2 && cosine <= ring.s1 && !struck.has(word.toLowerCase());
+    cosine >= ring.s2 && cosine <= ring.s1 && !struck.has(fold(word));
   const asMined = ring.s1 === geometry.s1 && ring.s2 === geometry.s2;
-  const colorOf = (word) => (!inside(word) ? FAR : asMined && !word[2] ? GREY : NEAR);
+  const colorOf = (word) =>
+    !inside(word) ? colors.far : asMined && !word[2] ? colors.grey : colors.near;
   const far = words.filter((word) => !inside(word)).slice(0, 16);
   const shown = [...words.filter(inside).slice(0, 40), ...far].sort((a, b) => b[1] - a[1]);
   const span = 1 - Math.min(ring.s2, ...shown.map(([, cosine]) => cosine));
-  const wide = Math.max(1, width / height);
-  const scale = (0.46 * Math.min(width, height)) / span;
-  const middle = [width / 2, height / 2];
-  pen.strokeStyle = pen.fillStyle = GREY;
+  const [middleX, middleY] = [width / 2, height / 2];
+  const [reachX, reachY] = [(0.46 * width) / span, (0.46 * height) / span];
+  const least = 16 / (0.46 * Math.min(width, height)); // clear of the concept's own name
+  const place = (cosine, angle, farther = 0) => {
+    const distance = Math.max(1 - cosine, least * span) + farther;
+    return [
+      middleX + distance * reachX * Math.sin(angle),
+      middleY - distance * reachY * Math.cos(angle),
+    ];
+  };
+  pen.fillStyle = colors.concept;
+  pen.font = "bold 12px sans-serif";
+  write(pen, taken, namesOf(geometry), [[middleX, middleY]]);
+  pen.font = "11px sans-serif";
+  pen.strokeStyle = pen.fillStyle = colors.grey;
   pen.setLineDash([4, 4]);
-  pen.textAlign = "center";
   for (const [cosine, name] of [[ring.s1, "S1"], [ring.s2, "S2"]]) {
     if (cosine >= 1) continue;
+    const away = 1 - cosine;
     pen.beginPath();
-    pen.ellipse(...middle, wide * (1 - cosine) * scale, (1 - cosine) * scale, 0, 0, 2 * Math.PI);
+    pen.ellipse(middleX, middleY, away * reachX, away * reachY, 0, 0, 2 * Math.PI);
     pen.stroke();
-    pen.fillText(`${name} ${cosine.toFixed(2)}`, middle[0], middle[1] + (1 - cosine) * scale + 12);
+    // Below its line, or above it where that would be out of the picture; words go around it.
+    const [x, y] = place(cosine, Math.PI);
+    write(pen, taken, `${name} ${cosine.toFixed(2)}`, [[x, y + 12 < height ? y + 12 : y - 4]]);
   }
   pen.setLineDash([]);
   const golden = Math.PI * (3 - Math.sqrt(5));
+  const sides = (word) => {
+    const half = pen.measureText(word).width / 2 + 3;
+    return ([x, y]) => [Math.max(half, Math.min(width - half, x)), y];
+  };
   shown.forEach((entry, k) => {
     const [word, cosine] = entry;
-    const distance = Math.max((1 - cosine) * scale, 16); // clear of the concept's own name
-    const x = middle[0] + wide * distance * Math.sin(golden * k);
-    const y = middle[1] - distance * Math.cos(golden * k);
+    const turns = Array.from({ length: 24 }, (_, turn) => golden * k + (turn * Math.PI) / 12);
+    const places = [0, 12, 24, 36, 48, 60, 72].flatMap((more) =>
+      turns.map((angle) => place(cosine, angle, more / Math.min(reachX, reachY))),
+    );
     pen.fillStyle = colorOf(entry);
-    pen.fillText(word, x, y);
+    write(pen, taken, word, places.map(sides(word)));
   });
-  pen.fillStyle = CONCEPT;
-  pen.font = "bold 12px sans-serif";
-  pen.fillText(geometry.concepts.map(([name]) => name).join(", "), ...middle);
+}
+
+function namesOf(geometry) {
+  return geometry.concepts.map(([name]) => name).join(", ");
 }
 
 function addNeighborhood(node) {
   let geometry = null;
-  const { redraw } = addCanvas(node, "realera_neighborhood", 280, (pen, width, height) => {
-    if (!geometry) return say(pen, width, height, text("run"));
-    const draw = geometry.words.length ? drawWords : drawPoints;
-    draw(pen, width, height, geometry, ringOf(node, geometry));
+  const redraw = addCanvas(node, "realera_neighborhood", 280, (pen, width, height, colors) => {
+    if (!geometry) return say(pen, width, height, text("run"), colors);
+    const taken = [];
     pen.textAlign = "left";
-    pen.font = "11px sans-serif";
-    [[NEAR, text("near")], [FAR, text("far")]].forEach(([color, label], k) => {
+    [[colors.near, text("near")], [colors.far, text("far")]].forEach(([color, label], k) => {
+      const legend = `● ${label}`;
       pen.fillStyle = color;
-      pen.fillText(`● ${label}`, 6, 14 + 14 * k);
+      pen.fillText(legend, 6, 14 + 14 * k);
+      taken.push([0, 14 * k, 10 + pen.measureText(legend).width, 18 + 14 * k]);
     });
+    const draw = geometry.words.length ? drawWords : drawPoints;
+    draw(pen, width, height, colors, taken, geometry, ringOf(node, geometry));
   });
   for (const widget of node.widgets.filter(({ name }) => /^[sd][12]$/.test(name))) {
     const changed = widget.callback;
@@ -227,70 +350,115 @@ function addNeighborhood(node) {
 
 // ------------------------------------------------------------------------ the scope list
 
+/** Upper and lower case alike, as far as the core's own comparison of words. */
+function fold(word) {
+  return word.toUpperCase().toLowerCase();
+}
+
+/** The nodes of a kind that a node's mined words come through, nearest first. */
+function minersOf(node, kind, seen = new Set()) {
+  if (!node || seen.has(node)) return [];
+  seen.add(node);
+  const mined = ({ name }) => ["mining", "neighbors", "beyond"].includes(name);
+  const sources = (node.inputs ?? []).flatMap((input, slot) =>
+    mined(input) ? [node.getInputNode(slot)] : [],
+  );
+  return [
+    ...sources.filter((source) => source?.comfyClass === kind),
+    ...sources.flatMap((source) => minersOf(source, kind, seen)),
+  ];
+}
+
 /** Where a Closed-Form Edit's words are written that are to keep their meaning: what its Neighbor
  * Sampler leaves out, where it mines words, and the prompts of its Beyond Sampler. */
 function keepersOf(node) {
-  const find = (input, kind, name) => {
-    const slot = node.inputs.findIndex((one) => one.name === input);
-    const source = slot < 0 ? null : node.getInputNode(slot);
-    return source?.comfyClass === kind ? source.widgets.find((w) => w.name === name) : null;
-  };
-  const words = find("neighbors", "RealEraNeighborSampler", "source")?.value === "vocabulary";
+  const find = (kind, name) =>
+    minersOf(node, kind)[0]?.widgets.find((widget) => widget.name === name) ?? null;
+  const words = find("RealEraNeighborSampler", "source")?.value === "vocabulary";
   return {
-    leaveOut: words ? find("neighbors", "RealEraNeighborSampler", "leave_out") : null,
-    preserve: find("beyond", "RealEraBeyondSampler", "preserve"),
+    leaveOut: words ? find("RealEraNeighborSampler", "leave_out") : null,
+    preserve: find("RealEraBeyondSampler", "preserve"),
   };
 }
 
+const COMMAS = /[,，、]/; // what parts the words that are left out, beside line ends
+
 /** The lines of a keeper; words that are left out may have commas between them. */
 function linesOf(widget) {
-  const text = widget?.value ?? "";
-  const lines = (widget?.name === "leave_out" ? text.replaceAll(",", "\n") : text).split("\n");
-  return lines.map((line) => line.trim()).filter((line) => line);
+  const lines = (widget?.value ?? "").split("\n");
+  const parts = widget?.name === "leave_out" ? lines.flatMap((line) => line.split(COMMAS)) : lines;
+  return parts.map((part) => part.trim()).filter((part) => part);
 }
 
 function toggleKept(node, word) {
   const { leaveOut, preserve } = keepersOf(node);
-  const widget = word.includes(",") ? preserve : (leaveOut ?? preserve); // commas part leave_out
-  if (!widget) return;
-  const lines = linesOf(widget);
-  const others = lines.filter((line) => line !== word);
-  widget.value = (others.length < lines.length ? others : [...lines, word]).join("\n");
-  widget.callback?.(widget.value);
+  const wanted = COMMAS.test(word) ? preserve : (leaveOut ?? preserve);
+  const holds = (widget) => linesOf(widget).some((line) => fold(line) === fold(word));
+  const holders = [leaveOut, preserve].filter((widget) => widget && holds(widget));
+  for (const widget of holders.length ? holders : [wanted]) {
+    if (!widget) continue;
+    const lines = linesOf(widget);
+    const others = lines.filter((line) => fold(line) !== fold(word));
+    widget.value = (others.length < lines.length ? others : [...lines, word]).join("\n");
+    widget.callback?.(widget.value);
+  }
   app.graph.setDirtyCanvas(true, true);
 }
 
+const ROW = 16; // pixels
+
 function addScope(node) {
-  const list = element("div", { overflowY: "auto", fontSize: "11px", height: "100%" });
+  const view = addView(node, "realera_scope", 300, () => colorsOf(view));
+  const hint = element("div", { color: "var(--realera-grey)", padding: "4px" });
+  const list = element("div", { flex: "0 1 auto", minHeight: 0, overflowY: "auto" });
   list.className = "realera-scope";
-  list.append(element("div", { color: GREY, textAlign: "center" }, text("run")));
-  addView(node, "realera_scope", list, 300);
+  // Whole rows; the wheel over them is theirs, once they have the focus (ComfyUI's rule).
+  list.tabIndex = -1;
+  list.dataset.captureWheel = "true";
+  list.style.maxHeight = `round(down, 100%, ${ROW}px)`;
+  list.style.scrollSnapType = "y mandatory";
+  list.addEventListener("pointerenter", () => {
+    const typing = document.activeElement?.matches("input, textarea, [contenteditable]");
+    if (!typing) list.focus({ preventScroll: true });
+  });
+  const frame = element("div", { flex: "1", minHeight: 0 });
+  frame.append(list);
+  const box = element("div", { display: "flex", flexDirection: "column", height: "100%" });
+  box.append(hint, frame);
+  view.append(box);
   let reaches = [];
 
   const fill = () => {
-    const { leaveOut, preserve } = keepersOf(node);
-    const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)]);
-    const hint = leaveOut || preserve ? text("hint") : text("connect");
-    list.replaceChildren(element("div", { color: GREY, padding: "2px 4px" }, hint));
-    for (const [word, concept, toward, moved] of reaches) {
+    const { leaveOut, preserve } = reaches.length ? keepersOf(node) : {};
+    const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)].map(fold));
+    hint.textContent = text(!reaches.length ? "run" : leaveOut || preserve ? "hint" : "connect");
+    hint.style.textAlign = reaches.length ? "left" : "center";
+    const rows = reaches.map(([word, concept, toward, moved]) => {
+      const held = kept.has(fold(word));
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
-      row.style.cursor = "pointer";
-      row.title = `${Math.round(100 * toward)} % → ${concept}, ${Math.round(100 * moved)} % moved`;
-      const color = kept.has(word) ? FAR : toward >= 0.5 ? CONCEPT : NEAR;
+      Object.assign(row.style, { boxSizing: "border-box", height: `${ROW}px`, cursor: "pointer" });
+      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, scrollSnapAlign: "start" });
+      const percent = (share) => `${Math.round(100 * share)} %`;
+      row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
+      row.ariaPressed = String(held);
+      const color = held ? "far" : toward >= 0.5 ? "concept" : "near";
       const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
       const share = Math.max(0, Math.min(1, toward));
-      bar.append(element("div", { width: `${100 * share}%`, height: "100%", background: color }));
+      const length = { width: `${100 * share}%`, height: "100%" };
+      bar.append(element("div", { ...length, background: `var(--realera-${color})` }));
       const name = element("span", { width: "42%", overflow: "hidden", whiteSpace: "nowrap" }, word);
-      name.style.color = kept.has(word) ? FAR : "inherit";
-      row.append(name, bar, element("span", { width: "34px", textAlign: "right" }));
-      row.lastChild.textContent = `${Math.round(100 * toward)} %`;
+      name.style.color = `var(--realera-${held ? "far" : "text"})`;
+      const number = { width: "34px", textAlign: "right", color: "var(--realera-text)" };
+      row.append(name, bar, element("span", number, percent(toward)));
       row.addEventListener("click", () => {
         toggleKept(node, word);
         fill();
       });
-      list.append(row);
-    }
+      return row;
+    });
+    list.replaceChildren(...rows);
   };
+  fill();
   return (output) => {
     if (!output.realera_scope) return;
     reaches = output.realera_scope;
@@ -303,20 +471,20 @@ function addScope(node) {
 function addLoss(node) {
   let steps = [];
   let total = 1;
-  const { redraw } = addCanvas(node, "realera_loss", 200, (pen, width, height) => {
-    if (!steps.length) return say(pen, width, height, text("run"));
+  const redraw = addCanvas(node, "realera_loss", 200, (pen, width, height, colors) => {
+    if (!steps.length) return say(pen, width, height, text("run"), colors);
     const left = 8;
     const bottom = height - 18;
     const top = Math.max(...steps.map(({ loss }) => loss)) || 1;
     const x = (step) => left + ((width - 2 * left) * step) / total;
     const y = (loss) => bottom - ((bottom - 16) * loss) / top;
-    pen.strokeStyle = GREY;
+    pen.strokeStyle = colors.grey;
     pen.strokeRect(left, 16, width - 2 * left, bottom - 16);
     for (const { step, loss } of steps) {
-      pen.fillStyle = step % 2 ? NEAR : FAR;
+      pen.fillStyle = step % 2 ? colors.near : colors.far;
       pen.fillRect(x(step) - 1, y(loss) - 1, 2.5, 2.5);
     }
-    pen.strokeStyle = CONCEPT;
+    pen.strokeStyle = colors.concept;
     pen.lineWidth = 2;
     pen.beginPath();
     let mean = 0;
@@ -326,7 +494,7 @@ function addLoss(node) {
     });
     pen.stroke();
     const last = steps.at(-1);
-    pen.fillStyle = GREY;
+    pen.fillStyle = colors.grey;
     pen.textAlign = "left";
     const label = `${text("step")} ${last.step} / ${total}, ${text("loss")} ${mean.toFixed(4)}`;
     pen.fillText(label, left, height - 4);
@@ -351,42 +519,95 @@ api.addEventListener("realera.step", ({ detail }) => {
 
 // ------------------------------------------------------------------------ before and after
 
+// Room for four prompts: classic nodes ask the widget for it, Nodes 2.0 the style.
+const PROMPTS = 96; // pixels
+const style = document.createElement("style");
+style.textContent = `.lg-node-widgets:has(.realera-slider) textarea { min-height: ${PROMPTS}px; }`;
+document.head.append(style);
+
 function addSlider(node) {
-  const box = element("div", { display: "flex", flexDirection: "column", height: "100%" });
-  box.className = "realera-slider";
-  const choice = element("select", { fontSize: "11px", marginBottom: "4px" });
-  const stage = element("div", { position: "relative", flex: "1", overflow: "hidden" });
-  const fit = { position: "absolute", width: "100%", height: "100%", objectFit: "contain" };
+  const prompts = node.widgets.find(({ name }) => name === "prompts");
+  prompts.options.getMinHeight = () => PROMPTS;
+  prompts.options.getMaxHeight = () => 2 * PROMPTS; // a larger node is for the picture
+  const view = addView(node, "realera_slider", 320, () => colorsOf(view));
+  view.classList.add("realera-slider");
+  const box = element("div", { flexDirection: "column", height: "100%", gap: "4px" });
+  Object.assign(box.style, { display: "none", boxSizing: "border-box", padding: "4px" });
+  const empty = element("div", { color: "var(--realera-grey)", padding: "4px" }, text("run"));
+  empty.style.textAlign = "center";
+  const choice = element("select", { font: "inherit", color: "var(--realera-text)" });
+  choice.style.background = "var(--comfy-input-bg, #222)";
+  choice.style.border = "1px solid var(--realera-grey)";
+  choice.style.borderRadius = "4px";
+
+  // The picture as large as its stage lets it be: all that is dragged is measured on it.
+  const stage = element("div", { flex: "1", minHeight: 0, containerType: "size" });
+  Object.assign(stage.style, { display: "flex", flexDirection: "column", alignItems: "center" });
+  const frame = element("div", { position: "relative", touchAction: "none", cursor: "ew-resize" });
+  const fit = { position: "absolute", inset: 0, width: "100%", height: "100%", maxWidth: "none" };
+  Object.assign(fit, { imageRendering: "pixelated", pointerEvents: "none", userSelect: "none" });
   const [before, after] = [element("img", fit), element("img", fit)];
-  for (const image of [before, after]) image.style.imageRendering = "pixelated";
+  for (const image of [before, after]) image.draggable = false;
+  const line = element("div", { position: "absolute", top: 0, bottom: 0, width: "2px" });
+  Object.assign(line.style, { marginLeft: "-1px", background: "#fff", pointerEvents: "none" });
+  line.style.boxShadow = "0 0 0 1px rgba(0, 0, 0, .5)";
+  const below = element("div", { width: "100%", position: "absolute", top: "100%" });
   const names = element("div", { display: "flex", justifyContent: "space-between" });
-  names.style.fontSize = "11px";
+  names.style.color = "var(--realera-text)";
   names.append(element("span", {}, text("before")), element("span", {}, text("after")));
-  const slider = element("input", { width: "100%" });
-  Object.assign(slider, { type: "range", min: 0, max: 100, value: 50 });
-  stage.append(before, after);
-  box.append(choice, stage, names, slider);
-  addView(node, "realera_slider", box, 320);
+  const slider = element("input", { width: "100%", margin: 0, display: "block" });
+  Object.assign(slider, { type: "range", min: 0, max: 100, step: "any", value: 50 });
+  slider.ariaLabel = `${text("before")} / ${text("after")}`;
+  below.append(names, slider);
+  frame.append(before, after, line, below);
+  stage.append(frame);
+  box.append(choice, stage);
+  view.append(empty, box);
 
   let pairs = [];
   const url = ({ filename, subfolder, type }) =>
     api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-  const cut = () => (after.style.clipPath = `inset(0 0 0 ${slider.value}%)`);
+  const cut = () => {
+    after.style.clipPath = `inset(0 0 0 ${slider.value}%)`;
+    line.style.left = `${slider.value}%`;
+  };
   const show = () => {
     const pair = pairs[choice.selectedIndex];
     if (!pair) return;
     before.src = url(pair.before);
     after.src = url(pair.after);
   };
+  before.addEventListener("load", () => {
+    const { naturalWidth, naturalHeight } = before;
+    const under = "36px"; // the names and the slider
+    frame.style.width = `min(100cqw, (100cqh - ${under}) * ${naturalWidth / naturalHeight})`;
+    frame.style.aspectRatio = `${naturalWidth} / ${naturalHeight}`;
+  });
+  const follow = ({ clientX }) => {
+    const { left, width } = frame.getBoundingClientRect();
+    slider.value = Math.max(0, Math.min(100, (100 * (clientX - left)) / width));
+    cut();
+  };
+  frame.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0 || event.target === slider) return;
+    event.preventDefault();
+    frame.setPointerCapture(event.pointerId);
+    follow(event);
+  });
+  frame.addEventListener("pointermove", (event) => {
+    if (frame.hasPointerCapture(event.pointerId)) follow(event);
+  });
   slider.addEventListener("input", cut);
   choice.addEventListener("change", show);
   cut();
   return (output) => {
-    if (!output.realera_pairs) return;
+    if (!output.realera_pairs?.length) return;
     pairs = output.realera_pairs;
     choice.replaceChildren(
       ...pairs.map(({ prompt }, k) => element("option", {}, `${k + 1}: ${prompt}`)),
     );
+    empty.style.display = "none";
+    box.style.display = "flex";
     show();
   };
 }
@@ -399,9 +620,34 @@ const VIEWS = {
   RealEraCompare: addSlider,
 };
 
+/** Gives a node's empty widgets their hints in the user's language. */
+function translatePlaceholders(node) {
+  for (const [name, hint] of Object.entries(PLACEHOLDERS[locale()] ?? {})) {
+    const widget = node.widgets?.find((one) => one.name === name);
+    if (!widget) continue;
+    widget.options.placeholder = hint;
+    if (widget.element) widget.element.placeholder = hint;
+  }
+}
+
+/** ComfyUI lists templates as the disk does, in no order: ours are numbered. */
+function sortTemplates() {
+  const [, pack] = new URL(import.meta.url).pathname.match(/extensions\/([^/]+)\//) ?? [];
+  const listed = api.getWorkflowTemplates;
+  if (!pack || !listed) return;
+  api.getWorkflowTemplates = async function () {
+    const templates = await listed.call(this);
+    templates[decodeURIComponent(pack)]?.sort();
+    return templates;
+  };
+}
+
 app.registerExtension({
   name: "RealEra",
+  init: sortTemplates,
   nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("RealEra")) return;
+    translatePlaceholders(node);
     const add = VIEWS[node.comfyClass];
     if (!add) return;
     node.realeraShow = add(node);
