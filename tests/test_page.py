@@ -611,8 +611,8 @@ def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothin
     sheet.settle()
     sheet.until(f"() => ({cut})(document.querySelector('.realera-scope')) === 0", seconds=20)
     lengths = rows.evaluate(
-        """list => [...list.children].map(({ children: [, bar, share] }) => [bar.firstChild.offsetWidth
-            / bar.offsetWidth, parseFloat(share.textContent) / 100])"""
+        """list => [...list.children].map(({ children: [, bar, share] }) =>
+            [bar.firstChild.offsetWidth / bar.offsetWidth, parseFloat(share.textContent) / 100])"""
     )
     assert all(abs(length - share) < 0.02 for length, share in lengths)
     assert sheet.do("() => app.canvas.ds.scale") == scale

@@ -23,7 +23,8 @@ _RANKED = re.compile(rf".+(?:{_KINDS['LoRA']}|{_KINDS['LoHa']}|\.lokr_w2_b)")
 class Adapter:
     """What a LoRA file holds.
 
-    kind: "LoRA", "LoHa" and so on; layers: that it changes; rank: the largest, or None
+    kind: "LoRA", "LoHa" and so on; layers: how many it changes; rank: the largest, None where the
+    kind has none
     """
 
     kind: str

@@ -32,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..diffusers_model import DiffusersModel, DiffusersText
 from ..files import TensorFile, open_tensors
-from . import FAMILIES, PARTS, UNET, Family, family_of, locate, weight_files
+from . import FAMILIES, PARTS, UNET, Family, family_of, locate, read_json, weight_files
 from .weights import FLOATS, is_companion, weight_of
 
 VAE = "first_stage_model."
@@ -70,6 +70,7 @@ def load_model(
     unused: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
     if not xl:
         unused |= {"safety_checker": None, "requires_safety_checker": False}
+    _refuse_edm(path)
     if path.is_dir():
         parts = {
             "unet": _folder_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype),
@@ -80,15 +81,13 @@ def load_model(
         return DiffusersModel(pipeline.to(device))
 
     file = open_tensors(path)
-    text = _text(file, family, dtype)
+    text, states = _text(file, family, dtype), [_state(file, part, dtype) for part in (UNET, VAE)]
     with _configuration_folder(family) as folder, _explained(file, family):
         options: dict[str, Any] = {"config": folder, "local_files_only": True}
         if dtype != torch.float32:  # the converters' own default, and they warn of a needless cast
             options["torch_dtype"] = dtype
-        unet = UNet2DConditionModel.from_single_file(
-            _state(file, UNET, dtype), subfolder="unet", **options
-        )
-        vae = AutoencoderKL.from_single_file(_state(file, VAE, dtype), subfolder="vae", **options)
+        unet = UNet2DConditionModel.from_single_file(states[0], subfolder="unet", **options)
+        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
     for part in (unet, vae):
         _check_complete(part, file)
     scheduler, sample_size = _prediction(file, family)
@@ -120,9 +119,16 @@ def _folder_part(part_class: Any, folder: Path, **options: Any) -> Any:
                     f"{file.path} holds the scale {key!r}, which diffusers would leave out: use "
                     "the single file, or the folder in float16 or float32"
                 )
-    return part_class.from_pretrained(
+    part = part_class.from_pretrained(
         folder, variant=variant, use_safetensors=True, local_files_only=True, **options
     )
+    for name, tensor in part.named_parameters():
+        if not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{folder}: tensor {name!r} holds numbers that are not finite: the checkpoint is "
+                "damaged, use another copy of it"
+            )
+    return part
 
 
 def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
@@ -147,22 +153,23 @@ def _text_parts(text: DiffusersText) -> dict[str, Any]:
 
 def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText:
     encoders, tokenizers = [], []
-    with _configuration_folder(family) as folder, _explained(file, family):
-        for suffix in ("", "_2"):
-            config = family.config.get("text_encoder" + suffix)
-            if config is not None:
-                encoder = create_diffusers_clip_model_from_ldm(
-                    _text_class(suffix),
-                    _text_state(file, family, suffix, dtype),
-                    subfolder="text_encoder" + suffix,
-                    config=folder,
-                    torch_dtype=dtype,
-                    local_files_only=True,
-                )
-                encoders.append(encoder)
-                tokenizers.append(_tokenizer(config["vocab_size"], config["pad_token_id"]))
-    for encoder in encoders:
+    for suffix in ("", "_2"):
+        config = family.config.get("text_encoder" + suffix)
+        if config is None:
+            continue
+        state = _text_state(file, family, suffix, dtype)
+        with _configuration_folder(family) as folder, _explained(file, family):
+            encoder = create_diffusers_clip_model_from_ldm(
+                _text_class(suffix),
+                state,
+                subfolder="text_encoder" + suffix,
+                config=folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+            )
+            tokenizers.append(_tokenizer(config["vocab_size"], config["pad_token_id"]))
         _check_complete(encoder, file)
+        encoders.append(encoder)
     return DiffusersText(tokenizers, encoders)
 
 
@@ -222,6 +229,21 @@ def _tokenizer(vocabulary: int, pad: int) -> Any:
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + text, encoding="utf-8")
         return CLIPTokenizer.from_pretrained(
             folder, model_max_length=77, pad_token=tokens[pad], local_files_only=True
+        )
+
+
+def _refuse_edm(path: Path) -> None:
+    """Playground 2.5 and CosXL: their U-Nets are fed by Karras' rule, which DDIM does not know."""
+    if path.is_dir():
+        config = path / "scheduler" / "scheduler_config.json"
+        name = read_json(config.read_bytes(), config).get("_class_name") if config.is_file() else ""
+        edm = str(name).startswith("EDM")
+    else:
+        edm = not open_tensors(path).entries.keys().isdisjoint(("edm_mean", "edm_vpred.sigma_max"))
+    if edm:
+        raise ValueError(
+            f"{path} predicts by the EDM rule, which RealEra cannot sample or train with: make the "
+            "erasure on another model of its family, without alignment, and apply it to this one"
         )
 
 
