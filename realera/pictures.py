@@ -124,7 +124,10 @@ def geometry(ring: Ring, neighbors: Mined, beyond: Mined) -> Image.Image:
     """
     if isinstance(ring, WordRing):
         return _words(ring.s2, ring.listed(neighbors)[:48])
-    assert isinstance(ring, NoiseRing)
+    if not isinstance(ring, NoiseRing):
+        raise ValueError(
+            f"no picture shows a {type(ring).__name__}: give a ring of noise or of words"
+        )
     shell, pairs = ring.shells[CONTEXT], ring.pairs.e[CONTEXT]
     figure = _figure(7, 4.2)
     axes = figure.subplots()
