@@ -151,8 +151,8 @@ def loss_curves(state: Path, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     stages = sorted(state.glob("*.csv"))
-    figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3))
-    for axis, path in zip(axes, stages, strict=True):
+    figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False)
+    for axis, path in zip(axes[0], stages, strict=True):
         header, *lines = path.read_text().splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
         axis.plot([row[0] / 60 for row in rows], [row[2] for row in rows])
