@@ -12,6 +12,7 @@ of a row are those of a cold or warm cache, as it was (anchors' images, the enco
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -119,14 +120,34 @@ def others(concept: Concept) -> list[str]:
     return [name for name in bundled_task(concept.name).classes if name != concept.name]
 
 
+def uce(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
+    return peers.uce(model, [concept], **options)
+
+
 def uce_expanded(model: Diffusion, concept: Concept) -> peers.Weights:
     wordings = own_kind(concept, peers.EXPANDED, peers.EXPANDED_STYLES)
     return peers.uce(model, [concept], wordings)
 
 
-def mace(model: Diffusion, concept: Concept) -> peers.Weights:
+def mace(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
     wordings = own_kind(concept, peers.WORDINGS, peers.WORDINGS_STYLES)
-    return peers.mace(model, [concept], wordings)
+    return peers.mace(model, [concept], wordings, **options)
+
+
+def rece(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
+    return peers.rece(model, [concept], **options)
+
+
+def speed(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
+    return peers.speed(model, [concept], others(concept), **options)
+
+
+def speed_bank(model: Diffusion, concept: Concept) -> peers.Weights:
+    return peers.speed(model, [concept], bank_prompts())
+
+
+def esd_x(model: Diffusion, concept: Concept, training: Training) -> None:
+    peers.esd_x(model, [concept], training.steps)
 
 
 ROWS = (
@@ -142,13 +163,13 @@ ROWS = (
     Row("bank + bank mining", Settings(source="bank", neighbors=16)),
     Row("bank + vocabulary", Settings(source="vocabulary")),
     Row("bank + vocabulary + alignment", Settings(source="vocabulary"), "neighbors and beyond"),
-    Row("UCE", peer=lambda model, concept: peers.uce(model, [concept])),
+    Row("UCE", peer=uce),
     Row("UCE, expanded", peer=uce_expanded),
     Row("MACE, closed form", peer=mace),
-    Row("RECE", peer=lambda model, concept: peers.rece(model, [concept])),
-    Row("SPEED", peer=lambda model, concept: peers.speed(model, [concept], others(concept))),
-    Row("SPEED, bank", peer=lambda model, concept: peers.speed(model, [concept], bank_prompts())),
-    Row("ESD-x", trained=lambda model, concept, how: peers.esd_x(model, [concept], how.steps)),
+    Row("RECE", peer=rece),
+    Row("SPEED", peer=speed),
+    Row("SPEED, bank", peer=speed_bank),
+    Row("ESD-x", trained=esd_x),
 )
 # Fig. 5 of the paper: more neighbours cost specificity, more beyond points win it back.
 DRAWS = ((0, 0), (1, 0), (2, 0), (8, 0), (32, 0), (2, 2), (8, 2), (8, 8), (8, 32), (32, 32))
@@ -158,7 +179,16 @@ SWEEP = (
     *(Row(f"M = {m}, N = {n}", paper(m, n), single=True) for m, n in DRAWS),
     Row(f"M = {M}, N = {N}, bank in Pre", paper(M, N, bank=True), single=True),
 )
-TABLES = {"ablation": ROWS, "sweep": SWEEP}
+# What a peer gives up for what it reaches: its own parameter, on the tuning half alone.
+PEERS = (
+    Row("original"),
+    *(Row(f"UCE, ridge {r:g}", peer=partial(uce, ridge=r)) for r in (0.1, 0.5, 5)),
+    *(Row(f"MACE, ridge {r:g}", peer=partial(mace, ridge=r)) for r in (10, 100, 1000)),
+    *(Row(f"RECE, regular {r:g}", peer=partial(rece, regular=r)) for r in (0.001, 0.1)),
+    *(Row(f"SPEED, threshold {t:g}", peer=partial(speed, threshold=t)) for t in (0.01, 0.1, 1)),
+    Row("SPEED, all names", peer=partial(speed, augmentations=0)),
+)
+TABLES = {"ablation": ROWS, "sweep": SWEEP, "peers": PEERS}
 
 
 @contextmanager
@@ -231,7 +261,7 @@ def measure(
     """The row's result, from its file when it was measured before on the same weights and edit."""
     training = Training(steps=options.align_steps)
     how: list[object] = [weights, asdict(concept), options.images, options.steps, options.seed]
-    how += [asdict(bundled_task(concept.name)), CLASSIFIER.read_bytes().hex()]
+    how += [asdict(bundled_task(concept.name)), hashlib.sha256(CLASSIFIER.read_bytes()).hexdigest()]
     seconds = 0.0
     if row.settings is not None:
         closed = forget(row.asked(concept), row.settings)
@@ -393,7 +423,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
     }
     shown = next(iter(halves(list(results)).values()))[0]
     kind = "-styles" if shown in STYLES else ""
-    kind += "-sweep" if options.table == "sweep" else ""
+    kind += "" if options.table == "ablation" else f"-{options.table}"
     stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
     with writing(stem.with_suffix(".json"), overwrite=True) as part:
         part.write_text(json.dumps(stored, indent=1) + "\n")
@@ -429,7 +459,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"the table has no row {unknown[0]!r}; it has {', '.join(map(repr, named))}")
     whole = options.half in ("all", "styles") and not (options.rows or options.concepts)
-    whole |= options.table == "sweep" and not options.rows
+    whole |= options.table != "ablation" and not options.rows
     options.out = options.out or (RESULTS if whole else STATE)
     chosen = HALVES[options.half]
     if options.concepts:
