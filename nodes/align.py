@@ -9,7 +9,7 @@ from ..realera import pictures
 from ..realera.algorithm import align_erasure, refuse_foreign
 from ..realera.anchors import draw_anchors
 from ..realera.settings import Training
-from .comfy_model import ComfyDiffusion, training, whole_clone
+from .comfy_model import ComfyDiffusion, refuse_noiseless, training, whole_clone
 from .comfy_patch import refuse_edited
 from .files import state_path
 from .page import to_image
@@ -185,8 +185,9 @@ class LoraAlign(io.ComfyNode):
             seed,
             gradient_checkpointing=gradient_checkpointing,
         )
-        refuse_edited(model, erasure)
-        refuse_foreign(erasure, mining)  # before anything is drawn
+        refuse_edited(model, erasure)  # before anything is drawn
+        refuse_foreign(erasure, mining)
+        refuse_noiseless(model)
         model = whole_clone(model)
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])

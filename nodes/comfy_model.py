@@ -52,8 +52,6 @@ class ComfyDiffusion:
         return (self._latent_format.latent_channels, size, size)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sigmas of the MODEL's own schedule. Raises ValueError where nothing can be noised."""
-        _refuse_noiseless(self.sampling)
         sigmas = self.sampling.sigmas
         index = torch.randint(len(sigmas), (count,), generator=generator)
         return sigmas[index.to(sigmas.device)]
@@ -154,9 +152,9 @@ class ComfyDiffusion:
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
 
 
-def _refuse_noiseless(sampling: Any) -> None:
-    """Raises ValueError for a sampling object that has no noise levels, or adds none of them."""
-    names = " of ".join(kind.__name__ for kind in type(sampling).__mro__[:3])
+def refuse_noiseless(model: Any) -> None:
+    """Raises ValueError for a MODEL whose sampling has no noise levels, or adds no noise."""
+    sampling = model.get_model_object("model_sampling")
     parts = ("sigmas", "timestep", "noise_scaling", "calculate_input")
     lacks = [part for part in parts if not hasattr(sampling, part)]
     if not lacks:
@@ -165,9 +163,11 @@ def _refuse_noiseless(sampling: Any) -> None:
         if torch.equal(sampling.noise_scaling(sigma, one, blank.clone()), blank):
             lacks = ["noise"]
     if lacks:
+        kind = type(sampling)
+        of = ", ".join(base.__name__ for base in kind.__bases__)
         raise ValueError(
-            f"the MODEL samples by {names}, which has no {lacks[0]}: nothing can be aligned on it. "
-            "Take the MODEL without that sampling node, or the closed form alone"
+            f"the MODEL samples by {kind.__name__} ({of}), which has no {lacks[0]}: nothing can be "
+            "aligned on it. Take the MODEL without that sampling node, or the closed form alone"
         )
 
 

@@ -42,6 +42,7 @@ os.environ["REALERA_CACHE"] = str(HOME / "cache")
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.ops
 import comfy.supported_models
 import comfy_extras.nodes_model_advanced as advanced
@@ -368,9 +369,8 @@ def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
                 seed=-1 if beyond_seed is None else beyond_seed,
                 preserve="a photo of the dog",
             )
-            _, ours, *_ = run(
-                edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False
-            )
+            solved = replace(found.settings, bank=False)  # as Closed-Form Edit has it
+            ours = algorithm.erase(replace(found, settings=solved))
             assert same_edits(ours, theirs), (source, beyond_seed)
             assert ours.provenance["settings"] == theirs.provenance["settings"]
 
@@ -525,15 +525,20 @@ def claim_a_model_that_samples_otherwise_can_be_aligned():
         assert any(b.any() for _, b in made.lora.values()), name
 
 
+class Noiseless(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """As comfy.model_sampling.IMG_TO_IMG_FLOW is in later releases."""
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return latent_image
+
+
 def claim_a_sampling_that_adds_no_noise_is_refused_by_name():
-    patched = sampled_otherwise(miniature().model, "ModelSamplingDiscrete", "img_to_img", False)
-    if "IMG_TO_IMG_FLOW" in dir(comfy.model_sampling):
-        patched = sampled_otherwise(
-            miniature().model, "ModelSamplingDiscrete", "img_to_img_flow", False
-        )
-    else:
-        raise Skipped("this ComfyUI always adds noise")
-    with refused("IMG_TO_IMG_FLOW"):
+    patched = miniature().model.clone()
+    patched.add_object_patch("model_sampling", Noiseless(patched.model.model_config))
+    with (
+        replaced(ComfyDiffusion, "sample", lambda *_: 1 / 0),
+        refused("Noiseless (ModelSamplingDiscrete, EPS), which has no noise"),
+    ):
         short(model=patched, erasure=erased().erasure)
 
 

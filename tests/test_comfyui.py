@@ -221,11 +221,13 @@ def test_a_lora_is_the_same_file_by_the_node_and_by_the_command_line(server, era
         assert one.metadata() == other.metadata()
         assert one.keys() == other.keys()
         for key in one.keys():  # noqa: SIM118
-            assert torch.allclose(one.get_tensor(key), other.get_tensor(key), atol=1e-6)
+            # ComfyUI computes in float32 on a CPU, the checkpoint's own type is float16.
+            pair = one.get_tensor(key), other.get_tensor(key)
+            assert torch.allclose(*(tensor.float() for tensor in pair), atol=1e-3)
     told = subprocess.run(
         [*realera, "info", str(node)], check=True, env=environment, capture_output=True, text=True
     )
-    assert "airplane" in told.stdout
+    assert "airplane" in told.stdout and "LoRA of rank" in told.stdout
 
 
 def test_a_node_says_what_it_found_and_where_it_saved(erased):
