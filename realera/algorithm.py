@@ -24,7 +24,7 @@ from .settings import Settings, Training
 from .spans import refuse_long
 from .words import WordRing, word_ring
 
-CANDIDATES = 256  # bank prompts to step towards
+EVERY = 4  # one in so many bank prompts is stepped towards
 DEFAULTS = Settings()
 # What is said of beyond points, and what the closed form reads; all others are of the neighbours.
 BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
@@ -205,9 +205,8 @@ def _bank(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progres
 
 
 def candidates(text: TextEncoder, bank: Bank) -> Encoding:
-    """At most CANDIDATES prompts of the bank, evenly spaced, as encoded."""
-    stride = max(1, len(bank.prompts) // CANDIDATES)
-    return text.encode([p for p in bank.prompts[::stride] if p not in bank.dropped])
+    """One in EVERY prompts of the bank, as encoded, without those that are too close."""
+    return text.encode([p for p in bank.prompts[::EVERY] if p not in bank.dropped])
 
 
 def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settings) -> Mined:

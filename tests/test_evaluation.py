@@ -44,7 +44,7 @@ from realera.evaluation.tasks import (
     style_task,
     task_of,
 )
-from realera.miniature import load_pipeline
+from realera.families.loading import load_model
 from realera.miniature.vocabulary import CONCEPTS, STYLES
 from realera.pictures import to_pil
 
@@ -297,7 +297,7 @@ def detector():
 @pytest.fixture(scope="module")
 def drawings():
     """What the bundled model draws: [n, 3, 64, 64]."""
-    model = DiffusersModel(load_pipeline())
+    model = load_model("miniature")
     prompts = [f"a photo of the {name}" for name in ("dog", "airplane", "flower", "house")]
     return torch.cat([*draw(model, prompts, 2, Sampling(steps=8))])
 

@@ -1,6 +1,8 @@
 """Concepts, the ring around them, the bank and the scope report, on a CLIP encoder with random
 weights and the miniature's tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -353,6 +355,15 @@ def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
     left = kept.gram - sum(r.double().T @ r.double() for r in kept.dropped.values())
     rows = text.encode(["", "a wooden chair", "two bowls of soup"])[CONTEXT].double().flatten(0, 1)
     assert torch.allclose(left, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_one_in_so_many_bank_prompts_is_stepped_towards(text, pairs, bank):
+    some = candidates(text, bank)
+    assert some.prompts == 31 and torch.allclose(  # of 121, the empty one first
+        some[CONTEXT][1], text.encode([bank.prompts[4]])[CONTEXT][0], atol=1e-5
+    )
+    dropped = replace(bank, dropped=(bank.prompts[4],))
+    assert candidates(text, dropped).prompts == 30
 
 
 def pair_sums(pairs) -> Sums:
