@@ -195,8 +195,11 @@ class Window:
     def view(self, kind, name):
         """The pixels of one of our canvases, as a PNG in base64."""
         return self.do(
-            """([kind, name]) => app.graph._nodes.find((n) => n.comfyClass === kind)
-                .widgets.find((w) => w.name === name).element.toDataURL()""",
+            """([kind, name]) => {
+                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                const { element } = node.widgets.find((w) => w.name === name);
+                return element.querySelector('canvas').toDataURL();
+            }""",
             [kind, name],
         )
 
@@ -206,7 +209,8 @@ class Window:
         self.do(
             """() => {
                 const node = app.graph._nodes.find((n) => n.comfyClass === 'RealEraLoraAlign');
-                const canvas = node.widgets.find((w) => w.name === 'realera_loss').element;
+                const { element } = node.widgets.find((w) => w.name === 'realera_loss');
+                const canvas = element.querySelector('canvas');
                 window.reached = new Set();
                 window.watching = setInterval(() => {
                     const { width, height } = canvas;
@@ -214,7 +218,7 @@ class Window:
                     let last = 0;
                     for (let k = 0; k < data.length; k += 4) {
                         const [r, g, b] = data.subarray(k, k + 3);
-                        if (r > 200 && g < 90 && b < 110) last = Math.max(last, (k / 4) % width);
+                        if (r > 200 && g < 140 && b < 150) last = Math.max(last, (k / 4) % width);
                     }
                     reached.add(last);
                 }, 250);
@@ -408,7 +412,7 @@ SENT = {  # what a run sends to each node that has a view
     "RealEraNeighborSampler": {"realera_geometry": [RING]},
     "RealEraBeyondSampler": {"realera_geometry": [RING | POINTS]},
     "RealEraClosedFormEdit": {
-        "realera_scope": [[w, "airplane", 1 - k / 30, 0.5] for k, w in enumerate([*MINING] * 3)]
+        "realera_scope": [[w, "airplane", 1 - k / 90, 0.5] for k, w in enumerate([*MINING] * 3)]
     },
     "RealEraLoraAlign": {"realera_loss": [[k + 1, 1 / (k + 1)] for k in range(50)]},
     "RealEraCompare": {
@@ -611,8 +615,8 @@ def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothin
     sheet.settle()
     sheet.until(f"() => ({cut})(document.querySelector('.realera-scope')) === 0", seconds=20)
     lengths = rows.evaluate(
-        """list => [...list.children].map(({ children: [, bar, share] }) => [bar.firstChild.offsetWidth
-            / bar.offsetWidth, parseFloat(share.textContent) / 100])"""
+        """list => [...list.children].map(({ children: [, bar, share] }) =>
+            [bar.firstChild.offsetWidth / bar.offsetWidth, parseFloat(share.textContent) / 100])"""
     )
     assert all(abs(length - share) < 0.02 for length, share in lengths)
     assert sheet.do("() => app.canvas.ds.scale") == scale

@@ -437,7 +437,8 @@ function addScope(node) {
       const held = kept.has(fold(word));
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
       Object.assign(row.style, { boxSizing: "border-box", height: `${ROW}px`, cursor: "pointer" });
-      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, scrollSnapAlign: "start" });
+      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, overflow: "hidden" });
+      row.style.scrollSnapAlign = "start";
       const percent = (share) => `${Math.round(100 * share)} %`;
       row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
       row.ariaPressed = String(held);
