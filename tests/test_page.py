@@ -611,9 +611,10 @@ def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothin
     rows.hover()
     sheet.page.mouse.wheel(0, 200)
     sheet.until("() => document.querySelector('.realera-scope').scrollTop > 0", seconds=20)
-    rows.evaluate("list => (list.scrollTop = 1e6)")
-    sheet.settle()
-    sheet.until(f"() => ({cut})(document.querySelector('.realera-scope')) === 0", seconds=20)
+    sheet.page.mouse.wheel(0, 5000)
+    end = "list.scrollTop > list.scrollHeight - list.clientHeight - 1"
+    sheet.until(f"() => {{ const list = document.querySelector('.realera-scope'); return {end} }}")
+    assert rows.evaluate(cut) == 0
     lengths = rows.evaluate(
         """list => [...list.children].map(({ children: [, bar, share] }) =>
             [bar.firstChild.offsetWidth / bar.offsetWidth, parseFloat(share.textContent) / 100])"""

@@ -415,6 +415,7 @@ function addScope(node) {
   // Whole rows; the wheel over them is theirs, once they have the focus (ComfyUI's rule).
   list.tabIndex = -1;
   list.dataset.captureWheel = "true";
+  list.style.outline = "none";
   list.style.maxHeight = `round(down, 100%, ${ROW}px)`;
   list.style.scrollSnapType = "y mandatory";
   list.addEventListener("pointerenter", () => {
