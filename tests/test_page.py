@@ -566,6 +566,31 @@ def test_a_view_grows_with_its_node(sheet):
     assert all(after[kind] > before[kind] + 40 for kind in SENT), (before, after)
 
 
+@pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.name[0] in "14"], ids=lambda p: p.stem)
+def test_the_nodes_of_an_example_stay_in_their_groups(sheet, path):
+    sheet.do("graph => app.loadGraphData(graph)", json.loads(path.read_text("utf-8")))
+    sheet.until("() => app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
+    sheet.do("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [500, 300]; }")
+    sheet.settle()
+    sheet.fill()
+    bottoms = sheet.do(
+        """() => app.graph._nodes.flatMap((node) => {
+            const [x, y] = node.pos;
+            const group = app.graph._groups.find(({ pos, size }) => x >= pos[0] && y >= pos[1]
+                && x <= pos[0] + size[0] && y <= pos[1] + size[1]);
+            if (!group) return [];
+            const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+            const { height } = drawn?.getBoundingClientRect() ?? {};
+            const own = height ? height / app.canvas.ds.scale - 30 : node.size[1];
+            return [[node.comfyClass, y + own, group.pos[1] + group.size[1]]];
+        })"""
+    )
+    assert len(bottoms) > 4
+    for kind, bottom, end in bottoms:
+        grid = 240 if kind == "RealEraCompare" else 0  # what a run shows below
+        assert bottom + grid <= end, kind
+
+
 def test_compare_shows_no_frame_before_it_has_run_and_says_what_to_do(sheet):
     sheet.add(fill=False)
     view = sheet.page.locator(".realera-slider")
