@@ -83,7 +83,8 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_checkpoint_that_a_workflow_names_can_be_downloaded_from_its_node(path):
     for node in json.loads(path.read_text("utf-8"))["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
+        named = node["type"] in ("CheckpointLoaderSimple", "RealEraSaveErasedCheckpoint")
+        if named and node["widgets_values"][0] != "bundled":
             [model] = node["properties"]["models"]
             assert model["name"] == node["widgets_values"][0]
             assert model["directory"] == "checkpoints"
