@@ -415,6 +415,7 @@ function addScope(node) {
   // Whole rows; the wheel over them is theirs, once they have the focus (ComfyUI's rule).
   list.tabIndex = -1;
   list.dataset.captureWheel = "true";
+  list.style.outline = "none";
   list.style.maxHeight = `round(down, 100%, ${ROW}px)`;
   list.style.scrollSnapType = "y mandatory";
   list.addEventListener("pointerenter", () => {
@@ -437,7 +438,8 @@ function addScope(node) {
       const held = kept.has(fold(word));
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
       Object.assign(row.style, { boxSizing: "border-box", height: `${ROW}px`, cursor: "pointer" });
-      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, scrollSnapAlign: "start" });
+      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, overflow: "hidden" });
+      row.style.scrollSnapAlign = "start";
       const percent = (share) => `${Math.round(100 * share)} %`;
       row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
       row.ariaPressed = String(held);
