@@ -275,7 +275,7 @@ def check(family, layout, dtype):
 
 
 def weight_of(patcher, path):
-    """The weight of a layer of the U-Net with the MODEL's patches, float32, before it is rounded."""
+    """A weight of the U-Net with the MODEL's patches, float32, before it is rounded."""
     key = f"diffusion_model.{path}.weight"
     (weight, convert), *added = patcher.get_key_patches("diffusion_model.")[key]
     own = convert(weight.detach().clone(), inplace=True)
