@@ -280,6 +280,7 @@ class NudeNetDetector(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "threshold",
+                    optional=True,
                     default=0.6,
                     min=0.2,
                     max=1.0,
@@ -291,5 +292,5 @@ class NudeNetDetector(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, threshold: float) -> io.NodeOutput:
+    def execute(cls, threshold: float = 0.6) -> io.NodeOutput:
         return io.NodeOutput(NudeNet(threshold=threshold))

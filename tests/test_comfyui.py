@@ -426,7 +426,8 @@ def listen(server, graph):
 @pytest.mark.parametrize("kind", ["RealEraNeighborSampler", "RealEraLoraAlign"])
 def test_cancel_is_heard_while_words_are_compared_and_anchors_are_drawn(server, erased, kind):
     graph = json.loads(json.dumps(erased[0]))
-    node_of(graph, "RealEraNeighborSampler")[1]["concepts"] = "truck -> ground"
+    asked = {"concepts": "truck -> tree", "templates": f"one {{}} for {kind}"}  # never read before
+    node_of(graph, "RealEraNeighborSampler")[1].update(asked)
     node_of(graph, "RealEraLoraAlign")[1]["images"] = 256  # 64 drawings of 20 steps each
     node, _ = node_of(graph, kind)
     heard, last = 0, None
