@@ -107,7 +107,7 @@ def uce(
 
 
 def mace(
-    model: Diffusion, concepts: Sequence[Concept], wordings: Sequence[str], ridge: float = 100.0
+    model: Diffusion, concepts: Sequence[Concept], wordings: Sequence[str], ridge: float = 10.0
 ) -> Weights:
     """Closed-form refinement: the rows *around* the concept go to those around the anchor.
 
