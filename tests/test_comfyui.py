@@ -227,7 +227,7 @@ def test_a_lora_is_the_same_file_by_the_node_and_by_the_command_line(server, era
     told = subprocess.run(
         [*realera, "info", str(node)], check=True, env=environment, capture_output=True, text=True
     )
-    assert "airplane" in told.stdout and "LoRA of rank" in told.stdout
+    assert "airplane" in told.stdout and "LoRA of" in told.stdout
 
 
 def test_a_node_says_what_it_found_and_where_it_saved(erased):
