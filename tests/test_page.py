@@ -115,6 +115,21 @@ class Window:
         page.on("console", self._note)
         page.goto(address, timeout=180_000)
         self.until("() => window.app?.graph && app.extensionManager?.command")
+        # Every text that a canvas shows: its box, its colour and what it stands on.
+        self.do(
+            """() => {
+                const { fillText, clearRect } = CanvasRenderingContext2D.prototype;
+                CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...more) {
+                    if (this.canvas.closest('.realera-view')) {
+                        const { width } = this.measureText(text);
+                        const left = x - (this.textAlign === 'center' ? width / 2 : 0);
+                        (this.canvas.texts ??= []).push(
+                            { text, color: this.fillStyle, box: [left, y - 8, left + width, y] });
+                    }
+                    return fillText.call(this, text, x, y, ...more);
+                };
+            }"""
+        )
 
     def _note(self, message):
         if message.type == "error":
@@ -202,6 +217,20 @@ class Window:
                 return element.querySelector('canvas').toDataURL();
             }""",
             [kind, name],
+        )
+
+    def texts(self, kind):
+        """What the canvas of a node's view shows: the texts of its last drawing."""
+        return self.do(
+            """kind => {
+                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                const view = node.widgets.find((w) => w.element?.matches('.realera-view')).element;
+                const canvas = view.querySelector('canvas');
+                canvas.texts = [];
+                view.repaint();
+                return canvas.texts;
+            }""",
+            kind,
         )
 
     def run(self, seconds=600):
@@ -358,15 +387,19 @@ def test_the_slider_shows_before_and_after_of_every_prompt(ran):
 
 def test_the_views_are_still_there_when_the_user_comes_back_from_another_tab(ran):
     window, _ = ran
-    kind, view = "RealEraNeighborSampler", "realera_neighborhood"
+    kind = "RealEraNeighborSampler"
+
+    def tab(name):
+        return window.page.get_by_text(name).filter(visible=True).first
+
     window.look_at(kind)
-    before = window.view(kind, view)
-    window.page.get_by_role("button", name="Unsaved Workflow").click()
+    before = window.texts(kind)
+    tab("Unsaved Workflow").click()
     window.until("() => !app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
-    window.page.get_by_role("button", name=EXAMPLE).click()
+    tab(EXAMPLE[:12]).click()
     window.until("() => app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
     window.look_at(kind)
-    assert window.view(kind, view) == before
+    assert {one["text"] for one in window.texts(kind)} == {one["text"] for one in before} != set()
     assert window.page.locator(".realera-scope > div[title]").count() > 10
     assert window.page.locator(".realera-slider option").count() == 4
 
@@ -432,21 +465,6 @@ class Sheet(Window):
     def __init__(self, page, address, vue):
         super().__init__(page, address)
         self.do("v => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', v)", vue)
-        # Every text that a canvas shows: its box, its colour and what it stands on.
-        self.do(
-            """() => {
-                const { fillText, clearRect } = CanvasRenderingContext2D.prototype;
-                CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...more) {
-                    if (this.canvas.closest('.realera-view')) {
-                        const { width } = this.measureText(text);
-                        const left = x - (this.textAlign === 'center' ? width / 2 : 0);
-                        (this.canvas.texts ??= []).push(
-                            { text, color: this.fillStyle, box: [left, y - 8, left + width, y] });
-                    }
-                    return fillText.call(this, text, x, y, ...more);
-                };
-            }"""
-        )
 
     def add(self, fill=True):
         """Empties the page and adds the nodes anew; shows what a run would send them."""
@@ -493,6 +511,13 @@ class Sheet(Window):
             }))"""
         )
 
+    def rested(self, locator):
+        """Where an element is, once it has stopped moving."""
+        box = None
+        while box != (box := locator.bounding_box()) or box is None:
+            self.settle()
+        return box
+
     def hanging_out(self):
         """The kinds whose view reaches below their node."""
         return self.do(
@@ -504,20 +529,6 @@ class Sheet(Window):
                     + ds.scale * (ds.offset[1] + node.pos[1] + node.size[1]);
                 return element.getBoundingClientRect().bottom > (around ?? below) + 1;
             }).map((node) => node.comfyClass)"""
-        )
-
-    def texts(self, kind):
-        """What the canvas of a node's view shows: the texts of its last drawing."""
-        return self.do(
-            """kind => {
-                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
-                const view = node.widgets.find((w) => w.element?.matches('.realera-view')).element;
-                const canvas = view.querySelector('canvas');
-                canvas.texts = [];
-                view.repaint();
-                return canvas.texts;
-            }""",
-            kind,
         )
 
 
@@ -664,7 +675,7 @@ def test_a_drag_on_the_picture_moves_the_slider_and_nothing_else(sheet):
     tabs = sheet.do("() => app.extensionManager.workflow.openWorkflows.length")
     spot = sheet.do("() => [...app.canvas.ds.offset, ...app.graph._nodes.at(-1).pos]")
     picture = sheet.page.locator(".realera-slider img").first
-    box = picture.bounding_box()
+    box = sheet.rested(picture)
     assert abs(box["width"] - box["height"]) < 2  # the shape of the picture itself
     assert box["width"] > 100
     middle = box["y"] + box["height"] / 2
