@@ -65,7 +65,7 @@ def test_both_help_pages_have_the_same_sections_and_examples(name):
 def test_what_a_chinese_help_page_sets_in_bold_is_what_the_node_shows(name):
     node = STRINGS["zh"][name]
     named = {entry["name"] for kind in ("inputs", "outputs") for entry in node[kind].values()}
-    headings = {"示例。", "出错时。", "顺序。"}
+    headings = {"示例。", "出错时。", "顺序。", "用 0.1 保存的工作流。"}
     for bold in re.findall(r"\*\*([^*]+)\*\*", help_pages(name)["zh"]):
         assert bold in headings or set(bold.split("、")) <= named, bold
 
