@@ -1,15 +1,16 @@
-"""What is worked out once and kept: files in a cache folder, named for all that decides them."""
+"""What is worked out once and kept: files in a cache folder, named for all that decides them.
+
+Torch is imported where a tensor is read or written: to list the files takes none.
+"""
 
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from .files import digest, writing
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIMIT = 8 << 30  # bytes; what was used longest ago goes first
 
@@ -20,14 +21,19 @@ def cache_folder() -> Path:
 
 
 def cached(
-    kind: str, decided_by: list[object], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
+    kind: str, decided_by: list[object], make: Callable[[], "dict[str, Tensor]"]
+) -> "dict[str, Tensor]":
     """What `make` gives, read back where it was made before from the same.
 
     kind: how the file's name begins; decided_by: everything that decides the tensors, as
     `files.digest` takes it. A damaged file is made anew; a folder that cannot be written to is a
     warning, and the work goes on.
     """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    from .files import digest, writing
+
     path = cache_folder() / f"{kind}-{digest(*decided_by)[:24]}.safetensors"
     try:
         if path.exists():

@@ -5,6 +5,7 @@ The slow libraries are imported where a command needs them: `--help` and `merge`
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its number
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    # transformers tells everyone who has no torchvision, which nothing here would use, at import.
+    logging.getLogger("transformers.utils.import_utils").addFilter(
+        lambda record: "requires torchvision" not in record.getMessage()
+    )
     try:
         options.run(options)
     except KeyboardInterrupt:

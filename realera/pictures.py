@@ -1,22 +1,27 @@
-"""Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope."""
+"""Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope.
+
+matplotlib and the letters that are its own are imported where one is drawn: ComfyUI imports this
+file at every start.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .lettering import Letters, legible, letter
 from .models import CONTEXT
 from .pairs import Mined, Ring
 from .ring import NoiseRing
 from .scope import Reach
 from .words import WordRing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
 
@@ -38,6 +43,8 @@ def grid(
     size: side of a cell in pixels; None leaves a cell empty; long names are broken or shortened.
     Raises ValueError when the names do not fit the cells.
     """
+    from .lettering import Letters
+
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         raise ValueError("a grid needs at least one image")
@@ -73,14 +80,19 @@ def grid(
     return sheet
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # No pyplot: it keeps global state, and these run inside ComfyUI's threads.
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _picture(figure: Figure) -> Image.Image:
+def _picture(figure: "Figure") -> Image.Image:
+    from .lettering import letter
+
     letter(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -176,8 +188,10 @@ def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
     return _picture(figure)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Words as they are, a dollar sign too, which would start a formula."""
+    from .lettering import legible
+
     axes.set_yticks(range(len(names)), legible(names), fontsize=8, parse_math=False)
 
 

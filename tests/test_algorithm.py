@@ -19,6 +19,7 @@ from realera.ring import noise_ring
 from realera.settings import SOURCES, Settings
 
 ROOT = Path(__file__).parent.parent
+OLD = str(ROOT / "tests/data/erasure-1.safetensors")
 AIRPLANE = Concept("airplane", "ground", ("a photo of the {}", "{}"))
 
 
@@ -138,6 +139,10 @@ def python(code: str) -> str:
         ("import realera", "torch"),
         ("from realera import Settings, Training, Concept, parse_concepts", "torch"),
         ("from realera.cli import _parser; _parser().format_help()", "torch"),
+        ("from realera.cli import main; main(['cache'])", "torch"),
+        ("from realera.cli import main; main(['info', 'miniature'])", "diffusers"),
+        # The erasure that release 0.1 wrote: merged, and not written where it lies itself.
+        (f"from realera.cli import main; main(['merge', {OLD!r}, '-o', {OLD!r}])", "diffusers"),
         ("from realera import mine, erase, load_erasure, save_erasure", "diffusers"),
         ("from realera import align_erasure, write_checkpoint, write_lora", "peft"),
     ],

@@ -1,6 +1,9 @@
 """The command line on the bundled model: every command, and every file it leaves."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from realera.files import open_tensors
 from realera.miniature import CHECKPOINT
 
 QUICK = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1"]
+ERASURE = Path(__file__).parent / "data" / "erasure-1.safetensors"  # of another family
 FILES = ("checkpoint.safetensors", "lora.safetensors", "erasure.safetensors")
 
 
@@ -126,6 +130,14 @@ def test_a_lora_file_has_no_strengths(folder, tmp_path, capsys):
     arguments = ["apply", "miniature", str(folder / FILES[2]), str(out), "--lora"]
     assert main([*arguments, "--edit-strength", "0.5"]) == 1
     assert "no strengths" in capsys.readouterr().err and not out.exists()
+
+
+def test_no_command_begins_with_what_other_libraries_lack(tmp_path):
+    """transformers tells everyone who has no torchvision, in the first lines of every command."""
+    arguments = ["scope", "miniature", str(ERASURE), "--count", "1"]
+    command = [sys.executable, "-m", "realera", *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
+    assert "numbers" in said and "torchvision" not in said
 
 
 def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
