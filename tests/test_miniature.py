@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,7 +22,8 @@ from realera.miniature import (
     TOKENIZER,
     load_classifier,
 )
-from tools.miniature import captions, tokens
+from tools.layout import UNET, sd3_transformer
+from tools.miniature import captions, models, tokens
 from tools.miniature.evaluate import draw
 from tools.miniature.export import export, restore
 from tools.miniature.optimizers import orthogonalize
@@ -62,6 +65,16 @@ def test_its_metadata_describes_every_part():
         config = json.loads(file.metadata()["config"])
     assert config.keys() >= {"unet", "text_encoder", "vae", "scheduler", "scaling_factor"}
     assert config["vae"]["scaling_factor"] == config["scaling_factor"]
+
+
+def test_diffusers_reads_the_sd3_layout_as_what_it_was_written_from():
+    torch.manual_seed(0)
+    state = SD3Transformer2DModel.from_config(models.TRANSFORMER).state_dict()
+    layout = sd3_transformer(state)
+    assert all(name.startswith(UNET) for name in layout)
+    read = convert_sd3_transformer_checkpoint_to_diffusers(layout)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
 
 
 def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):

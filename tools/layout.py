@@ -1,6 +1,7 @@
 """diffusers' and transformers' names of a whole model -> those of the single-file (LDM) layout.
 
-SD 1.x, SD 2.x and SDXL, of any depth and width: what there is to know of the shape, the names say.
+SD 1.x, SD 2.x, SDXL and SD 3, of any depth and width: what there is to know of the shape, the names
+say.
 """
 
 import re
@@ -12,6 +13,7 @@ from torch import Tensor
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_SD1, TEXT_SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 TEXT_SDXL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+TEXT_SD3 = "text_encoders.clip_l.transformer."
 
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -50,14 +52,51 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_SD3_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_SD3_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_SD3_STACKED = {  # part of the matrix that the layout keeps queries, keys and values in
+    "attn.to_q": ("x_block.attn.qkv", "q"),
+    "attn.to_k": ("x_block.attn.qkv", "k"),
+    "attn.to_v": ("x_block.attn.qkv", "v"),
+    "attn.add_q_proj": ("context_block.attn.qkv", "q"),
+    "attn.add_k_proj": ("context_block.attn.qkv", "k"),
+    "attn.add_v_proj": ("context_block.attn.qkv", "v"),
+}
 
 
 def to_ldm(parts: Mapping[str, Mapping[str, Tensor]], positions: bool = True) -> dict[str, Tensor]:
     """A whole model under its single-file names; tensors on the meta device do as well.
 
-    parts: the states of "unet", "vae", "text_encoder" and SDXL's "text_encoder_2"
+    parts: the states of "unet", "vae", "text_encoder" and SDXL's "text_encoder_2"; or of SD 3's
+        "transformer" and "vae", and "text_encoder" where the file has it (published ones may not)
     positions: with CLIP's `position_ids`, a buffer that the published checkpoints hold
     """
+    if "transformer" in parts:
+        out = sd3_transformer(parts["transformer"]) | ldm_vae(parts["vae"])
+        if "text_encoder" in parts:
+            out |= clip_text(parts["text_encoder"], TEXT_SD3, positions)
+        return out
     unet, text = parts["unet"], parts["text_encoder"]
     out = ldm_unet(unet) | ldm_vae(parts["vae"])
     if "text_encoder_2" in parts:
@@ -100,6 +139,32 @@ def _unet_name(name: str, layers: int, attended: set[int]) -> str:
 
 def _linear_projections(unet: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".proj_in.weight") and w.ndim == 2 for name, w in unet.items())
+
+
+def sd3_transformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SD 3's transformer under its single-file names, with queries, keys and values in one matrix.
+
+    Where a modulation has no gate (of the last context block and of the output), diffusers keeps
+    scale before shift, the layout shift before scale.
+    """
+    out = {UNET + "pos_embed": state["pos_embed.pos_embed"]}
+    stacked: dict[str, dict[str, Tensor]] = {}
+    depth = _count(state, r"transformer_blocks\.(\d+)")
+    last = f"transformer_blocks.{depth - 1}.norm1_context."
+    for name, tensor in state.items():
+        module, leaf = name.rsplit(".", 1)
+        if name.startswith((last, "norm_out.")):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if block := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module):
+            home, part = f"{UNET}joint_blocks.{block[1]}.", block[2]
+            if part in _SD3_STACKED:
+                whole, letter = _SD3_STACKED[part]
+                stacked.setdefault(f"{home}{whole}.{leaf}", {})[letter] = tensor
+            else:
+                out[f"{home}{_SD3_BLOCK[part]}.{leaf}"] = tensor
+        elif name != "pos_embed.pos_embed":
+            out[f"{UNET}{_SD3_ENDS.get(module, module)}.{leaf}"] = tensor
+    return out | {key: torch.cat([three[k] for k in "qkv"]) for key, three in stacked.items()}
 
 
 def ldm_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

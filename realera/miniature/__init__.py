@@ -1,5 +1,6 @@
 """The bundled model: a small, complete Stable-Diffusion-layout model and the judge of its pictures.
 
+It has a sibling that draws by a transformer of SD 3's layout, from the same text and latents.
 MODEL_CARD.md says what it draws and what it was made from; tools/miniature makes it again.
 `realera.families.loading.load_model("miniature")` loads it.
 """
@@ -20,6 +21,7 @@ __all__ = [
     "CONCEPTS",
     "STYLES",
     "TOKENIZER",
+    "TRANSFORMER",
     "Classifier",
     "ConceptWords",
     "load_classifier",
@@ -27,6 +29,7 @@ __all__ = [
 
 _HERE = Path(__file__).parent
 CHECKPOINT = _HERE / "miniature.safetensors"
+TRANSFORMER = _HERE / "miniature-dit.safetensors"
 TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
 

@@ -2,12 +2,14 @@
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
+`--transformer` judges the sibling, and also what each of its channels of text draws alone.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor
 
 from realera.families.loading import load_model
-from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, load_classifier
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, TRANSFORMER, load_classifier
 
 from . import data, tokens
+from .transformer import Sibling, load_sibling
+
+Draw = Callable[[list[str], int], Tensor]  # prompts and a seed to images
 
 STEPS, GUIDANCE = 20, 5.0
 
@@ -61,13 +66,13 @@ def draw(pipeline: Any, prompts: list[str], seed: int) -> Tensor:
     )
 
 
-def recognition(pipeline: Any, images: int, kinds: Iterable[str]) -> dict[str, dict[str, float]]:
+def recognition(draw: Draw, images: int, kinds: Iterable[str]) -> dict[str, dict[str, float]]:
     """Percent of at least `images` images recognised, by kind of prompt and by what was asked."""
     judge, out = load_classifier(), {}
     for kind in kinds:
         asked = prompts_by_kind()[kind]
         asked = asked * -(-images // len(asked))
-        pictures = draw(pipeline, [prompt for prompt, _ in asked], seed=1)
+        pictures = draw([prompt for prompt, _ in asked], 1)
         with torch.no_grad():
             concept, style = judge(pictures)
         names, logits = (judge.styles, style) if kind == "style" else (judge.concepts, concept)
@@ -83,12 +88,42 @@ def recognition(pipeline: Any, images: int, kinds: Iterable[str]) -> dict[str, d
     return out
 
 
-def seconds_per_image(pipeline: Any) -> float:
+def channels_alone(sibling: Sibling, images: int) -> dict[str, dict[str, float]]:
+    """Percent recognised by name when a channel says nothing, or names the concept after."""
+    names = list(CONCEPTS)
+    after = {f"a photo of the {n}": f"a photo of the {names[i - 1]}" for i, n in enumerate(names)}
+
+    def pooled_alone(prompts: list[str], seed: int) -> Tensor:
+        return sibling.draw([""] * len(prompts), seed, prompts, STEPS, GUIDANCE)
+
+    def context_alone(prompts: list[str], seed: int) -> Tensor:
+        return sibling.draw(prompts, seed, [""] * len(prompts), STEPS, GUIDANCE)
+
+    def pooled_against(prompts: list[str], seed: int) -> Tensor:
+        return sibling.draw([after[p] for p in prompts], seed, prompts, STEPS, GUIDANCE)
+
+    def context_against(prompts: list[str], seed: int) -> Tensor:
+        return sibling.draw(prompts, seed, [after[p] for p in prompts], STEPS, GUIDANCE)
+
+    ways = {
+        "pooled alone": pooled_alone,
+        "context alone": context_alone,
+        "pooled against context": pooled_against,
+        "context against pooled": context_against,
+    }
+    out = {}
+    for way, draw in ways.items():
+        print(way, end=": ")
+        out[way] = recognition(draw, images, ["name"])["name"]
+    return out
+
+
+def seconds_per_image(draw: Draw) -> float:
     """Wall time of one guided image, decoding included, the best of three."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        draw(pipeline, ["a photo of the cat"], seed=0)
+        draw(["a photo of the cat"], 0)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -150,14 +185,15 @@ def loss_curves(state: Path, out: Path) -> None:
     """The numbers that training noted, and their picture."""
     import matplotlib.pyplot as plt
 
-    stages = sorted(state.glob("*.csv"))
+    for path in state.glob("*.csv"):
+        (out / path.name).write_text(path.read_text())
+    stages = sorted(out.glob("*.csv"))
     figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False)
     for axis, path in zip(axes[0], stages, strict=True):
         header, *lines = path.read_text().splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
         axis.plot([row[0] / 60 for row in rows], [row[2] for row in rows])
         axis.set(title=path.stem, xlabel="minutes", ylabel=header.split(",")[2], yscale="log")
-        (out / path.name).write_text(path.read_text())
     figure.tight_layout()
     figure.savefig(out / "loss.png", dpi=100)
 
@@ -169,25 +205,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/miniature"))
     parser.add_argument("--folder", type=Path, help="holds node_modules: judge the classifier too")
     parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
+    parser.add_argument("--transformer", action="store_true", help="judge the sibling instead")
+    parser.add_argument("--weights", type=Path, default=TRANSFORMER, help="of the sibling")
     arguments = parser.parse_args()
-    pipeline, out = load_model("miniature").pipeline, arguments.out
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    numbers: dict[str, object] = dict(recognition(pipeline, arguments.images, arguments.kinds))
-    numbers["seconds per image"] = round(seconds_per_image(pipeline), 3)
+    pipeline, ending = load_model("miniature").pipeline, ""
+    draws: Draw = partial(draw, pipeline)
+    if arguments.transformer:
+        sibling, ending = load_sibling(arguments.weights), "-dit"
+        draws = partial(sibling.draw, steps=STEPS, guidance=GUIDANCE)
+    numbers: dict[str, object] = dict(recognition(draws, arguments.images, arguments.kinds))
+    if arguments.transformer:
+        numbers |= channels_alone(sibling, arguments.images)
+    else:
+        numbers["cosines"] = geometry(pipeline)
+    numbers["seconds per image"] = round(seconds_per_image(draws), 3)
     numbers["steps"], numbers["guidance"] = STEPS, GUIDANCE
-    numbers["cosines"] = geometry(pipeline)
     if arguments.folder:
         numbers["classifier"] = judged(arguments.folder)
     if arguments.state:
         loss_curves(arguments.state, out)
-    (out / "recognition.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (out / f"recognition{ending}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     names = list(CONCEPTS)
     rows = [f"a photo of the {n}" for n in names for _ in range(4)]
     rows += [f"a photo of the {n} in {s} style" for n in names for s in STYLES]
-    images = draw(pipeline, rows, seed=2)
+    images = draws(rows, 2)
     plain, styled = images[: 4 * len(names)], images[4 * len(names) :]
-    data.contact_sheet(plain, 12, 2).save(out / "names.png")
-    data.contact_sheet(styled, 2 * len(STYLES), 2).save(out / "styles.png")
+    data.contact_sheet(plain, 12, 2).save(out / f"names{ending}.png")
+    data.contact_sheet(styled, 2 * len(STYLES), 2).save(out / f"styles{ending}.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ships, from the training state and back: one checkpoint and the classifier, in float16."""
+"""What ships, from the training state and back: two checkpoints and the classifier, in float16."""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +12,20 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from realera.families.loading import load_model
-from realera.miniature import CHECKPOINT, CLASSIFIER, CONCEPTS, STYLES, TOKENIZER, load_classifier
+from realera.miniature import (
+    CHECKPOINT,
+    CLASSIFIER,
+    CONCEPTS,
+    STYLES,
+    TOKENIZER,
+    TRANSFORMER,
+    load_classifier,
+)
 from tools.layout import to_ldm
 
 from . import models
 from .runs import keep
+from .transformer import transformer_state
 
 HOME = CHECKPOINT.parent
 
@@ -36,15 +45,28 @@ def export(state: Path, folder: Path = HOME) -> None:
         "text_encoder": load_file(state / "text.safetensors"),
     }
     tokens = len(CLIPTokenizer.from_pretrained(str(TOKENIZER)))
+    text = {"text_encoder": models.text_config(tokens)}
+    autoencoder = models.VAE | {"scaling_factor": factor}
     config: dict[str, Any] = {
         "unet": models.UNET,
-        "vae": models.VAE | {"scaling_factor": factor},
-        "text_encoder": models.text_config(tokens),
+        "vae": autoencoder,
+        **text,
         "scheduler": models.SCHEDULER,
         "scaling_factor": factor,
     }
     tensors = _halves(to_ldm(parts, positions=False))
     keep(folder / CHECKPOINT.name, tensors, format="pt", config=json.dumps(config))
+    if (state / "transformer.safetensors").exists():
+        # as sd3_medium.safetensors: the text encoder is in a file of its own, here in CHECKPOINT
+        pair = {"transformer": load_file(state / "transformer.safetensors"), "vae": vae}
+        config = {
+            "transformer": models.TRANSFORMER,
+            "vae": autoencoder | {"shift_factor": 0.0},
+            **text,
+            "scheduler": models.FLOW,
+        }
+        sibling = _halves(to_ldm(pair))
+        keep(folder / TRANSFORMER.name, sibling, format="pt", config=json.dumps(config))
     classes = json.dumps({"concepts": list(CONCEPTS), "styles": list(STYLES)})
     judge = _halves(load_file(state / "classifier.safetensors"))
     keep(folder / CLASSIFIER.name, judge, format="pt", classes=classes)
@@ -64,6 +86,8 @@ def restore(state: Path) -> None:
         "text": pipeline.text_encoder.state_dict(),
         "classifier": load_classifier().state_dict(),
     }
+    if TRANSFORMER.exists():
+        stages["transformer"] = transformer_state(TRANSFORMER)
     for name, tensors in stages.items():
         path = state / f"{name}.safetensors"
         if not path.exists():

@@ -68,3 +68,21 @@ SCHEDULER: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+# SD 3's layout: ComfyUI takes the width for 64 times the depth, and cannot read patches of 1x1
+TRANSFORMER: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 64,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 512,  # the text encoder's 256 and then zeros, as SD 3 pads CLIP's rows
+    "caption_projection_dim": 192,
+    "pooled_projection_dim": 256,
+    "pos_embed_max_size": 4,
+    "qk_norm": "rms_norm",
+}
+
+FLOW: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0}

@@ -22,12 +22,22 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and convolutions; steps have the size that AdamW's would have at `lr`."""
+    """Muon for matrices and convolutions; steps have the size that AdamW's would have at `lr`.
+
+    dtype: to orthogonalise in; bfloat16 is exact enough, and four times as fast where the processor
+    multiplies it.
+    """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -44,15 +54,16 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(velocity, group["momentum"]).reshape(len(p), -1)
                 scale = 0.2 * max(update.shape) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalize(update).view_as(p), alpha=-group["lr"] * scale)
+                step = orthogonalize(update.to(self.dtype)).to(p.dtype)
+                p.add_(step.view_as(p), alpha=-group["lr"] * scale)
 
 
 class Optimizers:
     """Muon for matrices and convolutions, AdamW for the rest, as one."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
-        self.muon = Muon([p for p in trained if p.ndim > 1], lr=0.0)
+        self.muon = Muon([p for p in trained if p.ndim > 1], lr=0.0, dtype=dtype)
         self.adam = torch.optim.AdamW(
             [p for p in trained if p.ndim < 2], lr=0.0, betas=(0.9, 0.99), weight_decay=0.0
         )

@@ -153,8 +153,9 @@ def prepare_contexts(
 ) -> dict[str, Tensor]:
     """Rows of every training caption, encoded once.
 
-    `rows` float16 [distinct, 77, 256] (row 0 is the empty caption's), `caption` int64
-    [drawings, CAPTIONS] into it, `background` int64 [drawings, CAPTIONS], -1 where not named.
+    `rows` float16 [distinct, 77, 256] (row 0 is the empty caption's), `end` int64 [distinct] is
+    where a caption's end of text lies in them, `caption` int64 [drawings, CAPTIONS] is into both,
+    `background` int64 [drawings, CAPTIONS], -1 where not named.
     """
     path = state / "contexts.safetensors"
     if not path.exists():
@@ -172,7 +173,8 @@ def prepare_contexts(
         model = text_model(state, tokenizer)
         ids = tokens.encode(tokenizer, list(distinct))
         rows = torch.cat([model(input_ids=part).last_hidden_state.half() for part in ids.split(64)])
-        keep(path, {"rows": rows, "caption": index, "background": named})
+        end = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
+        keep(path, {"rows": rows, "end": end, "caption": index, "background": named})
         (state / "captions.txt").write_text("\n".join(distinct))
     return load_file(path)
 

@@ -1,7 +1,8 @@
 """Train the miniature from nothing: `python -m tools.miniature.train --folder .state`.
 
 The stages run in order, each is skipped once done, and a long one goes on where it stopped
-(Ctrl-C and SIGTERM save first); more minutes for the decoder or the U-Net train them further.
+(Ctrl-C and SIGTERM save first); more minutes for the decoder, the U-Net or the transformer train
+them further.
 `--export` writes what ships at any time, beside a running training too.
 """
 
@@ -20,6 +21,7 @@ from .judge import train_classifier
 from .runs import Stop
 from .text_encoder import prepare_contexts, train_text
 from .tokens import prepare_words
+from .transformer import train_transformer
 from .unet import train_unet
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--classifier-minutes", type=float, default=3)
     parser.add_argument("--decoder-minutes", type=float, default=30)
     parser.add_argument("--unet-minutes", type=float, default=300)
+    parser.add_argument("--transformer-minutes", type=float, default=90)
     arguments = parser.parse_args()
     state: Path = arguments.state
     state.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,11 @@ def main() -> None:
         return
     if not train_decoder(state, pictures, latents, arguments.decoder_minutes, stop):
         return
-    train_unet(state, latents, contexts, drawings, arguments.unet_minutes, stop)
+    conditioned = (state, latents, contexts, drawings)
+    if not train_unet(*conditioned, arguments.unet_minutes, stop):
+        return
+    if not train_transformer(*conditioned, arguments.transformer_minutes, stop):
+        return
     export(state, arguments.out)
 
 
