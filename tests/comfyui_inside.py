@@ -40,6 +40,8 @@ from comfyui_families import (
 HOME = Path(tempfile.mkdtemp())
 os.environ["REALERA_CACHE"] = str(HOME / "cache")
 
+import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -50,6 +52,8 @@ import folder_paths
 import RealEra.realera.models
 import torch
 from conformance import check_diffusion, check_text_encoder
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from RealEra.nodes import align, bundled, edit, files, mining
 from RealEra.nodes.comfy_model import ComfyDiffusion
 from RealEra.nodes.comfy_patch import ErasurePatch
@@ -57,10 +61,13 @@ from RealEra.nodes.comfy_text import ComfyText
 from RealEra.realera import algorithm
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.erasure_file import load_erasure, save_erasure
+from RealEra.realera.miniature import TRANSFORMER
 from RealEra.realera.models import CONTEXT
 from RealEra.realera.readers import readers
 from RealEra.realera.settings import Settings
 from RealEra.realera.spans import place_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
 from server import PromptServer
 
 PromptServer.instance = SimpleNamespace(
@@ -570,6 +577,24 @@ def claim_every_diffusion_does_what_the_core_asks_of_it():
         for name, diffusion in made.items():
             with naming(name):
                 check_diffusion(diffusion, RealEra.realera)
+
+
+def claim_the_bundled_transformer_is_read_whole_and_predicts_as_in_diffusers():
+    tensors, prefix = load_file(TRANSFORMER), "model.diffusion_model."
+    weights = {k.removeprefix(prefix): t.float() for k, t in tensors.items() if prefix in k}
+    layout = comfy.model_detection.detect_unet_config(tensors, prefix)
+    ours = mmdit.MMDiT(**layout, operations=comfy.ops.disable_weight_init, dtype=torch.float32)
+    ours.load_state_dict(weights)  # no key is missing, none is left over
+    with safe_open(TRANSFORMER, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    theirs = SD3Transformer2DModel.from_config(config["transformer"])
+    theirs.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(weights))
+    g = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([900.0, 300.0])
+    context = torch.randn(2, 77, 512, generator=g)
+    pooled = torch.randn(2, 256, generator=g)
+    expected = theirs(z, context, pooled, t).sample
+    assert (ours(z, t, pooled, context) - expected).abs().max() < 1e-4 * expected.std()
 
 
 @contextmanager

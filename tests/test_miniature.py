@@ -20,6 +20,7 @@ from realera.miniature import (
     CONCEPTS,
     STYLES,
     TOKENIZER,
+    TRANSFORMER,
     load_classifier,
 )
 from tools.layout import UNET, sd3_transformer
@@ -28,6 +29,7 @@ from tools.miniature.evaluate import draw
 from tools.miniature.export import export, restore
 from tools.miniature.optimizers import orthogonalize
 from tools.miniature.runs import keep
+from tools.miniature.transformer import load_sibling
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,21 @@ def test_its_metadata_describes_every_part():
     assert config["vae"]["scaling_factor"] == config["scaling_factor"]
 
 
+def test_the_transformer_is_one_small_half_precision_file_of_the_sd3_layout():
+    assert TRANSFORMER.stat().st_size <= 12e6
+    tensors = load_file(TRANSFORMER)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    assert {name.split(".")[0] for name in tensors} == {"model", "first_stage_model"}
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    shared = load_file(CHECKPOINT)
+    vae = [name for name in tensors if name.startswith("first_stage_model.")]
+    assert all(torch.equal(tensors[name], shared[name]) for name in vae)
+    with safe_open(CHECKPOINT, "pt") as one, safe_open(TRANSFORMER, "pt") as other:
+        ours, theirs = (json.loads(file.metadata()["config"]) for file in (one, other))
+    assert theirs["text_encoder"] == ours["text_encoder"]
+    assert theirs["vae"]["scaling_factor"] == ours["vae"]["scaling_factor"]
+
+
 def test_diffusers_reads_the_sd3_layout_as_what_it_was_written_from():
     torch.manual_seed(0)
     state = SD3Transformer2DModel.from_config(models.TRANSFORMER).state_dict()
@@ -84,7 +101,7 @@ def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):
     # the factor is measured on pictures, which are not here
     keep(tmp_path / "latents.safetensors", {"factor": torch.tensor(config["scaling_factor"])})
     export(tmp_path, tmp_path / "out")
-    for shipped in (CHECKPOINT, CLASSIFIER):
+    for shipped in (CHECKPOINT, CLASSIFIER, TRANSFORMER):
         exported = tmp_path / "out" / shipped.name
         with safe_open(shipped, "pt") as old, safe_open(exported, "pt") as new:
             assert new.metadata() == old.metadata()
@@ -136,6 +153,17 @@ def test_synonyms_are_not_gathered_on_one_point(end_rows):
 
 def test_it_draws_what_a_plain_name_asks_for(pipeline):
     images = draw(pipeline, [f"a photo of the {name}" for name in CONCEPTS], seed=11)
+    with torch.no_grad():
+        seen = load_classifier()(images)[0].argmax(dim=1)
+    assert (seen == torch.arange(len(CONCEPTS))).float().mean() >= 0.7
+
+
+@pytest.mark.parametrize("channels", ["both", "context", "pooled"])
+def test_the_transformer_draws_what_a_plain_name_asks_for_in_either_channel(channels):
+    prompts, nothing = [f"a photo of the {name}" for name in CONCEPTS], [""] * len(CONCEPTS)
+    context = nothing if channels == "pooled" else prompts
+    pooled = nothing if channels == "context" else prompts
+    images = load_sibling().draw(context, 11, pooled, steps=10)
     with torch.no_grad():
         seen = load_classifier()(images)[0].argmax(dim=1)
     assert (seen == torch.arange(len(CONCEPTS))).float().mean() >= 0.7

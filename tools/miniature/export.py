@@ -85,9 +85,8 @@ def restore(state: Path) -> None:
         "unet": pipeline.unet.state_dict(),
         "text": pipeline.text_encoder.state_dict(),
         "classifier": load_classifier().state_dict(),
+        "transformer": transformer_state(TRANSFORMER),
     }
-    if TRANSFORMER.exists():
-        stages["transformer"] = transformer_state(TRANSFORMER)
     for name, tensors in stages.items():
         path = state / f"{name}.safetensors"
         if not path.exists():
