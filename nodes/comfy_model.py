@@ -92,10 +92,12 @@ class ComfyDiffusion:
         generator: torch.Generator,
         steps: int = 50,
         guidance: float = 7.5,
+        one_noise: bool = False,
     ) -> Tensor:
         """Latents [n, channels, h, w] by ComfyUI's DDIM, as the core's protocol asks for it."""
-        shape = (encoding.prompts, *self.latent_shape)
+        shape = (1 if one_noise else encoding.prompts, *self.latent_shape)
         noise = torch.randn(shape, generator=generator)
+        noise = noise.expand(encoding.prompts, *self.latent_shape).contiguous()
         return self.denoise(encoding, negative, noise, steps, guidance)
 
     def denoise(

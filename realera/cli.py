@@ -20,6 +20,8 @@ from .settings import SOURCES, Settings, Training
 if TYPE_CHECKING:
     from .diffusers_model import DiffusersModel
     from .erasure import Erasure
+    from .evaluation.judges import Judge, Meter
+    from .evaluation.tasks import Task
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEMO = "airplane -> tree"
@@ -136,6 +138,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     bundled = options.model == "miniature"
     asked = asked_by(options.asked, bundled)
     judge = judge_of(asked, options.judge, options.clip, bundled, _device(options))
+    if options.vocabulary or options.sample:
+        _evaluate_vocabulary(options, asked, judge)
+        return
     images = options.images or (20 if isinstance(asked, Task) else 1)
     model = _model(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
@@ -148,6 +153,38 @@ def run_evaluate(options: argparse.Namespace) -> None:
             judge,
             images,
             seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(told)
+
+
+def _evaluate_vocabulary(
+    options: argparse.Namespace, asked: "Task | list[str]", judge: "Judge | Meter"
+) -> None:
+    from dataclasses import replace
+
+    from .erasure_file import load_erasure
+    from .evaluation.tasks import Task
+    from .evaluation.vocabulary import COARSE, chosen_words, knowing
+    from .outputs import leave_vocabulary
+
+    if options.images:
+        raise ValueError("--vocabulary draws one image a word: leave out --images")
+    if not isinstance(asked, Task):
+        raise ValueError("--vocabulary asks for words of its own: name a concept, not a file")
+    judge = knowing(judge, asked.concept)
+    model = _model(options)
+    erasures = {str(path): load_erasure(path) for path in options.erasures}
+    with _bar("words") as progress:
+        told = leave_vocabulary(
+            Path(options.out),
+            model,
+            erasures,
+            asked.concept,
+            judge,
+            chosen_words(model.text.words(), options.sample, options.seed),
+            sampling=replace(COARSE, seed=options.seed),
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -372,6 +409,15 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--images", type=_positive, help="per prompt; 20, and 1 for a file of prompts, unless given"
     )
+    judge.add_argument(
+        "--vocabulary", action="store_true",
+        help="instead: draw every word of the tokenizer's vocabulary, and tell how many still draw "
+        "the concept (residue) and how many others draw what they drew (kept)",
+    )  # fmt: skip
+    judge.add_argument(
+        "--sample", type=_positive, metavar="N", help="of so many words of the vocabulary, chosen "
+        "at random",
+    )  # fmt: skip
     judge.add_argument("--seed", type=int, default=0)
     judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
     judge.add_argument("--overwrite", action="store_true")

@@ -113,10 +113,11 @@ class Diffusion(Protocol):
         generator: torch.Generator,
         steps: int,
         guidance: float,
+        one_noise: bool = False,
     ) -> Tensor:
         """One latent per prompt of `encoding` by deterministic DDIM: float32 [n, c, h, w].
 
-        negative: of as many prompts, or of one for all
+        negative: of as many prompts, or of one for all; one_noise: all begin at the same noise
         """
 
     def decode(self, latents: Tensor) -> Tensor:

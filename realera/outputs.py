@@ -1,5 +1,6 @@
 """What `realera erase` leaves in a folder: checkpoint, LoRA, erasure, scope report, pictures."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from .algorithm import Mining, outreach
 from .checkpoints import write_checkpoint, write_lora
 from .erasure import Erasure, applied
 from .erasure_file import save_erasure
-from .evaluation.judges import Judge, Meter, NudeNet
+from .evaluation.judges import Classifier, Judge, Meter, NudeNet
 from .evaluation.report import Sampling, draw, evaluate, survey, table, write
 from .evaluation.tasks import Task
+from .evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
 from .files import writing
 from .models import CONTEXT, Diffusion
 from .scope import Reach
@@ -23,6 +25,8 @@ from .scope import Reach
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 STATE = "alignment-state.safetensors"
 EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
+VOCABULARY = ("vocabulary.json", "vocabulary.txt")
+DRAWN = "vocabulary-state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,7 @@ def leave_evaluation(
 
     Returns the table. Raises FileExistsError and ValueError before anything is drawn.
     """
-    for name in EVALUATION:
-        if (folder / name).exists() and not overwrite:
-            raise FileExistsError(f"{folder / name} exists: choose another --out or --overwrite")
-    for erasure in erasures.values():
-        with applied(erasure, model.network):
-            pass  # one that does not fit is refused here
+    _refuse(folder, EVALUATION, model, erasures, overwrite)
     measure: Any = evaluate if isinstance(asked, Task) else survey
 
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
@@ -158,6 +157,63 @@ def leave_evaluation(
         grid = pictures.grid(rows, list(results), prompts)
     write(folder, reports, grid, overwrite)
     return table(reports)
+
+
+def leave_vocabulary(
+    folder: Path,
+    model: Diffusion,
+    erasures: Mapping[str, Erasure],
+    concept: str,
+    judge: Classifier,
+    words: Sequence[str],
+    *,
+    sampling: Sampling = COARSE,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Draws every word before and after every erasure, and writes down what was lost and what not.
+
+    Returns the table and the words. What was drawn before an interruption is not drawn again.
+    Raises FileExistsError and ValueError before anything is drawn.
+    """
+    _refuse(folder, VOCABULARY, model, erasures, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def drawn(done: int) -> torch.Tensor:
+        def on_words(some: int, total: int) -> None:
+            progress(done * total + some, (1 + len(erasures)) * total)
+
+        return drawn_words(model, words, judge, sampling, on_words, folder / DRAWN)
+
+    before = drawn(0)
+    reports: dict[str, Vocabulary] = {}
+    for number, (name, erasure) in enumerate(erasures.items(), 1):
+        with applied(erasure, model.network):
+            reports[name] = compare(concept, words, judge, before, drawn(number), sampling)
+    reports = reports or {"original": compare(concept, words, judge, before, before, sampling)}
+    told = [table(reports), *(f"{name}\n{report.told()}" for name, report in reports.items())]
+    stored = {name: report.to_dict() for name, report in reports.items()}
+    contents = (json.dumps(stored, indent=1), "\n\n".join(told))
+    for name, content in zip(VOCABULARY, contents, strict=True):
+        with writing(folder / name, overwrite) as part:
+            part.write_text(content + "\n", "utf-8")
+    return "\n\n".join(told)
+
+
+def _refuse(
+    folder: Path,
+    names: Sequence[str],
+    model: Diffusion,
+    erasures: Mapping[str, Erasure],
+    overwrite: bool,
+) -> None:
+    """Before anything is drawn: files that exist, and erasures that do not fit the model."""
+    for name in names:
+        if (folder / name).exists() and not overwrite:
+            raise FileExistsError(f"{folder / name} exists: choose another --out or --overwrite")
+    for erasure in erasures.values():
+        with applied(erasure, model.network):
+            pass
 
 
 def scope_text(reaches: Sequence[Reach], count: int) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -269,7 +269,13 @@ def survey(
 # ---------------------------------------------------------------- what is written
 
 
-def table(reports: Mapping[str, Report | Survey]) -> str:
+class Row(Protocol):
+    """A report, as a line of a table."""
+
+    def row(self) -> dict[str, float]: ...
+
+
+def table(reports: Mapping[str, Row]) -> str:
     """Reports as a plain-text table, one line each."""
     rows = {name: report.row() for name, report in reports.items()}
     longest_first = sorted(rows.values(), key=len, reverse=True)

@@ -1,0 +1,176 @@
+"""Does the vocabulary's judge count what it says it counts?"""
+
+import json
+
+import pytest
+import torch
+
+from realera.cli import main
+from realera.erasure_file import save_erasure
+from realera.evaluation import vocabulary
+from realera.evaluation.judges import Classifier, NudeNet
+from realera.evaluation.report import Sampling
+from realera.evaluation.vocabulary import chosen_words, compare, drawn_words, knowing
+
+CLASSES = ("dog", "cat", "ship")
+ONE_STEP = Sampling(steps=1, batch=2)
+
+
+def probabilities(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+@pytest.fixture
+def judge():
+    """Sees which of three parts of a picture is the brightest; and how many pictures at a look."""
+    seen = []
+
+    def logits(images):
+        seen.append(len(images))
+        parts = images.chunk(3, dim=-1)
+        return 100 * torch.stack([part.mean((1, 2, 3)) for part in parts], dim=-1)
+
+    return Classifier("brightest part", CLASSES, logits), seen
+
+
+def test_residue_is_of_the_words_that_drew_the_concept_and_kept_of_those_that_surely_did_not():
+    words = ["puppy", "screen", "kitty", "thing", "boat", "tail"]
+    before = probabilities(
+        [0.9, 0.1, 0.0],
+        [0.4, 0.3, 0.3],  # draws a dog, if not surely
+        [0.1, 0.9, 0.0],
+        [0.1, 0.8, 0.1],  # not surely a cat: more than 0.8 is
+        [0.0, 0.0, 1.0],
+        [0.7, 0.3, 0.0],
+    )
+    after = probabilities(
+        [0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [1, 0, 0], [0.3, 0.4, 0.3], [0, 1, 0]
+    )
+    found = compare("dog", words, Classifier("eye", CLASSES, lambda x: x), before, after)
+    assert found.drew == ("puppy", "screen", "tail") and found.still == ("screen",)
+    assert found.sure == 2 and found.lost == {"boat": ("ship", "cat")}
+    assert found.residue == pytest.approx(100 / 3) and found.kept == 50
+    assert found.h_v == pytest.approx(2 / (3 / 200 + 1 / 50))
+    assert "still draw dog (1 of 3 words): screen" in found.told()
+    assert "boat (ship → cat)" in found.told()
+    assert json.loads(json.dumps(found.to_dict()))["metrics"]["kept"] == 50
+
+
+def test_where_there_is_nothing_to_count_no_number_is_made_up():
+    sure = probabilities([0, 1, 0])
+    found = compare("dog", ["kitty"], Classifier("eye", CLASSES, lambda x: x), sure, sure)
+    assert found.residue != found.residue and found.h_v != found.h_v and found.kept == 100
+    assert found.to_dict()["metrics"]["h_v"] is None
+
+
+def test_a_sample_is_seeded_and_keeps_the_order():
+    words = [f"word {k:03}" for k in range(200)]
+    some = chosen_words(words, 50, seed=1)
+    assert len(some) == 50 and some == sorted(some) == chosen_words(words, 50, seed=1)
+    assert some != chosen_words(words, 50, seed=2)
+    assert chosen_words(words, None) == chosen_words(words, 1000) == words
+
+
+def test_all_words_are_drawn_from_one_noise_whatever_the_batch(tiny_model, judge):
+    judge, _ = judge
+    words = ["cat", "dog", "cat", "ship", "cat"]
+    one = drawn_words(tiny_model, words, judge, Sampling(steps=1, batch=5))
+    assert one.shape == (5, 3) and torch.allclose(one.sum(1), torch.ones(5))
+    assert torch.allclose(one[0], one[2], atol=1e-3) and torch.allclose(one[0], one[4], atol=1e-3)
+    alone = torch.cat([drawn_words(tiny_model, [word], judge, ONE_STEP) for word in words])
+    assert torch.allclose(alone, one, atol=2e-3)
+
+
+def test_what_was_drawn_is_not_drawn_again(tiny_model, judge, tmp_path):
+    judge, seen = judge
+    words = ["apple", "house", "tree"]
+    first = drawn_words(tiny_model, words, judge, ONE_STEP, state=tmp_path / "state")
+    looks = len(seen)
+    assert torch.equal(first, drawn_words(tiny_model, words, judge, ONE_STEP))
+    assert len(seen) == looks + 1  # only at nothing, which tells judges apart
+    assert not [*tmp_path.iterdir()]
+    other = drawn_words(tiny_model, words, judge, Sampling(steps=1, batch=2, seed=1))
+    assert not torch.equal(first, other)
+
+
+def test_a_run_that_is_interrupted_goes_on(tiny_model, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "SAVED", 1)
+    judge, seen = judge
+    words, state = ["bird", "fish", "frog", "deer", "horse", "truck"], tmp_path / "state"
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drawn_words(tiny_model, words, judge, ONE_STEP, stop, state)
+    assert state.exists()
+    seen.clear()
+    done = []
+    found = drawn_words(tiny_model, words, judge, ONE_STEP, lambda *at: done.append(at), state)
+    assert done == [(6, 6)] and sum(seen) == 1 + 2
+    alone = torch.cat([drawn_words(tiny_model, [word], judge, ONE_STEP) for word in words])
+    assert torch.allclose(found, alone, atol=2e-3)
+    # and never with what was drawn of other words
+    with pytest.raises(KeyboardInterrupt):
+        drawn_words(tiny_model, words[::-1], judge, ONE_STEP, stop, state)
+    done.clear()
+    drawn_words(tiny_model, words[1:], judge, ONE_STEP, lambda *at: done.append(at), state)
+    assert done == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_judge_that_does_not_know_the_concept_is_refused_with_what_it_knows(judge):
+    with pytest.raises(ValueError, match="knows no 'toaster'; it knows dog, cat, ship"):
+        knowing(judge[0], "toaster")
+    with pytest.raises(ValueError, match="--judge clip"):
+        knowing(NudeNet(detector=None), "dog")
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory):
+    from realera.algorithm import erase, mine
+    from realera.concepts import parse_concepts
+    from realera.families.loading import load_text
+    from realera.settings import Settings
+
+    path = tmp_path_factory.mktemp("erasure") / "erasure.safetensors"
+    settings = Settings(source="isotropic", neighbors=0, beyond=0, bank=False)  # the quickest
+    mining = mine(load_text("miniature"), parse_concepts("dog -> flower"), settings)
+    save_erasure(erase(mining), path)
+    return str(path)
+
+
+def test_the_command_tells_numbers_and_words(erased, tmp_path, capsys):
+    arguments = ["evaluate", "miniature", "dog", erased, "--vocabulary", "--sample", "48"]
+    assert main([*arguments, "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "vocabulary.txt").read_text("utf-8")
+    assert "H_v" in printed and "still draw dog" in printed
+    report = json.loads((tmp_path / "vocabulary.json").read_text("utf-8"))[erased]
+    assert report["words"] == 48 and len(report["drew"]) > 0
+    assert report["metrics"]["kept"] > 50 and report["settings"]["steps"] == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"vocabulary.txt", "vocabulary.json"}
+    assert main([*arguments, "-o", str(tmp_path)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["dog", "--images", "2"], "leave out --images"),
+        (["FILE", "--judge", "nudity"], "name a concept, not a file"),
+        (["toaster"], "draws no 'toaster'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, reason, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    arguments = [str(tmp_path / "prompts.txt") if a == "FILE" else a for a in arguments]
+    out = tmp_path / "out"
+    code = main(["evaluate", "miniature", *arguments, "--vocabulary", "-o", str(out)])
+    assert code == 1 and reason in capsys.readouterr().err and not out.exists()
+
+
+def test_a_score_that_names_no_class_is_refused(singles, clip_folder, tmp_path, capsys):
+    arguments = ["evaluate", str(singles["sd1"]), "Van Gogh", "--vocabulary"]
+    assert main([*arguments, "--clip", str(clip_folder), "-o", str(tmp_path / "out")]) == 1
+    assert "names no class" in capsys.readouterr().err
