@@ -79,7 +79,7 @@ def mine_neighbors(
     """Alg. 1, l. 1-12: the pairs and their neighbours, and nothing beyond yet."""
     pairs = encode_pairs(text, concepts)
     for word in settings.exclude:
-        _refuse_named(pairs, word, "the word to leave out")
+        _refuse_named(pairs.concepts, word, "the word to leave out")
     defaults = {name: getattr(DEFAULTS, name) for name in BEYOND}
     settings = replace(settings, **{**defaults, "beyond": 0})
     ring = _ring(text, pairs, settings, progress)
@@ -119,19 +119,42 @@ def erase(
 
     source: what to note about the model the erasure was made for.
     """
-    settings = mining.settings
-    bank = _bank(mining.text, mining.pairs, settings, progress) if settings.bank else None
+    pairs = mining.pairs
+    return fit(
+        mining.text,
+        collect(mining),
+        pairs.concepts,
+        pairs.summary,
+        mining.settings,
+        source,
+        progress,
+    )
+
+
+def fit(
+    text: TextEncoder,
+    sums: Mapping[str, Sums],
+    concepts: Sequence[Concept],
+    summary: Tensor,
+    settings: Settings,
+    source: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
+) -> Erasure:
+    """`erase` of sums that are there already; summary: of the concepts' prompts, as in `Pairs`."""
+    kept = None
+    if settings.bank:
+        bank = encode_bank(text, progress=progress)
+        kept = spare_concepts(bank, text, concepts, summary, settings.bank_limit).kept
     provenance = {
-        "concepts": [asdict(concept) for concept in mining.pairs.concepts],
+        "concepts": [asdict(concept) for concept in concepts],
         "settings": asdict(settings),
         "source": dict(source or {}),
-        "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
-    kept = None if bank is None else bank.kept
-    return Erasure.fit(collect(mining), kept, settings.lambda1, settings.lambda2, provenance)
+    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:  # the closed form in ComfyUI needs neither diffusers nor peft
@@ -185,9 +208,18 @@ def align_erasure(
     refuse_foreign(erasure, mining)
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, seed=training.seed)
-    lesson = Lesson(mining.ring, mining.settings.beyond > 0, erasure, anchors)
-    lora = align(model, lesson, training, on_step=on_step, state=state)
+    lora = align(model, lesson_of(mining, erasure, anchors), training, on_step=on_step, state=state)
     return erasure.with_lora(lora, asdict(training))
+
+
+def lesson_of(mining: Mining, erasure: Erasure, anchors: Tensor) -> Lesson:
+    """What a LoRA is trained on to go on top of an erasure of what was mined, among others."""
+    ring, beyond = mining.ring, mining.settings.beyond > 0
+    if isinstance(ring, WordRing):
+        # A concept among thousands may have no word outside that is not nearer to another one.
+        beyond = beyond and set(ring.far.pair.tolist()) == set(mining.pairs.first.tolist())
+        ring.encode_all()
+    return Lesson(ring, beyond, erasure, anchors)
 
 
 def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Ring:
@@ -196,12 +228,9 @@ def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progres
         return word_ring(text, pairs, settings, progress)
     if settings.source == "isotropic":
         return noise_ring(pairs, settings)
-    bank = _bank(text, pairs, settings, progress)
+    bank = encode_bank(text, progress=progress)
+    bank = spare_concepts(bank, text, pairs.concepts, pairs.summary, settings.bank_limit)
     return noise_ring(pairs, settings, candidates(text, bank))
-
-
-def _bank(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Bank:
-    return spare_concepts(encode_bank(text, progress=progress), text, pairs, settings.bank_limit)
 
 
 def candidates(text: TextEncoder, bank: Bank) -> Encoding:
@@ -210,22 +239,10 @@ def candidates(text: TextEncoder, bank: Bank) -> Encoding:
 
 
 def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settings) -> Mined:
-    """Beyond points and whole prompts that the user names, whose every row keeps its outputs.
-
-    The words that were left out of the ring are among them, in every template of the concepts.
-    """
-    for prompt in settings.preserve:
-        _refuse_named(pairs, prompt, "the prompt to preserve")
-    left_out = [
-        template.replace("{}", word)
-        for word in settings.exclude
-        for concept in pairs.concepts
-        for template in concept.templates
-    ]
-    prompts = tuple(dict.fromkeys([*settings.preserve, *left_out]))
+    """Beyond points, and the prompts to preserve, whose every row keeps its outputs."""
+    prompts = preserved_prompts(text, pairs.concepts, settings)
     if not prompts:
         return beyond
-    refuse_long(text, prompts)
     rows = text.encode(prompts)
     e = Encoding.cat([beyond.e, rows])
     everywhere = {s: torch.ones_like(r[..., 0], dtype=torch.bool) for s, r in rows.items()}
@@ -234,8 +251,28 @@ def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settin
     return Mined(e, e, span, pair, (*beyond.words, *prompts))
 
 
-def _refuse_named(pairs: Pairs, prompt: str, what: str) -> None:
-    for concept in pairs.concepts:
+def preserved_prompts(
+    text: TextEncoder, concepts: Sequence[Concept], settings: Settings
+) -> tuple[str, ...]:
+    """The prompts that the user names, and the words that were left out of the ring in every
+    template of the concepts.
+
+    Raises ValueError for one that names a concept to be erased or that the encoder cuts off.
+    """
+    for word in settings.exclude:
+        _refuse_named(concepts, word, "the word to leave out")
+    for prompt in settings.preserve:
+        _refuse_named(concepts, prompt, "the prompt to preserve")
+    templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
+    left_out = [template.replace("{}", word) for word in settings.exclude for template in templates]
+    prompts = tuple(dict.fromkeys([*settings.preserve, *left_out]))
+    if prompts:
+        refuse_long(text, prompts)
+    return prompts
+
+
+def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
+    for concept in concepts:
         if holds_name(prompt, concept.name):
             raise ValueError(
                 f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "

@@ -14,9 +14,8 @@ from torch.nn.functional import normalize
 
 from .cache import cached
 from .closed_form import Kept
-from .concepts import holds_name
+from .concepts import Concept, holds_name
 from .models import Encoding, TextEncoder
-from .pairs import Pairs
 from .spans import summaries
 
 BATCH = 64
@@ -85,19 +84,23 @@ def encode_bank(
     return Bank(prompts, grams, made["summary"])
 
 
-def spare_concepts(bank: Bank, text: TextEncoder, pairs: Pairs, limit: float) -> Bank:
+def spare_concepts(
+    bank: Bank, text: TextEncoder, concepts: Sequence[Concept], summary: Tensor, limit: float
+) -> Bank:
     """The bank without the prompts that mean what is to be erased.
 
     A prompt is dropped when it names a concept, or when the centred cosine between its summary row
     and that of any concept prompt is at least `limit`.
+
+    summary: of the concepts' prompts, [prompts, dim], as `Pairs` has it
     """
     centre = bank.summary.mean(0)
-    own, all_rows = (normalize(rows - centre, dim=-1) for rows in (pairs.summary, bank.summary))
+    own, all_rows = (normalize(rows - centre, dim=-1) for rows in (summary, bank.summary))
     close = ((all_rows @ own.T).amax(1) >= limit).tolist()  # of [bank prompts, prompts]
     dropped = tuple(
         prompt
         for prompt, near in zip(bank.prompts, close, strict=True)
-        if prompt and (near or any(holds_name(prompt, c.name) for c in pairs.concepts))
+        if prompt and (near or any(holds_name(prompt, c.name) for c in concepts))
     )
     if not dropped:
         return bank

@@ -3,10 +3,12 @@
 Text only: nothing here knows a tokenizer or a tensor.
 """
 
+import csv
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 TEMPLATES = (
@@ -23,6 +25,7 @@ STYLE_TEMPLATES = (
     "art by {}",
     "{}",
 )
+COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV file; the first two are needed
 # Letters of scripts that put no space between words: Thai to Khmer, kana, Chinese.
 UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -67,11 +70,16 @@ def holds_name(prompt: str, name: str) -> bool:
 
     Where words have no spaces between them, wherever the name stands.
     """
-    prompt, name = (unicodedata.normalize("NFC", text) for text in (prompt, name.strip()))
+    return _named(name).search(unicodedata.normalize("NFC", prompt)) is not None
+
+
+@cache  # a thousand concepts are looked for in a thousand prompts
+def _named(name: str) -> re.Pattern[str]:
+    name = unicodedata.normalize("NFC", name.strip())
     letter = rf"[^\W{UNSPACED}]"  # of a word that ends where a space is
     before = rf"(?<!{letter})" if re.match(letter, name) else ""
     after = rf"(?!{letter})" if re.match(letter, name[-1:]) else ""
-    return re.search(before + re.escape(name) + after, prompt, re.IGNORECASE) is not None
+    return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
 def lines(text: str) -> list[str]:
@@ -120,3 +128,71 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
     if not concepts:
         raise ValueError("no concept to erase: write one 'concept -> anchor' a line")
     return tuple(concepts.values())
+
+
+def read_concepts(
+    path: str, templates: Sequence[str] = TEMPLATES
+) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    """The concepts of a CSV file with the columns COLUMNS, and the words to leave out of all rings.
+
+    Templates and words to leave out stand between bars, "a photo of {}|{}"; `templates` where a row
+    has none. Raises ValueError that names the line of a wrong column, of a concept that is named
+    twice, of an anchor that is another line's concept and of a word to leave out that is one.
+    """
+    found: dict[str, tuple[int, Concept]] = {}  # by folded name: its line and itself
+    left_out: dict[str, int] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            head = [name.strip().casefold().replace("_", " ") for name in rows.fieldnames or ()]
+            wrong = [name for name in head if name not in COLUMNS]
+            if wrong or not {"concept", "anchor"} <= set(head):
+                what = f"the column {wrong[0]!r} is unknown" if wrong else "a column is missing"
+                raise ValueError(
+                    f"{path}, line 1: {what}: the first line names the columns, "
+                    f"{', '.join(COLUMNS)}; concept and anchor are needed"
+                )
+            rows.fieldnames = head
+            for row in rows:
+                line = rows.line_num
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, line {line}: it has not the {len(head)} columns of the first "
+                        'line: put "quotes" around a text that holds a comma'
+                    )
+                cells = {name: text.strip() for name, text in row.items()}
+                if not any(cells.values()):
+                    continue
+                own = [text.strip() for text in cells.get("templates", "").split("|")]
+                try:
+                    some = tuple(filter(None, own)) or tuple(templates)
+                    concept = Concept(cells["concept"], cells["anchor"], some)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {line}: {error}") from error
+                before = found.setdefault(concept.name.casefold(), (line, concept))
+                if before[0] != line:
+                    raise ValueError(
+                        f"{path}, line {line}: {concept.name!r} stands in line {before[0]} "
+                        "already: keep one of the two"
+                    )
+                for word in filter(None, map(str.strip, cells.get("leave out", "").split("|"))):
+                    left_out.setdefault(word, line)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no concept: write one a line below the columns' names")
+    for line, concept in found.values():
+        other = found.get(concept.anchor.casefold())
+        if other is not None:
+            raise ValueError(
+                f"{path}, line {line}: the anchor {concept.anchor!r} is itself to be erased in "
+                f"line {other[0]}: choose another anchor"
+            )
+    for word, line in left_out.items():
+        for other_line, concept in found.values():
+            if holds_name(word, concept.name):
+                raise ValueError(
+                    f"{path}, line {line}: the word to leave out {word!r} names the concept of "
+                    f"line {other_line}: take it from one of the two"
+                )
+    return tuple(concept for _, concept in found.values()), tuple(left_out)

@@ -8,13 +8,14 @@ points; nothing is random but their choice, and a user can read them and strike 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from .cache import cached
+from .concepts import Concept
 from .models import Encoding, TextEncoder
 from .pairs import Mined, Pairs
 from .settings import Settings
@@ -24,22 +25,58 @@ from .spans import Places, place_rows
 # concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
 NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # between two calls of progress
+CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Phrases:
-    """Words in the first template of the concept each is nearest to, as encoded.
+class Choice:
+    """Which words lie around which concept, as names: none is encoded in full yet.
 
-    e: their prompts; places: as `spans.place_rows` gives them
-    pair: int64 [n], the pair of that concept and template
+    near: number of a concept and a word inside its ring, the concept's own name first, then nearest
+        first; far: those just outside
+    cosine: word -> cosine with its concept, of these and of the struck ones
+    centre: the vocabulary's mean, [concepts, dim]
     """
 
-    words: tuple[str, ...]
-    e: Encoding
-    places: Places
+    near: tuple[tuple[int, str], ...]
+    far: tuple[tuple[int, str], ...]
+    cosine: dict[str, float]
+    centre: Tensor
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Words in the first template of the concept each is nearest to, encoded when they are drawn.
+
+    rows: word, anchor and template of each; pair: int64 [n], the pair of that concept and template
+    """
+
+    text: TextEncoder = field(repr=False)
+    rows: tuple[tuple[str, str, str], ...]
     pair: Tensor
+    read: dict[int, tuple[Encoding, Places]] = field(default_factory=dict, repr=False)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(word for word, _, _ in self.rows)
+
+    def take(self, index: Tensor) -> tuple[Encoding, Places]:
+        """The words of int64 `index` [n > 0] as encoded, and as `spans.place_rows` places them."""
+        new = sorted(set(index.tolist()) - self.read.keys())
+        if new:
+            rows = [self.rows[k] for k in new]
+            e = self.text.encode([template.replace("{}", word) for word, _, template in rows])
+            places = place_rows(self.text, rows, e)
+            for n, k in enumerate(new):
+                one = torch.tensor([n])
+                self.read[k] = e.take(one), places.take(one)
+        found = [self.read[k] for k in index.tolist()]
+        streams = {
+            s: torch.cat([places.streams[s] for _, places in found]) for s in found[0][1].streams
+        }
+        return Encoding.cat([e for e, _ in found]), Places(streams)
 
 
 @dataclass(frozen=True)
@@ -47,8 +84,7 @@ class WordRing:
     """As `pairs.Ring`, of words.
 
     near: the words inside the ring, nearest first; far: those just outside, nearest first
-    cosine: word -> cosine with its concept, of these and of the struck ones
-    centre: the vocabulary's mean, [concepts, dim]
+    cosine, centre: as `Choice` has them
     """
 
     pairs: Pairs
@@ -82,23 +118,48 @@ class WordRing:
         words = sorted(self.cosine.items(), key=lambda item: -item[1])
         return [(word, cosine, word in mined) for word, cosine in words]
 
+    def encode_all(self) -> None:
+        """Encodes the words that were not drawn yet: while a network trains is no time for it."""
+        for words in (self.near, self.far):
+            if len(words.pair):
+                words.take(torch.arange(len(words.pair)))
+
+    def mined(self, words: Phrases, take: Tensor) -> Mined:
+        """The neighbours of int64 `take`, of near or far words."""
+        pair = words.pair[take]
+        if not len(take):
+            nothing = self.pairs.e.take(take)
+            span = {s: rows[take.to(rows.device)] for s, rows in self.pairs.span.items()}
+            return Mined(nothing, nothing, span, pair)
+        e, places = words.take(take)
+        target = places.target(e, self.pairs.anchor.take(pair))
+        return Mined(e, target, places.span, pair, tuple(words.rows[k][0] for k in take.tolist()))
+
     def _draw(
         self, words: Phrases, count: int, generator: torch.Generator, of: Sequence[int] | None
     ) -> Mined:
-        """In the order of `of`; as long as there are enough, pairs of one concept get different
-        words."""
-        first, concept = self.pairs.first, self.pairs.concept.tolist()
-        shuffled = torch.randperm(len(words.pair), generator=generator)
-        asked: Counter[int] = Counter()  # how often each concept was, so that no two get one word
-        parts = [words.pair[:0]]
-        for n in (concept[i] for i in (first.tolist() if of is None else of)):
-            own = shuffled[words.pair[shuffled] == first[n]]
-            parts.append(own.roll(-count * asked[n])[:count])
-            asked[n] += 1
-        take = torch.cat(parts)
-        e, places, pair = words.e.take(take), words.places.take(take), words.pair[take]
-        target = places.target(e, self.pairs.anchor.take(pair))
-        return Mined(e, target, places.span, pair, tuple(words.words[k] for k in take.tolist()))
+        concept = self.pairs.concept
+        asked = (self.pairs.first.tolist()) if of is None else of
+        whose = concept[words.pair]
+        return self.mined(words, drawn(whose, count, generator, concept[list(asked)].tolist()))
+
+
+def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
+    """`count` words at random of each of the concepts `of`, or all where there are fewer: int64.
+
+    In the order of `of`; as long as there are enough, a concept that is asked for again gets other
+    words. whose: the number of every word's concept, int64 [words]
+    """
+    shuffled = torch.randperm(len(whose), generator=generator)
+    by_concept = shuffled[whose[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(whose, minlength=max(of, default=0) + 1)
+    own = by_concept.split(sizes.tolist())
+    asked: Counter[int] = Counter()  # how often each concept was
+    parts = [shuffled[:0]]
+    for n in of:
+        parts.append(own[n].roll(-count * asked[n])[:count])
+        asked[n] += 1
+    return torch.cat(parts)
 
 
 def word_ring(
@@ -109,55 +170,97 @@ def word_ring(
 ) -> WordRing:
     """Compares the vocabulary and the user's words with every concept in its first template.
 
-    Words whose centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless
-    the user struck them out; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when
-    a concept has no word outside of its ring.
+    Raises ValueError as `choose_words`.
+    """
+    own = pairs.summary[pairs.first]
+    choice = choose_words(text, pairs.concepts, own, settings, progress)
+    return ring_of(text, pairs, settings, choice)
+
+
+def ring_of(text: TextEncoder, pairs: Pairs, settings: Settings, choice: Choice) -> WordRing:
+    """The ring of the words that were chosen around these pairs' concepts."""
+    first = pairs.first.tolist()
+
+    def phrases(chosen: Sequence[tuple[int, str]]) -> Phrases:
+        concepts = [pairs.concepts[number] for number, _ in chosen]
+        rows = [
+            (word, c.anchor, c.templates[0]) for (_, word), c in zip(chosen, concepts, strict=True)
+        ]
+        pair = torch.tensor([first[number] for number, _ in chosen], dtype=torch.int64)
+        return Phrases(text, tuple(rows), pair)
+
+    (s2, s1), outer = settings.cosines, settings.farthest
+    near, far = phrases(choice.near), phrases(choice.far)
+    return WordRing(pairs, s1, s2, outer, near, far, choice.cosine, choice.centre)
+
+
+def choose_words(
+    text: TextEncoder,
+    concepts: Sequence[Concept],
+    own: Tensor,
+    settings: Settings,
+    progress: Progress = lambda done, total: None,
+) -> Choice:
+    """The words around every concept; each belongs to the concept that it is nearest to.
+
+    own: the summary row of every concept in its first template, [concepts, dim]. Words whose
+    centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless the user
+    struck them out; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when no
+    word is left outside of the rings.
     """
     (s2, s1), outer = settings.cosines, settings.farthest
     struck = {word.casefold() for word in settings.exclude}
-    names = {concept.name.casefold() for concept in pairs.concepts}
+    names = {concept.name.casefold() for concept in concepts}
     vocabulary = text.words()
     known = torch.tensor([word.casefold() not in names for word in vocabulary], dtype=torch.bool)
     listed = {word for word, keep in zip(vocabulary, known.tolist(), strict=True) if keep}
     added = [w for w in dict.fromkeys(settings.words) if w.casefold() not in names | listed]
     words = [word for word in vocabulary if word in listed] + added
 
-    templates = [concept.templates[0] for concept in pairs.concepts]
-    rows, centre = {}, {}
+    templates = [concept.templates[0] for concept in concepts]
+    middles = torch.empty_like(own)
+    cosine = torch.full((len(words),), -2.0)
+    nearest = torch.zeros(len(words), dtype=torch.int64)
     for template in dict.fromkeys(templates):
-        own = vocabulary_rows(text, template, progress)[known]
+        rows = vocabulary_rows(text, template, progress)[known]
         # Around the vocabulary alone: what the user adds does not move the words that are there.
-        centre[template] = own.mean(0)
-        rows[template] = torch.cat([own, word_rows(text, template, added)]) if added else own
-    cosine, nearest = torch.stack(
-        [
-            cosine_similarity(e - centre[t], rows[t] - centre[t], dim=-1)
-            for e, t in zip(pairs.summary[pairs.first], templates, strict=True)
-        ]
-    ).max(0)
-    order = cosine.argsort(descending=True, stable=True).tolist()
+        centre = rows.mean(0)
+        if added:
+            rows = torch.cat([rows, word_rows(text, template, added)])
+        around = normalize(rows - centre, dim=-1)
+        for numbers in torch.tensor([n for n, t in enumerate(templates) if t == template]).split(
+            CONCEPTS_AT_ONCE
+        ):
+            middles[numbers] = centre
+            closest, which = (around @ normalize(own[numbers] - centre, dim=-1).T).max(1)
+            closer = closest > cosine  # of two alike, the concept that comes first
+            cosine[closer], nearest[closer] = closest[closer], numbers[which[closer]]
+    order = cosine.argsort(descending=True, stable=True)
 
-    found: dict[str, float] = {}
-    near: list[tuple[int, str]] = []  # the index of a pair and a word to go with it
+    inside: list[list[int]] = [[] for _ in concepts]
+    below: list[list[int]] = [[] for _ in concepts]
+    triples = zip(order.tolist(), nearest[order].tolist(), cosine[order].tolist(), strict=True)
+    for k, number, closeness in triples:
+        if closeness <= s1:
+            if closeness >= s2 and len(inside[number]) < NEAR_WORDS - 1:
+                inside[number].append(k)
+            if closeness < outer and len(below[number]) < FAR_WORDS:
+                below[number].append(k)
+    near: list[tuple[int, str]] = []
     far: list[tuple[int, str]] = []
-    for number, concept in enumerate(pairs.concepts):
-        own_words = [k for k in order if int(nearest[k]) == number and cosine[k] <= s1]
-        inside = [k for k in own_words if cosine[k] >= s2][: NEAR_WORDS - 1]
-        below = [k for k in own_words if cosine[k] < outer][:FAR_WORDS]
-        if not below:
-            raise ValueError(
-                f"every word nearest to {concept.name!r} lies within S2 = {outer}, none is left as "
-                "a beyond point: raise S2 or give more words"
-            )
-        found |= {words[k]: float(cosine[k]) for k in inside + below}
-        kept = [words[k] for k in inside if words[k].casefold() not in struck]
-        first = int(pairs.first[number])
+    found: dict[str, float] = {}
+    for number, concept in enumerate(concepts):
+        found |= {words[k]: float(cosine[k]) for k in inside[number] + below[number]}
+        kept = [words[k] for k in inside[number] if words[k].casefold() not in struck]
         # The concept is its own first neighbour, so that no ring is ever empty.
-        near += [(first, word) for word in (concept.name, *kept)]
-        far += [(first, words[k]) for k in below]
-    middles = torch.stack([centre[template] for template in templates])
-    inner, outside = _phrases(pairs, text, near), _phrases(pairs, text, far)
-    return WordRing(pairs, s1, s2, outer, inner, outside, found, middles)
+        near += [(number, word) for word in (concept.name, *kept)]
+        far += [(number, words[k]) for k in below[number]]
+    if not far:
+        raise ValueError(
+            f"every word lies within S2 = {outer} of {concepts[0].name!r} or another concept, none "
+            "is left as a beyond point: raise S2 or give more words"
+        )
+    return Choice(tuple(near), tuple(far), found, middles)
 
 
 def word_rows(
@@ -189,12 +292,3 @@ def vocabulary_rows(
         lambda: {"rows": word_rows(text, template, words, progress)},
     )
     return made["rows"]
-
-
-def _phrases(pairs: Pairs, text: TextEncoder, words: Sequence[tuple[int, str]]) -> Phrases:
-    """Encodes the word of every (pair, word) in the pair's template."""
-    templates = [(c.anchor, template) for c in pairs.concepts for template in c.templates]
-    rows = [(word, *templates[pair]) for pair, word in words]
-    e = text.encode([template.replace("{}", word) for word, _, template in rows])
-    pair = torch.tensor([pair for pair, _ in words])
-    return Phrases(tuple(word for _, word in words), e, place_rows(text, rows, e), pair)

@@ -256,8 +256,8 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
     monkeypatch.setattr("realera.words.NEAR_WORDS", 3)
     monkeypatch.setattr("realera.words.FAR_WORDS", 2)
     few = word_ring(text, two, Settings(s2=0.4))
-    assert few.near.e.prompts == 3 * len(two.concepts)
-    assert few.far.e.prompts == 2 * len(two.concepts)
+    assert len(few.near.rows) == 3 * len(two.concepts)
+    assert len(few.far.rows) == 2 * len(two.concepts)
     for first in two.first.tolist():
         kept, all_near = (
             [w for w, p in zip(r.near.words, r.near.pair.tolist(), strict=True) if p == first]
@@ -349,7 +349,9 @@ def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text
 
 def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
     prompts = ["an airplane in the clouds", "a wooden chair", "two bowls of soup"]
-    bank = spare_concepts(encode_bank(text, prompts), text, pairs, limit=1.01)
+    bank = spare_concepts(
+        encode_bank(text, prompts), text, pairs.concepts, pairs.summary, limit=1.01
+    )
     assert bank.dropped == ("an airplane in the clouds",)
     kept = bank.kept[CONTEXT]
     left = kept.gram - sum(r.double().T @ r.double() for r in kept.dropped.values())
@@ -375,7 +377,7 @@ def pair_sums(pairs) -> Sums:
 def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(text, pairs, bank):
     span = pairs.span[CONTEXT]
     e, target = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
-    spared = spare_concepts(bank, text, pairs, 0.9)
+    spared = spare_concepts(bank, text, pairs.concepts, pairs.summary, 0.9)
     kept = text.encode([p for p in spared.prompts if p not in spared.dropped][:40])[CONTEXT]
     moved = []
     for own in (None, spared.kept[CONTEXT]):

@@ -1,0 +1,232 @@
+"""Algorithm 1 for more concepts than one memory, or one machine, holds.
+
+Eq. 7 reads nothing but sums, and the sums of different concepts add up: a group of concepts is
+encoded, summed and dropped. What a group must know of all others is settled before, in names alone:
+which word is nearest to which concept, and which words are drawn. So the sums, and T, are those of
+a joint fit but for rounding.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .algorithm import Mining, collect, fit, lesson_of, preserved_prompts, quiet, version_of
+from .alignment import align
+from .anchors import draw_anchors
+from .bank import bank_prompts
+from .closed_form import Sums
+from .concepts import Concept
+from .erasure import Erasure, Lora
+from .files import digest, open_tensors, writing
+from .models import BATCH, Diffusion, TextEncoder
+from .pairs import encode_pairs
+from .settings import Settings, Training
+from .spans import summaries
+from .words import Choice, choose_words, drawn, ring_of
+
+AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
+PARTS = ("erase", "moved", "preserve")
+
+Progress = Callable[[int, int], None]
+Words = tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some concepts, and the words that are theirs in a joint fit; names alone, so that it travels.
+
+    near, far: number of a concept and a word, concept by concept, as `words.Choice` has them
+    neighbors, beyond: which of them were drawn, concept by concept
+    """
+
+    concepts: tuple[Concept, ...]
+    near: Words
+    far: Words
+    neighbors: tuple[int, ...]
+    beyond: tuple[int, ...]
+
+    def part(self, start: int, stop: int) -> "Group":
+        """The concepts from number `start` to before `stop`."""
+
+        def words(listed: Words, chosen: Sequence[int]) -> tuple[Words, tuple[int, ...]]:
+            first, last = (bisect_left(listed, n, key=lambda word: word[0]) for n in (start, stop))
+            begin, end = (bisect_left(chosen, n, key=lambda k: listed[k][0]) for n in (start, stop))
+            own = tuple((number - start, word) for number, word in listed[first:last])
+            return own, tuple(k - first for k in chosen[begin:end])
+
+        near, neighbors = words(self.near, self.neighbors)
+        far, beyond = words(self.far, self.beyond)
+        return Group(self.concepts[start:stop], near, far, neighbors, beyond)
+
+    def parts(self, size: int) -> list["Group"]:
+        """In groups of `size` concepts."""
+        return [self.part(n, n + size) for n in range(0, len(self.concepts), size)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a group gives to the whole; parts add up.
+
+    sums: stream -> its sums; summary: of its prompts, [prompts, dim], as `Pairs` has it
+    """
+
+    sums: Mapping[str, Sums]
+    summary: Tensor
+
+    def __add__(self, other: "Part") -> "Part":
+        sums = {stream: own + other.sums[stream] for stream, own in self.sums.items()}
+        return Part(sums, torch.cat([self.summary, other.summary]))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as every process that works on it must know it.
+
+    run: what decides every number of it, hashed: release, encoder, bank and settings
+    state: the folder that the parts that are done lie in
+    """
+
+    model: str
+    dtype: str | None
+    device: str
+    settings: Settings
+    run: str
+    state: Path
+
+
+def run_of(text: TextEncoder, settings: Settings) -> str:
+    """What the numbers of a run are decided by, beside its concepts."""
+    return digest(version_of("realera"), text.fingerprint, bank_prompts(), asdict(settings))
+
+
+def whole(
+    text: TextEncoder,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    progress: Progress = quiet,
+) -> Group:
+    """All concepts with the words around them, chosen and drawn as `algorithm.mine` does.
+
+    Raises ValueError when the neighbours are no words: random steps are drawn one after the other.
+    """
+    if settings.source != "vocabulary":
+        raise ValueError(
+            f"source {settings.source!r} draws the steps of all concepts one after the other, in "
+            "one process: name the concepts with -c, or leave the source at 'vocabulary'"
+        )
+    preserved_prompts(text, concepts, settings)  # raises before anything slow
+    firsts = [concept.templates[0].replace("{}", concept.name) for concept in concepts]
+    some = (firsts[n : n + BATCH] for n in range(0, len(firsts), BATCH))
+    own = torch.cat([summaries(text, prompts, text.encode(prompts)).cpu() for prompts in some])
+    choice = choose_words(text, concepts, own, settings, progress)
+    generator = torch.Generator().manual_seed(settings.seed)
+    numbers = range(len(concepts))
+
+    def draw(words: Words, count: int) -> tuple[int, ...]:
+        whose = torch.tensor([number for number, _ in words], dtype=torch.int64)
+        return tuple(drawn(whose, count, generator, numbers).tolist())
+
+    neighbors = draw(choice.near, settings.neighbors)
+    if settings.beyond_seed is not None:
+        generator.manual_seed(settings.beyond_seed)
+    beyond = draw(choice.far, settings.beyond)
+    return Group(tuple(concepts), choice.near, choice.far, neighbors, beyond)
+
+
+def mine_group(text: TextEncoder, group: Group, settings: Settings) -> Mining:
+    """The group's share of a joint mining; the prompts to preserve are nobody's."""
+    pairs = encode_pairs(text, group.concepts)
+    nowhere = torch.zeros_like(pairs.summary[pairs.first])
+    ring = ring_of(text, pairs, settings, Choice(group.near, group.far, {}, nowhere))
+    near = ring.mined(ring.near, torch.tensor(group.neighbors, dtype=torch.int64))
+    far = ring.mined(ring.far, torch.tensor(group.beyond, dtype=torch.int64))
+    return Mining(text, ring, near, replace(far, target=far.e), settings, torch.empty(0))
+
+
+def sum_group(text: TextEncoder, group: Group, settings: Settings) -> Part:
+    """Alg. 1, l. 1-23 of a group: encoded, summed and dropped AT_ONCE concepts at a time."""
+    total = None
+    for some in group.parts(AT_ONCE):
+        mining = mine_group(text, some, settings)
+        part = Part(collect(mining), mining.pairs.summary)
+        total = part if total is None else total + part
+    assert total is not None  # a group has concepts
+    return total
+
+
+def part_of(text: TextEncoder, job: Job, number: int, group: Group) -> Part:
+    """`sum_group`, read back from the job's folder where it was done before.
+
+    Raises ValueError when this process, or the file that lies there, is of another run.
+    """
+    here = run_of(text, job.settings)
+    if here != job.run:
+        raise ValueError(
+            "a worker has another release of realera, another text encoder or another bank than "
+            "the process that started the run: install the same on all machines, and let "
+            f"{job.model} name the same file everywhere"
+        )
+    path, made_by = job.state / f"group-{number:05d}.safetensors", digest(job.run, asdict(group))
+    if path.exists():
+        return _read_part(path, made_by)
+    part = sum_group(text, group, job.settings)
+    tensors = {"summary": part.summary.contiguous()}
+    for stream, sums in part.sums.items():
+        tensors |= {f"{stream}.{name}": getattr(sums, name) for name in PARTS}
+    with writing(path, overwrite=True) as whole_or_nothing:
+        save_file(tensors, whole_or_nothing, {"run": made_by})
+    return part
+
+
+def _read_part(path: Path, made_by: str) -> Part:
+    file = open_tensors(path)
+    if file.metadata.get("run") != made_by:
+        raise ValueError(
+            f"{path} is of another run (other concepts, settings, model, bank or release): remove "
+            f"{path.parent} to start afresh, or choose another --out"
+        )
+    streams = dict.fromkeys(key.rpartition(".")[0] for key in file.entries if key != "summary")
+    sums = {s: Sums(*(file.read(f"{s}.{name}") for name in PARTS)) for s in streams}
+    return Part(sums, file.read("summary"))
+
+
+def erase_groups(
+    text: TextEncoder,
+    group: Group,
+    part: Part,
+    settings: Settings,
+    source: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
+) -> Erasure:
+    """The closed form (l. 24) of all parts and of what is preserved, once."""
+    sums = dict(part.sums)
+    prompts = preserved_prompts(text, group.concepts, settings)
+    for n in range(0, len(prompts), BATCH):
+        for stream, rows in text.encode(prompts[n : n + BATCH]).items():
+            sums[stream] = sums[stream].preserving(rows.flatten(0, 1), settings.pair_weight)
+    return fit(text, sums, group.concepts, part.summary, settings, source, progress)
+
+
+def align_group(
+    model: Diffusion,
+    erasure: Erasure,
+    group: Group,
+    settings: Settings,
+    training: Training,
+    state: Path | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Lora:
+    """Alg. 1, l. 25-30 of a group's concepts, on top of the closed form of all.
+
+    The LoRAs of all groups, each trained without the others, go onto the erasure together.
+    """
+    mining = mine_group(model.text, group, settings)
+    anchors = draw_anchors(model, mining.pairs, 8, seed=training.seed)
+    lesson = lesson_of(mining, erasure, anchors)
+    return align(model, lesson, training, on_step=on_step, state=state)
