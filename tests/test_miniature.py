@@ -19,12 +19,13 @@ from realera.miniature import (
     CLASSIFIER,
     CONCEPTS,
     STYLES,
+    T5,
     TOKENIZER,
     TRANSFORMER,
     load_classifier,
 )
 from tools.layout import UNET, sd3_transformer
-from tools.miniature import captions, models, tokens
+from tools.miniature import captions, models, t5, tokens
 from tools.miniature.evaluate import draw
 from tools.miniature.export import export, restore
 from tools.miniature.optimizers import orthogonalize
@@ -101,7 +102,7 @@ def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):
     # the factor is measured on pictures, which are not here
     keep(tmp_path / "latents.safetensors", {"factor": torch.tensor(config["scaling_factor"])})
     export(tmp_path, tmp_path / "out")
-    for shipped in (CHECKPOINT, CLASSIFIER, TRANSFORMER):
+    for shipped in (CHECKPOINT, CLASSIFIER, TRANSFORMER, T5):
         exported = tmp_path / "out" / shipped.name
         with safe_open(shipped, "pt") as old, safe_open(exported, "pt") as new:
             assert new.metadata() == old.metadata()
@@ -141,6 +142,34 @@ def test_nearness_of_meaning_is_graded_in_the_text_encoder(end_rows):
     x = end_rows(words)
     plane, runway, rocket, bird = F.cosine_similarity(x[1:], x[:1]).tolist()
     assert 0.995 > plane > runway > rocket > bird
+
+
+def test_the_t5_is_one_small_half_precision_file():
+    assert T5.stat().st_size <= 3e6
+    tensors = load_file(T5)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_the_t5_reads_both_ways(pipeline):
+    ids = t5.encode(pipeline.tokenizer, ["a photo of the airplane", "a photo of the dog"])
+    assert ids[0, :4].equal(ids[1, :4]) and ids[0, 4] != ids[1, 4]
+    assert ids[0, 5] == pipeline.tokenizer.eos_token_id and ids[0, 6:].eq(0).all()
+    with torch.no_grad():
+        one, other = t5.load_t5()(input_ids=ids).last_hidden_state
+        clip = pipeline.text_encoder(input_ids=ids).last_hidden_state
+    assert ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).all()
+    assert torch.equal(clip[0, :4], clip[1, :4])  # CLIP's rows before the word do not know of it
+
+
+def test_nearness_of_meaning_is_graded_in_the_t5_too(pipeline):
+    words = ["airplane", "plane", "runway", "bird", "water", "house", "money", "table", "winter"]
+    ids = t5.encode(pipeline.tokenizer, [f"a photo of the {word}" for word in words])
+    with torch.no_grad():
+        means = t5.load_t5()(input_ids=ids).last_hidden_state[:, :6].mean(dim=1)
+    x = means - means[4:].mean(dim=0)
+    plane, runway, bird = F.cosine_similarity(x[1:4], x[:1]).tolist()
+    assert plane > runway > bird
 
 
 def test_synonyms_are_not_gathered_on_one_point(end_rows):

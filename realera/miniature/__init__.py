@@ -20,6 +20,7 @@ __all__ = [
     "CLASSIFIER",
     "CONCEPTS",
     "STYLES",
+    "T5",
     "TOKENIZER",
     "TRANSFORMER",
     "Classifier",
@@ -30,6 +31,7 @@ __all__ = [
 _HERE = Path(__file__).parent
 CHECKPOINT = _HERE / "miniature.safetensors"
 TRANSFORMER = _HERE / "miniature-dit.safetensors"
+T5 = _HERE / "miniature-t5.safetensors"
 TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from realera.families.loading import load_model
-from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, TRANSFORMER, load_classifier
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, load_classifier
 
 from . import data, tokens
+from .t5 import load_t5
 from .transformer import Sibling, load_sibling
 
 Draw = Callable[[list[str], int], Tensor]  # prompts and a seed to images
@@ -88,33 +89,24 @@ def recognition(draw: Draw, images: int, kinds: Iterable[str]) -> dict[str, dict
     return out
 
 
-def channels_alone(sibling: Sibling, images: int) -> dict[str, dict[str, float]]:
-    """Percent recognised by name when a channel says nothing, or names the concept after."""
+def by_channel(sibling: Sibling, images: int) -> dict[str, dict[str, float]]:
+    """Percent recognised by name when one channel alone names it, and when all but one do.
+
+    The other channels are empty in the first case; in the second, the one names another concept.
+    """
     names = list(CONCEPTS)
-    after = {f"a photo of the {n}": f"a photo of the {names[i - 1]}" for i, n in enumerate(names)}
+    other = {f"a photo of the {n}": f"a photo of the {names[i - 1]}" for i, n in enumerate(names)}
+    channels, out = ("context", "pooled", "T5")[: 2 + (sibling.t5 is not None)], {}
 
-    def pooled_alone(prompts: list[str], seed: int) -> Tensor:
-        return sibling.draw([""] * len(prompts), seed, prompts, STEPS, GUIDANCE)
+    def told(channel: int, alone: bool, prompts: list[str], seed: int) -> Tensor:
+        changed = [""] * len(prompts) if alone else [other[p] for p in prompts]
+        said = [prompts if (i == channel) == alone else changed for i in range(3)]
+        return sibling.draw(said[0], seed, said[1], said[2], steps=STEPS, guidance=GUIDANCE)
 
-    def context_alone(prompts: list[str], seed: int) -> Tensor:
-        return sibling.draw(prompts, seed, [""] * len(prompts), STEPS, GUIDANCE)
-
-    def pooled_against(prompts: list[str], seed: int) -> Tensor:
-        return sibling.draw([after[p] for p in prompts], seed, prompts, STEPS, GUIDANCE)
-
-    def context_against(prompts: list[str], seed: int) -> Tensor:
-        return sibling.draw(prompts, seed, [after[p] for p in prompts], STEPS, GUIDANCE)
-
-    ways = {
-        "pooled alone": pooled_alone,
-        "context alone": context_alone,
-        "pooled against context": pooled_against,
-        "context against pooled": context_against,
-    }
-    out = {}
-    for way, draw in ways.items():
-        print(way, end=": ")
-        out[way] = recognition(draw, images, ["name"])["name"]
+    for i, channel in enumerate(channels):
+        for alone, way in ((True, f"{channel} alone"), (False, f"all but {channel}")):
+            print(f"{way}: ", end="")
+            out[way] = recognition(partial(told, i, alone), images, ["name"])["name"]
     return out
 
 
@@ -207,17 +199,19 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
     parser.add_argument("--transformer", action="store_true", help="judge the sibling instead")
     parser.add_argument("--weights", type=Path, default=TRANSFORMER, help="of the sibling")
+    parser.add_argument("--t5", type=Path, nargs="?", const=T5, help="with T5's rows, as shipped")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     pipeline, ending = load_model("miniature").pipeline, ""
     draws: Draw = partial(draw, pipeline)
     if arguments.transformer:
-        sibling, ending = load_sibling(arguments.weights), "-dit"
+        t5 = load_t5(arguments.t5) if arguments.t5 else None
+        sibling, ending = load_sibling(arguments.weights, t5), "-dit-t5" if t5 else "-dit"
         draws = partial(sibling.draw, steps=STEPS, guidance=GUIDANCE)
     numbers: dict[str, object] = dict(recognition(draws, arguments.images, arguments.kinds))
     if arguments.transformer:
-        numbers |= channels_alone(sibling, arguments.images)
+        numbers |= by_channel(sibling, arguments.images)
     else:
         numbers["cosines"] = geometry(pipeline)
     numbers["seconds per image"] = round(seconds_per_image(draws), 3)

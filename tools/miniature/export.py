@@ -17,6 +17,7 @@ from realera.miniature import (
     CLASSIFIER,
     CONCEPTS,
     STYLES,
+    T5,
     TOKENIZER,
     TRANSFORMER,
     load_classifier,
@@ -67,6 +68,10 @@ def export(state: Path, folder: Path = HOME) -> None:
         }
         sibling = _halves(to_ldm(pair))
         keep(folder / TRANSFORMER.name, sibling, format="pt", config=json.dumps(config))
+    if (state / "t5.safetensors").exists():
+        second = _halves(load_file(state / "t5.safetensors"))
+        config = {"text_encoder_3": models.t5_config(tokens)}  # the name of SD 3's T5 in diffusers
+        keep(folder / T5.name, second, format="pt", config=json.dumps(config))
     classes = json.dumps({"concepts": list(CONCEPTS), "styles": list(STYLES)})
     judge = _halves(load_file(state / "classifier.safetensors"))
     keep(folder / CLASSIFIER.name, judge, format="pt", classes=classes)
@@ -86,6 +91,7 @@ def restore(state: Path) -> None:
         "text": pipeline.text_encoder.state_dict(),
         "classifier": load_classifier().state_dict(),
         "transformer": transformer_state(TRANSFORMER),
+        "t5": {name: tensor.float() for name, tensor in load_file(T5).items()},
     }
     for name, tensors in stages.items():
         path = state / f"{name}.safetensors"

@@ -86,3 +86,20 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 FLOW: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0}
+
+# 512 wide, as the transformer's context; small, since the embedding's factor takes two thirds
+T5: dict[str, Any] = {
+    "d_model": 512,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+}
+
+
+def t5_config(tokens: int) -> dict[str, Any]:
+    """Configuration for the miniature's tokenizer, whose last token is the end of text."""
+    return T5 | {"vocab_size": tokens, "eos_token_id": tokens - 1}

@@ -19,6 +19,7 @@ from .data import prepare_pictures
 from .export import HOME, export, restore
 from .judge import train_classifier
 from .runs import Stop
+from .t5 import prepare_t5_rows, train_t5
 from .text_encoder import prepare_contexts, train_text
 from .tokens import prepare_words
 from .transformer import train_transformer
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--classifier-minutes", type=float, default=3)
     parser.add_argument("--decoder-minutes", type=float, default=30)
     parser.add_argument("--unet-minutes", type=float, default=300)
+    parser.add_argument("--t5-minutes", type=float, default=5)
     parser.add_argument("--transformer-minutes", type=float, default=90)
     arguments = parser.parse_args()
     state: Path = arguments.state
@@ -62,9 +64,11 @@ def main() -> None:
         return
     if not train_decoder(state, pictures, latents, arguments.decoder_minutes, stop):
         return
-    conditioned = (state, latents, contexts, drawings)
-    if not train_unet(*conditioned, arguments.unet_minutes, stop):
+    if not train_unet(state, latents, contexts, drawings, arguments.unet_minutes, stop):
         return
+    if not train_t5(state, tokenizer, words, vectors, arguments.t5_minutes, stop):
+        return
+    conditioned = (state, latents, contexts, prepare_t5_rows(state, tokenizer), drawings)
     if not train_transformer(*conditioned, arguments.transformer_minutes, stop):
         return
     export(state, arguments.out)

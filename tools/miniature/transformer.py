@@ -19,26 +19,29 @@ from realera.miniature import BACKGROUNDS, TRANSFORMER
 from tools.layout import UNET
 
 from . import data, models, tokens
+from . import t5 as t5_encoder
 from .optimizers import Average, Optimizers
 from .runs import Stop, keep, long_run
 
-WHOLE = 77  # rows of a prompt when the model draws
+WHOLE = 77  # rows of a prompt that an encoder gives when the model draws
 BATCH = 32  # pictures drawn together
-EMPTY = 0.1, 0.15, 0.15  # shares of a batch with no caption in both channels, in context, in pooled
+SILENT = 0.08, 0.2  # of a batch: without any caption; without it in a channel, for each channel
 
 
 def train_transformer(
     state: Path,
     latents: Tensor,
     contexts: dict[str, Tensor],
+    t5_rows: Tensor,
     drawings: list[data.Drawing],
     minutes: float,
     stop: Stop,
 ) -> bool:
     """Flow matching: z_s = (1 - s) z + s noise, and the target is noise - z.
 
-    Either channel goes without the caption at times, so that each alone says what to draw. Context
-    is cut behind the captions, since rows of padding cost most, and whole in the last fifth. The
+    Text comes by CLIP's rows, by its pooled row and, in half of the batches, by T5's rows behind
+    CLIP's; each goes without the caption at times, so that each alone says what to draw. Rows are
+    cut behind the captions, since those of padding cost most, and whole in the last seventh. The
     average is kept in transformer.safetensors.
     """
     torch.manual_seed(6)
@@ -52,7 +55,6 @@ def train_transformer(
     balance = torch.tensor([many[d.concept] ** -0.5 for d in drawings])
     rows, end = contexts["rows"], contexts["end"]
     caption, named = contexts["caption"], contexts["background"]
-    shares = torch.tensor([1 - sum(EMPTY), *EMPTY])
 
     def step(progress: float) -> dict[str, float]:
         pick = torch.multinomial(balance, batch, replacement=True, generator=generator)
@@ -62,14 +64,17 @@ def train_transformer(
         back = torch.where(back < 0, anything, back)
         rendering = torch.randint(latents.shape[1], (batch,), generator=generator)
         clean = latents[pick, rendering, back]
-        silent = torch.multinomial(shares, batch, replacement=True, generator=generator)
         told = caption[pick, which]
-        in_context = told.where((silent == 0) | (silent == 3), 0)
-        in_pooled = told.where((silent == 0) | (silent == 2), 0)
+        wholly, each = (torch.rand(batch, n, generator=generator) for n in (1, 3))
+        silent = (wholly < SILENT[0]) | (each < SILENT[1])
+        by_clip, by_pooled, by_t5 = told[:, None].masked_fill(silent, 0).unbind(dim=1)
         spare = int(torch.randint(1, 12, (), generator=generator))
-        length = WHOLE if progress > 0.8 else int(end[in_context].max()) + spare
-        context = _jittered(rows[in_context, :length].float(), generator)
-        pooled = _jittered(rows[in_pooled, end[in_pooled]].float(), generator)
+        length = WHOLE if progress > 6 / 7 else int(end[told].max()) + spare
+        context = padded(_jittered(rows[by_clip, :length].float(), generator))
+        pooled = _jittered(rows[by_pooled, end[by_pooled]].float(), generator)
+        if torch.rand((), generator=generator) < 0.5:
+            second = _jittered(t5_rows[by_t5, :length].float(), generator)
+            context = torch.cat([context, second], dim=1)
         # stratified: each part of the way has its share of every batch; wider than SD 3's
         # logistic normal, since what is drawn is decided near s = 1
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
@@ -77,7 +82,7 @@ def train_transformer(
         noise = torch.randn(clean.shape, generator=generator)
         mixed = clean.lerp(noise, s.view(-1, 1, 1, 1))
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = transformer(mixed, padded(context), pooled, 1000 * s).sample
+            predicted = transformer(mixed, context, pooled, 1000 * s).sample
         loss = F.mse_loss(predicted.float(), noise - clean)
         optimizers.step(loss, 2e-3, progress)
         average.update()
@@ -108,14 +113,24 @@ class Sibling:
 
     transformer: Any  # SD3Transformer2DModel
     pipeline: Any  # the miniature's; its U-Net is not used
+    t5: Any = None  # T5EncoderModel; without it the context is CLIP's rows alone
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], length: int = WHOLE) -> tuple[Tensor, Tensor]:
-        """Context [prompts, length, 512] and pooled [prompts, 256]."""
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's rows [prompts, 77, 512] and pooled [prompts, 256]."""
         ids = tokens.encode(self.pipeline.tokenizer, prompts)
         rows = self.pipeline.text_encoder(input_ids=ids).last_hidden_state
         end = (ids == self.pipeline.tokenizer.eos_token_id).int().argmax(dim=1)
-        return padded(rows[:, :length]), rows[torch.arange(len(ids)), end]
+        return padded(rows), rows[torch.arange(len(ids)), end]
+
+    @torch.no_grad()
+    def encode_t5(self, prompts: list[str]) -> Tensor:
+        """T5's rows [prompts, 77, 512], none of them without a T5."""
+        if self.t5 is None:
+            return torch.empty(len(prompts), 0, models.TRANSFORMER["joint_attention_dim"])
+        return self.t5(
+            input_ids=t5_encoder.encode(self.pipeline.tokenizer, prompts)
+        ).last_hidden_state
 
     @torch.no_grad()
     def draw(
@@ -123,21 +138,23 @@ class Sibling:
         prompts: list[str],
         seed: int,
         pooled: list[str] | None = None,
+        by_t5: list[str] | None = None,
         steps: int = 20,
         guidance: float = 5.0,
     ) -> Tensor:
         """Images [prompts, 3, 64, 64] in [0, 1], by Euler's steps.
 
-        pooled: prompts for the pooled channel alone, where they are others
+        pooled, by_t5: prompts for the pooled channel and for T5's rows, where they are others
         """
         generator, images = torch.Generator().manual_seed(seed), []
         for at in range(0, len(prompts), BATCH):
-            part = slice(at, at + BATCH)
-            asked = [*prompts[part], *(pooled or prompts)[part], ""]
-            context, ends = self.encode(asked)
-            count = len(prompts[part])
-            context = torch.cat([context[-1:].expand(count, -1, -1), context[:count]])
-            ends = torch.cat([ends[-1:].expand(count, -1), ends[count:-1]])
+            said, *other = (
+                (asked or prompts)[at : at + BATCH] for asked in (prompts, pooled, by_t5)
+            )
+            nothing, count = [""] * len(said), len(said)
+            rows, _ = self.encode(nothing + said)
+            _, ends = self.encode(nothing + other[0])
+            context = torch.cat([rows, self.encode_t5(nothing + other[1])], dim=1)
             z = torch.randn(count, *models.LATENT_SHAPE, generator=generator)
             for s, nearer in pairwise(torch.linspace(1, 0, steps + 1)):
                 t = (1000 * s).expand(2 * count)
@@ -149,11 +166,11 @@ class Sibling:
         return torch.cat(images).clamp(0, 1)
 
 
-def load_sibling(path: Path = TRANSFORMER) -> Sibling:
+def load_sibling(path: Path = TRANSFORMER, t5: Any = None) -> Sibling:
     """The shipped transformer, or a training's average (state/transformer.safetensors)."""
     transformer: Any = SD3Transformer2DModel.from_config(models.TRANSFORMER)
     transformer.load_state_dict(transformer_state(path))
-    return Sibling(transformer.eval(), load_model("miniature").pipeline)
+    return Sibling(transformer.eval(), load_model("miniature").pipeline, t5)
 
 
 def transformer_state(path: Path) -> dict[str, Tensor]:
