@@ -64,7 +64,9 @@ def contexts(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
 
 def last_words(text: TextEncoder, prompts: Sequence[str]) -> list[int]:
     """The place of every prompt's last word token."""
-    return [max(1, min(len(ids), text.length) - 2) for ids in text.tokenize(prompts)]
+    return [
+        max(1, min(len(ids), text.parts[0].length) - 2) for ids in text.parts[0].tokenize(prompts)
+    ]
 
 
 def last_rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
@@ -123,7 +125,7 @@ def around(text: TextEncoder, own: Sequence[str], anchors: Sequence[str]) -> tup
     """Rows of what each prompt and its anchor prompt have in common, [n, dim] each."""
     e, target = [], []
     rows, its_rows = contexts(text, own), contexts(text, anchors)
-    ids, its_ids = text.tokenize(own), text.tokenize(anchors)
+    ids, its_ids = (text.parts[0].tokenize(prompts) for prompts in (own, anchors))
     for mine, its, a, b in zip(rows, its_rows, ids, its_ids, strict=True):
         shorter = min(len(a), len(b))
         before = next((k for k in range(shorter) if a[k] != b[k]), shorter)

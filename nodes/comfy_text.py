@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..realera.files import raw_bytes
-from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, last_rows, whole_words
+from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
 from ..realera.spans import summaries
 
 ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
@@ -38,8 +38,8 @@ class ComfyText:
         return getattr(tokenizer, getattr(tokenizer, "clip", "clip_l"), None)
 
     @property
-    def length(self) -> int:
-        return int(self._tokenizer.max_length)
+    def parts(self) -> Sequence[Part]:
+        return [Part(self.tokenize, int(self._tokenizer.max_length))]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,7 +116,7 @@ class ComfyText:
             rows = [_last_row(encoder, ids.to(device)) for encoder in encoders]
             return torch.cat(rows, dim=-1).cpu()
 
-        return last_rows(ids, self.length, last_row)
+        return last_rows(ids, self.parts[0].length, last_row)
 
     def words(self) -> list[str]:
         """Whole words of the tokenizer's vocabulary, letters only, sorted."""

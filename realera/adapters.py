@@ -19,13 +19,16 @@ from .erasure import Erasure, Lora, changed
 from .readers import adapted_readers
 
 ADAPTER = "realera"
-# A residual or attention block, as diffusers and as ComfyUI name it.
-BLOCK = re.compile(r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+")
+# A residual, attention or transformer block, as diffusers and as ComfyUI name it.
+BLOCK = re.compile(
+    r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
+    r"|((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
+)
 
 
 @contextmanager
 def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
-    """A fresh peft LoRA on every K/V projection of a network, taken out again in every case.
+    """A fresh peft LoRA on every reader of the context, taken out again in every case.
 
     Yields canonical layer name -> (A, B), float32 parameters that require gradients; A is Gaussian,
     B is zero (Eq. 2).
@@ -73,7 +76,9 @@ def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
     converted: dict[tuple[str, torch.device, torch.dtype], Edit] = {}
     handles = []
 
-    def read(name: str, stream: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def read(
+        name: str, stream: str, gain: Tensor | None
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         given: list[Tensor] = []  # e, from before the layer to behind it
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -83,7 +88,10 @@ def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
                 converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
             edit = converted[key]
             given.append(rows)
-            moved = edit(rows[..., : edit.dim])
+            if gain is None:
+                moved = edit(rows[..., : edit.dim])
+            else:
+                moved = edit(rows / gain.to(rows)) * gain.to(rows)
             return (torch.cat([moved, rows[..., edit.dim :]], dim=-1), *others)
 
         def behind(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
 
     try:
         for name, reader in changed(erasure, network).items():
-            before, behind = read(name, reader.kind.stream)
+            before, behind = read(name, reader.kind.stream, reader.gain)
             handles.append(reader.layer.register_forward_pre_hook(before))
             handles.append(reader.layer.register_forward_hook(behind))
         yield

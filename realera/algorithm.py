@@ -16,7 +16,7 @@ from .bank import Bank, bank_prompts, encode_bank, spare_concepts
 from .closed_form import Sums
 from .concepts import Concept, holds_name
 from .erasure import Erasure, concepts_of, notes_of
-from .models import Diffusion, Encoding, TextEncoder
+from .models import Diffusion, Encoding, TextEncoder, longer
 from .pairs import Mined, Pairs, Ring, encode_pairs
 from .ring import noise_ring
 from .scope import Reach, scope
@@ -169,11 +169,12 @@ def collect(mining: Mining) -> dict[str, Sums]:
         own = Sums.zeros(e.shape[-1])
         for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
             span = of[stream]
-            own = own.erasing(rows.e[stream][span], rows.target[stream][span], much)
+            targets = rows.target.weighed(stream)[span]
+            own = own.erasing(rows.e.weighed(stream)[span], targets, much)
         for named, much in ((far.pair >= 0, 1.0), (far.pair < 0, weight)):
             span = far.span[stream]
             here = named.to(span.device)
-            own = own.preserving(far.e[stream][here][span[here]], much)
+            own = own.preserving(far.e.weighed(stream)[here][span[here]], much)
         sums[stream] = own
     return sums
 
@@ -245,8 +246,10 @@ def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settin
         return beyond
     rows = text.encode(prompts)
     e = Encoding.cat([beyond.e, rows])
-    everywhere = {s: torch.ones_like(r[..., 0], dtype=torch.bool) for s, r in rows.items()}
-    span = {s: torch.cat([own, everywhere[s]]) for s, own in beyond.span.items()}
+    span = {
+        s: torch.cat([longer(of, e[s].shape[1]) for of in (own, rows.there(s))])
+        for s, own in beyond.span.items()
+    }
     pair = torch.cat([beyond.pair, torch.full((len(prompts),), -1)])
     return Mined(e, e, span, pair, (*beyond.words, *prompts))
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from .cache import cached
 from .closed_form import Kept
 from .concepts import Concept, holds_name
-from .models import Encoding, TextEncoder
+from .models import TextEncoder
 from .spans import summaries
 
 BATCH = 64
@@ -26,23 +26,22 @@ class Bank:
     """Running sums over the rows of every bank prompt, as one text encoder reads them.
 
     prompts: the prompts, the empty one first (classifier-free guidance draws with it)
-    grams: stream -> Σ e eᵀ over all rows of all prompts, float64 [dim, dim]
+    grams: stream -> Σ w e eᵀ over all rows of all prompts, float64 [dim, dim]
     summary: of every prompt, the context row that has seen all of it, [prompts, dim]
-    dropped: the prompts that are not counted; their rows: as encoded
+    dropped: the prompts that are not counted; their rows: as encoded, times their weights' roots
     """
 
     prompts: tuple[str, ...]
     grams: Mapping[str, Tensor]
     summary: Tensor
     dropped: tuple[str, ...] = ()
-    rows: Encoding | None = field(default=None, repr=False)
+    rows: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def kept(self) -> dict[str, Kept]:
         """stream -> what Eq. 7 preserves of it."""
-        own = {} if self.rows is None else self.rows
         return {
-            stream: Kept(gram, dict(zip(self.dropped, own.get(stream, ()), strict=True)))
+            stream: Kept(gram, dict(zip(self.dropped, self.rows.get(stream, ()), strict=True)))
             for stream, gram in self.grams.items()
         }
 
@@ -71,8 +70,8 @@ def encode_bank(
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
-            for stream, values in encoding.items():
-                rows = values.cpu().double().flatten(0, 1)
+            for stream in encoding:
+                rows = encoding.weighed(stream).cpu().double().flatten(0, 1)
                 grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
             parts.append(summaries(text, batch, encoding).float().cpu())
             progress(start + len(batch), len(prompts))
@@ -104,6 +103,6 @@ def spare_concepts(
     )
     if not dropped:
         return bank
-    rows = text.encode(dropped)
-    cpu = Encoding({stream: values.cpu() for stream, values in rows.items()})
-    return replace(bank, dropped=dropped, rows=cpu)
+    encoded = text.encode(dropped)
+    rows = {stream: encoded.weighed(stream).cpu() for stream in encoded}
+    return replace(bank, dropped=dropped, rows=rows)

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from .erasure import Erasure
-from .families import FAMILIES, family_like, locate, read_json, unet_files
+from .families import family_like, family_of, gains, locate, network_files, read_json
 from .families.weights import stored, weight_of
 from .files import DTYPES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
 from .models import POOLED
-from .readers import diffusers_names, kind_of
+from .readers import FAMILIES, LAYOUTS, TRANSFORMERS, Kind, diffusers_names, kind_of
 
+DOWN = ".lora_down.weight"
+NOTHING: Mapping[str, Tensor] = {}
 CHUNK = 16 << 20  # bytes copied at once
 # Of the weights as they were: tools that look a file up by them would take it for the unerased one.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+NETWORKS = ("unet", "transformer")
 DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without
 WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
@@ -62,12 +65,13 @@ def write_checkpoint(
     path, target = locate(source), Path(destination)
     if target.resolve() == path.resolve() or path.resolve() in target.resolve().parents:
         raise ValueError(f"{target} is the source or lies in it: choose another destination")
-    files = unet_files(path)
+    files = network_files(path)
     _check_fit(erasure, {name for _, keys in files for name in keys.values()}, path)
+    gain = gains(file for file, _ in files)
     note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
 
     def erased(name: str, weight: Tensor) -> Tensor:
-        return erasure.erased(name, weight, edit_strength, lora_strength)
+        return erasure.erased(name, weight, edit_strength, lora_strength, gain.get(name))
 
     if not path.is_dir():
         with writing(target, overwrite) as temporary:
@@ -84,7 +88,7 @@ def write_checkpoint(
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(part, copy)
         for file, keys in files:
-            with writing(temporary / "unet" / file.path.name) as part:
+            with writing(temporary / file.path.parent.name / file.path.name) as part:
                 _stream(file, keys, erased, note, part)
 
 
@@ -101,7 +105,7 @@ def _copied(path: Path) -> list[Path]:
     named = {
         name: kind
         for name, kind in read_json(index.read_bytes(), index).items()
-        if isinstance(kind, list) and name != "unet" and "UNet" not in str(kind)
+        if isinstance(kind, list) and name not in NETWORKS and "UNet" not in str(kind)
     }
     for name, kind in named.items():
         if all(kind) and name not in DISPENSABLE and not (path / name).is_dir():
@@ -128,14 +132,15 @@ def write_lora(
     path = locate(source)
     if Path(destination).resolve() == path.resolve():
         raise ValueError(f"{destination} is the source: choose another destination")
-    weights = {}
-    for file, keys in unet_files(path):
+    files, weights = network_files(path), {}
+    for file, keys in files:
         for key, name in keys.items():
             if not key.startswith("model_ema."):  # the running average, which no loader draws with
                 weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
                 weights[name] = weight.half() if fp8 else weight
     _check_fit(erasure, weights.keys(), path)
-    return save_lora(weights, erasure, destination, tolerance, overwrite)
+    kind, gain = family_of(path).name, gains(file for file, _ in files)
+    return save_lora(weights, erasure, destination, tolerance, overwrite, kind, gain)
 
 
 def save_lora(
@@ -144,15 +149,18 @@ def save_lora(
     destination: str | os.PathLike[str],
     tolerance: float = 1e-3,
     overwrite: bool = False,
+    family: str | None = None,
+    gain: Mapping[str, Tensor] = NOTHING,
 ) -> dict[str, Cut]:
     """The whole erasure as a LoRA file for these weights, as `lora_tensors` lays it out.
 
-    Its metadata name the family, by which A1111 and Forge tell whether it fits. Returns what was
-    cut of every stream's edit.
+    Its metadata name the family, by which A1111 and Forge tell whether it fits; unless given, a
+    U-Net's is told by its shapes. Returns what was cut of every stream's edit.
     """
-    tensors, cuts = lora_tensors(weights, erasure, tolerance)
-    rank = max(len(tensor) for key, tensor in tensors.items() if key.endswith("down.weight"))
-    family = family_like({name: tuple(weight.shape) for name, weight in weights.items()})
+    tensors, cuts = lora_tensors(weights, erasure, tolerance, family, gain)
+    rank = max(len(t) for key, t in tensors.items() if key.endswith((DOWN, "lora_A.weight")))
+    if family not in FAMILIES:
+        family = family_like({name: tuple(weight.shape) for name, weight in weights.items()})
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -168,22 +176,26 @@ def save_lora(
 
 
 def lora_tensors(
-    weights: Mapping[str, Tensor], erasure: Erasure, tolerance: float = 1e-3
+    weights: Mapping[str, Tensor],
+    erasure: Erasure,
+    tolerance: float = 1e-3,
+    family: str | None = None,
+    gain: Mapping[str, Tensor] = NOTHING,
 ) -> tuple[dict[str, Tensor], dict[str, Cut]]:
-    """The whole erasure as a LoRA for these weights in kohya's layout, and what it leaves out.
+    """The whole erasure as a LoRA for these weights, and what it leaves out.
 
     W_org (T - I) + B A = [W_org up, B] [down; A], with T - I = up down up to the relative Frobenius
-    norm `tolerance`. ComfyUI, A1111/Forge and diffusers load it; its strength there scales T - I
-    and the trained part alike.
+    norm `tolerance`. Its strength, where it is loaded, scales T - I and the trained part alike.
+    U-Nets in kohya's layout, which ComfyUI, A1111/Forge and diffusers load; a transformer in the
+    layout of its family.
 
     weights: canonical name -> W_org [out, in] of every layer that reads a stream
+    gain: of the norms in front of them, as `families.gains`
     Raises ValueError when the erasure does not fit them.
     """
     factors = {stream: edit.factors(tolerance) for stream, edit in erasure.edits.items()}
     kinds = {name: kind for name in weights if (kind := kind_of(name)) is not None}
-    # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
-    xl = POOLED in {kind.stream for kind in kinds.values()}
-    names = {name: name for name in weights} if xl else diffusers_names(weights)
+    prefixes = _prefixes(kinds, family)
     tensors: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         weight = weights[name]
@@ -193,14 +205,20 @@ def lora_tensors(
         dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype
         weight = weight.float().cpu()
         narrow = nn.functional.pad(down, (0, weight.shape[1] - down.shape[1]))
+        if name in gain:
+            weight, narrow = weight * gain[name].cpu(), narrow / gain[name].cpu()
         wide = weight[:, : len(up)] @ up
         if name in erasure.lora:
             a, b = erasure.lora[name]
             narrow, wide = torch.cat([narrow, a.float()]), torch.cat([wide, b.float()], dim=1)
-        prefix = "lora_unet_" + names[name].replace(".", "_")
-        tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
-        tensors[prefix + ".lora_down.weight"] = narrow.to(dtype)
-        tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
+        prefix = prefixes[name]
+        if family in TRANSFORMERS:
+            tensors[prefix + ".lora_A.weight"] = narrow.to(dtype)
+            tensors[prefix + ".lora_B.weight"] = wide.to(dtype)
+        else:
+            tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
+            tensors[prefix + DOWN] = narrow.to(dtype)
+            tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
         for factor in (narrow.to(dtype), wide.to(dtype)):
             if not factor.isfinite().all():
                 raise ValueError(
@@ -213,6 +231,20 @@ def lora_tensors(
         change = float(torch.linalg.norm(matrix - torch.eye(len(matrix))))
         cuts[stream] = Cut(len(down), cut, cut / change if change else 0.0)
     return tensors, cuts
+
+
+def _prefixes(kinds: Mapping[str, Kind], family: str | None) -> dict[str, str]:
+    """What a LoRA file calls the layers with these canonical names."""
+    if family in TRANSFORMERS:
+        known = TRANSFORMERS[family]
+        return {
+            reader["single"]: known["lora"].format(**{k: reader[k] for k in LAYOUTS})
+            for reader in known["readers"]
+        }
+    # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
+    xl = POOLED in {kind.stream for kind in kinds.values()}
+    names = {name: name for name in kinds} if xl else diffusers_names(kinds)
+    return {name: "lora_unet_" + own.replace(".", "_") for name, own in names.items()}
 
 
 def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:

@@ -207,12 +207,12 @@ def run_scope(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     from .erasure_file import load_erasure
-    from .families import family_of, locate, unet_files
+    from .families import family_of, locate, network_files
     from .families.adapters import adapter_of
     from .files import open_tensors
 
     path = locate(options.file)
-    file = unet_files(path)[0][0] if path.is_dir() else open_tensors(path)
+    file = network_files(path)[0][0] if path.is_dir() else open_tensors(path)
     metadata = dict(file.metadata)
     if "realera_erasure" in metadata:
         erasure = load_erasure(path)

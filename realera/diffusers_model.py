@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .files import digest
-from .models import BATCH, CONTEXT, POOLED, Encoding, last_rows, whole_words
+from .models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
 from .readers import readers
 
 
@@ -25,8 +25,8 @@ class DiffusersText:
         return next(self.encoders[0].parameters()).device
 
     @property
-    def length(self) -> int:
-        return int(self.tokenizers[0].model_max_length)
+    def parts(self) -> Sequence[Part]:
+        return [Part(self.tokenize, int(self.tokenizers[0].model_max_length))]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -53,7 +53,7 @@ class DiffusersText:
     def summary(self, prompts: Sequence[str]) -> Tensor:
         return last_rows(
             self.tokenize(prompts),
-            self.length,
+            self.parts[0].length,
             lambda ids: self._forward([ids] * len(self.encoders))[CONTEXT][:, -1],
         )
 

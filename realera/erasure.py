@@ -68,7 +68,12 @@ class Erasure:
         return edit
 
     def erased(
-        self, name: str, weight: Tensor, edit_strength: float = 1.0, lora_strength: float = 1.0
+        self,
+        name: str,
+        weight: Tensor,
+        edit_strength: float = 1.0,
+        lora_strength: float = 1.0,
+        gain: Tensor | None = None,
     ) -> Tensor:
         """The weight [out, in] of the layer with this canonical name after the erasure.
 
@@ -76,7 +81,7 @@ class Erasure:
         """
         edit = self.reads(name, weight.shape[1])
         lora = self.lora.get(name)
-        return erased_weight(name, weight, edit, lora, edit_strength, lora_strength)
+        return erased_weight(name, weight, edit, lora, edit_strength, lora_strength, gain)
 
     @staticmethod
     def merge(erasures: Sequence["Erasure"]) -> "Erasure":
@@ -121,15 +126,22 @@ def erased_weight(
     lora: tuple[Tensor, Tensor] | None,
     edit_strength: float = 1.0,
     lora_strength: float = 1.0,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """W_org (I + s (T - I)) + s' B A of a layer [out, in], T in its first columns.
 
+    gain: of the RMS norm in front, [in]: W_org diag(gain) is what reads the rows that T is of.
     Computed in float32 and rounded once to the weight's dtype. Raises ValueError when the LoRA does
     not fit, when the weight is not finite before, and when it is not after.
     """
     full = weight.float()
     if edit is not None:
-        edited = edit.on_weight(full[:, : edit.dim], edit_strength)
+        own = full[:, : edit.dim]
+        if gain is None:
+            edited = edit.on_weight(own, edit_strength)
+        else:
+            gain = gain.to(own)
+            edited = edit.on_weight(own * gain, edit_strength) / gain
         full = torch.cat([edited, full[:, edit.dim :]], dim=1)
     if lora is not None:
         a, b = (factor.to(full) for factor in lora)
@@ -232,7 +244,9 @@ def apply(
     layers = changed(erasure, network)
     with torch.no_grad():
         erased = {
-            name: erasure.erased(name, reader.layer.weight, edit_strength, lora_strength)
+            name: erasure.erased(
+                name, reader.layer.weight, edit_strength, lora_strength, reader.gain
+            )
             for name, reader in layers.items()
         }
         for name, reader in layers.items():

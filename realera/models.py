@@ -6,7 +6,7 @@ the pooled embedding of its second encoder as well. diffusers' side of the proto
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
@@ -22,10 +22,16 @@ class Encoding(Mapping[str, Tensor]):
     """What a model reads of its prompts: stream -> rows, float32 [prompts, tokens, dim].
 
     The context has a row a token (dim 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL, where both
-    encoders stand side by side), the pooled embedding one row (dim 1280).
+    encoders stand side by side, 4096 in SD 3 and Flux), the pooled embedding one row (dim 1280 in
+    SDXL). Behind an RMS norm they are unit rows: the norm's gain belongs to the layer that reads.
+
+    weights: stream -> how much each row counts, [prompts, tokens]; 0 for a row that is not there,
+        since another prompt is longer; the padding of one prompt counts as one row. Every row
+        counts 1 where there are none
     """
 
     streams: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, stream: str) -> Tensor:
         return self.streams[stream]
@@ -40,18 +46,80 @@ class Encoding(Mapping[str, Tensor]):
     def prompts(self) -> int:
         return len(self[CONTEXT])
 
+    def there(self, stream: str) -> Tensor:
+        """The rows that are there, bool [prompts, tokens]."""
+        rows = self[stream]
+        if stream in self.weights:
+            return self.weights[stream] > 0
+        return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+
+    def weighed(self, stream: str) -> Tensor:
+        """The rows times the roots of their weights: their sums of squares are weighted ones."""
+        if stream not in self.weights:
+            return self[stream]
+        return self[stream] * self.weights[stream].sqrt()[..., None]
+
     def take(self, index: Tensor) -> "Encoding":
         """The prompts of int64 `index` [n], in its order."""
-        return Encoding({s: rows[index.to(rows.device)] for s, rows in self.items()})
+        return Encoding(*(_each(lambda t: t[index.to(t.device)], of) for of in self._parts))
 
     def like(self, other: "Encoding") -> "Encoding":
         """One prompt's rows for every prompt of `other`."""
-        return Encoding({s: rows.expand_as(other[s]) for s, rows in self.items()})
+        n = other.prompts
+        if self.prompts == n:
+            return self
+        return Encoding(*(_each(lambda t: t.expand(n, *t.shape[1:]), of) for of in self._parts))
+
+    def cpu(self) -> "Encoding":
+        return Encoding(*(_each(lambda t: t.cpu(), of) for of in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return self.streams, self.weights
 
     @staticmethod
     def cat(encodings: Sequence["Encoding"]) -> "Encoding":
-        """The prompts of all, one after the other."""
-        return Encoding({s: torch.cat([e[s] for e in encodings]) for s in encodings[0]})
+        """The prompts of all, one after the other; shorter ones get rows of weight 0."""
+        streams, weights = {}, {}
+        for stream in encodings[0]:
+            longest = max(e[stream].shape[1] for e in encodings)
+            rows = [longer(e[stream], longest) for e in encodings]
+            streams[stream] = torch.cat(rows)
+            lengths = {e[stream].shape[1] for e in encodings}
+            if len(lengths) > 1 or any(stream in e.weights for e in encodings):
+                own = [e.weights.get(stream, torch.ones_like(e[stream][..., 0])) for e in encodings]
+                weights[stream] = torch.cat([longer(w, longest) for w in own])
+        return Encoding(streams, weights)
+
+
+def _each(change: Callable[[Tensor], Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {stream: change(tensor) for stream, tensor in of.items()}
+
+
+def longer(rows: Tensor, length: int) -> Tensor:
+    """[prompts, tokens, ...] with zeros behind, up to `length` tokens."""
+    if rows.shape[1] == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text encoder whose rows stand in the context, beside others' or behind them.
+
+    tokenize: prompts -> token ids, a row each and with all that the family puts around a prompt,
+        neither padded nor cut off
+    length: the most tokens that it reads
+    causal: a row sees only what stands before it; else every row sees the whole prompt
+    first: where its rows start
+    rows: how many they are; None: all that follow, as many as the prompt needs
+    """
+
+    tokenize: Callable[[Sequence[str]], list[list[int]]]
+    length: int
+    causal: bool = True
+    first: int = 0
+    rows: int | None = None
 
 
 class TextEncoder(Protocol):
@@ -62,17 +130,14 @@ class TextEncoder(Protocol):
         """Hash of the weights and the tokenizer: two encoders that share it encode alike."""
 
     @property
-    def length(self) -> int:
-        """The most tokens that it reads, start and end-of-text among them."""
-
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids with start and end-of-text, neither padded nor cut off."""
+    def parts(self) -> Sequence[Part]:
+        """The encoders whose rows make the context, in their order; the first one tells meaning."""
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """The prompts as the model reads them, cut off or padded as the family does."""
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """The context row that has seen the whole prompt, its end-of-text one: [prompts, dim]."""
+        """What the first part makes of each whole prompt, [prompts, dim] (`spans.summaries`)."""
 
     def words(self) -> list[str]:
         """The whole words of the tokenizer's vocabulary, letters only, sorted."""
@@ -104,7 +169,7 @@ class Diffusion(Protocol):
         """z_t of the forward process: float32 [n, channels, h, w]."""
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
-        """The network's own prediction (epsilon or v), float32 like `latents` [n, c, h, w]."""
+        """The network's own prediction (epsilon, v or a flow's velocity), float32 [n, c, h, w]."""
 
     def sample(
         self,
@@ -115,7 +180,7 @@ class Diffusion(Protocol):
         guidance: float,
         one_noise: bool = False,
     ) -> Tensor:
-        """One latent per prompt of `encoding` by deterministic DDIM: float32 [n, c, h, w].
+        """One latent per prompt of `encoding` by deterministic DDIM or Euler: float32 [n, c, h, w].
 
         negative: of as many prompts, or of one for all; one_noise: all begin at the same noise
         """

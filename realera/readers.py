@@ -5,33 +5,60 @@ T e: an erasure is one T a stream, and the layers that read it are listed here a
 Names are *canonical* in the single-file layout, which is ComfyUI's too.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .models import CONTEXT, POOLED
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text("utf-8"))
+    for path in sorted(Path(__file__).parent.glob("families/*.json"))
+}
+SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
+# Transformers, those first that are told apart by most of their layers.
+TRANSFORMERS = dict(
+    sorted(
+        ((name, family) for name, family in FAMILIES.items() if "readers" in family),
+        key=lambda item: -len(item[1]["marks"]["single"]),
+    )
+)
+LAYOUTS = ("single", "diffusers")
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of layers that read a stream.
 
-    pattern: their canonical names; endings: how networks' own names of them end
+    pattern: their canonical names
     whole: they read nothing else; else the stream's columns come first and the others stay
     adapted: alignment trains a LoRA on them
+    norm: the canonical name of the RMS norm in front, where there may be one
     """
 
     stream: str
     pattern: re.Pattern[str]
-    endings: tuple[str, ...]
-    whole: bool
-    adapted: bool
+    whole: bool = True
+    adapted: bool = True
+    norm: str | None = None
 
     def fits(self, columns: int, dim: int) -> bool:
         """Whether a layer of that many columns can read a stream of `dim` numbers."""
         return columns == dim if self.whole else columns >= dim
+
+
+def _transformer_kinds() -> Iterable[Kind]:
+    known = [reader for family in TRANSFORMERS.values() for reader in family["readers"]]
+    norms = {r["single"]: r["norm"]["single"] for r in known if "norm" in r}
+    for name, stream in {reader["single"]: reader["stream"] for reader in known}.items():
+        pattern = re.compile(re.escape(name))
+        yield Kind(stream, pattern, adapted=stream == CONTEXT, norm=norms.get(name))
 
 
 KINDS = (
@@ -41,18 +68,10 @@ KINDS = (
             r"(?:(?:in|out)put_blocks\.\d{1,2}\.1|middle_block\.1)"
             r"\.transformer_blocks\.\d{1,2}\.attn2\.to_[kv]"
         ),
-        (".attn2.to_k", ".attn2.to_v"),
-        whole=True,
-        adapted=True,
     ),
     # SDXL's pooled embedding is followed by the size embeddings.
-    Kind(
-        POOLED,
-        re.compile(r"label_emb\.0\.0"),
-        ("label_emb.0.0", "add_embedding.linear_1"),
-        whole=False,
-        adapted=False,
-    ),
+    Kind(POOLED, re.compile(r"label_emb\.0\.0"), whole=False, adapted=False),
+    *_transformer_kinds(),
 )
 _DIFFUSERS = re.compile(
     r"(?P<block>down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)"
@@ -61,12 +80,30 @@ _DIFFUSERS = re.compile(
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer of a network, by its canonical name and the network's own."""
+    """A layer of a network, by its canonical name and the network's own.
+
+    norm: the RMS norm in front, if there is one
+    """
 
     name: str
     path: str
     layer: nn.Linear
     kind: Kind
+    norm: nn.Module | None = None
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What the norm in front multiplies its unit rows with, as `gain_of`."""
+        return None if self.norm is None else gain_of(self.norm.get_parameter("weight"))
+
+
+def gain_of(weight: Tensor) -> Tensor:
+    """An RMS norm's gain, float32 [in], by which a reader behind it can be divided.
+
+    Where it is 0 nothing is read, whatever the layer's column says.
+    """
+    gain = weight.detach().float()
+    return torch.where(gain == 0, 1.0, gain)
 
 
 def readers(network: nn.Module) -> dict[str, Reader]:
@@ -75,28 +112,28 @@ def readers(network: nn.Module) -> dict[str, Reader]:
     Looks through peft's wrappers to the layer that holds the weight. Raises ValueError when no
     layer reads a context.
     """
-    endings = tuple(ending for kind in KINDS for ending in kind.endings)
     layers = {
         path.removeprefix("base_model.model."): getattr(layer, "base_layer", layer)
         for path, layer in network.named_modules()
-        if path.endswith(endings)
     }
+    names = canonical([*layers, *(name for name, _ in network.named_parameters(recurse=False))])
+    paths = {name: path for path, name in names.items()}
     found = {}
-    for path, name in canonical(layers).items():
-        kind = kind_of(name)
-        if kind is not None:
-            found[name] = Reader(name, path, layers[path], kind)
+    for path, layer in layers.items():
+        kind = kind_of(names[path])
+        if kind is not None and isinstance(layer, nn.Linear):
+            norm = layers[paths[kind.norm]] if kind.norm in paths else None
+            found[names[path]] = Reader(names[path], path, layer, kind, norm)
     if not any(reader.kind.stream == CONTEXT for reader in found.values()):
         raise ValueError(
-            f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v: "
-            "RealEra works on U-Nets of the Stable Diffusion 1.x, 2.x and SDXL families, not on "
-            "transformers such as SD 3 or Flux"
+            f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
+            f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
         )
     return found
 
 
 def adapted_readers(network: nn.Module) -> dict[str, Reader]:
-    """The readers that a LoRA is trained on: the K and V projections."""
+    """The readers that a LoRA is trained on: those of the context."""
     return {name: reader for name, reader in readers(network).items() if reader.kind.adapted}
 
 
@@ -105,13 +142,27 @@ def kind_of(name: str) -> Kind | None:
     return next((kind for kind in KINDS if kind.pattern.fullmatch(name)), None)
 
 
-def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Layer names of a U-Net, of either layout, as the single-file layout calls them.
+def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """The family and layout of a transformer with these layers, or None when it is none we know."""
+    names = set(names)
+    for family, known in TRANSFORMERS.items():
+        for layout in LAYOUTS:
+            if names.issuperset(known["marks"][layout]):
+                return family, layout
+    return None
 
-    down_blocks.1.attentions.0.X -> input_blocks.4.1.X (two layers a block); names of other layers
-    are left as they are. Give all readers at once: the number of layers a block is read off them.
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Layer names of a network, of either layout, as the single-file layout calls them.
+
+    down_blocks.1.attentions.0.X -> input_blocks.4.1.X (two layers a block); names of layers that
+    read no text are left as they are. Give all layers at once: they tell what the network is.
     """
     names = list(names)
+    transformer = transformer_of(names)
+    if transformer is not None:
+        own = renamed(*transformer)
+        return {name: own.get(name, name) for name in names}
     found = [_DIFFUSERS.fullmatch(name) for name in names]
     downs = [int(m["layer"]) for m in found if m and m["block"].startswith("down")]
     stride = max(downs, default=1) + 2  # the layers of a block and its down- or upsampler
@@ -132,8 +183,15 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     return {name: rename(name, match) for name, match in zip(names, found, strict=True)}
 
 
+def renamed(family: str, layout: str) -> dict[str, str]:
+    """What a transformer's layout calls its readers and the norms in front -> canonical name."""
+    readers = TRANSFORMERS[family]["readers"]
+    names = [*readers, *(reader["norm"] for reader in readers if "norm" in reader)]
+    return {name[layout]: name["single"] for name in names}
+
+
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """The inverse of `canonical`, for a whole set of canonical names."""
+    """The inverse of `canonical`, for all readers of a U-Net."""
     names = list(names)
     blocks = {int(n.split(".")[1]) for n in names if n.startswith("input_blocks")}
     # Layers with attention follow each other; a downsampler's number is the gap between blocks.

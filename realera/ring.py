@@ -93,7 +93,8 @@ class NoiseRing:
     ) -> Mined:
         pair = torch.tensor(of, dtype=torch.int64).repeat_interleave(count)
         span = {stream: rows[pair.to(rows.device)] for stream, rows in self.pairs.span.items()}
-        return Mined(Encoding(e), Encoding(target), span, pair)
+        weights = self.pairs.e.take(pair).weights
+        return Mined(Encoding(e, weights), Encoding(target, weights), span, pair)
 
     def _draw(
         self,
@@ -154,6 +155,11 @@ def noise_ring(pairs: Pairs, settings: Settings, candidates: Encoding | None = N
     user names are in units of the context; in another stream they reach as far in proportion to its
     own automatic ones. Raises ValueError for a range that no draw can satisfy, with one that works.
     """
+    if candidates is not None and not _alike(pairs.e, candidates):
+        raise ValueError(
+            "source 'bank' steps from every row of a prompt to the same row of another, and this "
+            "text encoder gives short prompts fewer rows: use source 'vocabulary' or 'isotropic'"
+        )
     shells, given = {}, (settings.d1, settings.d1_anchor, settings.d2)
     units = 0.0  # the automatic D1 of the context, which is the first stream
     for stream, e in pairs.e.items():
@@ -180,6 +186,15 @@ def noise_ring(pairs: Pairs, settings: Settings, candidates: Encoding | None = N
         shells[stream] = Shell(*radii, centre, steps)
     s2, s1 = settings.cosines
     return NoiseRing(pairs, s1, s2, settings.farthest, shells, settings.shared_noise)
+
+
+def _alike(one: Encoding, other: Encoding) -> bool:
+    """Whether all prompts have the same rows."""
+    return all(
+        bool(e.there(stream).all()) and e[stream].shape[1:] == one[stream].shape[1:]
+        for e in (one, other)
+        for stream in one
+    )
 
 
 def _radii(

@@ -1,8 +1,8 @@
 """Which row of the anchor's prompt each row of the concept's prompt is to become (Alg. 1, l. 1).
 
-The encoders are causal: the rows before the phrase never see it and stay, and every row from its
-first token on carries it, end-of-text and padding included ("erasure concept token and its
-subsequent tokens").
+In a causal encoder the rows before the phrase never see it and stay, and every row from its first
+token on carries it, end-of-text and padding included ("erasure concept token and its subsequent
+tokens"). In one that is not (T5), every row of the prompt carries it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models import CONTEXT, Encoding, TextEncoder
+from .models import CONTEXT, Encoding, Part, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Places:
         """e*: the anchor's rows where the span is, and `own` rows elsewhere."""
         out = {}
         for stream, place in self.streams.items():
-            rows = anchor[stream].gather(1, place.clamp(min=0)[..., None].expand_as(anchor[stream]))
-            out[stream] = torch.where((place >= 0)[..., None], rows, own[stream])
-        return Encoding(out)
+            its = anchor[stream]
+            at = place.clamp(0, its.shape[1] - 1)[..., None].expand(-1, -1, its.shape[2])
+            out[stream] = torch.where((place >= 0)[..., None], its.gather(1, at), own[stream])
+        return Encoding(out, own.weights)
 
 
 def place_rows(
@@ -50,40 +51,51 @@ def place_rows(
     gives them. A stream of a single row is of the whole prompt: it becomes the anchor's.
     Raises ValueError when a phrase or anchor tokenises to nothing or its prompt does not fit.
     """
+    tokens = encoded[CONTEXT].shape[1]
     place = []
     for phrase, anchor, template in rows:
-        own, its = _locate(text, template, phrase), _locate(text, template, anchor)
-        before = torch.full((own.first,), -1)
-        place.append(torch.cat([before, _anchor_rows(own, its, encoded[CONTEXT].shape[1])]))
+        context = torch.full((tokens,), -1)
+        for part in text.parts:
+            own, its = _locate(part, template, phrase), _locate(part, template, anchor)
+            last = tokens if part.rows is None else part.first + part.rows
+            at = _anchor_rows(part, own, its, last - part.first)
+            context[part.first : last] = torch.where(at < 0, at, at + part.first)
+        place.append(context)
     by_token = torch.stack(place)
-    return Places(
-        {
-            stream: (by_token if values.shape[1] > 1 else torch.zeros_like(by_token[:, :1])).to(
-                values.device
-            )
-            for stream, values in encoded.items()
-        }
-    )
+    streams = {}
+    for stream, values in encoded.items():
+        at = by_token if values.shape[1] > 1 else torch.zeros_like(by_token[:, :1])
+        streams[stream] = torch.where(encoded.there(stream), at.to(values.device), -1)
+    return Places(streams)
 
 
 def summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> Tensor:
-    """The row of every prompt's context that has seen all of it: end-of-text, [prompts, dim]."""
-    context = encoded[CONTEXT]
-    ends = torch.tensor([len(ids) - 1 for ids in text.tokenize(prompts)])
-    ends = ends.clamp(max=context.shape[1] - 1).to(context.device)
-    return context[torch.arange(len(prompts), device=context.device), ends]
+    """What stands in the context of every prompt for all of it, [prompts, dim].
+
+    The first part's last row where it is causal, which has seen the whole prompt (end-of-text in
+    CLIP); else the mean of its rows but end-of-text.
+    """
+    part, context = text.parts[0], encoded[CONTEXT]
+    ends = torch.tensor([len(ids) - 1 for ids in part.tokenize(prompts)])
+    length = context.shape[1] if part.rows is None else part.rows
+    ends = ends.clamp(max=length - 1).to(context.device)
+    if part.causal:
+        return context[torch.arange(len(prompts), device=context.device), part.first + ends]
+    words = torch.arange(context.shape[1], device=context.device) < ends.clamp(min=1)[:, None]
+    return (context * words[..., None]).sum(1) / words.sum(1, keepdim=True)
 
 
 def refuse_long(text: TextEncoder, prompts: Sequence[str]) -> None:
-    """Raises ValueError for a prompt that the encoder would cut off."""
-    for prompt, ids in zip(prompts, text.tokenize(prompts), strict=True):
-        _refuse_long(text, prompt, ids)
+    """Raises ValueError for a prompt that an encoder would cut off."""
+    for part in text.parts:
+        for prompt, ids in zip(prompts, part.tokenize(prompts), strict=True):
+            _refuse_long(part, prompt, ids)
 
 
-def _refuse_long(text: TextEncoder, prompt: str, ids: Sequence[int]) -> None:
-    if len(ids) > text.length:
+def _refuse_long(part: Part, prompt: str, ids: Sequence[int]) -> None:
+    if len(ids) > part.length:
         raise ValueError(
-            f"the prompt {prompt!r} takes {len(ids)} tokens and the encoder reads {text.length}: "
+            f"the prompt {prompt!r} takes {len(ids)} tokens and the encoder reads {part.length}: "
             "shorten it, or its template"
         )
 
@@ -96,20 +108,19 @@ class _Place:
     last: int
 
 
-def _locate(text: TextEncoder, template: str, phrase: str) -> _Place:
+def _locate(part: Part, template: str, phrase: str) -> _Place:
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
-    whole, prefix, suffix = text.tokenize([prompt, before, after])
+    whole, prefix, suffix = part.tokenize([prompt, before, after])
     # Byte-pair encoding can glue a phrase to its neighbours ("anti{}", "{}s"): the span starts and
-    # ends where the segmentations part.
+    # ends where the segmentations part. What the family puts around a prompt is in all three.
     first = _common(whole[:-1], prefix[:-1])
-    end = len(whole) - 1
-    last = end - _common(whole[end - 1 : 0 : -1], suffix[-2:0:-1])
+    last = len(whole) - _common(whole[::-1], suffix[::-1])
     if last <= first:
         raise ValueError(
             f"{phrase!r} tokenises to nothing in {prompt!r}: write it in words the tokenizer knows"
         )
-    _refuse_long(text, prompt, whole)
+    _refuse_long(part, prompt, whole)
     return _Place(first, last)
 
 
@@ -121,13 +132,14 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _anchor_rows(own: _Place, its: _Place, tokens: int) -> Tensor:
-    """The anchor row for every row of the span, int64 [tokens - own.first].
+def _anchor_rows(part: Part, own: _Place, its: _Place, rows: int) -> Tensor:
+    """The anchor row for each of an encoder's rows, -1 for those that stay, int64 [rows].
 
     Phrase token j meets the anchor's token j (its last one while the concept is longer), suffix
-    meets suffix, end-of-text and padding meet end-of-text and padding.
+    meets suffix, end-of-text and padding meet end-of-text and padding; prefix meets prefix.
     """
-    rows = torch.arange(own.first, tokens)
-    phrase = torch.clamp(rows - own.first, max=its.last - its.first - 1) + its.first
-    later = torch.clamp(rows - own.last + its.last, max=tokens - 1)
-    return torch.where(rows < own.last, phrase, later)
+    at = torch.arange(rows)
+    before = torch.full_like(at, -1) if part.causal else at
+    phrase = torch.clamp(at - own.first, max=its.last - its.first - 1) + its.first
+    later = torch.clamp(at - own.last + its.last, max=rows - 1)
+    return torch.where(at < own.first, before, torch.where(at < own.last, phrase, later))

@@ -19,7 +19,8 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
     for stream, rows in encoding.items():
         assert rows.ndim == 3 and len(rows) == len(PROMPTS), f"{stream}: [prompts, tokens, dim]"
         assert rows.dtype == torch.float32 and rows.isfinite().all(), f"{stream}: finite float32"
-    assert encoding[models.CONTEXT].shape[1] == text.length, "a row a token, padded and cut off"
+    (part,) = text.parts
+    assert encoding[models.CONTEXT].shape[1] == part.length, "a row a token, padded and cut off"
 
     again = text.encode(PROMPTS)
     alone = models.Encoding.cat([text.encode([prompt]) for prompt in PROMPTS])
@@ -28,10 +29,10 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
         close = torch.allclose(rows, alone[stream], atol=1e-4, rtol=1e-3)
         assert close, f"{stream}: a prompt's rows do not depend on the others of its batch"
 
-    ids = text.tokenize(PROMPTS)
+    ids = part.tokenize(PROMPTS)
     assert len({row[0] for row in ids}) == 1 and len({row[-1] for row in ids}) == 1
     assert ids[2] == [ids[0][0], ids[0][-1]], "the empty prompt is start and end-of-text"
-    assert len(ids[-1]) > text.length, "token ids are not cut off"
+    assert len(ids[-1]) > part.length, "token ids are not cut off"
     own = spans.summaries(text, PROMPTS, encoding).cpu()
     summary = text.summary(PROMPTS)
     assert torch.allclose(summary.cpu(), own, atol=1e-3, rtol=1e-3), "summary is a row of encode"
@@ -39,18 +40,18 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
     try:
         spans.refuse_long(text, PROMPTS)
     except ValueError as error:
-        assert str(text.length) in str(error)
+        assert str(part.length) in str(error)
     else:
         raise AssertionError("a prompt that would be cut off is refused")
 
     one, other = text.encode(["a photo of the cat", "a photo of the red dog"])[models.CONTEXT]
-    first = len(text.tokenize(["a photo of the"])[0]) - 1
+    first = len(part.tokenize(["a photo of the"])[0]) - 1
     assert torch.allclose(one[:first], other[:first], atol=1e-4), "rows before the phrase stay"
     assert not torch.allclose(one[first], other[first], atol=1e-2), "and its own row does not"
 
     words = text.words()
     assert words == sorted(set(words)) and all(word.isalpha() for word in words)
-    assert all(len(row) == 3 for row in text.tokenize(words[:: max(1, len(words) // 50)]))
+    assert all(len(row) == 3 for row in part.tokenize(words[:: max(1, len(words) // 50)]))
     assert text.fingerprint == text.fingerprint != ""
 
 

@@ -39,7 +39,7 @@ def context(model, prompt):
 def test_the_last_row_is_that_of_the_last_word_before_the_end(model):
     row = peers.last_rows(model.text, ["a photo of the dog", "dog"])
     for k, prompt in enumerate(["a photo of the dog", "dog"]):
-        ids = model.text.tokenize([prompt])[0]
+        ids = model.text.parts[0].tokenize([prompt])[0]
         assert torch.equal(row[k], context(model, prompt)[len(ids) - 2])
 
 
@@ -69,7 +69,7 @@ def test_mace_moves_the_rows_around_the_concept_to_those_around_its_anchor(model
     own, its = "a photo of the airplane outside", "a photo of the sky outside"
     e, target = peers.around(model.text, [own], [its])
     rows, its_rows = context(model, own), context(model, its)
-    a, b = (len(model.text.tokenize([prompt])[0]) for prompt in (own, its))
+    a, b = (len(model.text.parts[0].tokenize([prompt])[0]) for prompt in (own, its))
     # the four words before and the start; then "outside" and all that follows it
     assert torch.equal(e[:5], rows[:5]) and torch.equal(target[:5], its_rows[:5])
     assert torch.equal(e[5], rows[a - 2]) and torch.equal(target[5], its_rows[b - 2])

@@ -14,7 +14,7 @@ from realera.checkpoints import write_checkpoint, write_lora
 from realera.closed_form import Edit
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure
-from realera.families import FAMILIES, family_of, unet_files
+from realera.families import FAMILIES, family_of, network_files
 from realera.families.loading import load_model, load_text
 from realera.families.weights import weight_of
 from realera.files import Entry, header_bytes, open_tensors, raw_bytes, write_tensors
@@ -139,7 +139,7 @@ def test_a_scaled_file_is_erased_in_its_own_layout_to_the_rounding_of_fp8(
     assert list(ours.entries.items()) == list(theirs.entries.items())  # order, dtypes, places
     fp8 = torch.finfo(make.get("fp8", torch.float8_e4m3fn))
     erased, kept, renewed = set(), 0, 0
-    ((_, keys),) = unet_files(small)
+    ((_, keys),) = network_files(small)
     for key, layer in keys.items():
         expected = erasure.erased(layer, open_tensors(plain).read(key))
         if key.endswith("label_emb.0.0.weight"):

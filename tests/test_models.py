@@ -58,7 +58,7 @@ def test_the_summary_is_the_end_of_text_row_of_encode(models, name):
     # Of every length, so that the buckets mix and the order must come back.
     prompts = ["cat", *PROMPTS, "", "dog", "the red cat"]
     context = text.encode(prompts)[CONTEXT]
-    rows = [min(len(ids), 77) - 1 for ids in text.tokenize(prompts)]
+    rows = [min(len(ids), 77) - 1 for ids in text.parts[0].tokenize(prompts)]
     expected = context[torch.arange(len(prompts)), rows]
     torch.testing.assert_close(text.summary(prompts), expected, atol=1e-5, rtol=1e-4)
 
@@ -87,7 +87,7 @@ def test_encoding_in_batches_changes_nothing(models, monkeypatch):
 
 
 def test_tokenize_neither_pads_nor_cuts_off(models):
-    short, long = models["sd1"].text.tokenize(["airplane", "airplane " * 100])
+    short, long = models["sd1"].text.parts[0].tokenize(["airplane", "airplane " * 100])
     assert short == [49406, 16451, 49407]
     assert long == [49406, *[16451] * 100, 49407]
 
@@ -228,7 +228,7 @@ def test_readers_look_through_peft(models):
 
 
 def test_a_model_without_cross_attention_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"Sequential has no cross-attention.*SDXL"):
+    with pytest.raises(ValueError, match=r"Sequential has no cross-attention.*Stable Diffusion XL"):
         readers(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="has no U-Net"):
         DiffusersModel(object())

@@ -7,23 +7,21 @@ terms. A checkpoint may carry its own instead, as JSON in its metadata under "co
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..files import DTYPES, PICKLES, TensorFile, open_tensors
-from ..models import CONTEXT
-from ..readers import canonical, kind_of
-from .weights import FLOATS, scale_of
+from ..models import CONTEXT, POOLED
+from ..readers import FAMILIES, SUPPORTED, canonical, gain_of, kind_of, transformer_of
+from .weights import FLOATS, scale_of, weight_of
 
-UNET = "model.diffusion_model."
-FAMILIES = {
-    path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("*.json"))
-}
-SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
+UNET = "model.diffusion_model."  # of a transformer, too
+_PREFIX = re.compile(r"(?:model\.)?diffusion_model\.")
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
 _WEIGHTS = re.compile(
     # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named
@@ -36,8 +34,8 @@ _WEIGHTS = re.compile(
 class Family:
     """What kind of model a file holds.
 
-    name, title: of the family; dim: of the context; pooled: of SDXL's pooled embedding, else None
-    in_channels: 4, or 9 for inpainting; dtype: in which the file stores the projections
+    name, title: of the family; dim: of the context; pooled: of the pooled embedding, else None
+    in_channels: of a U-Net, 4, or 9 for inpainting; dtype: in which the file stores the projections
     config: the parts' configurations in diffusers' terms
     """
 
@@ -56,7 +54,10 @@ def family_of(source: str | os.PathLike[str]) -> Family:
     Raises ValueError that names the families that work when it is of none of them.
     """
     path = locate(source)
-    files = unet_files(path)
+    files = network_files(path)
+    transformer = transformer_of(_layers([file for file, _ in files]).values())
+    if transformer is not None:
+        return _transformer_family(path, transformer[0], files)
     entries = {name: file.entries[key] for file, keys in files for key, name in keys.items()}
     name = family_like({layer: entry.shape for layer, entry in entries.items()})
     projection = next(e for layer, e in entries.items() if _stream(layer) == CONTEXT)
@@ -103,6 +104,25 @@ def family_of(source: str | os.PathLike[str]) -> Family:
     )
 
 
+def _transformer_family(
+    path: Path, name: str, files: Sequence[tuple[TensorFile, Mapping[str, str]]]
+) -> Family:
+    """The family of a transformer, from its files."""
+    entries = {layer: file.entries[key] for file, keys in files for key, layer in keys.items()}
+    by_stream = {_stream(layer): entry for layer, entry in entries.items()}
+    pooled = by_stream.get(POOLED)
+    own = files[0][0].metadata.get("config", "{}") if path.is_file() else "{}"
+    return Family(
+        name,
+        FAMILIES[name]["title"],
+        by_stream[CONTEXT].shape[1],
+        None if pooled is None else pooled.shape[1],
+        0,
+        DTYPES[by_stream[CONTEXT].dtype],
+        read_json(own, path),
+    )
+
+
 def family_like(shapes: Mapping[str, Sequence[int]]) -> str | None:
     """The name of the family whose layers that read the text have these shapes, if it is known.
 
@@ -111,7 +131,8 @@ def family_like(shapes: Mapping[str, Sequence[int]]) -> str | None:
     dim = next(shape[1] for layer, shape in shapes.items() if _stream(layer) == CONTEXT)
     several = len({_stream(layer) for layer in shapes}) > 1
     for name, known in FAMILIES.items():
-        if known["unet"]["cross_attention_dim"] == dim and ("text_encoder_2" in known) == several:
+        unet = known.get("unet", {})
+        if unet.get("cross_attention_dim") == dim and ("text_encoder_2" in known) == several:
             return name
     return None
 
@@ -170,6 +191,12 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
         return CHECKPOINT
     path = Path(source)
+    if path.suffix.lower() == ".gguf":
+        raise ValueError(
+            f"{path} is quantised in blocks (GGUF), which cannot be rewritten exactly: erase from "
+            "the safetensors file that it was made of and quantise that, or load the GGUF file in "
+            "ComfyUI and apply the erasure there"
+        )
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist: give a checkpoint file or a diffusers folder"
@@ -177,28 +204,25 @@ def locate(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def unet_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
-    """The files of the U-Net, each with key -> canonical name of what an erasure may change."""
-    files = [open_tensors(p) for p in (weight_files(path / "unet")[0] if path.is_dir() else [path])]
-    layers = {
-        (n, key): key.removeprefix(UNET).removesuffix(".weight")
-        for n, file in enumerate(files)
-        for key in file.entries
-        if key.endswith(".weight")
-    }
+def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
+    """The files of the network, each with key -> canonical name of what an erasure may change."""
+    folder = path / ("transformer" if (path / "transformer").is_dir() else "unet")
+    files = [open_tensors(p) for p in (weight_files(folder)[0] if path.is_dir() else [path])]
+    layers = _layers(files)
     names = {
         layer: name
         for layer, name in canonical(layers.values()).items()
         if kind_of(name) is not None
     }
-    layers = {place: layer for place, layer in layers.items() if layer in names}
     if CONTEXT not in map(_stream, names.values()):
         raise ValueError(
-            f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v): "
-            f"RealEra works on {SUPPORTED}"
+            f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v) "
+            f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
         )
     erasable: list[dict[str, str]] = [{} for _ in files]
     for (n, key), layer in layers.items():
+        if layer not in names or not key.endswith(".weight"):
+            continue
         # Some checkpoints hold a second U-Net, the running average; dots are left out of its names.
         average = "model_ema.diffusion_model" + f"{names[layer]}.weight".replace(".", "")
         for stored in (key, average):
@@ -213,6 +237,32 @@ def unet_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
             scale_of(files[n], stored)  # raises where the numbers mean something unknown
             erasable[n][stored] = names[layer]
     return list(zip(files, erasable, strict=True))
+
+
+def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
+    """What the norms in front of a network's readers multiply with, canonical name of the reader ->
+    `gain_of`."""
+    files = list(files)
+    layers = _layers(files)
+    names = canonical(layers.values())
+    at = {names[layer]: place for place, layer in layers.items()}
+    found = {}
+    for name in at:
+        kind = kind_of(name)
+        if kind is not None and kind.norm in at:
+            n, key = at[kind.norm]
+            found[name] = gain_of(weight_of(files[n], key))
+    return found
+
+
+def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
+    """The layers of a network's files, by number of the file and key, as its layout calls them."""
+    return {
+        (n, key): _PREFIX.sub("", key, count=1).removesuffix(".weight")
+        for n, file in enumerate(files)
+        for key in file.entries
+        if not key.endswith(".bias")
+    }
 
 
 def read_json(text: str | bytes, path: Path) -> dict[str, Any]:

@@ -1,0 +1,315 @@
+"""diffusers' side of `models.py` for transformers: whatever its pipelines can draw with.
+
+How a family encodes, packs and asks its network, its own pipeline knows: we let it make one step,
+with a scheduler that asks at our times and hands back the prediction.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from .files import digest
+from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, longer, whole_words
+from .readers import FAMILIES, readers, transformer_of
+from .spans import summaries
+
+EMBEDDED_GUIDANCE = 3.5  # of networks that are told the guidance, as FLUX.1 dev is
+
+
+class TransformerText:
+    """The text side of a pipeline of a family that `families/` knows."""
+
+    def __init__(self, pipeline: Any, family: str):
+        self.pipeline, self.family = pipeline, FAMILIES[family]
+        self.how = self.family["pipeline"]
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """One a tokenizer that the family's spans are told by; those of missing encoders are not."""
+        parts, first = [], 0
+        for name, how in self.how["tokenizers"].items():
+            tokenizer = getattr(self.pipeline, name)
+            fixed = first + how["rows"] < self._rows and len(self.how["tokenizers"]) > 1
+            rows = how["rows"] if fixed else None
+            if tokenizer is not None:
+                read = _reader(tokenizer, how.get("template", "{}"), how.get("cut", 0))
+                parts.append(Part(read, how["rows"], how["causal"], first, rows))
+            first += how["rows"]
+        return parts
+
+    @property
+    def _rows(self) -> int:
+        return sum(how["rows"] for how in self.how["tokenizers"].values())
+
+    @property
+    def _encoders(self) -> list[Any]:
+        parts = self.pipeline.components
+        return [parts[n] for n in sorted(parts) if n.startswith("text_encoder") and parts[n]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        parts: list[object] = [type(self.pipeline).__name__, self.how["tokenizers"]]
+        for name, part in sorted(self.pipeline.components.items()):
+            if name.startswith("tokenizer") and part is not None:
+                parts.append(sorted(part.get_vocab().items()))
+        return digest(*parts, *(dict(sorted(e.state_dict().items())) for e in self._encoders))
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        return Encoding.cat(
+            [self._encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+        )
+
+    def summary(self, prompts: Sequence[str]) -> Tensor:
+        """Of rows without the padding, which words need an eighth of."""
+        rows = []
+        for i in range(0, len(prompts), BATCH):
+            some = prompts[i : i + BATCH]
+            last = self.parts[-1]
+            longest = max(map(len, last.tokenize(some)))
+            rows.append(summaries(self, some, self._encode(some, min(longest, last.length))))
+        return torch.cat(rows)
+
+    def words(self) -> list[str]:
+        return whole_words(getattr(self.pipeline, next(iter(self.how["tokenizers"]))).get_vocab())
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str], longest: int | None = None) -> Encoding:
+        """longest: the rows of the last encoder; the family's own number of them unless given."""
+        takes = inspect.signature(self.pipeline.encode_prompt).parameters
+        options: dict[str, Any] = {}
+        for name in takes:
+            if name in ("prompt", "prompt_2", "prompt_3"):
+                options[name] = list(prompts)
+        if "do_classifier_free_guidance" in takes:
+            options["do_classifier_free_guidance"] = False
+        *_, how = self.how["tokenizers"].values()
+        cut = how.get("cut", 0)
+        options["max_sequence_length"] = (longest or how["rows"]) + (0 if cut else cut)
+        out = self.pipeline.encode_prompt(**options)
+        given = {name: out[place] for name, place in self.how["encoded"].items()}
+        context, mask = given["context"], given.get("mask")
+        if isinstance(context, list):  # a tensor a prompt
+            parts = [Encoding({CONTEXT: rows[None].float()}) for rows in context]
+            context = Encoding.cat(parts)
+            there = context.there(CONTEXT)
+            context = context[CONTEXT]
+        else:
+            context = context.float()
+            there = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+            if mask is not None:
+                there = mask > 0
+                context = context[:, : int(there.sum(1).max())] * there[..., None]
+                there = there[:, : context.shape[1]]
+        if any("norm" in reader for reader in self.family["readers"]):
+            context = unit(context)
+        streams = {CONTEXT: context}
+        if POOLED in given:
+            streams[POOLED] = given[POOLED].float()[:, None]
+        weights = row_weights(self, prompts, there)
+        return Encoding(streams, {} if (weights == 1).all() else {CONTEXT: weights})
+
+
+def _reader(tokenizer: Any, template: str, cut: int) -> Any:
+    """`Part.tokenize` of a tokenizer whose family puts prompts in a template."""
+
+    def read(prompts: Sequence[str]) -> list[list[int]]:
+        ids = tokenizer([template.replace("{}", p) for p in prompts], verbose=False).input_ids
+        return [row[cut:] for row in ids]
+
+    return read
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows as an RMS norm makes them, without its gain: [..., dim]."""
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def row_weights(text: TextEncoder, prompts: Sequence[str], there: Tensor) -> Tensor:
+    """How much each row of the context counts, [prompts, tokens] (`models.Encoding`).
+
+    there: the rows that are there, bool [prompts, tokens]. An encoder that is not causal fills up
+    with rows that mean little and are all alike: those of one prompt count as one.
+    """
+    weights = there.float()
+    at = torch.arange(there.shape[1], device=there.device)
+    for part in text.parts:
+        if part.causal:
+            continue
+        last = there.shape[1] if part.rows is None else part.first + part.rows
+        for n, ids in enumerate(part.tokenize(prompts)):
+            pads = there[n] & (at >= part.first + len(ids)) & (at < last)
+            weights[n, pads] = 1.0 / max(1, int(pads.sum()))
+    return weights
+
+
+class _Once(FlowMatchEulerDiscreteScheduler):
+    """Asks the network once, at the times that `asked` holds, and hands back its prediction."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        self.num_inference_steps, self.timesteps = 1, [self.asked]
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
+        return (model_output,)
+
+
+class TransformerModel:
+    """A diffusers pipeline with a flow-matching transformer behind our protocol.
+
+    Times are sigmas: z_t = (1 - σ) z + σ noise, and the prediction is noise - z.
+    text: the pipeline's own unless given. Device and dtype are the pipeline's. Raises ValueError
+    when it is of no family that we know.
+    """
+
+    def __init__(self, pipeline: Any, text: TextEncoder | None = None):
+        self.pipeline, self.network = pipeline, pipeline.transformer.eval()
+        self.vae = pipeline.vae.eval()
+        readers(self.network)  # raises where no layer reads a context
+        found = transformer_of(name for name, _ in self.network.named_modules())
+        if found is None:
+            raise ValueError(f"{type(pipeline).__name__} is of no family that RealEra knows")
+        self.how = FAMILIES[found[0]]["pipeline"]
+        self.text = text or TransformerText(pipeline, found[0])
+        self.scheduler = pipeline.scheduler
+        pipeline.set_progress_bar_config(disable=True)
+        config = self.vae.config
+        channels = config.get("latent_channels") or config.z_dim
+        side = self.network.config.get("sample_size") or pipeline.default_sample_size
+        self.latent_shape = (int(channels), int(side), int(side))
+
+    @property
+    def fingerprint(self) -> str:
+        config = self.scheduler.config
+        schedule = {k: str(v) for k, v in sorted(config.items()) if not k.startswith("_")}
+        return digest(schedule, self.network.state_dict())
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        return self._shifted(1 - torch.rand(count, generator=generator))
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return torch.lerp(latents, noise, times.to(latents)[:, None, None, None])
+
+    def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
+        latents, times = (t.to(self.network.device, self.network.dtype) for t in (latents, times))
+        times = times.expand(len(latents))
+        lengths = encoding.there(CONTEXT).sum(1).cpu()
+        out = torch.empty_like(latents, dtype=torch.float32)
+        # One call a length: no family's masks are needed where every row is there.
+        parts, order = [], []
+        for length in lengths.unique().tolist():
+            of = (lengths == length).nonzero()[:, 0]
+            own = encoding.take(of)
+            rows = {**own, CONTEXT: own[CONTEXT][:, :length]}
+            here = of.to(latents.device)
+            parts.append(self._ask(latents[here], times[here], rows))
+            order.append(here)
+        if len(parts) == 1:
+            return parts[0]
+        return out.index_copy(0, torch.cat(order), torch.cat(parts))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        encoding: Encoding,
+        negative: Encoding,
+        generator: torch.Generator,
+        steps: int,
+        guidance: float,
+    ) -> Tensor:
+        n = encoding.prompts
+        noise = torch.randn((n, *self.latent_shape), generator=generator, device=generator.device)
+        z = noise.to(self.network.device, torch.float32)
+        sigmas = self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist() + [0.0]
+        asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
+        for now, later in zip(sigmas, sigmas[1:], strict=False):
+            copies = torch.cat([z] * (asked.prompts // n))
+            v = self.predict(copies, torch.tensor([now]), asked)
+            if guidance != 1:
+                without, towards = v.chunk(2)
+                v = torch.lerp(without, towards, guidance)
+            z = z + (later - now) * v
+        return z
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        config, vae = self.vae.config, self.vae
+        latents = latents.to(vae.device, vae.dtype)
+        if "latents_mean" in config:  # Qwen-Image's, of videos: a mean and a deviation a channel
+            mean, std = (
+                torch.tensor(config[name]).to(latents)[:, None, None]
+                for name in ("latents_mean", "latents_std")
+            )
+            images = vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
+        else:
+            shift = config.get("shift_factor") or 0.0
+            images = vae.decode(latents / config.scaling_factor + shift).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _shifted(self, sigmas: Tensor) -> Tensor:
+        """Sigmas as the family spaces them: more of them in the noise for larger images."""
+        config = self.scheduler.config
+        shift = float(config.get("shift") or 1.0)
+        if config.get("use_dynamic_shifting"):
+            tokens = self.latent_shape[1] * self.latent_shape[2] / 4
+            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            shift = math.exp(low + (high - low) * (tokens - few) / (many - few))
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    def _ask(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """The network's prediction, by its pipeline's own step; every prompt has as many rows."""
+        pipeline, (n, channels, height, width) = self.pipeline, latents.shape
+        rows = {stream: values.to(latents) for stream, values in rows.items()}
+        names = self.how["given"]
+        given: dict[str, Any] = {names[CONTEXT]: rows[CONTEXT]}
+        if self.how.get("listed"):
+            given[names[CONTEXT]] = list(rows[CONTEXT])
+        if POOLED in names:
+            given[names[POOLED]] = rows[POOLED][:, 0]
+        if "mask" in names:
+            given[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0]).long()
+        told = self.network.config.get("guidance_embeds")
+        given["guidance_scale"] = EMBEDDED_GUIDANCE if told else 1.0
+        call = type(pipeline).__call__
+        if "true_cfg_scale" in inspect.signature(call).parameters:
+            given["true_cfg_scale"] = 1.0
+        packs, scale = hasattr(pipeline, "_pack_latents"), pipeline.vae_scale_factor
+        if packs:
+            latents = pipeline._pack_latents(latents, n, channels, height, width)
+        with self._asking(times):
+            out = inspect.unwrap(call)(  # the pipelines' own runs without gradients
+                pipeline,
+                latents=latents,
+                height=height * scale,
+                width=width * scale,
+                num_inference_steps=1,
+                output_type="latent",
+                return_dict=False,
+                **given,
+            )[0]
+        if packs:
+            out = pipeline._unpack_latents(out, height * scale, width * scale, scale)
+        return out.reshape(n, channels, height, width).float()
+
+    @contextmanager
+    def _asking(self, times: Tensor) -> Iterator[None]:
+        once = _Once.from_config(self.scheduler.config)
+        once.asked = times * once.config.num_train_timesteps
+        try:
+            self.pipeline.scheduler = once
+            yield
+        finally:
+            self.pipeline.scheduler = self.scheduler
