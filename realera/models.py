@@ -5,7 +5,8 @@ the pooled embedding of its second encoder as well. diffusers' side of the proto
 `diffusers_model.py`, ComfyUI's lives in `nodes/`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
@@ -214,7 +215,19 @@ def last_rows(
     return torch.stack(ends)
 
 
-def whole_words(vocabulary: Iterable[str]) -> list[str]:
-    """The whole words of a CLIP vocabulary ("airplane</w>"), letters only, sorted."""
-    tokens = (token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
-    return sorted({word for word in tokens if word.isascii() and word.isalpha()})
+# How a vocabulary marks a token that is a word: CLIP's behind it, sentence pieces' and byte pairs'
+# (a space as they write it) in front.
+_WORD = re.compile(r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})")
+MOST_WORDS = 40_000  # of a language model's vocabulary, which has more than three times as many
+
+
+def whole_words(vocabulary: Mapping[str, int]) -> list[str]:
+    """The whole words of a tokenizer's vocabulary, letters only, the most frequent ones, sorted.
+
+    vocabulary: token ("airplane</w>", "▁airplane", "Ġairplane") -> id; frequent tokens come first
+    """
+    found = {}
+    for token, number in vocabulary.items():
+        if match := _WORD.fullmatch(token):
+            found[match[1] or match[2]] = number
+    return sorted(sorted(found, key=lambda word: found[word])[:MOST_WORDS])

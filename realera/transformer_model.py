@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from .files import digest
-from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, longer, whole_words
+from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, whole_words
 from .readers import FAMILIES, readers, transformer_of
 from .spans import summaries
 
@@ -104,9 +105,8 @@ class TransformerText:
             context = context.float()
             there = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
             if mask is not None:
-                there = mask > 0
-                context = context[:, : int(there.sum(1).max())] * there[..., None]
-                there = there[:, : context.shape[1]]
+                there = mask[:, : int((mask > 0).sum(1).max())] > 0
+                context = context[:, : there.shape[1]] * there[..., None]
         if any("norm" in reader for reader in self.family["readers"]):
             context = unit(context)
         streams = {CONTEXT: context}
@@ -151,6 +151,8 @@ def row_weights(text: TextEncoder, prompts: Sequence[str], there: Tensor) -> Ten
 
 class _Once(FlowMatchEulerDiscreteScheduler):
     """Asks the network once, at the times that `asked` holds, and hands back its prediction."""
+
+    asked: Tensor
 
     def set_timesteps(
         self,
@@ -234,7 +236,7 @@ class TransformerModel:
         z = noise.to(self.network.device, torch.float32)
         sigmas = self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist() + [0.0]
         asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
-        for now, later in zip(sigmas, sigmas[1:], strict=False):
+        for now, later in pairwise(sigmas):
             copies = torch.cat([z] * (asked.prompts // n))
             v = self.predict(copies, torch.tensor([now]), asked)
             if guidance != 1:
@@ -247,7 +249,7 @@ class TransformerModel:
     def decode(self, latents: Tensor) -> Tensor:
         config, vae = self.vae.config, self.vae
         latents = latents.to(vae.device, vae.dtype)
-        if "latents_mean" in config:  # Qwen-Image's, of videos: a mean and a deviation a channel
+        if config.get("latents_mean"):  # Qwen-Image's, of videos: a mean and a deviation a channel
             mean, std = (
                 torch.tensor(config[name]).to(latents)[:, None, None]
                 for name in ("latents_mean", "latents_std")
@@ -280,12 +282,14 @@ class TransformerModel:
         if POOLED in names:
             given[names[POOLED]] = rows[POOLED][:, 0]
         if "mask" in names:
-            given[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0]).long()
-        told = self.network.config.get("guidance_embeds")
-        given["guidance_scale"] = EMBEDDED_GUIDANCE if told else 1.0
+            given[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0], dtype=torch.bool)
         call = type(pipeline).__call__
-        if "true_cfg_scale" in inspect.signature(call).parameters:
+        if self.network.config.get("guidance_embeds"):
+            given["guidance_scale"] = EMBEDDED_GUIDANCE
+        elif "true_cfg_scale" in inspect.signature(call).parameters:
             given["true_cfg_scale"] = 1.0
+        else:
+            given["guidance_scale"] = 0.0  # off: what every pipeline takes for it
         packs, scale = hasattr(pipeline, "_pack_latents"), pipeline.vae_scale_factor
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
