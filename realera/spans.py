@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models import CONTEXT, Encoding, Part, TextEncoder
+from .models import CONTEXT, Encoding, Part, TextEncoder, longer
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Places:
 
     def take(self, index: Tensor) -> "Places":
         return Places({s: place[index.to(place.device)] for s, place in self.streams.items()})
+
+    @staticmethod
+    def cat(places: Sequence["Places"]) -> "Places":
+        """The prompts of all, one after the other, as `Encoding.cat`."""
+        streams = {}
+        for stream in places[0].streams:
+            rows = [own.streams[stream] + 1 for own in places]
+            longest = max(row.shape[1] for row in rows)
+            streams[stream] = torch.cat([longer(row, longest) for row in rows]) - 1
+        return Places(streams)
 
     def target(self, own: Encoding, anchor: Encoding) -> Encoding:
         """e*: the anchor's rows where the span is, and `own` rows elsewhere."""

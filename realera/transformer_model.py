@@ -33,7 +33,7 @@ class TransformerText:
 
     @cached_property
     def parts(self) -> Sequence[Part]:
-        """One a tokenizer that the family's spans are told by; those of missing encoders are not."""
+        """One a tokenizer that spans are told by; those of encoders that are missing are not."""
         parts, first = [], 0
         for name, how in self.how["tokenizers"].items():
             tokenizer = getattr(self.pipeline, name)
@@ -234,7 +234,7 @@ class TransformerModel:
         n = encoding.prompts
         noise = torch.randn((n, *self.latent_shape), generator=generator, device=generator.device)
         z = noise.to(self.network.device, torch.float32)
-        sigmas = self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist() + [0.0]
+        sigmas = [*self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist(), 0.0]
         asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
         for now, later in pairwise(sigmas):
             copies = torch.cat([z] * (asked.prompts // n))

@@ -72,11 +72,8 @@ class Phrases:
             for n, k in enumerate(new):
                 one = torch.tensor([n])
                 self.read[k] = e.take(one), places.take(one)
-        found = [self.read[k] for k in index.tolist()]
-        streams = {
-            s: torch.cat([places.streams[s] for _, places in found]) for s in found[0][1].streams
-        }
-        return Encoding.cat([e for e, _ in found]), Places(streams)
+        e, places = zip(*(self.read[k] for k in index.tolist()), strict=True)
+        return Encoding.cat(e), Places.cat(places)
 
 
 @dataclass(frozen=True)
