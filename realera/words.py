@@ -72,8 +72,8 @@ class Phrases:
             for n, k in enumerate(new):
                 one = torch.tensor([n])
                 self.read[k] = e.take(one), places.take(one)
-        e, places = zip(*(self.read[k] for k in index.tolist()), strict=True)
-        return Encoding.cat(e), Places.cat(places)
+        found = [self.read[k] for k in index.tolist()]
+        return Encoding.cat([e for e, _ in found]), Places.cat([places for _, places in found])
 
 
 @dataclass(frozen=True)
