@@ -9,11 +9,18 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .concepts import STYLE_TEMPLATES, TEMPLATES, parse_concepts, read_lines
+from .concepts import (
+    COLUMNS,
+    STYLE_TEMPLATES,
+    TEMPLATES,
+    parse_concepts,
+    read_concepts,
+    read_lines,
+)
 from .evaluation.tasks import CLIP
 from .settings import SOURCES, Settings, Training
 
@@ -49,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except KeyboardInterrupt:
         resumes = ", alignment resumes where it was" if getattr(options, "steps", 0) else ""
+        if getattr(options, "concepts", None):
+            resumes = ", the same command goes on from the groups that are done"
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -100,7 +109,10 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_erase(options: argparse.Namespace) -> None:
-    _erase(options)
+    if options.concepts is None:
+        _erase(options)
+    else:
+        _erase_many(options)
 
 
 def run_apply(options: argparse.Namespace) -> None:
@@ -298,6 +310,65 @@ def _erase(
     return model, erasure
 
 
+def _erase_many(options: argparse.Namespace) -> None:
+    """Algorithm 1 of the concepts of a CSV file, in groups."""
+    templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
+    concepts, left_out = read_concepts(options.concepts, templates)
+    options.words = read_lines(options.words) if options.words else None
+    options.exclude = [*(options.exclude or ()), *left_out]
+    settings = _from(Settings, options)
+    training = _from(Training, options) if options.steps else None
+
+    import shutil
+
+    from .cluster import aligned, import_ray, summed, text_of
+    from .erasure_file import save_erasure
+    from .families import locate
+    from .files import writing
+    from .groups import Job, erase_groups, run_of, whole
+    from .outputs import Folder
+
+    folder = Folder(Path(options.out), str(options.model), options.overwrite)
+    folder.refuse_existing()
+    if options.engine == "ray":
+        import_ray()
+    state = folder.path.resolve() / "groups"
+    # Workers run in folders of their own.
+    model = options.model if options.model == "miniature" else str(locate(options.model).resolve())
+    job = Job(model, options.dtype, _device(options), settings, "", state)
+    text = text_of(job)
+    job = replace(job, run=run_of(text, settings))
+    with _bar("words") as progress:
+        group = whole(text, concepts, settings, progress)
+    groups = group.parts(options.group)
+    state.mkdir(parents=True, exist_ok=True)
+    with _bar("groups", "group") as progress:
+        part = summed(options.engine, job, groups, progress)
+    with _bar("text") as progress:
+        source = {"model": str(options.model)}
+        erasure = erase_groups(text, group, part, settings, source, progress)
+    if training is not None:
+        onto = state / "erasure.safetensors"
+        save_erasure(erasure, onto, overwrite=True)
+        with _bar("alignment", "group") as progress:
+            lora = aligned(options.engine, job, groups, onto, training, progress)
+        erasure = erasure.with_lora(lora, asdict(training))
+    told = folder.leave_erasure(erasure, options.tolerance)
+    mined: dict[int, list[str]] = {}
+    for number, word in group.near:
+        mined.setdefault(number, []).append(word)
+    with writing(folder.path / folder.files[-1], overwrite=True) as unfinished:
+        rows = [f"{c.name} -> {c.anchor}: {', '.join(mined[n])}" for n, c in enumerate(concepts)]
+        rows += [
+            f"near several concepts, gone with the nearest: {', '.join(group.contested)}",
+            f"left out of every ring and preserved: {', '.join(settings.exclude)}",
+        ]
+        unfinished.write_text("\n".join(rows) + "\n", "utf-8")
+    shutil.rmtree(state)
+    print(f"{len(concepts)} concepts in {len(groups)} groups; {told}")
+    print(f"in {folder.path}: {', '.join(folder.files)}, the last with the words of every concept")
+
+
 def _model(options: argparse.Namespace) -> "DiffusersModel":
     import torch
 
@@ -366,10 +437,23 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("erase", run_erase, "erase concepts from a model")
     one.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
-    one.add_argument(
-        "-c", "--concept", action="append", required=True, metavar="'CONCEPT -> ANCHOR'",
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",
         help="what to forget and what to draw instead; repeat for several",
     )  # fmt: skip
+    what.add_argument(
+        "--concepts", metavar="FILE",
+        help=f"of any number of them: CSV with the columns {', '.join(COLUMNS)}, with bars between "
+        "templates and between words to leave out; a run that was stopped goes on",
+    )  # fmt: skip
+    one.add_argument(
+        "--engine", choices=("local", "ray"), default="local",
+        help="where the groups of --concepts are worked on: here, or on a Ray cluster",
+    )  # fmt: skip
+    one.add_argument(
+        "--group", type=_positive, default=16, help="concepts a group: of one task, and one LoRA"
+    )
     one.add_argument(
         "--prompt", action="append", help="draw this before and after; repeat for several"
     )

@@ -43,6 +43,7 @@ class Group:
 
     near, far: number of a concept and a word, concept by concept, as `words.Choice` has them
     neighbors, beyond: which of them were drawn, concept by concept
+    contested: words inside the rings of several concepts of the whole, which went to the nearest
     """
 
     concepts: tuple[Concept, ...]
@@ -50,6 +51,7 @@ class Group:
     far: Words
     neighbors: tuple[int, ...]
     beyond: tuple[int, ...]
+    contested: tuple[str, ...] = ()
 
     def part(self, start: int, stop: int) -> "Group":
         """The concepts from number `start` to before `stop`."""
@@ -136,7 +138,7 @@ def whole(
     if settings.beyond_seed is not None:
         generator.manual_seed(settings.beyond_seed)
     beyond = draw(choice.far, settings.beyond)
-    return Group(tuple(concepts), choice.near, choice.far, neighbors, beyond)
+    return Group(tuple(concepts), choice.near, choice.far, neighbors, beyond, choice.contested)
 
 
 def mine_group(text: TextEncoder, group: Group, settings: Settings) -> Mining:

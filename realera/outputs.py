@@ -80,11 +80,8 @@ class Folder:
         reaches = outreach(erasure, mining)
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
         erasure = replace(erasure, provenance=noted)
-        checkpoint, lora, whole, report = self.files
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_erasure(erasure, self.path / whole, self.overwrite)
-        write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
-        cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
+        report = self.files[-1]
+        told = self.leave_erasure(erasure, tolerance)
         text = scope_text(reaches, 40)
         with writing(self.path / report, overwrite=True) as part:
             part.write_text(text + "\n", "utf-8")
@@ -97,11 +94,17 @@ class Folder:
             with writing(self.path / f"{name}.png", overwrite=True) as part:
                 picture.save(part, "PNG")
         self.state.unlink(missing_ok=True)
-        names = [checkpoint, lora, whole, report, *(f"{name}.png" for name in drawn)]
-        return (
-            f"{text}\nLoRA of rank {cut.rank}, {cut.relative:.2%} of T - I cut\n"
-            f"in {self.path}: {', '.join(names)}"
-        )
+        names = [*self.files, *(f"{name}.png" for name in drawn)]
+        return f"{text}\n{told}\nin {self.path}: {', '.join(names)}"
+
+    def leave_erasure(self, erasure: Erasure, tolerance: float) -> str:
+        """The first three of `files`; returns what to tell the user of the LoRA."""
+        checkpoint, lora, whole, _ = self.files
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_erasure(erasure, self.path / whole, self.overwrite)
+        write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
+        cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
+        return f"LoRA of rank {cut.rank}, {cut.relative:.2%} of T - I cut"
 
 
 def before_after(

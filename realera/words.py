@@ -38,12 +38,14 @@ class Choice:
         first; far: those just outside
     cosine: word -> cosine with its concept, of these and of the struck ones
     centre: the vocabulary's mean, [concepts, dim]
+    contested: words inside the rings of several concepts, which went to the nearest
     """
 
     near: tuple[tuple[int, str], ...]
     far: tuple[tuple[int, str], ...]
     cosine: dict[str, float]
     centre: Tensor
+    contested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def choose_words(
     templates = [concept.templates[0] for concept in concepts]
     middles = torch.empty_like(own)
     cosine = torch.full((len(words),), -2.0)
-    nearest = torch.zeros(len(words), dtype=torch.int64)
+    nearest, rings = torch.zeros(2, len(words), dtype=torch.int64)
     for template in dict.fromkeys(templates):
         rows = vocabulary_rows(text, template, progress)[known]
         # Around the vocabulary alone: what the user adds does not move the words that are there.
@@ -229,7 +231,9 @@ def choose_words(
             CONCEPTS_AT_ONCE
         ):
             middles[numbers] = centre
-            closest, which = (around @ normalize(own[numbers] - centre, dim=-1).T).max(1)
+            cosines = around @ normalize(own[numbers] - centre, dim=-1).T  # [words, concepts]
+            rings += ((cosines >= s2) & (cosines <= s1)).sum(1)
+            closest, which = cosines.max(1)
             closer = closest > cosine  # of two alike, the concept that comes first
             cosine[closer], nearest[closer] = closest[closer], numbers[which[closer]]
     order = cosine.argsort(descending=True, stable=True)
@@ -257,7 +261,8 @@ def choose_words(
             f"every word lies within S2 = {outer} of {concepts[0].name!r} or another concept, none "
             "is left as a beyond point: raise S2 or give more words"
         )
-    return Choice(tuple(near), tuple(far), found, middles)
+    contested = tuple(words[k] for k in (rings > 1).nonzero()[:, 0].tolist())
+    return Choice(tuple(near), tuple(far), found, middles, contested)
 
 
 def word_rows(
