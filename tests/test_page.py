@@ -406,12 +406,17 @@ def test_the_views_are_still_there_when_the_user_comes_back_from_another_tab(ran
 
 def test_the_help_of_a_node_opens_in_chinese_with_its_picture(ran):
     window, _ = ran
+    title = STRINGS["zh"]["RealEraCompare"]["display_name"]
     window.do("() => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    # The page draws itself anew in the other language, and the button that was there goes.
+    window.until(
+        """title => LiteGraph.registered_node_types.RealEraCompare.title === title""", title
+    )
     x, y = window.look_at("RealEraCompare")
     window.page.mouse.click(x + 100, y - 15)
     window.page.get_by_test_id("info-button").click()
     page = window.page.locator(".node-help-content")
-    page.get_by_role("heading", name=STRINGS["zh"]["RealEraCompare"]["display_name"]).wait_for()
+    page.get_by_role("heading", name=title).wait_for()
     window.until(
         """() => [...document.querySelectorAll('.node-help-content img')]
             .some((image) => image.complete && image.naturalWidth > 100)"""
@@ -607,7 +612,7 @@ def test_compare_shows_no_frame_before_it_has_run_and_says_what_to_do(sheet):
     sheet.add(fill=False)
     view = sheet.page.locator(".realera-slider")
     assert not any(image.is_visible() for image in view.locator("img, select, input").all())
-    assert view.get_by_text("Run the graph to see this.").is_visible()
+    view.get_by_text("Run the graph to see this.").wait_for()
 
 
 def test_compare_has_room_for_four_prompts_and_not_much_more(sheet):
