@@ -56,13 +56,18 @@ class BundledModel(io.ComfyNode):
                     display_name="classifier",
                     tooltip="Tells which of the model's concepts an image shows; for Compare.",
                 ),
+                Classifier.Output(
+                    display_name="style classifier",
+                    tooltip="Tells in which of the model's styles an image is drawn; for Compare.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, checkpoint: str = BUNDLED) -> io.NodeOutput:
         model, clip, vae = load_miniature(checkpoint_path(checkpoint))
-        return io.NodeOutput(model, clip, vae, miniature_classifier())
+        judges = miniature_classifier("concept"), miniature_classifier("style")
+        return io.NodeOutput(model, clip, vae, *judges)
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:

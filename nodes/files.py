@@ -1,6 +1,7 @@
 """Save Erasure, Load Erasure and Save Erased Checkpoint: files in ComfyUI's own folders only."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import folder_paths
@@ -9,6 +10,7 @@ from comfy_api.latest import io
 from ..realera import miniature
 from ..realera.checkpoints import save_lora, write_checkpoint
 from ..realera.erasure_file import load_erasure, save_erasure
+from ..realera.names import portable
 from .comfy_patch import lora_weights
 from .progress import tell
 from .schema import BUNDLED, Erasure, advanced, schema, strength_input
@@ -27,13 +29,7 @@ def new_path(folder: str, name: str) -> Path:
 
     Raises ValueError when the name leads out of that folder.
     """
-    home = Path(folder_paths.get_output_directory(), folder).resolve()
-    target = (home / name).resolve()
-    if not name.strip() or target == home or home not in target.parents:
-        raise ValueError(
-            f"the file name {name!r} leads out of {home}: give a plain name such as 'no-airplane'"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _target(folder, name)
     number = 1
     while (path := target.with_name(f"{target.name}_{number:05}_.safetensors")).exists():
         number += 1
@@ -42,7 +38,19 @@ def new_path(folder: str, name: str) -> Path:
 
 def state_path(name: str) -> Path:
     """Where LoRA Align keeps a training state of that name. Raises ValueError as new_path."""
-    return new_path("realera", name).with_name(f"{Path(name).name}.safetensors")
+    target = _target("realera", name)
+    return target.with_name(f"{target.name}.safetensors")
+
+
+def _target(folder: str, name: str) -> Path:
+    home = Path(folder_paths.get_output_directory(), folder).resolve()
+    target = (home / portable(name, datetime.now())).resolve()
+    if not name.strip() or target == home or home not in target.parents:
+        raise ValueError(
+            f"the file name {name!r} leads out of {home}: give a plain name such as 'no-airplane'"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 class SaveErasure(io.ComfyNode):
@@ -69,7 +77,7 @@ class SaveErasure(io.ComfyNode):
                     default=NAME,
                     tooltip=(
                         "Name of the files, in ComfyUI's output folder; a number is added and "
-                        "nothing is overwritten."
+                        "nothing is overwritten. %date:yyyy-MM-dd% in it becomes the date."
                     ),
                 ),
                 io.Boolean.Input(
@@ -190,7 +198,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
                     default=NAME,
                     tooltip=(
                         "Name of the new file in output/checkpoints; a number is added and nothing "
-                        "is overwritten."
+                        "is overwritten. %date:yyyy-MM-dd% in it becomes the date."
                     ),
                 ),
                 strength_input("edit_strength", "How much of the closed-form edit to bake in."),

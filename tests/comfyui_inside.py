@@ -54,7 +54,7 @@ import torch
 from conformance import check_diffusion, check_text_encoder
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-from RealEra.nodes import align, bundled, edit, files, mining
+from RealEra.nodes import align, bundled, compare, edit, files, mining
 from RealEra.nodes.comfy_model import ComfyDiffusion
 from RealEra.nodes.comfy_patch import ErasurePatch
 from RealEra.nodes.comfy_text import ComfyText
@@ -114,7 +114,7 @@ def replaced(owner, name, value):
 
 @cache
 def miniature():
-    model, clip, vae, _ = run(bundled.BundledModel)
+    model, clip, vae, *_ = run(bundled.BundledModel)
     return SimpleNamespace(model=model, clip=clip, vae=vae)
 
 
@@ -572,7 +572,7 @@ def claim_every_diffusion_does_what_the_core_asks_of_it():
     # Weights that are made in inference mode take no part in autograd; `training` mends what nodes
     # are given, and these are made outside of it.
     with torch.inference_mode(False):
-        model, clip, vae, _ = run(bundled.BundledModel)
+        model, clip, vae, *_ = run(bundled.BundledModel)
         made = diffusions(vae) | {"bundled": ComfyDiffusion(model, ComfyText(clip), vae)}
         for name, diffusion in made.items():
             with naming(name):
@@ -595,6 +595,52 @@ def claim_the_bundled_transformer_is_read_whole_and_predicts_as_in_diffusers():
     pooled = torch.randn(2, 256, generator=g)
     expected = theirs(z, context, pooled, t).sample
     assert (ours(z, t, pooled, context) - expected).abs().max() < 1e-4 * expected.std()
+
+
+# ------------------------------------------------------------------------ compare, files
+
+
+def claim_the_bundled_model_judges_concepts_and_styles():
+    *_, concepts, styles = run(bundled.BundledModel)
+    assert "airplane" in concepts.classes and "comic" in styles.classes
+    images = torch.rand(2, 3, 64, 64)
+    for judge in (concepts, styles):
+        seen = judge.verdicts(images, ["a comic airplane"] * 2)
+        assert all(verdict.split()[0] in judge.classes for verdict in seen)
+
+
+def claim_compare_reads_each_prompt_once_whatever_the_number_of_seeds():
+    read, encode = [], ComfyText.encode
+
+    def counted(text, prompts):
+        read.extend(prompts)
+        return encode(text, prompts)
+
+    asked = ["a photo of the dog", "a photo of the ship"]
+    one, given = miniature(), {"prompts": "\n".join(asked), "seeds": 3, "steps": 1}
+    with (
+        replaced(ComfyText, "encode", counted),
+        replaced(compare.ui, "PreviewImage", lambda *_, **__: Shown),
+    ):
+        run(compare.Compare, before=one.model, after=one.model, clip=one.clip, vae=one.vae, **given)
+    assert read == [*asked, ""]
+
+
+class Shown:
+    """A picture that is shown nowhere."""
+
+    as_dict = staticmethod(lambda: {"images": [{}] * 6})
+
+
+def claim_a_file_has_a_name_that_every_system_holds():
+    home = Path(folder_paths.get_output_directory()).resolve()
+    path = files.new_path("loras", "%date:yyyy%/cat: 1")
+    assert path.parent.parent == home / "loras" and path.parent.name.isdigit()
+    assert path.name == "cat_ 1_00001_.safetensors"
+    assert files.state_path("sub\\nul") == home / "realera/sub/nul_.safetensors"
+    for name in ("", " ", "../x", "..\\x", "/tmp/x"):
+        with refused("leads out of"):
+            files.new_path("loras", name)
 
 
 @contextmanager
