@@ -5,6 +5,14 @@ from datetime import datetime
 
 FORBIDDEN = r'[<>:"|?*\x00-\x1f]'  # in a name on Windows
 RESERVED = r"(?i)^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$"  # a device there, whatever follows
+TIMES = {
+    "%year%": "%Y",
+    "%month%": "%m",
+    "%day%": "%d",
+    "%hour%": "%H",
+    "%minute%": "%M",
+    "%second%": "%S",
+}
 DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "M": "%m", "d": "%d", "h": "%H", "m": "%M", "s": "%S"}
 
 
@@ -14,10 +22,8 @@ def portable(name: str, now: datetime) -> str:
     The time is put in as ComfyUI's own Save nodes do it: %date:yyyy-MM-dd%, %year%, %month%, ...
     """
     name = re.sub("%date:(.+?)%", lambda found: _date(found[1], now), name)
-    for word, code in zip(
-        ("year", "month", "day", "hour", "minute", "second"), "Y m d H M S".split(), strict=True
-    ):
-        name = name.replace(f"%{word}%", now.strftime(f"%{code}"))
+    for word, code in TIMES.items():
+        name = name.replace(word, now.strftime(code))
     return "/".join(map(_part, re.sub(FORBIDDEN, "_", name).replace("\\", "/").split("/")))
 
 
