@@ -5,9 +5,9 @@ W_org T e is W_org applied to T e, and its LoRA through peft.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .closed_form import Edit
 from .erasure import Erasure, Lora, changed
-from .readers import adapted_readers
+from .readers import Reader, adapted_readers
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 ADAPTER = "realera"
 # A residual, attention or transformer block, as diffusers and as ComfyUI name it.
@@ -38,7 +41,7 @@ def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     paths = {name: reader.path for name, reader in adapted_readers(network).items()}
-    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+    if tuners(network):
         raise ValueError(
             "the U-Net carries peft adapters already: fuse them into its weights first "
             "(pipeline.fuse_lora(), then pipeline.unload_lora_weights())"
@@ -71,28 +74,39 @@ def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
 
 
 @contextmanager
-def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
-    """Every layer that reads the text computes W_org T e + B A e; what is on top still reads e."""
+def edited(
+    network: nn.Module, erasure: Erasure, layers: Mapping[str, Reader] | None = None
+) -> Iterator[None]:
+    """Every layer that reads the text computes W_org T e + B A e; what is on top still reads e.
+
+    layers: as `erasure.changed` finds them in the whole network, for who comes often
+    """
     converted: dict[tuple[str, torch.device, torch.dtype], Edit] = {}
+    # All layers of a stream are given the same rows, so that T e is computed once a pass:
+    # stream -> e and T e, of the last e that was seen
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 
-    def read(
-        name: str, stream: str, gain: Tensor | None
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def moved(stream: str, rows: Tensor) -> Tensor:
+        if stream in seen and seen[stream][0] is rows:
+            return seen[stream][1]
+        key = (stream, rows.device, rows.dtype)
+        if key not in converted:
+            converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
+        edit = converted[key]
+        new = edit(rows[..., : edit.dim])
+        if rows.shape[-1] > edit.dim:
+            new = torch.cat([new, rows[..., edit.dim :]], dim=-1)
+        seen[stream] = rows, new
+        return new
+
+    def read(name: str, stream: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         given: list[Tensor] = []  # e, from before the layer to behind it
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             rows, *others = inputs
-            key = (stream, rows.device, rows.dtype)
-            if key not in converted:
-                converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
-            edit = converted[key]
             given.append(rows)
-            if gain is None:
-                moved = edit(rows[..., : edit.dim])
-            else:
-                moved = edit(rows / gain.to(rows)) * gain.to(rows)
-            return (torch.cat([moved, rows[..., edit.dim :]], dim=-1), *others)
+            return (moved(stream, rows), *others)
 
         def behind(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             rows = given.pop()
@@ -104,8 +118,8 @@ def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
         return before, behind
 
     try:
-        for name, reader in changed(erasure, network).items():
-            before, behind = read(name, reader.kind.stream, reader.gain)
+        for name, reader in (layers or changed(erasure, network)).items():
+            before, behind = read(name, reader.kind.stream)
             handles.append(reader.layer.register_forward_pre_hook(before))
             handles.append(reader.layer.register_forward_hook(behind))
         yield
@@ -114,12 +128,16 @@ def edited(network: nn.Module, erasure: Erasure) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def original(network: nn.Module) -> Iterator[None]:
-    """The teacher: adapters off."""
+def tuners(network: nn.Module) -> "list[BaseTunerLayer]":
+    """The layers that carry an adapter of peft's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def original(layers: "Sequence[BaseTunerLayer]") -> Iterator[None]:
+    """The teacher: the adapters of these layers off."""
     try:
         for layer in layers:
             layer.enable_adapters(False)

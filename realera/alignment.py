@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .adapters import adapted, checkpointed, edited, original
-from .erasure import Erasure, Lora
+from .adapters import adapted, checkpointed, edited, original, tuners
+from .erasure import Erasure, Lora, changed
 from .files import digest, open_tensors, writing
 from .models import Diffusion, Encoding
 from .pairs import Ring
@@ -115,15 +115,17 @@ def align(
                 f"{state} holds {done} steps and {training.steps} were asked for: ask for more, or "
                 "name another file to start afresh"
             )
+        # Found once: to walk through a network takes as long as some of its layers.
+        carrying, read = tuners(network), changed(lesson.erasure, network)
         lesson, stepping = replace(lesson, anchors=lesson.anchors.to(weights[0].device)), False
         try:
             for number in range(done + 1, training.steps + 1):
                 step = draw_step(model, lesson, training, number)
-                with torch.no_grad(), original(network):
+                with torch.no_grad(), original(carrying):
                     wanted = model.predict(step.z_t, step.t, step.teacher)
                 for scale in LOSS_SCALES:
                     optimizer.zero_grad(set_to_none=True)
-                    with edited(network, lesson.erasure):
+                    with edited(network, lesson.erasure, read):
                         predicted = model.predict(step.z_t, step.t, step.student)
                         # The mean over the stacked terms, times their number: the sum of Eq. 9.
                         loss = step.terms * mse_loss(predicted.float(), wanted.float())

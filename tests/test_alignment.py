@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from realera.adapters import adapted, checkpointed, edited, original
+from realera.adapters import adapted, checkpointed, edited, original, tuners
 from realera.algorithm import align_erasure, erase, mine
 from realera.alignment import Lesson, align
 from realera.anchors import draw_anchors
@@ -195,7 +195,7 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
             for _, b in layers.values():
                 b.data = torch.ones_like(b)
             lora = {name: (a.clone(), b.clone()) for name, (a, b) in layers.items()}
-            with original(network):
+            with original(tuners(network)):
                 teacher = model.predict(z, t, encoding)
                 with edited(network, job.erasure):
                     edit_alone = model.predict(z, t, encoding)
@@ -207,6 +207,17 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
     assert torch.allclose(edit_alone, on_edited_context, atol=1e-5)
     assert torch.allclose(student, erased, atol=1e-4)
     assert not torch.allclose(student, edit_alone, atol=1e-3)
+
+
+def test_the_edit_is_computed_once_a_pass_and_anew_for_other_rows(model, job, monkeypatch):
+    network, calls, real = model.network, [], Edit.__call__
+    monkeypatch.setattr(Edit, "__call__", lambda edit, rows: calls.append(1) or real(edit, rows))
+    z, t = torch.zeros(1, 4, 8, 8), torch.tensor([500])
+    assert len(adapted_readers(network)) > 2
+    with torch.no_grad(), edited(network, job.erasure):
+        for n in range(3):
+            model.predict(z, t, job.ring.pairs.e.take(torch.tensor([n])))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

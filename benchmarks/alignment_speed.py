@@ -1,0 +1,172 @@
+"""Samples a second and memory of the alignment loop against a bare loop.
+
+    python -m benchmarks.alignment_speed
+
+The bare loop is given its batches and does nothing but what Eq. 8 and 9 need: the teacher's pass
+without gradients, the student's pass and one backward pass through a LoRA of the same rank, on a
+copy of the network that has the edit in its weights. Ours draws its batches, keeps one network,
+and checks what is not finite. Each run is a process of its own; they take turns, the fastest of
+`--repeats` and the least memory are kept, in processor seconds and in MB above the model. The
+bundled model as it is, and a random U-Net of SD 1.5's layout, small pictures.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from benchmarks.growth import peak
+from benchmarks.speed import ring_of
+from benchmarks.tables import markdown_table
+from realera.alignment import Lesson, align, draw_step
+from realera.closed_form import Edit
+from realera.diffusers_model import DiffusersModel
+from realera.erasure import Erasure, apply
+from realera.families import FAMILIES
+from realera.families.loading import load_model
+from realera.files import writing
+from realera.models import CONTEXT
+from realera.readers import adapted_readers
+from realera.settings import Training
+
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How much is trained: steps, prompts a step, pixels."""
+
+    steps: int
+    batch: int
+    side: int
+
+
+CASES = {"miniature": Case(12, 4, 64), "sd1": Case(6, 1, 128)}
+
+
+class Bare(nn.Module):
+    """W x + B A x and nothing else."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer, (out, dim) = layer, layer.weight.shape
+        self.a = nn.Parameter(torch.randn(rank, dim) / rank)
+        self.b = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.a.T @ self.b.T
+
+
+def model_of(name: str, side: int) -> DiffusersModel:
+    """The bundled model, or a random U-Net of a family's layout with no text side."""
+    if name == "miniature":
+        return load_model("miniature")
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**family["unet"] | {"sample_size": side // 8})
+    scheduler = DDIMScheduler(**family["scheduler"])
+    vae = AutoencoderKL(block_out_channels=(32,))
+    return DiffusersModel(SimpleNamespace(unet=unet, vae=vae, scheduler=scheduler))
+
+
+def lesson_for(model: DiffusersModel, name: str) -> Lesson:
+    """Random rows around a concept of the model's own shapes, and an edit that is not nothing."""
+    dim = model.network.config.cross_attention_dim
+    ring = ring_of(dim=dim)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
+    anchors = torch.randn(1, 4, *model.latent_shape, generator=generator)
+    return Lesson(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
+
+
+def ours(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
+    """Processor seconds of all steps but the first two, which warm up."""
+    ends: list[float] = []
+    align(model, lesson, training, on_step=lambda *_: ends.append(time.process_time()))
+    return ends[-1] - ends[1]
+
+
+def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
+    """The same of a loop that does what Eq. 8 and 9 need and nothing else."""
+    steps = [draw_step(model, lesson, training, n + 1) for n in range(training.steps)]
+    student = copy.copy(model)
+    student.network = copy.deepcopy(model.network).requires_grad_(False)
+    apply(lesson.erasure, student.network)
+    weights: list[nn.Parameter] = []
+    for reader in adapted_readers(student.network).values():
+        parent, _, child = reader.path.rpartition(".")
+        layer = Bare(reader.layer, training.rank)
+        weights += [layer.a, layer.b]
+        setattr(student.network.get_submodule(parent), child, layer)
+    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate)
+    ends: list[float] = []
+    for step in steps:
+        with torch.no_grad():
+            wanted = model.predict(step.z_t, step.t, step.teacher)
+        predicted = student.predict(step.z_t, step.t, step.student)
+        (step.terms * mse_loss(predicted, wanted)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ends.append(time.process_time())
+    return ends[-1] - ends[1]
+
+
+LOOPS: dict[str, Callable[[DiffusersModel, Lesson, Training], float]] = {"ours": ours, "bare": bare}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="*", default=[*CASES], choices=CASES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a loop and a case, as JSON
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        loop, name = options.one
+        case = CASES[name]
+        model = model_of(name, case.side)
+        lesson, before = lesson_for(model, name), peak()
+        taken = LOOPS[loop](model, lesson, Training(steps=case.steps, batch=case.batch))
+        print(json.dumps({"s": taken, "MB": peak() - before}))
+        return
+
+    found: dict[str, dict[str, float]] = {}
+    for name in options.cases:
+        case, row = CASES[name], dict[str, float]()
+        for _ in range(options.repeats):  # in turn, so that a busy minute meets both alike
+            for loop in LOOPS:
+                command = [sys.executable, "-m", "benchmarks.alignment_speed", "--one", loop, name]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                for unit, value in json.loads(said.splitlines()[-1]).items():
+                    key = f"{loop} {unit}"
+                    row[key] = min(value, row.get(key, value))
+        # Odd steps ask for `batch` samples, even ones for twice as many.
+        samples = sum(case.batch * (2 - n % 2) for n in range(3, case.steps + 1))
+        for loop in LOOPS:
+            row[f"{loop} samples/s"] = samples / row[f"{loop} s"]
+        row["share of the bare speed"] = row["bare s"] / row["ours s"]
+        row["times the bare memory"] = row["ours MB"] / row["bare MB"]
+        found[name] = row
+        print(name, row, flush=True)
+    with writing(options.out / "alignment_speed.json", overwrite=True) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
+    heads = list(next(iter(found.values())))
+    lines = [["", *heads], *([n, *(f"{row[h]:.3g}" for h in heads)] for n, row in found.items())]
+    print(markdown_table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Time and memory against UCE's and MACE's own edit functions, on the same rows.
+
+    python -m benchmarks.peers_speed --uce .../uce_sd_erase.py --mace .../cfr_utils.py
+
+The files are those of rohitgandikota/unified-concept-editing (trainscripts/) and Shilin-LU/MACE
+(src/), fetched and kept outside this repository. True sizes of SD 1.5 and SDXL, random weights and
+rows: one row a concept, as UCE has it, or `--rows` in each of five prompts, as MACE and we have
+them. Encoding is left out on both sides. Every number comes from a process of its own: processor
+seconds of the edit from rows to new weights, and the peak of memory above weights and rows. What is
+compared are the new weights, relative to the edit: |theirs - ours| / |theirs - W_org|.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.growth import peak
+from benchmarks.speed import SIZES, Size
+from benchmarks.tables import markdown_table
+from realera.closed_form import Sums, solve
+from realera.files import writing
+
+RESULTS = Path("benchmarks/results")
+RIDGE = {"UCE": 0.5, "MACE": 10.0}  # of their own configurations
+PROMPTS = 5
+# Size, peer, concepts. Beyond these MACE's function takes half an hour, then more memory than here.
+CASES = (
+    ("SD 1.5", "UCE", (1, 10, 100, 1000)),
+    ("SD 1.5", "MACE", (1, 10)),
+    ("SDXL", "UCE", (1, 10, 100)),
+    ("SDXL", "MACE", (1,)),
+)
+
+
+class Network(nn.Module):
+    """The projections that both read, under the names by which UCE finds them."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for n, out in enumerate(size.outputs):
+            layer = nn.Linear(size.dim, out, bias=False)
+            weight = torch.randn(out, size.dim, generator=generator) / size.dim**0.5
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            home = nn.Module()
+            home.to_k = layer
+            self.add_module(f"{n}_attn2", home)
+
+    def layers(self) -> list[Any]:
+        return [home.to_k for home in self.children()]
+
+
+def rows_of(size: Size, concept: int, rows: int) -> tuple[Tensor, Tensor]:
+    """e and e* of a concept, [rows, dim]; the same for whoever asks."""
+    generator = torch.Generator().manual_seed(concept)
+    e, target = torch.randn(2, rows, size.dim, generator=generator)
+    return e, target
+
+
+def ours(network: Network, size: Size, concepts: int, rows: int, ridge: float) -> list[Tensor]:
+    """Blocks of rows are summed and dropped; one solve; one product a layer."""
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        at_once = max(1, 720 // rows)
+        for start in range(0, concepts, at_once):
+            some = range(start, min(concepts, start + at_once))
+            e, target = zip(*(rows_of(size, n, rows) for n in some), strict=True)
+            yield torch.cat(e), torch.cat(target)
+
+    sums = Sums.zeros(size.dim)
+    for e, target in blocks():
+        sums = sums.erasing(e, target)
+    edit = solve(sums, None, 0.1, ridge / float(sums.erase.diagonal().mean()))
+    return [edit.on_weight(layer.weight) for layer in network.layers()]
+
+
+def module_of(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def uce(path: str, network: Network, size: Size, concepts: int) -> list[Tensor]:
+    """UCE's `UCE`, on a pipeline whose encoder gives our row."""
+    module, saved = module_of(path), {}
+    rows = {}
+    for n in range(concepts):
+        rows[f"e{n}"], rows[f"t{n}"] = rows_of(size, n, 1)
+
+    class Pipe:
+        unet = network
+
+        @staticmethod
+        def encode_prompt(prompt: str, **_: Any) -> tuple[Tensor]:
+            return (rows[prompt][None],)
+
+        class tokenizer:
+            model_max_length = 2
+
+            def __new__(cls, *_: Any, **__: Any) -> Any:
+                return {"attention_mask": torch.ones(1, 2, dtype=torch.int64)}
+
+    module.device, module.torch_dtype = "cpu", torch.float32
+    module.save_file = lambda state, _: saved.update(state)
+    edit, guide = [f"e{n}" for n in range(concepts)], [f"t{n}" for n in range(concepts)]
+    module.UCE(Pipe, edit, guide, [], 1.0, 1.0, RIDGE["UCE"], "", "edit")
+    return list(saved.values())
+
+
+def mace(path: str, network: Network, size: Size, concepts: int, rows: int) -> list[Tensor]:
+    """MACE's `closed_form_refinement`, on values as its `prepare_k_v` lays them out."""
+    module, layers = module_of(path), network.layers()
+    contexts: list[list[Tensor]] = []
+    values: list[list[list[Tensor]]] = []
+    with torch.no_grad():
+        for n in range(concepts):
+            e, target = rows_of(size, n, rows * PROMPTS)
+            contexts.append(list(e.split(rows)))
+            values.append([[layer(one) for layer in layers] for one in target.split(rows)])
+    module.closed_form_refinement(layers, contexts, values, lamb=RIDGE["MACE"])
+    return [layer.weight.data for layer in layers]
+
+
+def one(given: argparse.Namespace) -> dict[str, float]:
+    """One process: who, which size, how many concepts; the new weights go to a file."""
+    who, peer, name, concepts = given.one[0], given.one[1], given.one[2], int(given.one[3])
+    (size,) = (size for size in SIZES if size.name == name)
+    network, rows = Network(size), 1 if peer == "UCE" else given.rows
+    before, start = peak(), time.process_time()
+    if who == "ours":
+        each = rows if peer == "UCE" else rows * PROMPTS
+        weights = ours(network, size, concepts, each, RIDGE[peer])
+    elif peer == "UCE":
+        weights = uce(given.uce, network, size, concepts)
+    else:
+        weights = mace(given.mace, network, size, concepts, rows)
+    taken, most = time.process_time() - start, peak() - before
+    torch.save([weights[0], weights[-1], Network(size).layers()[0].weight.data], given.one[4])
+    return {"s": taken, "MB": most}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--uce", required=True, help="UCE's trainscripts/uce_sd_erase.py")
+    parser.add_argument("--mace", required=True, help="MACE's src/cfr_utils.py")
+    parser.add_argument("--rows", type=int, default=72, help="of one prompt, from the concept on")
+    parser.add_argument("--most", type=int, default=1000, help="concepts")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    if given.one:
+        print(json.dumps(one(given)))
+        return
+
+    found = []
+    for size, peer, counts in CASES:
+        for concepts in counts:
+            if concepts > given.most:
+                continue
+            row: dict[str, Any] = {"size": size, "peer": peer, "concepts": concepts}
+            weights = {}
+            for who in ("ours", "theirs"):
+                file = Path(f"/tmp/realera-peers-{who}.pt")
+                command = [sys.executable, "-m", "benchmarks.peers_speed", "--uce", given.uce]
+                command += ["--mace", given.mace, "--rows", str(given.rows)]
+                command += ["--one", who, peer, size, str(concepts), str(file)]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                numbers = json.loads(said.splitlines()[-1])
+                row |= {f"{who} {unit}": value for unit, value in numbers.items()}
+                weights[who] = [w.detach() for w in torch.load(file)]
+                file.unlink()
+            (a, _, original), (b, _, _) = weights["ours"], weights["theirs"]
+            row["ratio"] = row["theirs s"] / row["ours s"]
+            row["difference"] = float((a - b).norm() / (b - original).norm())
+            found.append(row)
+            print(row, flush=True)
+            with writing(given.out / "peers_speed.json", overwrite=True) as part:
+                part.write_text(json.dumps(found, indent=1) + "\n")
+    heads = list(found[0])
+    lines = [heads, *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+                      for row in found)]  # fmt: skip
+    print(markdown_table(lines))
+
+
+if __name__ == "__main__":
+    main()
