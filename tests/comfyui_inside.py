@@ -47,6 +47,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
 import comfy.supported_models
+import comfy.text_encoders.t5
 import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
 import RealEra.realera.models
@@ -61,7 +62,7 @@ from RealEra.nodes.comfy_text import ComfyText
 from RealEra.realera import algorithm
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.erasure_file import load_erasure, save_erasure
-from RealEra.realera.miniature import TRANSFORMER
+from RealEra.realera.miniature import T5, TRANSFORMER
 from RealEra.realera.models import CONTEXT
 from RealEra.realera.readers import readers
 from RealEra.realera.settings import Settings
@@ -69,6 +70,7 @@ from RealEra.realera.spans import place_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from server import PromptServer
+from transformers import T5Config, T5EncoderModel
 
 PromptServer.instance = SimpleNamespace(
     send_sync=lambda *_: None,
@@ -595,6 +597,21 @@ def claim_the_bundled_transformer_is_read_whole_and_predicts_as_in_diffusers():
     pooled = torch.randn(2, 256, generator=g)
     expected = theirs(z, context, pooled, t).sample
     assert (ours(z, t, pooled, context) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def claim_the_bundled_t5_gives_the_rows_that_it_gives_in_transformers():
+    with safe_open(T5, "pt") as file:
+        config = json.loads(file.metadata()["config"])["text_encoder_3"]
+    state = {name: tensor.float() for name, tensor in load_file(T5).items()}
+    state["shared.weight"] = state.pop("shared.factor") @ state.pop("shared.matrix")
+    gated = {"model_type": "t5", "is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"}
+    ours = comfy.text_encoders.t5.T5(config | gated, torch.float32, CPU, comfy.ops.manual_cast)
+    ours.load_state_dict(state)  # no tensor is missing, none is left over
+    theirs = T5EncoderModel(T5Config(**config))
+    theirs.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
+    ids = torch.randint(9600, (2, 77), generator=torch.Generator().manual_seed(0))
+    rows, _ = ours(ids, None)
+    assert (rows - theirs.eval()(input_ids=ids).last_hidden_state).abs().max() < 1e-3
 
 
 # ------------------------------------------------------------------------ compare, files
