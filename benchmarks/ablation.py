@@ -38,7 +38,6 @@ from realera.alignment import Lesson, align
 from realera.anchors import draw_anchors
 from realera.bank import bank_prompts
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
-from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, apply
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import NOTHING, Report, Sampling, Score, evaluate
@@ -444,7 +443,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         sheet(shown, results[shown]).save(part, "PNG")
 
 
-def fingerprint(model: DiffusersModel) -> str:
+def fingerprint(model: Any) -> str:
     """Of the text encoder, the U-Net and the decoder: results of other weights do not count."""
     return digest(model.text.fingerprint, model.fingerprint, model.vae.state_dict())[:16]
 

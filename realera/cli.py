@@ -25,10 +25,10 @@ from .evaluation.tasks import CLIP
 from .settings import SOURCES, Settings, Training
 
 if TYPE_CHECKING:
-    from .diffusers_model import DiffusersModel
     from .erasure import Erasure
     from .evaluation.judges import Judge, Meter
     from .evaluation.tasks import Task
+    from .models import Diffusion
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEMO = "airplane -> tree"
@@ -263,7 +263,7 @@ def run_cache(options: argparse.Namespace) -> None:
 
 def _erase(
     options: argparse.Namespace, more_outputs: Sequence[str] = ()
-) -> "tuple[DiffusersModel, Erasure]":
+) -> "tuple[Diffusion, Erasure]":
     """Algorithm 1, and everything it leaves on disk."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = parse_concepts("\n".join(options.concept), templates)
@@ -369,7 +369,7 @@ def _erase_many(options: argparse.Namespace) -> None:
     print(f"in {folder.path}: {', '.join(folder.files)}, the last with the words of every concept")
 
 
-def _model(options: argparse.Namespace) -> "DiffusersModel":
+def _model(options: argparse.Namespace) -> "Diffusion":
     import torch
 
     from .families.loading import load_model

@@ -11,11 +11,11 @@ from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
-from .diffusers_model import DiffusersModel, DiffusersText
 from .erasure import Lora, joined
 from .erasure_file import load_erasure
 from .families.loading import load_model, load_text
 from .groups import Group, Job, Part, align_group, part_of
+from .models import Diffusion, TextEncoder
 from .settings import Training
 
 RETRIES = 5  # of a part whose worker was lost
@@ -78,20 +78,20 @@ def _lora(job: Job, number: int, group: Group, erasure: Path, training: Training
     return _Learned(align_group(model, onto, group, job.settings, training, state))
 
 
-def text_of(job: Job) -> DiffusersText:
+def text_of(job: Job) -> TextEncoder:
     """The text encoder of a job, loaded once a process."""
     return _text(job.model, job.dtype, job.device)
 
 
 @lru_cache(maxsize=1)
-def _text(model: str, dtype: str | None, device: str) -> DiffusersText:
+def _text(model: str, dtype: str | None, device: str) -> TextEncoder:
     import torch
 
     return load_text(model, getattr(torch, dtype or "float32"), device)
 
 
 @lru_cache(maxsize=1)
-def _model(model: str, dtype: str | None, device: str) -> DiffusersModel:
+def _model(model: str, dtype: str | None, device: str) -> Diffusion:
     import torch
 
     return load_model(model, None if dtype is None else getattr(torch, dtype), device)

@@ -95,6 +95,29 @@ def summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> T
     return (context * words[..., None]).sum(1) / words.sum(1, keepdim=True)
 
 
+def unit(rows: Tensor) -> Tensor:
+    """Rows as an RMS norm makes them, without its gain: [..., dim]."""
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def row_weights(parts: Sequence[Part], prompts: Sequence[str], there: Tensor) -> Tensor:
+    """How much each row of the context counts, [prompts, tokens] (`models.Encoding`).
+
+    there: the rows that are there, bool [prompts, tokens]. An encoder that is not causal fills up
+    with rows that mean little and are all alike: those of one prompt count as one.
+    """
+    weights = there.float()
+    at = torch.arange(there.shape[1], device=there.device)
+    for part in parts:
+        if part.causal:
+            continue
+        last = there.shape[1] if part.rows is None else part.first + part.rows
+        for n, ids in enumerate(part.tokenize(prompts)):
+            pads = there[n] & (at >= part.first + len(ids)) & (at < last)
+            weights[n, pads] = 1.0 / max(1, int(pads.sum()))
+    return weights
+
+
 def refuse_long(text: TextEncoder, prompts: Sequence[str]) -> None:
     """Raises ValueError for a prompt that an encoder would cut off."""
     for part in text.parts:

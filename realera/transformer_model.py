@@ -19,7 +19,7 @@ from torch import Tensor
 from .files import digest
 from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, whole_words
 from .readers import FAMILIES, readers, transformer_of
-from .spans import summaries
+from .spans import row_weights, summaries, unit
 
 EMBEDDED_GUIDANCE = 3.5  # of networks that are told the guidance, as FLUX.1 dev is
 
@@ -112,7 +112,7 @@ class TransformerText:
         streams = {CONTEXT: context}
         if POOLED in given:
             streams[POOLED] = given[POOLED].float()[:, None]
-        weights = row_weights(self, prompts, there)
+        weights = row_weights(self.parts, prompts, there)
         return Encoding(streams, {} if (weights == 1).all() else {CONTEXT: weights})
 
 
@@ -124,29 +124,6 @@ def _reader(tokenizer: Any, template: str, cut: int) -> Any:
         return [row[cut:] for row in ids]
 
     return read
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows as an RMS norm makes them, without its gain: [..., dim]."""
-    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
-
-
-def row_weights(text: TextEncoder, prompts: Sequence[str], there: Tensor) -> Tensor:
-    """How much each row of the context counts, [prompts, tokens] (`models.Encoding`).
-
-    there: the rows that are there, bool [prompts, tokens]. An encoder that is not causal fills up
-    with rows that mean little and are all alike: those of one prompt count as one.
-    """
-    weights = there.float()
-    at = torch.arange(there.shape[1], device=there.device)
-    for part in text.parts:
-        if part.causal:
-            continue
-        last = there.shape[1] if part.rows is None else part.first + part.rows
-        for n, ids in enumerate(part.tokenize(prompts)):
-            pads = there[n] & (at >= part.first + len(ids)) & (at < last)
-            weights[n, pads] = 1.0 / max(1, int(pads.sum()))
-    return weights
 
 
 class _Once(FlowMatchEulerDiscreteScheduler):
@@ -230,10 +207,12 @@ class TransformerModel:
         generator: torch.Generator,
         steps: int,
         guidance: float,
+        one_noise: bool = False,
     ) -> Tensor:
         n = encoding.prompts
-        noise = torch.randn((n, *self.latent_shape), generator=generator, device=generator.device)
-        z = noise.to(self.network.device, torch.float32)
+        shape = (1 if one_noise else n, *self.latent_shape)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        z = noise.to(self.network.device, torch.float32).expand(n, *self.latent_shape)
         sigmas = [*self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist(), 0.0]
         asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
         for now, later in pairwise(sigmas):

@@ -22,6 +22,8 @@ from .weights import FLOATS, scale_of, weight_of
 
 UNET = "model.diffusion_model."  # of a transformer, too
 _PREFIX = re.compile(r"(?:model\.)?diffusion_model\.")
+# The miniature, and its transformer sibling that reads by CLIP alone or by T5 as well.
+BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
 _WEIGHTS = re.compile(
     # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named
@@ -46,6 +48,11 @@ class Family:
     in_channels: int
     dtype: torch.dtype
     config: Mapping[str, Any]
+
+    @property
+    def pipeline(self) -> Mapping[str, Any]:
+        """How diffusers runs a transformer of this family."""
+        return FAMILIES[self.name]["pipeline"]
 
 
 def family_of(source: str | os.PathLike[str]) -> Family:
@@ -185,11 +192,11 @@ def _own_configuration(file: TensorFile, pooled: bool) -> dict[str, Any]:
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The path of a model; "miniature" is the bundled one."""
-    if source == "miniature":
-        from ..miniature import CHECKPOINT
+    """The path of a model; BUNDLED names those that ship with the project."""
+    if source in BUNDLED:
+        from .. import miniature
 
-        return CHECKPOINT
+        return miniature.CHECKPOINT if source == "miniature" else miniature.TRANSFORMER
     path = Path(source)
     if path.suffix.lower() == ".gguf":
         raise ValueError(

@@ -4,6 +4,7 @@ Apart from the families, since diffusers takes seconds to import and an erasure 
 """
 
 import gzip
+import inspect
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -32,6 +35,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..diffusers_model import DiffusersModel, DiffusersText
 from ..files import TensorFile, open_tensors
+from ..miniature import T5
+from ..miniature.sibling import SiblingText, load_t5
+from ..models import Diffusion, TextEncoder
+from ..readers import TRANSFORMERS
+from ..transformer_model import TransformerModel, TransformerText
 from . import FAMILIES, PARTS, UNET, Family, family_of, locate, read_json, weight_files
 from .weights import FLOATS, is_companion, weight_of
 
@@ -45,13 +53,15 @@ def load_model(
     source: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> DiffusersModel:
+) -> Diffusion:
     """The whole model, with no hub and no network.
 
     source: a single file, a diffusers folder, or "miniature"; dtype: None is float32 on the CPU and
     the file's own elsewhere. Raises ValueError when the file is incomplete or of no family we know.
     """
     path, family = locate(source), family_of(source)
+    if family.name in TRANSFORMERS:
+        return _transformer_model(source, family, dtype, device)
     if family.in_channels not in (4, 9):
         raise ValueError(
             f"the U-Net of {path} reads {family.in_channels} channels; RealEra runs text-to-image "
@@ -100,13 +110,88 @@ def load_text(
     source: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> DiffusersText:
+) -> TextEncoder:
     """The text side alone: the closed form needs no more, and no U-Net is ever built."""
     path, family = locate(source), family_of(source)
+    if family.name in TRANSFORMERS:
+        return _transformer_text(source, family, dtype, device)
     text = _folder_text(path, dtype) if path.is_dir() else _text(open_tensors(path), family, dtype)
+    return _on(text, device)
+
+
+def _on(text: DiffusersText, device: str | torch.device) -> DiffusersText:
     for encoder in text.encoders:
         encoder.to(device)
     return text
+
+
+def _transformer_model(
+    source: str | os.PathLike[str],
+    family: Family,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> TransformerModel:
+    path = locate(source)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    if path.is_dir():
+        return TransformerModel(_transformer_pipeline(path, family, dtype).to(device))
+    text, config = _transformer_text(source, family, dtype, device), family.config
+    file = open_tensors(path)
+    states = [_state(file, part, dtype) for part in (UNET, VAE)]
+    kind = getattr(diffusers, family.pipeline["transformer"])
+    with _configuration_folder(family) as folder, _explained(file, family):
+        options: dict[str, Any] = {"config": folder, "local_files_only": True}
+        if dtype != torch.float32:  # as above
+            options["torch_dtype"] = dtype
+        transformer = kind.from_single_file(states[0], subfolder="transformer", **options)
+        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
+    for part in (transformer, vae):
+        _check_complete(part, file)
+    pipeline_class = getattr(diffusers, family.pipeline["class"])
+    takes = inspect.signature(pipeline_class).parameters
+    pipeline = pipeline_class(
+        **{name: None for name in takes if name.startswith(("text_encoder", "tokenizer"))},
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**config["scheduler"]),
+    )
+    return TransformerModel(pipeline.to(device), text)
+
+
+def _transformer_text(
+    source: str | os.PathLike[str],
+    family: Family,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> TransformerText | SiblingText:
+    path = locate(source)
+    if path.is_dir():
+        pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
+        return TransformerText(pipeline.to(device), family.name)
+    if not {"transformer", "vae", "text_encoder", "scheduler"} <= family.config.keys():
+        raise ValueError(
+            f"{path} is a {family.title} transformer without its text encoders: make the erasure "
+            "in ComfyUI, or from the diffusers folder of the model; `realera apply` writes it into "
+            "this file"
+        )
+    # The bundled transformer reads by the encoder of the miniature, which its file leaves out.
+    clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
+    second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
+    return SiblingText(_on(clip, device), second)
+
+
+def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: None) -> Any:
+    """The pipeline of a folder; parts: those to leave out, as None."""
+    _, variant = weight_files(path / "transformer")
+    return getattr(diffusers, family.pipeline["class"]).from_pretrained(
+        path,
+        torch_dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        **parts,
+    )
 
 
 def _folder_part(part_class: Any, folder: Path, **options: Any) -> Any:
@@ -284,7 +369,7 @@ def _configuration_folder(family: Family) -> Iterator[str]:
     """The configurations as the folder that diffusers' converters read."""
     with tempfile.TemporaryDirectory() as folder:
         # The names may be a stranger's: only those of parts are written.
-        for name in (*PARTS, "text_encoder_2"):
+        for name in (*PARTS, "text_encoder_2", "transformer"):
             part = family.config.get(name)
             if isinstance(part, dict):
                 if name == "unet":

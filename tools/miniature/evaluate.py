@@ -203,7 +203,8 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    pipeline, ending = load_model("miniature").pipeline, ""
+    miniature: Any = load_model("miniature")
+    pipeline, ending = miniature.pipeline, ""
     draws: Draw = partial(draw, pipeline)
     if arguments.transformer:
         t5 = load_t5(arguments.t5) if arguments.t5 else None

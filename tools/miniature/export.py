@@ -82,7 +82,8 @@ def restore(state: Path) -> None:
 
     Writes only what is missing. The optimisers start anew.
     """
-    pipeline: Any = load_model("miniature").pipeline
+    miniature: Any = load_model("miniature")
+    pipeline = miniature.pipeline
     vae = pipeline.vae.state_dict()
     stages = {
         "encoder": {f"vae.{name}": tensor for name, tensor in vae.items()},

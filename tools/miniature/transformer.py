@@ -170,7 +170,8 @@ def load_sibling(path: Path = TRANSFORMER, t5: Any = None) -> Sibling:
     """The shipped transformer, or a training's average (state/transformer.safetensors)."""
     transformer: Any = SD3Transformer2DModel.from_config(models.TRANSFORMER)
     transformer.load_state_dict(transformer_state(path))
-    return Sibling(transformer.eval(), load_model("miniature").pipeline, t5)
+    miniature: Any = load_model("miniature")
+    return Sibling(transformer.eval(), miniature.pipeline, t5)
 
 
 def transformer_state(path: Path) -> dict[str, Tensor]:
