@@ -22,7 +22,7 @@ from .concepts import (
     read_lines,
 )
 from .evaluation.tasks import CLIP
-from .settings import SOURCES, Settings, Training
+from .settings import BUNDLED, SOURCES, Settings, Training
 
 if TYPE_CHECKING:
     from .erasure import Erasure
@@ -91,7 +91,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from .evaluation.tasks import miniature_task
     from .outputs import EVALUATION, leave_evaluation
 
-    options.model, options.concept, options.prompt = "miniature", [DEMO], list(DEMO_PROMPTS)
+    options.concept, options.prompt = [DEMO], list(DEMO_PROMPTS)
     model, erasure = _erase(options, EVALUATION)
     with _bar("evaluation") as progress:
         told = leave_evaluation(
@@ -147,7 +147,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from .evaluation.tasks import Task
     from .outputs import leave_evaluation
 
-    bundled = options.model == "miniature"
+    bundled = options.model in BUNDLED
     asked = asked_by(options.asked, bundled)
     judge = judge_of(asked, options.judge, options.clip, bundled, _device(options))
     if options.vocabulary or options.sample:
@@ -334,7 +334,7 @@ def _erase_many(options: argparse.Namespace) -> None:
         import_ray()
     state = folder.path.resolve() / "groups"
     # Workers run in folders of their own.
-    model = options.model if options.model == "miniature" else str(locate(options.model).resolve())
+    model = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
     job = Job(model, options.dtype, _device(options), settings, "", state)
     text = text_of(job)
     job = replace(job, run=run_of(text, settings))
@@ -429,14 +429,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", run_demo, f"erase '{DEMO}' from the bundled model and measure it")
+    demo = command("demo", run_demo, f"erase '{DEMO}' from a bundled model and measure it")
+    demo.add_argument("--model", choices=BUNDLED, default=BUNDLED[0], help="which of them")
     _erase_options(demo, out="realera-demo", steps=100)
     demo.add_argument(
         "--images", type=_positive, default=2, help="images per prompt of the evaluation"
     )
 
     one = command("erase", run_erase, "erase concepts from a model")
-    one.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
+    one.add_argument("model", help="checkpoint file, diffusers folder, or one of those of 'demo'")
     what = one.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",
@@ -474,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--overwrite", action="store_true")
 
     judge = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
-    judge.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
+    judge.add_argument("model", help="checkpoint file, diffusers folder, or one of those of 'demo'")
     judge.add_argument(
         "asked", metavar="concept",
         help="an object or style of the miniature; else an object, celebrity or artist of the "
@@ -508,7 +509,9 @@ def _parser() -> argparse.ArgumentParser:
     _device_options(judge)
 
     outlook = command("scope", run_scope, "what an erasure takes along, before an image is drawn")
-    outlook.add_argument("model", help="checkpoint file, diffusers folder, or 'miniature'")
+    outlook.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of those of 'demo'"
+    )
     outlook.add_argument("erasure", help="erasure.safetensors")
     outlook.add_argument(
         "--words", help="text file, one word or phrase a line; else the vocabulary"

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Source = Literal["isotropic", "bank", "vocabulary"]
+# The models that ship with the project: the miniature, and its transformer sibling, which reads by
+# CLIP alone or by T5 as well.
+BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}

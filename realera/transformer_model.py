@@ -21,6 +21,7 @@ from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, whole_w
 from .readers import FAMILIES, readers, transformer_of
 from .spans import row_weights, summaries, unit
 
+DEFAULT_SIZE = 128  # of a latent's side, where the pipeline does not say: 1,024 pixels
 EMBEDDED_GUIDANCE = 3.5  # of networks that are told the guidance, as FLUX.1 dev is
 
 
@@ -166,7 +167,8 @@ class TransformerModel:
         pipeline.set_progress_bar_config(disable=True)
         config = self.vae.config
         channels = config.get("latent_channels") or config.z_dim
-        side = self.network.config.get("sample_size") or pipeline.default_sample_size
+        side = self.network.config.get("sample_size")
+        side = side or getattr(pipeline, "default_sample_size", DEFAULT_SIZE)
         self.latent_shape = (int(channels), int(side), int(side))
 
     @property

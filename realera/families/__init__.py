@@ -18,12 +18,11 @@ from torch import Tensor
 from ..files import DTYPES, PICKLES, TensorFile, open_tensors
 from ..models import CONTEXT, POOLED
 from ..readers import FAMILIES, SUPPORTED, canonical, gain_of, kind_of, transformer_of
+from ..settings import BUNDLED
 from .weights import FLOATS, scale_of, weight_of
 
 UNET = "model.diffusion_model."  # of a transformer, too
 _PREFIX = re.compile(r"(?:model\.)?diffusion_model\.")
-# The miniature, and its transformer sibling that reads by CLIP alone or by T5 as well.
-BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
 _WEIGHTS = re.compile(
     # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named

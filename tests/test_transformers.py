@@ -1,0 +1,380 @@
+"""Erasing from transformers: every family on random weights of its true layout, and the bundled
+sibling, which was trained."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realera.adapters import edited
+from realera.algorithm import align_erasure, collect, erase, mine
+from realera.bank import bank_prompts
+from realera.checkpoints import write_checkpoint, write_lora
+from realera.concepts import Concept
+from realera.erasure import Erasure, applied
+from realera.erasure_file import load_erasure, save_erasure
+from realera.families import family_of, locate
+from realera.families.loading import load_model, load_text
+from realera.miniature import CONCEPTS, load_classifier
+from realera.models import CONTEXT, POOLED, Encoding
+from realera.readers import TRANSFORMERS, readers, transformer_of
+from realera.settings import Settings, Training
+from realera.spans import refuse_long, unit
+from realera.transformer_model import TransformerModel
+from tests.tiny_transformers import FAMILIES, tiny
+
+CAT = (Concept("black cat", "dog", ("a photo of the {}", "{} in the park")),)
+ASKED = ["a photo of the black cat", "black cat in the park", "a photo of the house"]
+NAMES = list(FAMILIES)
+NORMED = ("qwen_image", "z_image", "lumina2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_bank():
+    """Sixty prompts of the bank are enough for random weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("realera.bank.bank_prompts", lambda: bank_prompts()[:60])
+        yield
+
+
+@cache
+def model_of(name):
+    model = TransformerModel(tiny(name))
+    if name == "sd3":  # CLIP's own vocabulary, of which these are enough
+        words = [word for word in model.text.words() if word.startswith(("do", "art", "park"))]
+        model.text.words = lambda: words
+    return model
+
+
+@cache
+def mined(name):
+    settings = Settings(neighbors=4, beyond=3, s2=0.2, preserve=("a red house",))
+    return mine(model_of(name).text, CAT, settings)
+
+
+@cache
+def erasure_of(name):
+    return erase(mined(name))
+
+
+def noise(n=len(ASKED), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, 8, 8, generator=generator), torch.rand(n, generator=generator)
+
+
+@torch.no_grad()
+def prediction(model, encoding=None):
+    return model.predict(*noise(), encoding or model.text.encode(ASKED))
+
+
+def test_every_family_that_is_data_has_a_tiny_model():
+    assert TRANSFORMERS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_is_known_and_its_readers_are_those_of_the_family(name):
+    network = model_of(name).network
+    assert transformer_of(n for n, _ in network.named_modules())[0] == name
+    found, known = readers(network), TRANSFORMERS[name]["readers"]
+    assert found.keys() == {reader["single"] for reader in known}
+    streams = model_of(name).text.encode(ASKED)
+    for reader in found.values():
+        assert reader.layer.in_features == streams[reader.kind.stream].shape[-1]
+        assert (reader.gain is not None) == (name in NORMED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_what_the_readers_read(name):
+    """What the pipeline itself feeds them of a prompt, behind the norm."""
+    model, seen = model_of(name), {}
+    encoding = model.text.encode(ASKED[:1])
+    handles = [
+        reader.layer.register_forward_pre_hook(
+            lambda _, given, reader=reader: seen.setdefault(reader.kind.stream, given[0])
+        )
+        for reader in readers(model.network).values()
+    ]
+    try:
+        model.pipeline(
+            prompt=ASKED[0], height=64, width=64, num_inference_steps=1, output_type="latent"
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for reader in readers(model.network).values():
+        rows = seen[reader.kind.stream].float()
+        rows = rows[-1:] if rows.ndim > 1 and len(rows) == 2 and rows.ndim == 3 else rows
+        if rows.ndim == 2 and reader.kind.stream == CONTEXT:
+            rows = rows[None]
+        own = encoding[reader.kind.stream]
+        if reader.gain is not None:
+            own = own * reader.gain
+        rows = rows[:, : own.shape[1]] if rows.ndim == 3 else rows[-1:, None]
+        torch.testing.assert_close(own, rows, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_side(name):
+    text = model_of(name).text
+    encoding, again = text.encode(ASKED), text.encode(ASKED)
+    alone = Encoding.cat([text.encode([prompt]) for prompt in ASKED])
+    for stream, rows in encoding.items():
+        assert rows.dtype == torch.float32 and torch.equal(rows, again[stream])
+        torch.testing.assert_close(rows, alone[stream], atol=1e-4, rtol=1e-3)
+        assert torch.allclose(encoding.there(stream), alone.there(stream))
+    ids = [part.tokenize(ASKED) for part in text.parts]
+    counted = sum(len(rows[0]) for rows in ids) if len(ids) == 1 else None
+    weights = encoding.weights[CONTEXT][0] if CONTEXT in encoding.weights else None
+    padded = any(not part.causal for part in text.parts)
+    if counted and weights is not None:  # one row for all of the padding, where there is one
+        assert weights.sum().item() == pytest.approx(counted + padded, abs=1e-3)
+    assert text.summary(["cat", "dog"]).shape == (2, encoding[CONTEXT].shape[-1])
+    refuse_long(text, ASKED)
+    with pytest.raises(ValueError, match="shorten"):
+        refuse_long(text, ["word " * 2000])
+    words = text.words()
+    assert words == sorted(set(words)) and "art" in words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_that_carries_the_concept_is_in_the_span(name):
+    text, pairs = model_of(name).text, mined(name).pairs
+    part = text.parts[-1]
+    for n, (prompt, template) in enumerate(zip(pairs.prompts, CAT[0].templates, strict=True)):
+        span, there = pairs.span[CONTEXT][n], pairs.e.there(CONTEXT)[n]
+        assert not (span & ~there).any()
+        own = slice(part.first, part.first + len(part.tokenize([prompt])[0]))
+        if part.causal:
+            other = text.encode([template.replace("{}", "house")])[CONTEXT][0]
+            rows = pairs.e[CONTEXT][n]
+            least = min(len(rows), len(other))
+            same = torch.isclose(rows[:least], other[:least], atol=1e-4).all(-1)
+            before = int(span.nonzero()[0])
+            assert same[:before].all() and not same[before]
+        else:
+            assert span[own].all()
+    if POOLED in pairs.span:
+        assert pairs.span[POOLED].all()
+        assert torch.equal(pairs.target[POOLED], pairs.anchor[POOLED])
+
+
+def test_rows_of_a_bidirectional_encoder_meet_rows_of_the_same_place():
+    pairs, (part,) = mined("flux1").pairs, model_of("flux1").text.parts
+    own, anchor = pairs.prompts[0], pairs.anchor_prompts[0]
+    (ids,), (its,) = part.tokenize([own]), part.tokenize([anchor])
+    e, target = pairs.anchor[CONTEXT][0], pairs.target[CONTEXT][0]
+    assert torch.equal(target[0], e[0])  # prefix
+    assert torch.equal(target[len(ids) - 1], e[len(its) - 1])  # end of text
+    assert torch.equal(target[len(ids) + 3], e[len(its) + 3])  # padding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_is_the_same_in_the_hooks_and_in_the_weights(name):
+    model, erasure = model_of(name), erasure_of(name)
+    before = prediction(model)
+    with edited(model.network, erasure):
+        hooked = prediction(model)
+    with applied(erasure, model.network):
+        baked = prediction(model)
+    torch.testing.assert_close(hooked, baked, atol=1e-5, rtol=1e-4)
+    assert torch.equal(prediction(model), before), "the weights came back"
+    assert not torch.allclose(before[:2], baked[:2], atol=1e-4)
+    if name not in NORMED:
+        encoding = model.text.encode(ASKED)
+        fed = {s: erasure.edits[s](rows) for s, rows in encoding.items()}
+        torch.testing.assert_close(
+            prediction(model, Encoding(fed, encoding.weights)), baked, atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_behind_a_norm_the_gain_belongs_to_the_reader(name):
+    """W' of what the norm gives is W of the gain times T of unit rows; the bias stays."""
+    ((_, reader),) = readers(model_of(name).network).items()
+    erasure, rows = erasure_of(name), unit(torch.randn(5, 32))
+    edit, weight = erasure.edits[CONTEXT], reader.layer.weight.detach()
+    new = erasure.erased(reader.name, weight, gain=reader.gain)
+    got = (rows * reader.gain) @ new.T
+    torch.testing.assert_close(got, (edit(rows) * reader.gain) @ weight.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if len(TRANSFORMERS[n]["readers"]) > 1])
+def test_a_second_way_of_the_text_is_edited_too(name):
+    """With the context alone edited, the pooled embedding still says what the concept's did."""
+    model, erasure = model_of(name), erasure_of(name)
+    assert erasure.edits.keys() == {CONTEXT, POOLED}
+    with applied(erasure, model.network):
+        both = prediction(model)
+    half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]}, sums={}, kept={})
+    with applied(half, model.network):
+        assert not torch.allclose(prediction(model)[:1], both[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alignment_trains_a_lora_on_what_reads_the_context(name):
+    model, mining, erasure = model_of(name), mined(name), erasure_of(name)
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    training = Training(steps=3, batch=2, rank=2)
+    aligned = align_erasure(model, erasure, mining, training, images=1)
+    (layer,) = aligned.lora
+    assert readers(model.network)[layer].kind.stream == CONTEXT
+    assert aligned.lora[layer][1].any()
+    again = align_erasure(model, erasure, mining, training, images=1)
+    assert torch.equal(aligned.lora[layer][1], again.lora[layer][1])
+    for key, parameter in model.network.named_parameters():
+        assert torch.equal(parameter, before[key])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name -> a diffusers folder of the tiny pipeline."""
+    home = tmp_path_factory.mktemp("folders")
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = home / name
+            model_of(name).pipeline.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_path):
+    source, model = folders(name), model_of(name)
+    family = family_of(source)
+    assert (family.name, family.title) == (name, TRANSFORMERS[name]["title"])
+    generator = torch.Generator().manual_seed(3)
+    (layer,) = (n for n, r in readers(model.network).items() if r.kind.stream == CONTEXT)
+    width, wide = readers(model.network)[layer].layer.weight.shape
+    factors = (0.1 * torch.randn(size, generator=generator) for size in ((2, wide), (width, 2)))
+    erasure = erasure_of(name).with_lora({layer: tuple(factors)}, {})
+    save_erasure(erasure, tmp_path / "erasure.safetensors")
+    erasure = load_erasure(tmp_path / "erasure.safetensors")
+    with applied(erasure, model.network):
+        expected = prediction(model)
+
+    write_checkpoint(source, erasure, tmp_path / "erased")
+    erased = load_model(tmp_path / "erased")
+    torch.testing.assert_close(prediction(erased), expected, atol=1e-5, rtol=1e-4)
+    old, new = (
+        {
+            k: v
+            for part in (home / "transformer").glob("*.safetensors")
+            for k, v in load_file(part).items()
+        }
+        for home in (source, tmp_path / "erased")
+    )
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {r.path + ".weight" for r in readers(model.network).values()}
+
+    write_lora(source, erasure, tmp_path / "lora.safetensors", tolerance=1e-6)
+    lora = load_file(tmp_path / "lora.safetensors")
+    told = TRANSFORMERS[name]["lora"].partition("{")[0]
+    assert all(key.startswith(told) for key in lora)
+    fresh = load_model(source)
+    network = fresh.network
+    layers = readers(network)
+    with torch.no_grad():
+        for reader in layers.values():
+            own = {r["single"]: r for r in TRANSFORMERS[name]["readers"]}[reader.name]
+            key = TRANSFORMERS[name]["lora"].format(**own)
+            a, b = lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"]
+            reader.layer.weight += b @ a
+    torch.testing.assert_close(prediction(fresh), expected, atol=1e-4, rtol=1e-3)
+    if told == "transformer.":
+        loaded = load_model(source)
+        loaded.pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+        torch.testing.assert_close(prediction(loaded), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux1", "z_image"])
+def test_the_text_side_alone_gives_the_same_edit(name, folders):
+    text = load_text(folders(name))
+    mining = mine(text, CAT, mined(name).settings)
+    for stream, edit in erase(mining).edits.items():
+        torch.testing.assert_close(edit.matrix, erasure_of(name).edits[stream].matrix)
+
+
+def test_padding_does_not_own_the_sums():
+    """Two hundred and fifty near-copies of one padding row count as one."""
+    mining = mined("flux1")
+    weighted = float(collect(mining)[CONTEXT].erase.trace())
+    alone = {s: mining.pairs.e.streams[s] for s in mining.pairs.e}
+    pairs = replace(mining.pairs, e=Encoding(alone), target=Encoding(dict(mining.pairs.target)))
+    bare = replace(mining, ring=replace(mining.ring, pairs=pairs))
+    assert float(collect(bare)[CONTEXT].erase.trace()) > 5 * weighted
+
+
+def test_stepping_towards_the_bank_needs_equal_rows():
+    with pytest.raises(ValueError, match="gives short prompts fewer"):
+        mine(model_of("z_image").text, CAT, Settings(source="bank"))
+
+
+def test_a_quantised_gguf_file_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "flux1-dev-Q4_K_S.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"GGUF.*erase from the safetensors file"):
+        locate(path)
+
+
+# ---------------------------------------------------------------- the bundled sibling
+
+
+@pytest.fixture(scope="module")
+def sibling():
+    return load_model("miniature-dit")
+
+
+def seen(model, prompts, seed=1):
+    encoding, empty = model.text.encode(prompts), model.text.encode([""])
+    latents = model.sample(encoding, empty, torch.Generator().manual_seed(seed), 10, 5.0)
+    with torch.no_grad():
+        found = load_classifier()(model.decode(latents))[0].argmax(1)
+    return [list(CONCEPTS)[n] for n in found.tolist()]
+
+
+def test_the_sibling_forgets_in_both_channels_and_in_neither_alone(sibling):
+    mining = mine(sibling.text, (Concept("airplane", "tree", ("a photo of the {}",)),), Settings())
+    erasure = erase(mining)
+    asked = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
+    others = ["a photo of the dog", "a photo of the ship", "a photo of the flower"]
+    assert seen(sibling, asked) == ["airplane"] * 3
+    with applied(erasure, sibling.network):
+        assert "airplane" not in seen(sibling, asked)
+        assert seen(sibling, others) == ["dog", "ship", "flower"]
+    half = Erasure({CONTEXT: erasure.edits[CONTEXT]})
+    with applied(half, sibling.network):
+        assert "airplane" in seen(sibling, asked)
+
+
+def test_the_siblings_erased_file_draws_as_the_erasure(sibling, tmp_path):
+    mining = mine(sibling.text, (Concept("cat", "dog", ("a photo of the {}",)),), Settings())
+    erasure = erase(mining)
+    write_checkpoint("miniature-dit", erasure, tmp_path / "erased.safetensors")
+    with applied(erasure, sibling.network):
+        expected = prediction(sibling)
+    erased = load_model(tmp_path / "erased.safetensors")
+    torch.testing.assert_close(prediction(erased), expected, atol=2e-3, rtol=1e-2)  # float16
+    write_lora("miniature-dit", erasure, tmp_path / "lora.safetensors")
+    keys = load_file(tmp_path / "lora.safetensors").keys()
+    assert {key.rpartition(".lora_")[0] for key in keys} == {
+        "transformer.context_embedder",
+        "transformer.time_text_embed.text_embedder.linear_1",
+    }
+
+
+def test_a_transformer_without_its_encoders_is_told_where_to_go(tmp_path):
+    path = tmp_path / "flux1-dev.safetensors"
+    names = {"double_blocks.0.img_attn.qkv": 8, "vector_in.in_layer": 16, "txt_in": 32}
+    save_file({f"{name}.weight": torch.ones(8, wide) for name, wide in names.items()}, path)
+    assert family_of(path).name == "flux1"
+    with pytest.raises(ValueError, match=r"without its text encoders.*ComfyUI"):
+        load_text(path)
+    write_checkpoint(path, Erasure(erasure_of("flux1").edits), tmp_path / "erased.safetensors")
+    old, new = load_file(path), load_file(tmp_path / "erased.safetensors")
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {"txt_in.weight", "vector_in.in_layer.weight"}
