@@ -87,26 +87,30 @@ def edited(
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 
-    def moved(stream: str, rows: Tensor) -> Tensor:
+    def moved(stream: str, rows: Tensor, gain: Tensor | None) -> Tensor:
         if stream in seen and seen[stream][0] is rows:
             return seen[stream][1]
         key = (stream, rows.device, rows.dtype)
         if key not in converted:
             converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
         edit = converted[key]
-        new = edit(rows[..., : edit.dim])
+        if gain is None:
+            new = edit(rows[..., : edit.dim])
+        else:  # a norm is in front, and T is of the rows without its gain
+            new = edit(rows / gain.to(rows)) * gain.to(rows)
         if rows.shape[-1] > edit.dim:
             new = torch.cat([new, rows[..., edit.dim :]], dim=-1)
         seen[stream] = rows, new
         return new
 
-    def read(name: str, stream: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def read(name: str, reader: Reader) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        gain = reader.gain
         given: list[Tensor] = []  # e, from before the layer to behind it
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             rows, *others = inputs
             given.append(rows)
-            return (moved(stream, rows), *others)
+            return (moved(reader.kind.stream, rows, gain), *others)
 
         def behind(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             rows = given.pop()
@@ -119,7 +123,7 @@ def edited(
 
     try:
         for name, reader in (layers or changed(erasure, network)).items():
-            before, behind = read(name, reader.kind.stream)
+            before, behind = read(name, reader)
             handles.append(reader.layer.register_forward_pre_hook(before))
             handles.append(reader.layer.register_forward_hook(behind))
         yield
