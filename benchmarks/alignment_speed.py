@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -36,7 +37,7 @@ from realera.erasure import Erasure, apply
 from realera.families import FAMILIES
 from realera.families.loading import load_model
 from realera.files import writing
-from realera.models import CONTEXT, Diffusion
+from realera.models import CONTEXT
 from realera.readers import adapted_readers
 from realera.settings import Training
 
@@ -68,10 +69,11 @@ class Bare(nn.Module):
         return self.layer(x) + x @ self.a.T @ self.b.T
 
 
-def model_of(name: str, side: int) -> Diffusion:
+def model_of(name: str, side: int) -> DiffusersModel:
     """The bundled model, or a random U-Net of a family's layout with no text side."""
     if name == "miniature":
-        return load_model("miniature")
+        miniature: Any = load_model("miniature")
+        return miniature
     family = FAMILIES[name]
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**family["unet"] | {"sample_size": side // 8})
@@ -80,7 +82,7 @@ def model_of(name: str, side: int) -> Diffusion:
     return DiffusersModel(SimpleNamespace(unet=unet, vae=vae, scheduler=scheduler))
 
 
-def lesson_for(model: Diffusion, name: str) -> Lesson:
+def lesson_for(model: DiffusersModel, name: str) -> Lesson:
     """Random rows around a concept of the model's own shapes, and an edit that is not nothing."""
     dim = model.network.config.cross_attention_dim
     ring = ring_of(dim=dim)
@@ -90,14 +92,14 @@ def lesson_for(model: Diffusion, name: str) -> Lesson:
     return Lesson(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
 
 
-def ours(model: Diffusion, lesson: Lesson, training: Training) -> float:
+def ours(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
     """Processor seconds of all steps but the first two, which warm up."""
     ends: list[float] = []
     align(model, lesson, training, on_step=lambda *_: ends.append(time.process_time()))
     return ends[-1] - ends[1]
 
 
-def bare(model: Diffusion, lesson: Lesson, training: Training) -> float:
+def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
     """The same of a loop that does what Eq. 8 and 9 need and nothing else."""
     steps = [draw_step(model, lesson, training, n + 1) for n in range(training.steps)]
     student = copy.copy(model)
