@@ -49,7 +49,7 @@ from realera.models import CONTEXT, Diffusion
 from realera.pairs import Ring
 from realera.pictures import grid, to_pil
 from realera.ring import noise_ring
-from realera.settings import Settings, Training
+from realera.settings import BUNDLED, Settings, Training
 
 STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 
@@ -187,7 +187,21 @@ PEERS = (
     *(Row(f"SPEED, threshold {t:g}", peer=partial(speed, threshold=t)) for t in (0.01, 0.1, 1)),
     Row("SPEED, all names", peer=partial(speed, augmentations=0)),
 )
-TABLES = {"ablation": ROWS, "sweep": SWEEP, "peers": PEERS}
+# On a transformer: what each part of the method adds, and UCE's way on the same layers.
+TRANSFORMER = tuple(
+    row
+    for row in ROWS
+    if row.name
+    in (
+        "original",
+        "closed form",
+        "bank",
+        "bank + vocabulary",
+        "bank + vocabulary + alignment",
+        "UCE",
+    )
+)
+TABLES = {"ablation": ROWS, "sweep": SWEEP, "peers": PEERS, "transformer": TRANSFORMER}
 WITH = (
     "our own small implementations (`benchmarks/peers.py`, [how far they agree with their authors' "
     "code](peers.md)), with the inputs of their authors but our anchors: *SPEED* retains the names "
@@ -201,6 +215,9 @@ ABOUT = {
     "sweep": "The paper's reading, closed form alone: isotropic noise, one v a span, one template, "
     "weight 1 on the pair, no bank, λ2 near 0; M neighbours and N beyond points a prompt. The "
     "second row is how this table had it before.",
+    "transformer": "A transformer in SD 3's layout (`--model`) that shares the miniature's text "
+    "encoder and autoencoder: one T for the context and one for the pooled embedding; the LoRA is "
+    "on the layer that reads the context. *UCE* edits the same two layers, by the last word's row.",
     "peers": f"Each peer's own parameter about its authors' value: {WITH}; *all names*: without "
     "its filter and its copies.",
 }
@@ -434,6 +451,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
     shown = next(iter(halves(list(results)).values()))[0]
     kind = "-styles" if shown in STYLES else ""
     kind += "" if options.table == "ablation" else f"-{options.table}"
+    kind += options.model.removeprefix("miniature-dit") if options.table == "transformer" else ""
     stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
     with writing(stem.with_suffix(".json"), overwrite=True) as part:
         part.write_text(json.dumps(stored, indent=1) + "\n")
@@ -455,6 +473,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--half", choices=HALVES, default="all")
     parser.add_argument("--concepts", help="names with commas between, instead of a half")
     parser.add_argument("--anchors", choices=ANCHORS, default="drawn")
+    parser.add_argument("--model", choices=BUNDLED, default=BUNDLED[0])
     parser.add_argument("--table", choices=TABLES, default="ablation")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table, all unless given")
     parser.add_argument("--images", type=int, default=8, help="a prompt")
@@ -487,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options = parse(arguments)
     options.command = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    model = load_model("miniature")
+    model = load_model(options.model)
     weights = fingerprint(model)
     rows = [row for row in TABLES[options.table] if not options.rows or row.name in options.rows]
     results: dict[str, dict[str, Result]] = {}

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 
 from realera.concepts import Concept, holds_name
 from realera.models import CONTEXT, Diffusion, TextEncoder
-from realera.readers import adapted_readers
+from realera.readers import adapted_readers, readers, transformer_of
 
 Weights = dict[str, Tensor]  # canonical name of a K or V projection -> its weight [out, dim]
 
@@ -45,7 +45,7 @@ WORDINGS_STYLES = tuple(
 
 def write(weights: Weights, network: nn.Module) -> None:
     """Puts the weights into the network."""
-    layers = adapted_readers(network)
+    layers = readers(network)
     with torch.no_grad():
         for name, weight in weights.items():
             layers[name].layer.weight.copy_(weight)
@@ -104,8 +104,37 @@ def uce(
 ) -> Weights:
     """The last word's row in every wording goes to the anchor's, and a ridge holds on to W_org."""
     own, anchors = filled(concepts, wordings)
+    if transformer_of(name for name, _ in model.network.named_modules()) is not None:
+        return _uce_transformer(model, own, anchors, ridge)
     t = solved(last_rows(model.text, own), last_rows(model.text, anchors), ridge)
     return {name: w @ t for name, w in projections(model).items()}
+
+
+def _uce_transformer(
+    model: Diffusion, own: Sequence[str], anchors: Sequence[str], ridge: float
+) -> Weights:
+    """As UCE's authors do for FLUX.1: the last word's row of every encoder in the layer that reads
+    the context, the pooled embedding in the one that reads it. Their targets hold the bias twice,
+    which costs them one bias an edited row; here they do not."""
+    weights = {}
+    for name, reader in readers(model.network).items():
+        e, target = (_said(model.text, prompts, reader.kind.stream) for prompts in (own, anchors))
+        weights[name] = reader.layer.weight.detach().double().cpu() @ solved(e, target, ridge)
+    return weights
+
+
+def _said(text: TextEncoder, prompts: Sequence[str], stream: str) -> Tensor:
+    """float64 [rows, dim]: of the context the last word's row of every encoder's."""
+    rows = text.encode(prompts)[stream].cpu().double()
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    at = torch.arange(len(prompts))
+    return torch.cat(
+        [
+            rows[at, torch.tensor([part.first + len(ids) - 2 for ids in part.tokenize(prompts)])]
+            for part in text.parts
+        ]
+    )
 
 
 def mace(
