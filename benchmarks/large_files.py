@@ -2,7 +2,7 @@
 
 Every tensor of the family has its true shape and place, those that read the text hold random
 numbers, all others are holes in a sparse file: the code reads and hashes them as it would any. A
-plain copy of the same file stands beside. Needs free space of the largest file.
+plain copy of the same file stands beside. `TMPDIR` says where: it takes the space of the largest file.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def erasure_for(path: Path) -> Erasure:
 
 def one(title: str) -> dict[str, float]:
     """Seconds of a plain copy, of the erased copy and of the LoRA; peak memory in MB."""
-    with tempfile.TemporaryDirectory(dir=RESULTS.parent.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "model.safetensors", Path(folder) / "out.safetensors"
         size = sparse_file(title, path)
         erasure = erasure_for(path)
