@@ -210,8 +210,10 @@ def erase_groups(
     sums = dict(part.sums)
     prompts = preserved_prompts(text, group.concepts, settings)
     for n in range(0, len(prompts), BATCH):
-        for stream, rows in text.encode(prompts[n : n + BATCH]).items():
-            sums[stream] = sums[stream].preserving(rows.flatten(0, 1), settings.pair_weight)
+        e = text.encode(prompts[n : n + BATCH])
+        for stream in e:
+            rows = e.weighed(stream).flatten(0, 1)
+            sums[stream] = sums[stream].preserving(rows, settings.pair_weight)
     return fit(text, sums, group.concepts, part.summary, settings, source, progress)
 
 
