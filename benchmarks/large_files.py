@@ -2,7 +2,7 @@
 
 Every tensor of the family has its true shape and place, those that read the text hold random
 numbers, all others are holes in a sparse file: the code reads and hashes them as it would any. A
-plain copy of the same file stands beside. `TMPDIR` says where: it takes the space of the largest file.
+plain copy of the same file stands beside. It takes the largest one's space in `TMPDIR`.
 """
 
 import argparse
