@@ -84,7 +84,8 @@ def model_of(name: str, side: int) -> DiffusersModel:
 
 def lesson_for(model: DiffusersModel, name: str) -> Lesson:
     """Random rows around a concept of the model's own shapes, and an edit that is not nothing."""
-    dim = model.network.config.cross_attention_dim
+    config: Any = model.network.config
+    dim = int(config.cross_attention_dim)
     ring = ring_of(dim=dim)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
@@ -102,7 +103,7 @@ def ours(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
 def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
     """The same of a loop that does what Eq. 8 and 9 need and nothing else."""
     steps = [draw_step(model, lesson, training, n + 1) for n in range(training.steps)]
-    student = copy.copy(model)
+    student: Any = copy.copy(model)
     student.network = copy.deepcopy(model.network).requires_grad_(False)
     apply(lesson.erasure, student.network)
     weights: list[nn.Parameter] = []
@@ -124,7 +125,7 @@ def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
     return ends[-1] - ends[1]
 
 
-LOOPS: dict[str, Callable[[DiffusersModel, Lesson, Training], float]] = {"ours": ours, "bare": bare}
+LOOPS: dict[str, Callable[[Any, Lesson, Training], float]] = {"ours": ours, "bare": bare}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,12 +13,11 @@ rates measured here. Writes growth.json and growth.png.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.speed import machine, timed
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.closed_form import Sums, solve
@@ -55,9 +53,30 @@ def concepts_of(count: int, words: Sequence[str]) -> list[Concept]:
     return [Concept(name, ANCHORS[n % len(ANCHORS)]) for n, name in enumerate(names)]
 
 
+def worked(work: Callable[[], object], repeats: int = 5) -> float:
+    """Processor seconds of the fastest of `repeats` runs."""
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def rates_here(n: int = 1024) -> dict[str, float]:
+    """Operations of a matrix product in a processor second of one core, by dtype."""
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        a = torch.randn(n, n, dtype=dtype)
+        found[name] = 2 * n**3 / worked(lambda a=a: a @ a, 20)  # type: ignore[misc]
+    return found
+
+
 def peak() -> float:
-    """MB of memory that this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """MB of memory that this process has had at most; `ru_maxrss` would count its parent's."""
+    status = Path("/proc/self/status").read_text()
+    (most,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(most) / 1e3
 
 
 def one(count: int, way: str) -> dict[str, float]:
@@ -94,7 +113,7 @@ def one(count: int, way: str) -> dict[str, float]:
 def solving(width: int) -> float:
     rows = torch.randn(2, 400, width)
     sums = Sums.zeros(width).erasing(rows[0], rows[1])
-    return timed(lambda: solve(sums, None, 0.1, 0.1), 3)
+    return worked(lambda: solve(sums, None, 0.1, 0.1))
 
 
 class Words:
@@ -116,7 +135,7 @@ def choosing(count: int) -> float:
     concepts, own = [Concept(f"c{n}", "tree") for n in range(16)], torch.randn(16, 768)
     settings = Settings(s2=0.5)
     choose_words(text, concepts, own, settings)  # fills the cache
-    return timed(lambda: choose_words(text, concepts, own, settings), 3)
+    return worked(lambda: choose_words(text, concepts, own, settings))
 
 
 def line(x: Sequence[float], y: Sequence[float], power: int = 1) -> tuple[float, float]:
@@ -183,7 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--concepts", type=int, nargs="+", default=[10, 30, 100, 300, 1000])
+    parser.add_argument(
+        "--concepts", type=int, nargs="*", default=[10, 30, 100, 300, 1000],
+        help="none: keeps the concepts' numbers of the growth.json that is there",
+    )  # fmt: skip
     parser.add_argument("--joint", type=int, nargs="+", default=[10, 30, 100])
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a number and a way, as JSON
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -195,8 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("REALERA_CACHE", folder)
+        if not options.concepts:
+            before = json.loads((options.out / "growth.json").read_text())
+            found = {way: before[way] for way in ("groups", "joint")}
+            options.joint = []
         for way, counts in (("groups", options.concepts), ("joint", options.joint)):
-            found[way] = []
+            found.setdefault(way, [])
             for count in counts:
                 command = [sys.executable, "-m", "benchmarks.growth", "--one", str(count), way]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -204,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(way, found[way][-1], flush=True)
         found["words"] = {str(count): choosing(count) for count in WORDS}
     found["width"] = {str(width): solving(width) for width in WIDTHS}
-    rates = machine()
+    rates = rates_here()
     fits = {
         f"{way}, {what}": line([r["concepts"] for r in found[way]], [r[what] for r in found[way]])
         for way in ("groups", "joint")

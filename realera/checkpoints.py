@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,22 +279,33 @@ def _stream(
         return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
 
     scales: dict[int, bytes] = {}  # place in the data -> what stands there in the end
-    with file.path.open("rb") as source, destination.open("wb") as out:
+    with (
+        file.path.open("rb") as source,
+        destination.open("wb") as out,
+        ThreadPoolExecutor(1) as beside,  # hashes while this thread reads, multiplies and writes
+    ):
         start = len(header())
         out.seek(start)  # the header comes last: it holds the hash of all that is read here
-        digest.update(source.read(file.start))
+        hashed = beside.submit(digest.update, source.read(file.start))
+
+        def read(size: int) -> bytes:
+            nonlocal hashed
+            data = source.read(size)
+            hashed.result()  # one piece in memory behind this one, never more
+            hashed = beside.submit(digest.update, data)
+            return data
+
         for key, entry in sorted(file.entries.items(), key=lambda item: item[1].begin):
             if key in erasable:
-                digest.update(source.read(entry.end - entry.begin))
+                read(entry.end - entry.begin)
                 new = stored(file, key, erased(erasable[key], weight_of(file, key).float()))
                 out.write(raw_bytes(new.pop(key)))
                 # A scale may come before its weight or after.
                 scales |= {file.entries[k].begin: raw_bytes(scale) for k, scale in new.items()}
                 continue
             for position in range(entry.begin, entry.end, CHUNK):
-                data = source.read(min(CHUNK, entry.end - position))
-                digest.update(data)
-                out.write(data)
+                out.write(read(min(CHUNK, entry.end - position)))
+        hashed.result()
         for place, data in scales.items():
             out.seek(start + place)
             out.write(data)

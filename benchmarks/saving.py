@@ -1,0 +1,126 @@
+"""How fast an erased checkpoint of SDXL's size is written, against a plain copy of the file.
+
+    python -m benchmarks.saving --folder /big/disk
+
+A file of SDXL's true layout in fp16, random; `cp`'s way (read, write, on the disk), the same with
+the hash that the erased file notes, and `write_checkpoint`, in turn and the fastest of `--repeats`.
+Beside seconds on the clock: processor seconds, those that the products W T need at least at this
+machine's own rate, and the peak of memory above what the process had before.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.comfyui_sizes import parts
+from benchmarks.growth import peak, rates_here
+from benchmarks.tables import markdown_table
+from realera.checkpoints import CHUNK, write_checkpoint
+from realera.closed_form import Edit
+from realera.erasure import Erasure
+from realera.files import Entry, header_bytes, writing
+from realera.models import CONTEXT, POOLED
+from tools.layout import to_ldm
+
+RESULTS = Path("benchmarks/results")
+
+
+def write_random(name: str, path: Path) -> float:
+    """A checkpoint of the family's layout in fp16, one block of noise over and over.
+
+    Returns the operations that W T of its projections takes.
+    """
+    state = to_ldm({part: network.state_dict() for part, network in parts(name).items()}, False)
+    entries, position, operations = {}, 0, 0.0
+    for key, tensor in state.items():
+        entries[key] = Entry("F16", tuple(tensor.shape), position, position + 2 * tensor.numel())
+        position = entries[key].end
+        if "attn2.to_k" in key or "attn2.to_v" in key:
+            operations += 2.0 * tensor.numel() * tensor.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(CHUNK // 2, generator=generator)
+    block = noise.half().numpy().tobytes()
+    with writing(path, overwrite=True) as part, part.open("wb") as file:
+        file.write(header_bytes({}, entries))
+        for start in range(0, position, CHUNK):
+            file.write(block[: min(CHUNK, position - start)])
+    return operations
+
+
+def copied(source: Path, target: Path, hashed: bool) -> None:
+    digest = hashlib.sha256()
+    with source.open("rb") as file, target.open("wb") as out:
+        while data := file.read(CHUNK):
+            if hashed:
+                digest.update(data)
+            out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def erased(source: Path, target: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    edits = {}
+    for stream, dim in ((CONTEXT, 2048), (POOLED, 1280)):
+        matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
+        edits[stream] = Edit(matrix)
+    write_checkpoint(source, Erasure(edits), target, overwrite=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="room for 14 GB")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a way and two files, as JSON
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        way, source, target = options.one[0], Path(options.one[1]), Path(options.one[2])
+        before, clock, worked = peak(), time.perf_counter(), time.process_time()
+        if way == "erased":
+            erased(source, target)
+        else:
+            copied(source, target, way == "copy, hashed")
+        taken = {"s": time.perf_counter() - clock, "core s": time.process_time() - worked}
+        print(json.dumps({**taken, "MB": peak() - before}))
+        target.unlink()
+        return
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    source, target = options.folder / "sdxl.safetensors", options.folder / "written.safetensors"
+    operations = write_random("sdxl", source)
+    size, rate = source.stat().st_size, rates_here()["float32"]
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(options.repeats):
+        for way in ("copy", "copy, hashed", "erased"):
+            command = [sys.executable, "-m", "benchmarks.saving", "--folder", str(options.folder)]
+            command += ["--one", way, str(source), str(target)]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            row = found.setdefault(way, {})
+            for unit, value in json.loads(said.splitlines()[-1]).items():
+                row[unit] = min(value, row.get(unit, value))
+            print(way, row, flush=True)
+    source.unlink()
+    for row in found.values():
+        row |= {"GB/s": size / 1e9 / row["s"], "share of a copy": found["copy"]["s"] / row["s"]}
+    found["erased"]["least core s of W T"] = operations / rate
+    with writing(options.out / "saving.json", overwrite=True) as part:
+        part.write_text(json.dumps({"GB": size / 1e9, **found}, indent=1) + "\n")
+    heads = list(found["erased"])
+    lines = [["", *heads]]
+    lines += [[way, *(f"{row.get(h, 0):.3g}" for h in heads)] for way, row in found.items()]
+    print(markdown_table(lines))
+
+
+if __name__ == "__main__":
+    main()

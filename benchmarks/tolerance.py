@@ -1,0 +1,111 @@
+"""What a LoRA file may leave out: its size against what it does to images, on the bundled model.
+
+    python -m benchmarks.tolerance --images 4 --steps 10
+
+The closed form of three concepts of the tuning half, with T - I cut at every tolerance as the LoRA
+file cuts it, and whole. Pooled over the concepts: rank, size of the file, Acc_e, Acc_s, Acc_g,
+drift of the other concepts' images from the original's, and how far all images are from those of
+the whole edit, RMS in percent.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.tables import markdown_table
+from realera.algorithm import erase, mine
+from realera.checkpoints import lora_tensors
+from realera.closed_form import Edit
+from realera.concepts import parse_concepts
+from realera.erasure import Erasure, applied
+from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.report import Report, Sampling, evaluate
+from realera.evaluation.tasks import miniature_task
+from realera.families.loading import load_model
+from realera.files import writing
+from realera.models import CONTEXT
+from realera.readers import readers
+
+RESULTS = Path("benchmarks/results")
+CONCEPTS = ("airplane -> tree", "bird -> tree", "ship -> tree")
+TOLERANCES = (0.0, 1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4)
+
+
+def cut(erasure: Erasure, tolerance: float) -> tuple[Erasure, int]:
+    """The erasure as a LoRA file of this tolerance carries it, and the file's rank."""
+    matrix = erasure.edits[CONTEXT].matrix
+    if not tolerance:
+        return erasure, len(matrix)
+    down, up, _ = erasure.edits[CONTEXT].factors(tolerance)
+    return replace(erasure, edits={CONTEXT: Edit(torch.eye(len(matrix)) + up @ down)}), len(down)
+
+
+def rms(images: dict[str, Tensor], others: dict[str, Tensor], prompts: Sequence[str]) -> float:
+    changes = [(images[p] - others[p]).square().mean().sqrt() for p in prompts]
+    return 100 * float(torch.stack(changes).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=4, help="per prompt")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    model, judge = load_model("miniature"), miniature_classifier()
+    sampling = Sampling(options.steps, batch=options.batch)
+    weights = {
+        name: reader.layer.weight.detach().half() for name, reader in readers(model.network).items()
+    }
+    found: dict[float, list[dict[str, float]]] = {tolerance: [] for tolerance in TOLERANCES}
+    for text in CONCEPTS:
+        (concept,) = parse_concepts(text)
+        task = miniature_task(concept.name)
+        others = [prompt for prompts in task.others.values() for prompt in prompts]
+
+        def drawn(task=task) -> tuple[Report, dict[str, Tensor]]:  # type: ignore[no-untyped-def]
+            return evaluate(model, task, judge, options.images, sampling)
+
+        _, before = drawn()
+        whole = erase(mine(model.text, [concept]))
+        exact: dict[str, Tensor] = {}
+        for tolerance in TOLERANCES:
+            erasure, rank = cut(whole, tolerance)
+            with applied(erasure, model.network):
+                report, images = drawn()
+            exact = exact or images
+            tensors, _ = lora_tensors(weights, whole, tolerance or 1e-9)
+            found[tolerance].append(
+                {
+                    "rank": rank,
+                    "MB": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+                    "Acc_e": report.acc_e,
+                    "Acc_s": report.acc_s,
+                    "Acc_g": report.acc_g,
+                    "H_o": report.h_o,
+                    "drift": rms(images, before, others),
+                    "from the whole": rms(images, exact, list(images)),
+                }
+            )
+            print(concept.name, tolerance, found[tolerance][-1], flush=True)
+    means = {
+        str(tolerance): {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+        for tolerance, rows in found.items()
+    }
+    stored = {"images": options.images, "steps": options.steps, "concepts": CONCEPTS, "mean": means}
+    with writing(options.out / "tolerance.json", overwrite=True) as part:
+        part.write_text(json.dumps({**stored, "each": found}, indent=1) + "\n")
+    lines = [["tolerance", *next(iter(means.values()))]]
+    lines += [[tolerance, *(f"{v:.3g}" for v in row.values())] for tolerance, row in means.items()]
+    print(markdown_table(lines))
+
+
+if __name__ == "__main__":
+    main()
