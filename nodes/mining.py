@@ -6,6 +6,7 @@ from ..realera import pictures
 from ..realera.algorithm import Mining as Mined
 from ..realera.algorithm import mine_beyond, mine_neighbors
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
+from ..realera.doubts import doubts
 from ..realera.settings import SOURCES, Settings
 from ..realera.words import WordRing
 from .comfy_text import ComfyText
@@ -194,10 +195,10 @@ class NeighborSampler(io.ComfyNode):
         ring = mining.ring
         named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
-        said = found(mining)
-        tell(node, said)
+        said = [found(mining), *doubts(mining)]
+        tell(node, "\n".join(said))
         picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
-        shown = {"realera_geometry": [geometry(mining)], "text": [said]}
+        shown = {"realera_geometry": [geometry(mining)], "text": said}
         return io.NodeOutput(mining, picture, told, ui=shown)
 
 

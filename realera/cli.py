@@ -272,6 +272,7 @@ def _erase(
     training = _from(Training, options) if options.steps else None
 
     from .algorithm import align_erasure, erase, mine
+    from .doubts import doubts
     from .families import locate
     from .outputs import Folder
 
@@ -282,6 +283,9 @@ def _erase(
     model = _model(options)
     with _bar("text") as progress:
         mining = mine(model.text, concepts, settings, progress)
+    for doubt in doubts(mining):
+        print(f"warning: {doubt}", file=sys.stderr)
+    with _bar("text") as progress:
         erasure = erase(mining, {"model": str(options.model)}, progress)
     losses: dict[int, float] = {}
     if training is not None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ def summed(engine: str, job: Job, groups: Sequence[Group], progress: Progress) -
     """
     if engine == "ray":
         return _on_ray(job, _part, [(n, group) for n, group in enumerate(groups)], progress)
-    total = None
-    for n, group in enumerate(groups):
-        part = part_of(text_of(job), job, n, group)
-        total = part if total is None else total + part
-        progress(n + 1, len(groups))
-    assert total is not None  # a run has concepts
-    return total
+
+    def parts() -> Iterator[Part]:
+        for n, group in enumerate(groups):
+            yield part_of(text_of(job), job, n, group)
+            progress(n + 1, len(groups))
+
+    return reduce(add, parts())
 
 
 def aligned(

@@ -9,6 +9,8 @@ a joint fit but for rounding.
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +155,8 @@ def mine_group(text: TextEncoder, group: Group, settings: Settings) -> Mining:
 
 def sum_group(text: TextEncoder, group: Group, settings: Settings) -> Part:
     """Alg. 1, l. 1-23 of a group: encoded, summed and dropped AT_ONCE concepts at a time."""
-    total = None
-    for some in group.parts(AT_ONCE):
-        mining = mine_group(text, some, settings)
-        part = Part(collect(mining), mining.pairs.summary)
-        total = part if total is None else total + part
-    assert total is not None  # a group has concepts
-    return total
+    minings = (mine_group(text, some, settings) for some in group.parts(AT_ONCE))
+    return reduce(add, (Part(collect(mining), mining.pairs.summary) for mining in minings))
 
 
 def part_of(text: TextEncoder, job: Job, number: int, group: Group) -> Part:

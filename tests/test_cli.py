@@ -80,13 +80,14 @@ def test_scope_and_info_print_what_a_file_does(folder, tmp_path, capsys):
         assert '"airplane"' in capsys.readouterr().out
 
 
-def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path):
+def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\nplane taking off from the runway\n", "utf-8")
     out, quick = tmp_path / "out", ["--neighbors", "100", "--beyond", "1", "--steps", "0"]
     concept = ["-c", "airplane -> sky", "--template", "{}", "--prompt", "a dog"]
     arguments = ["erase", "miniature", *concept, "--words", str(words), "-o", str(out), *quick]
     assert main(arguments) == 0
+    assert "warning: the bundled model does not draw the anchor 'sky'" in capsys.readouterr().err
     provenance = load_erasure(out / FILES[2]).provenance
     assert provenance["settings"]["words"] == ["plane taking off from the runway"]
     assert "plane taking off from the runway" in {reach["word"] for reach in provenance["scope"]}

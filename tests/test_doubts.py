@@ -1,0 +1,40 @@
+"""What speaks against an anchor is said before anything is drawn or trained."""
+
+import pytest
+
+from realera.algorithm import mine_neighbors
+from realera.concepts import Concept
+from realera.diffusers_model import DiffusersText
+from realera.doubts import doubts
+from realera.settings import Settings
+
+RING = Settings(s2=0.4, neighbors=1)
+
+
+def said(text, anchor, settings=RING):
+    return " ".join(doubts(mine_neighbors(text, [Concept("airplane", anchor)], settings)))
+
+
+def test_an_anchor_that_would_be_mined_is_doubted_and_one_beyond_the_ring_is_not(tiny_text):
+    cosines = mine_neighbors(tiny_text, [Concept("airplane", "tree")], RING).ring.cosine
+    near, far = max(cosines, key=cosines.get), min(cosines, key=cosines.get)
+    assert cosines[near] > RING.s2 > cosines[far]
+    told = said(tiny_text, near)
+    assert f"{near!r} is itself a neighbour of 'airplane'" in told
+    assert f"cosine {cosines[near]:.2f}, S2 0.4" in told
+    assert "neighbour" not in said(tiny_text, far)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "drawn"),
+    [("tree", True), ("an old House", True), ("glossy", True), ("ground", False), ("sky", False)],
+)
+def test_an_anchor_that_the_bundled_model_was_not_taught_is_doubted(tiny_text, anchor, drawn):
+    told = said(tiny_text, anchor, Settings(source="isotropic", neighbors=0))
+    assert ("does not draw the anchor" in told) is not drawn
+
+
+def test_of_what_another_model_draws_nothing_is_said(pipelines):
+    pipeline = pipelines["sd1"]
+    text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
+    assert said(text, "ground", Settings(source="isotropic", neighbors=0)) == ""
