@@ -24,6 +24,7 @@ from realera.miniature import (
     TRANSFORMER,
     load_classifier,
 )
+from realera.miniature.sibling import load_t5
 from tools.layout import UNET, sd3_transformer
 from tools.miniature import captions, models, t5, tokens
 from tools.miniature.evaluate import draw
@@ -156,7 +157,7 @@ def test_the_t5_reads_both_ways(pipeline):
     assert ids[0, :4].equal(ids[1, :4]) and ids[0, 4] != ids[1, 4]
     assert ids[0, 5] == pipeline.tokenizer.eos_token_id and ids[0, 6:].eq(0).all()
     with torch.no_grad():
-        one, other = t5.load_t5()(input_ids=ids).last_hidden_state
+        one, other = load_t5(T5)(input_ids=ids).last_hidden_state
         clip = pipeline.text_encoder(input_ids=ids).last_hidden_state
     assert ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).all()
     assert torch.equal(clip[0, :4], clip[1, :4])  # CLIP's rows before the word do not know of it
@@ -166,7 +167,7 @@ def test_nearness_of_meaning_is_graded_in_the_t5_too(pipeline):
     words = ["airplane", "plane", "runway", "bird", "water", "house", "money", "table", "winter"]
     ids = t5.encode(pipeline.tokenizer, [f"a photo of the {word}" for word in words])
     with torch.no_grad():
-        means = t5.load_t5()(input_ids=ids).last_hidden_state[:, :6].mean(dim=1)
+        means = load_t5(T5)(input_ids=ids).last_hidden_state[:, :6].mean(dim=1)
     x = means - means[4:].mean(dim=0)
     plane, runway, bird = F.cosine_similarity(x[1:4], x[:1]).tolist()
     assert plane > runway > bird

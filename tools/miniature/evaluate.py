@@ -18,9 +18,9 @@ from torch import Tensor
 
 from realera.families.loading import load_model
 from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, load_classifier
+from realera.miniature.sibling import load_t5
 
 from . import data, tokens
-from .t5 import load_t5
 from .transformer import Sibling, load_sibling
 
 Draw = Callable[[list[str], int], Tensor]  # prompts and a seed to images

@@ -1,6 +1,7 @@
 """What ships, from the training state and back: two checkpoints and the classifier, in float16."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def export(state: Path, folder: Path = HOME) -> None:
         keep(folder / TRANSFORMER.name, sibling, format="pt", config=json.dumps(config))
     if (state / "t5.safetensors").exists():
         second = _halves(load_file(state / "t5.safetensors"))
-        config = {"text_encoder_3": models.t5_config(tokens)}  # the name of SD 3's T5 in diffusers
+        config = {"text_encoder_3": models.t5_config(tokens)}
         keep(folder / T5.name, second, format="pt", config=json.dumps(config))
     classes = json.dumps({"concepts": list(CONCEPTS), "styles": list(STYLES)})
     judge = _halves(load_file(state / "classifier.safetensors"))
@@ -92,12 +93,13 @@ def restore(state: Path) -> None:
         "text": pipeline.text_encoder.state_dict(),
         "classifier": load_classifier().state_dict(),
         "transformer": transformer_state(TRANSFORMER),
-        "t5": {name: tensor.float() for name, tensor in load_file(T5).items()},
     }
     for name, tensors in stages.items():
         path = state / f"{name}.safetensors"
         if not path.exists():
             keep(path, tensors)
+    if not (state / "t5.safetensors").exists():
+        shutil.copy(T5, state / "t5.safetensors")
 
 
 def _halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

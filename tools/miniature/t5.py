@@ -1,12 +1,12 @@
 """A second text encoder for the transformer, as SD 3 has one: T5's, which reads both ways."""
 
 import itertools
+import json
 import math
 import random
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel
 
-from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES
+from realera.miniature.sibling import load_t5
 
 from . import captions, models, tokens
 from .optimizers import Optimizers
@@ -128,17 +129,10 @@ def train_t5(
     parts = {"model": model, "optimizers": optimizers}
     if not long_run(state / "t5.pt", parts, step, minutes, stop):
         return False
-    keep(state / "t5.safetensors", model.finished())
+    # the name of SD 3's T5 in diffusers
+    config = json.dumps({"text_encoder_3": models.t5_config(len(tokenizer))})
+    keep(state / "t5.safetensors", model.finished(), config=config)
     return True
-
-
-def load_t5(path: Path = T5) -> Any:
-    """The T5EncoderModel of a file, its embedding multiplied out; float32, for evaluation."""
-    state = {name: tensor.float() for name, tensor in load_file(path).items()}
-    factor, matrix = state.pop("shared.factor"), state.pop("shared.matrix")
-    model = T5EncoderModel(T5Config(**models.t5_config(len(factor))))
-    model.load_state_dict(state | dict.fromkeys(EMBEDDINGS, factor @ matrix))
-    return model.eval()
 
 
 @torch.no_grad()
