@@ -107,7 +107,7 @@ class LoraAlign(io.ComfyNode):
                         options=list(PRECISIONS),
                         default="auto",
                         tooltip=(
-                            "What the U-Net computes in. auto: as ComfyUI draws. float32 "
+                            "What the model computes in. auto: as ComfyUI draws. float32 "
                             "needs more memory and never overflows."
                         ),
                     )
@@ -196,8 +196,7 @@ class LoraAlign(io.ComfyNode):
             tell(node, "drawing images of the anchors")
             anchors = draw_anchors(diffusion, pairs, images, seed=seed)
         else:
-            samples = model.get_model_object("latent_format").process_in(latents["samples"])
-            anchors = _by_concept(samples, len(pairs.concepts))
+            anchors = _by_concept(diffusion.encoded(latents["samples"]), len(pairs.concepts))
 
         losses: dict[int, float] = {}
         report = reporter(node, "aligning")

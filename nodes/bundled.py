@@ -1,11 +1,13 @@
 """Bundled Model: the miniature that ships with the project, as ComfyUI's MODEL, CLIP and VAE."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -15,6 +17,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from comfy.text_encoders import sd3_clip
 from comfy_api.latest import io
 from PIL.Image import Image
 from safetensors import safe_open
@@ -22,7 +25,9 @@ from safetensors import safe_open
 from ..realera import miniature
 from ..realera.evaluation.judges import miniature_classifier
 from .files import checkpoint_path
-from .schema import BUNDLED, Classifier, schema
+from .schema import BUNDLED, BUNDLED_MODELS, Classifier, schema
+
+NETWORK = "model.diffusion_model."
 
 
 class BundledModel(io.ComfyNode):
@@ -40,16 +45,16 @@ class BundledModel(io.ComfyNode):
                 io.Combo.Input(
                     "checkpoint",
                     optional=True,
-                    options=[BUNDLED, *folder_paths.get_filename_list("checkpoints")],
+                    options=[*BUNDLED_MODELS, *folder_paths.get_filename_list("checkpoints")],
                     default=BUNDLED,
                     tooltip=(
-                        "The bundled model as it is, or an erased copy of it that you saved. Other "
-                        "checkpoints belong in Load Checkpoint."
+                        "The bundled U-Net or the transformer that draws the same, or an erased "
+                        "copy that you saved. Other checkpoints belong in Load Checkpoint."
                     ),
                 )
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The U-Net; draws at 64x64."),
+                io.Model.Output(display_name="model", tooltip="What draws, at 64x64."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
                 Classifier.Output(
@@ -71,22 +76,34 @@ class BundledModel(io.ComfyNode):
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of the bundled checkpoint or of an erased copy of it.
+    """MODEL, CLIP and VAE of a bundled file, the U-Net or the transformer, or of an erased copy.
 
     Raises ValueError when the file has another layout.
     """
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-    config = _configuration(miniature.CHECKPOINT)
-    ours = comfy.utils.load_torch_file(str(miniature.CHECKPOINT), safe_load=True)
-    unet = "model.diffusion_model."
-    if any(weights.get(k) is None or weights[k].shape != ours[k].shape for k in ours if unet in k):
+    ours = next((file for file in BUNDLED_MODELS.values() if _fits(weights, file)), None)
+    if ours is None:
         raise ValueError(
             f"{path.name} is not the bundled model or an erased copy of it; load other checkpoints "
             "with Load Checkpoint"
         )
-    model, vae = _model(weights, config), _vae(weights, config["vae"])
+    config = _configuration(ours)
+    vae = _vae(weights, config["vae"])
+    if "unet" in config:
+        model, clip = _model(weights, _unet(config)), _clip(weights, config["text_encoder"])
+    else:
+        text = comfy.utils.load_torch_file(str(miniature.CHECKPOINT), safe_load=True)
+        model = _model(weights, _transformer(weights, config))
+        clip = _clip(text, config["text_encoder"], config["transformer"]["joint_attention_dim"])
     model.model.latent_format.previewer = Previewer(vae, model.model.latent_format)
-    return model, _clip(weights, config["text_encoder"]), vae
+    return model, clip, vae
+
+
+def _fits(weights: dict[str, torch.Tensor], file: Path) -> bool:
+    """Whether they hold every layer of a bundled file's network."""
+    with safe_open(file, "pt") as ours:
+        due = {k: ours.get_slice(k).get_shape() for k in ours.keys() if NETWORK in k}  # noqa: SIM118
+    return all(key in weights and list(weights[key].shape) == due[key] for key in due)
 
 
 class Previewer(latent_preview.LatentPreviewer):
@@ -108,7 +125,8 @@ def _configuration(path: Path) -> dict[str, Any]:
     return json.loads(metadata["config"])
 
 
-def _model(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+def _unet(config: dict[str, Any]) -> Any:
+    """ComfyUI's configuration of the U-Net."""
     unet = config["unet"]
     widths, layers = unet["block_out_channels"], unet["layers_per_block"]
     crossed = [int("CrossAttn" in block) for block in unet["down_block_types"]]
@@ -141,25 +159,47 @@ def _model(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
             partial(comfy.latent_formats.SD15, config["vae"]["scaling_factor"])
         )
 
+    return Miniature(layout)
+
+
+def _transformer(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    """ComfyUI's configuration of the transformer: it takes SD 3's for one of 16 channels only."""
+
+    class Miniature(comfy.supported_models.SD3):
+        sampling_settings = {"shift": config["scheduler"]["shift"]}  # noqa: RUF012
+        latent_size = config["transformer"]["sample_size"]
+        latent_format = staticmethod(
+            partial(comfy.latent_formats.SD15, config["vae"]["scaling_factor"])
+        )
+
+    return Miniature(comfy.model_detection.detect_unet_config(weights, NETWORK))
+
+
+def _model(weights: dict[str, torch.Tensor], model_config: Any) -> Any:
     management = comfy.model_management
-    model_config = Miniature(layout)
-    prefix = "model.diffusion_model."
-    parameters = comfy.utils.calculate_parameters(weights, prefix)
+    parameters = comfy.utils.calculate_parameters(weights, NETWORK)
     device = management.get_torch_device()
     dtype = management.unet_dtype(
         model_params=parameters,
         supported_dtypes=model_config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(weights, prefix),
+        weight_dtype=comfy.utils.weight_dtype(weights, NETWORK),
     )
     cast = management.unet_manual_cast(dtype, device, model_config.supported_inference_dtypes)
     model_config.set_inference_dtype(dtype, cast)
     offload = management.unet_offload_device()
-    model = model_config.get_model(weights, prefix, device=offload)
-    model.load_model_weights(dict(weights), prefix)
+    model = model_config.get_model(weights, NETWORK, device=offload)
+    model.load_model_weights(dict(weights), NETWORK)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 
-def _clip(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+def _clip(
+    weights: dict[str, torch.Tensor], config: dict[str, Any], width: int | None = None
+) -> Any:
+    """The text encoder; of the transformer, whose rows are so wide and which is pooled, as SD 3's.
+
+    Beside CLIP's numbers in every row there are zeros, and there is no T5.
+    """
+
     def encoder(device: Any, dtype: Any, model_options: dict) -> comfy.sd1_clip.SDClipModel:
         special = {"start": config["bos_token_id"], "end": config["eos_token_id"]}
         model = comfy.sd1_clip.SDClipModel(
@@ -184,6 +224,10 @@ def _clip(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
         partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer), comfy.sd1_clip.SD1ClipModel
     )
     target.params["clip_model"] = encoder
+    if width is not None:
+        target = comfy.supported_models.supported_models_base.ClipTarget(
+            partial(_Sd3Tokenizer, tokenizer=tokenizer), partial(_Sd3ClipModel_, encoder, width)
+        )
     text = comfy.utils.state_dict_prefix_replace(
         dict(weights), {"cond_stage_model.": "clip_l."}, filter_keys=True
     )
@@ -194,6 +238,29 @@ def _clip(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
     )
     clip.load_sd(text, full_model=True)
     return clip
+
+
+class _Sd3Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+    """CLIP's tokens as SD 3 has them, with nothing for the encoders that are not there."""
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **how: Any) -> dict:
+        return {"g": [], "t5xxl": [], **super().tokenize_with_weights(text, return_word_ids, **how)}
+
+
+class _Sd3ClipModel_(sd3_clip.SD3ClipModel):
+    """The miniature's encoder in the place of SD 3's, whose rows are 4096 wide and pooled 2048."""
+
+    def __init__(self, encoder: Callable[..., Any], width: int, **given: Any) -> None:
+        options = given.pop("model_options", {})
+        super().__init__(clip_l=False, clip_g=False, t5=False, model_options=options, **given)
+        self.clip_l = encoder(given.get("device"), given.get("dtype"), options)
+        self.dtypes.add(given.get("dtype"))
+        self.width = width
+
+    def encode_token_weights(self, tokens: dict) -> tuple:
+        rows, pooled, extra = super().encode_token_weights(tokens)
+        own = self.clip_l.transformer.get_input_embeddings().weight.shape[1]
+        return rows[..., : self.width], pooled[:, :own], extra
 
 
 def _vae(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:

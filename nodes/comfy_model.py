@@ -1,7 +1,7 @@
 """A MODEL as the core's Diffusion (`realera/models.py`)."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,23 +15,30 @@ from torch import Tensor, nn
 
 from ..realera.files import digest
 from ..realera.models import CONTEXT, POOLED, Encoding
-from ..realera.readers import adapted_readers, readers
+from ..realera.readers import FAMILIES, adapted_readers, family_in, readers
 from .comfy_text import ComfyText
+from .comfy_transformer_text import ComfyTransformerText
 
 
 class ComfyDiffusion:
     """A MODEL with its CLIP, and with a VAE where images are wanted.
 
     Times are ComfyUI's sigmas: what the network is given at a sigma, its input's scale and its time
-    step, is the MODEL's own sampling object's to say, whatever it predicts.
+    step, is the MODEL's own sampling object's to say, whatever it predicts. Raises ValueError when
+    no layer of the MODEL reads a context, and when the CLIP is of another family.
     """
 
-    def __init__(self, model: Any, text: ComfyText, vae: Any = None) -> None:
+    def __init__(
+        self, model: Any, text: ComfyText | ComfyTransformerText | None, vae: Any = None
+    ) -> None:
         self.model = model
         self.text = text
         self.vae = vae
         self.network: nn.Module = model.model.diffusion_model
         readers(self.network)  # raises where no layer reads a context
+        self.family = family_in(self.network)
+        if text is not None:
+            refuse_other_family(text.family, self.family)
 
     @property
     def fingerprint(self) -> str:
@@ -43,13 +50,15 @@ class ComfyDiffusion:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = getattr(self.model.model.model_config, "latent_size", None)
+        size, layout = getattr(self.model.model.model_config, "latent_size", None), self.latents
+        if size is None and self.family is not None:
+            size = 1024 // getattr(layout, "spacial_downscale_ratio", 8)
         if size is None:
             size = 128 if self.model.model.adm_channels else 64
             wide = next(iter(adapted_readers(self.network).values())).layer.in_features == 1024
             if wide and self.model.model.model_type == ModelType.V_PREDICTION:
                 size = 96  # SD 2.x for 768 pixels
-        return (self._latent_format.latent_channels, size, size)
+        return (layout.latent_channels, size, size)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
         sigmas = self.sampling.sigmas
@@ -63,27 +72,76 @@ class ComfyDiffusion:
         return self.sampling.calculate_input(sigma, z_t)
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
-        """The U-Net's own output for latents as `noised` gives them."""
+        """The network's own output for latents as `noised` gives them."""
+        ask = self._ask_unet if self.family is None else self._ask_transformer
+        times = times.expand(len(latents))
+        parts, order = [], []
+        for of in alike(encoding):
+            here = of.to(latents.device)
+            parts.append(
+                ask(latents[here], times[here.to(times.device)], rows_of(encoding.take(of)))
+            )
+            order.append(here)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _ask_unet(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         base = self.model.model
         dtype = base.manual_cast_dtype or base.get_dtype()
         device = latents.device
         latents = self._with_mask(latents).to(dtype)
-        options = {**self.model.model_options["transformer_options"]}
-        # The LoRA's gradients pass through attention; sage and flash attention give none.
-        options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
         conditions = {}
-        if base.adm_channels and POOLED in encoding:
+        if base.adm_channels and POOLED in rows:
             height, width = (8 * side for side in latents.shape[2:])
-            pooled = encoding[POOLED][:, 0].to(device)
+            pooled = rows[POOLED][:, 0].to(device)
             y = base.encode_adm(pooled_output=pooled, width=width, height=height, device=device)
             conditions["y"] = y.to(device, dtype)
         return self.network(
             latents,
             self.sampling.timestep(times.to(device)).float(),
-            context=encoding[CONTEXT].to(device, dtype),
-            transformer_options=options,
+            context=rows[CONTEXT].to(device, dtype),
+            transformer_options=self._options,
             **conditions,
         ).float()
+
+    def _ask_transformer(
+        self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]
+    ) -> Tensor:
+        """As ComfyUI asks it, with all that it tells beside the text; its own output is taken."""
+        base, x, made = self.model.model, self._with_frame(latents), []
+        conditions = base.extra_conds(
+            noise=x,
+            latent_image=torch.zeros_like(x),
+            device=x.device,
+            cross_attn=rows[CONTEXT].to(x.device),
+            **self._beside(rows),
+        )
+        given = {
+            name: condition.process_cond(batch_size=len(x), device=x.device, area=None).cond
+            for name, condition in conditions.items()
+        }
+        hook = self.network.register_forward_hook(lambda _, given, output: made.append(output))
+        try:
+            base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
+        finally:
+            hook.remove()
+        return self._without_frame(made[0]).float()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options = {**self.model.model_options["transformer_options"]}
+        # The LoRA's gradients pass through attention; sage and flash attention give none.
+        options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
+        return options
+
+    def _beside(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """What ComfyUI keeps of a prompt beside its rows."""
+        pooled = rows[POOLED][:, 0] if POOLED in rows else None
+        if self.family is None or not FAMILIES[self.family]["comfyui"].get("mask"):
+            return {"pooled_output": pooled}
+        whole = torch.ones_like(rows[CONTEXT][:1, :, 0], dtype=torch.int64)
+        return {"pooled_output": pooled, "attention_mask": whole}
 
     def sample(
         self,
@@ -94,11 +152,12 @@ class ComfyDiffusion:
         guidance: float = 7.5,
         one_noise: bool = False,
     ) -> Tensor:
-        """Latents [n, channels, h, w] by ComfyUI's DDIM, as the core's protocol asks for it."""
+        """Latents [n, channels, h, w] by DDIM or Euler, as the core's protocol asks for it."""
         shape = (1 if one_noise else encoding.prompts, *self.latent_shape)
         noise = torch.randn(shape, generator=generator)
         noise = noise.expand(encoding.prompts, *self.latent_shape).contiguous()
-        return self.denoise(encoding, negative, noise, steps, guidance)
+        how = ("ddim", "ddim_uniform") if self.family is None else ("euler", "simple")
+        return self.denoise(encoding, negative, noise, steps, guidance, *how)
 
     def denoise(
         self,
@@ -112,38 +171,55 @@ class ComfyDiffusion:
         seed: int = 0,
     ) -> Tensor:
         """Latents of the noise's shape by any of ComfyUI's samplers, with its Cancel and memory."""
-        positive, negatives = (
-            [[e[CONTEXT], {"pooled_output": e[POOLED][:, 0] if POOLED in e else None}]]
-            for e in (encoding, negative)
-        )
-        blank = torch.zeros_like(noise)
-        samples = comfy.sample.sample(
-            self.model,
-            noise,
-            steps,
-            guidance,
-            sampler,
-            scheduler,
-            positive,
-            negatives,
-            blank,
-            callback=latent_preview.prepare_callback(self.model, steps),  # hears Cancel, too
-            seed=seed,
-        )
-        return self._latent_format.process_in(samples)
+        parts, order = [], []
+        for of in alike(encoding, negative.like(encoding)):
+            own = encoding.take(of)
+            other = negative if negative.prompts == 1 else negative.take(of)
+            positive, negatives = (
+                [[rows[CONTEXT], self._beside(rows)]] for rows in (rows_of(own), rows_of(other))
+            )
+            some = self._with_frame(noise[of])
+            samples = comfy.sample.sample(
+                self.model,
+                some,
+                steps,
+                guidance,
+                sampler,
+                scheduler,
+                positive,
+                negatives,
+                torch.zeros_like(some),
+                callback=latent_preview.prepare_callback(self.model, steps),  # hears Cancel, too
+                seed=seed,
+            )
+            parts.append(self.encoded(samples))
+            order.append(of)
+        return torch.cat(parts)[torch.cat(order).argsort()] if len(parts) > 1 else parts[0]
+
+    def encoded(self, samples: Tensor) -> Tensor:
+        """What ComfyUI's LATENT holds as the network has it, float32 [n, channels, h, w]."""
+        return self._without_frame(self.latents.process_in(samples))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [n, 3, height, width] in [0, 1], on the CPU."""
-        return self.vae.decode(self._latent_format.process_out(latents)).movedim(-1, 1).cpu()
+        images = self.vae.decode(self.latents.process_out(self._with_frame(latents)))
+        return images.reshape(len(latents), *images.shape[-3:]).movedim(-1, 1).cpu()
 
     @property
     def sampling(self) -> Any:
         return self.model.get_model_object("model_sampling")
 
     @property
-    def _latent_format(self) -> Any:
-        """As the MODEL has it: some sampling nodes give it another one."""
+    def latents(self) -> Any:
+        """Their format, as the MODEL has it: some sampling nodes give it another one."""
         return self.model.get_model_object("latent_format")
+
+    def _with_frame(self, latents: Tensor) -> Tensor:
+        """Of a single frame, where the latents are a video's: [n, channels, 1, h, w]."""
+        return latents[:, :, None] if self.latents.latent_dimensions == 3 else latents
+
+    def _without_frame(self, latents: Tensor) -> Tensor:
+        return latents[:, :, 0] if latents.ndim == 5 else latents
 
     def _with_mask(self, latents: Tensor) -> Tensor:
         """Inpainting U-Nets read a mask and a masked image too: everything is to be painted."""
@@ -152,6 +228,29 @@ class ComfyDiffusion:
             noise=latents, latent_image=blank, device=latents.device
         )
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
+
+
+def alike(*encodings: Encoding) -> list[Tensor]:
+    """The prompts, those together that have as many rows in each encoding: int64 [n] a group."""
+    lengths = torch.stack([e.there(CONTEXT).sum(1).cpu() for e in encodings], 1)
+    return [(lengths == own).all(1).nonzero()[:, 0] for own in lengths.unique(dim=0)]
+
+
+def rows_of(encoding: Encoding) -> dict[str, Tensor]:
+    """The rows of prompts that have equally many, without those that only longer ones have."""
+    length = int(encoding.there(CONTEXT)[0].sum())
+    return {**encoding, CONTEXT: encoding[CONTEXT][:, :length]}
+
+
+def refuse_other_family(text: str | None, network: str | None) -> None:
+    """Raises ValueError when a CLIP and a MODEL, each by the name of its family, do not fit."""
+    if text != network:
+        unet = "SD 1.x, SD 2.x or SDXL"
+        own, its = (FAMILIES[f]["title"] if f else unet for f in (text, network))
+        raise ValueError(
+            f"the CLIP is for {own} and the MODEL is {its}: connect the CLIP of the MODEL's own "
+            "family, with all of its encoders; in CLIPLoader or DualCLIPLoader choose its type"
+        )
 
 
 def refuse_noiseless(model: Any) -> None:

@@ -1,6 +1,7 @@
 """An erasure on a MODEL: W <- W T + B A (Alg. 1, l. 31), as patches among a MODEL's others."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -8,8 +9,10 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor
 
+from ..realera.checkpoints import save_lora
 from ..realera.closed_form import Edit
 from ..realera.erasure import Erasure, changed, concepts_of, erased_weight
+from ..realera.readers import family_in, readers
 
 
 class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
@@ -21,7 +24,7 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
     anew from (loaded_keys, weights) with the tensors moved: all that the patch needs is in them.
 
     weights: canonical layer name, names of the concepts, T or None, its strength, the LoRA's A and
-        B or None, its strength
+        B or None, its strength, the gain of the RMS norm in front or None
     """
 
     name = "realera"
@@ -48,11 +51,11 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        layer, _, matrix, edit_strength, a, b, lora_strength = self.weights
+        layer, _, matrix, edit_strength, a, b, lora_strength, gain = self.weights
         edit = None if matrix is None else Edit(matrix)
         lora = None if a is None else (a, b)
         full = weight.float()  # half precision would be rounded twice
-        erased = erased_weight(layer, full, edit, lora, edit_strength, lora_strength)
+        erased = erased_weight(layer, full, edit, lora, edit_strength, lora_strength, gain)
         return (full + function(strength * (erased - full))).to(weight.dtype)
 
 
@@ -61,19 +64,32 @@ def apply_erasure(
 ) -> Any:
     """A clone of the MODEL with the erasure as patches; the MODEL itself is left as it is.
 
-    Raises ValueError when the erasure was made for a model of another family, or is on it already.
+    Raises ValueError when the erasure was made for a model of another family or leaves a way for
+    the text as it was, or is on it already.
     """
     refuse_edited(model, erasure)
+    refuse_partial(model, erasure)
     concepts, patches = sorted(_names(erasure)), {}
     for name, reader in changed(erasure, model.model.diffusion_model).items():
         edit = erasure.reads(name, reader.layer.weight.shape[1])
         matrix = None if edit is None else edit.matrix
         a, b = erasure.lora.get(name, (None, None))
-        weights = (name, concepts, matrix, edit_strength, a, b, lora_strength)
+        weights = (name, concepts, matrix, edit_strength, a, b, lora_strength, reader.gain)
         patches[f"diffusion_model.{reader.path}.weight"] = ErasurePatch(set(), weights)
     erased = model.clone()
     erased.add_patches(patches)
     return erased
+
+
+def refuse_partial(model: Any, erasure: Erasure) -> None:
+    """Raises ValueError when a transformer reads the text by a stream that the erasure lacks."""
+    for reader in readers(model.model.diffusion_model).values():
+        stream = reader.kind.stream
+        if reader.kind.whole and stream not in erasure.edits:
+            raise ValueError(
+                f"the erasure has no edit of the {stream} embedding, by which this MODEL would go "
+                "on drawing what is to be erased: make the erasure with the MODEL's own CLIP"
+            )
 
 
 def refuse_edited(model: Any, erasure: Erasure) -> None:
@@ -107,17 +123,22 @@ def _names(erasure: Erasure) -> set[str]:
     return {concept.name.casefold() for concept in concepts_of(erasure)}
 
 
-def lora_weights(model: Any, erasure: Erasure) -> dict[str, Tensor]:
-    """The weights that a LoRA file of the erasure is made of, by canonical name: those of the
-    MODEL with the LoRAs that it carries, in the type that it is stored in."""
+def write_lora(model: Any, erasure: Erasure, path: Path, tolerance: float) -> None:
+    """The erasure as a LoRA file for the MODEL with the LoRAs that it carries.
+
+    Of its weights in the type that it is stored in; as `checkpoints.save_lora`.
+    """
     refuse_edited(model, erasure)
-    stored = model.model.get_dtype()
+    refuse_partial(model, erasure)
+    network, stored = model.model.diffusion_model, model.model.get_dtype()
     dtype = torch.float16 if stored.itemsize == 1 else stored
     patches = model.get_key_patches("diffusion_model.")
-    weights = {}
-    for name, reader in changed(erasure, model.model.diffusion_model).items():
+    weights, gain = {}, {}
+    for name, reader in changed(erasure, network).items():
         key = f"diffusion_model.{reader.path}.weight"
         (weight, convert), *added = patches[key]
         own = convert(weight.detach().to("cpu", torch.float32, copy=True), inplace=True)
         weights[name] = comfy.lora.calculate_weight(added, own, key).to(dtype)
-    return weights
+        if reader.gain is not None:
+            gain[name] = reader.gain
+    save_lora(weights, erasure, path, tolerance, family=family_in(network), gain=gain)

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..realera.files import raw_bytes
 from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
+from ..realera.readers import SUPPORTED
 from ..realera.spans import summaries
 
 ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
@@ -21,13 +22,17 @@ PLAIN = {"disable_weights": True}  # (brackets) are letters
 
 
 class ComfyText:
-    """A CLIP with its LoRAs and its clip skip."""
+    """The CLIP of a U-Net, with its LoRAs and its clip skip."""
+
+    family = None  # of transformers
 
     def __init__(self, clip: Any) -> None:
         if set(clip.tokenize("")) not in ENCODERS:
+            kind = type(clip.cond_stage_model).__name__.strip("_")
             raise ValueError(
-                "this text encoder belongs to another kind of model: RealEra reads SD 1.x, SD 2.x "
-                "and SDXL, inpainting variants included; connect the CLIP of such a checkpoint"
+                f"this text encoder, {kind}, belongs to another kind of model: RealEra works "
+                f"on {SUPPORTED}; connect the CLIP of such a model, and in CLIPLoader or "
+                "DualCLIPLoader choose its type"
             )
         self.clip = clip
 
@@ -43,18 +48,7 @@ class ComfyText:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
-        digest, patched = hashlib.blake2b(repr(self.clip.layer_idx).encode(), digest_size=16), False
-        for key, (weight, *patches) in sorted(self.clip.get_key_patches().items()):
-            digest.update(key.encode())
-            digest.update(raw_bytes(weight[0]))
-            patched = patched or bool(patches)
-        if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
-            for rows in self.encode(["a photo of a dog"]).values():
-                digest.update(raw_bytes(rows))
-        vocabulary = self._tokenizer.tokenizer.get_vocab()
-        digest.update(repr(sorted(vocabulary.items())).encode())
-        return digest.hexdigest()
+        return fingerprint(self.clip, self._tokenizer.tokenizer.get_vocab(), self.encode)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with start and end-of-text, as `encode` reads them, of any length.
@@ -69,10 +63,7 @@ class ComfyText:
     def _read(self, prompt: str) -> list[int]:
         """The ids of a prompt in ComfyUI's syntax."""
         sections = next(iter(self.clip.tokenize(prompt, return_word_ids=True, **PLAIN).values()))
-        tokens = [token for section in sections for token, _, word in section if word > 0]
-        start, end = sections[0][0][0], self._tokenizer.end_token
-        vectors = (-1 - zlib.crc32(raw_bytes(t)) if isinstance(t, Tensor) else t for t in tokens)
-        return [start, *vectors, end]
+        return ids_of(tokens_of(self._tokenizer, sections))
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """The rows of the first 77 tokens, read as plain text: (brackets) carry no weight."""
@@ -102,21 +93,9 @@ class ComfyText:
         ids = self.tokenize(prompts)
         if any(token < 0 for row in ids for token in row):  # vectors that no id stands for
             return summaries(self, prompts, self.encode(prompts)).cpu()
-        self.clip.load_model()
-        device, model = self.clip.patcher.load_device, self.clip.cond_stage_model
-        model.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            model.set_clip_options({"layer": self.clip.layer_idx})
-        encoders = [
-            getattr(model, name) for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)
-        ]
-
-        def last_row(ids: Tensor) -> Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            rows = [_last_row(encoder, ids.to(device)) for encoder in encoders]
-            return torch.cat(rows, dim=-1).cpu()
-
-        return last_rows(ids, self.parts[0].length, last_row)
+        model = self.clip.cond_stage_model
+        names = [name for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)]
+        return clip_summaries(self.clip, names, ids, self.parts[0].length)
 
     def words(self) -> list[str]:
         """Whole words of the tokenizer's vocabulary, letters only, sorted."""
@@ -125,6 +104,62 @@ class ComfyText:
     def _first_section(self, prompt: str) -> dict[str, list]:
         tokens = self.clip.tokenize(prompt, **PLAIN)
         return {name: sections[:1] for name, sections in tokens.items()}
+
+
+def fingerprint(
+    clip: Any, vocabulary: Mapping[str, int], encode: Callable[[Sequence[str]], Encoding]
+) -> str:
+    """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
+    digest, patched = hashlib.blake2b(repr(clip.layer_idx).encode(), digest_size=16), False
+    for key, (weight, *patches) in sorted(clip.get_key_patches().items()):
+        digest.update(key.encode())
+        digest.update(raw_bytes(weight[0]))
+        patched = patched or bool(patches)
+    if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
+        for rows in encode(["a photo of a dog"]).values():
+            digest.update(raw_bytes(rows))
+    digest.update(repr(sorted(vocabulary.items())).encode())
+    return digest.hexdigest()
+
+
+def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
+    """The tokens of ComfyUI's sections (token, weight, word), with start and end, without padding.
+
+    A token is an id, or a vector of a textual inversion.
+    """
+    tokens = [token for section in sections for token, _, word in section if word > 0]
+    start = [] if tokenizer.start_token is None else [tokenizer.start_token]
+    return [*start, *tokens, *([] if tokenizer.end_token is None else [tokenizer.end_token])]
+
+
+def ids_of(tokens: Sequence[Any]) -> list[int]:
+    """Tokens as numbers: a vector has one of its own, below 0."""
+    return [-1 - zlib.crc32(raw_bytes(t)) if isinstance(t, Tensor) else t for t in tokens]
+
+
+def ready(clip: Any) -> None:
+    """Loads it with its clip skip, as `clip.encode_from_tokens` does before it encodes."""
+    clip.load_model()
+    model = clip.cond_stage_model
+    model.reset_clip_options()
+    if clip.layer_idx is not None:
+        model.set_clip_options({"layer": clip.layer_idx})
+
+
+def clip_summaries(
+    clip: Any, names: Sequence[str], ids: Sequence[Sequence[int]], length: int
+) -> Tensor:
+    """The end-of-text rows that these CLIP encoders give side by side, [prompts, dim]."""
+    ready(clip)
+    device = clip.patcher.load_device
+    encoders = [getattr(clip.cond_stage_model, name) for name in names]
+
+    def last_row(ids: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        rows = [_last_row(encoder, ids.to(device)) for encoder in encoders]
+        return torch.cat(rows, dim=-1).cpu()
+
+    return last_rows(ids, length, last_row)
 
 
 def _last_row(encoder: Any, ids: Tensor) -> Tensor:

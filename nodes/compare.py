@@ -13,7 +13,7 @@ from ..realera.evaluation.judges import Clip, ClipScore, NudeNet, clip_classifie
 from ..realera.evaluation.tasks import CIFAR10, OBJECT
 from ..realera.pictures import grid
 from .comfy_model import ComfyDiffusion
-from .comfy_text import ComfyText
+from .comfy_transformer_text import text_of
 from .page import to_image
 from .progress import tell
 from .schema import Classifier, advanced, growing, schema, seed_input
@@ -146,7 +146,7 @@ class Compare(io.ComfyNode):
         models = [model for model in given if model is not None]
         labels = [name.strip() for name in names.split(",")]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
-        text = ComfyText(clip)
+        text = text_of(clip)
         heads = [prompt for prompt in asked for _ in range(seeds)]
         encoding, negative = text.encode(asked), text.encode([""])
         drawn = []  # [prompts * seeds, 3, height, width] of every model

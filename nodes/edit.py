@@ -8,7 +8,9 @@ from comfy_api.latest import io
 from ..realera import pictures
 from ..realera.algorithm import erase, outreach
 from ..realera.erasure import Erasure as ErasureOf
+from ..realera.readers import family_in
 from ..realera.settings import Settings
+from .comfy_model import refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter, tell
@@ -95,6 +97,7 @@ class ClosedFormEdit(io.ComfyNode):
         bank: bool = DEFAULTS.bank,
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
+        refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
         settings = replace(mining.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
         source = {"comfyui": comfyui_version.__version__}
         erasure = erase(

@@ -7,13 +7,12 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..realera import miniature
-from ..realera.checkpoints import save_lora, write_checkpoint
+from ..realera.checkpoints import write_checkpoint
 from ..realera.erasure_file import load_erasure, save_erasure
 from ..realera.names import portable
-from .comfy_patch import lora_weights
+from .comfy_patch import write_lora
 from .progress import tell
-from .schema import BUNDLED, Erasure, advanced, schema, strength_input
+from .schema import BUNDLED, BUNDLED_MODELS, Erasure, advanced, schema, strength_input
 
 FOLDER = "erasures"
 NAME = "realera"
@@ -132,7 +131,7 @@ class SaveErasure(io.ComfyNode):
                     "switch 'lora' off"
                 )
             path = new_path("loras", filename)
-            save_lora(lora_weights(model, erasure), erasure, path, tolerance)
+            write_lora(model, erasure, path, tolerance)
             lora_name = _listed("loras", path)
         if erasure_file:
             path = new_path(FOLDER, filename)
@@ -188,7 +187,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
                 Erasure.Input("erasure", tooltip="What the checkpoint is to forget."),
                 io.Combo.Input(
                     "checkpoint",
-                    options=[BUNDLED, *folder_paths.get_filename_list("checkpoints")],
+                    options=[*BUNDLED_MODELS, *folder_paths.get_filename_list("checkpoints")],
                     default=BUNDLED,
                     tooltip="The original checkpoint file; it is only read.",
                 ),
@@ -236,8 +235,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
 
 def checkpoint_path(name: str) -> Path:
     """The file behind an entry of a checkpoint list."""
-    if name == BUNDLED:
-        return miniature.CHECKPOINT
+    if name in BUNDLED_MODELS:
+        return BUNDLED_MODELS[name]
     return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
 
 

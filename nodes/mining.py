@@ -9,7 +9,7 @@ from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
 from ..realera.doubts import doubts
 from ..realera.settings import SOURCES, Settings
 from ..realera.words import WordRing
-from .comfy_text import ComfyText
+from .comfy_transformer_text import text_of
 from .page import geometry, to_image
 from .progress import reporter, tell
 from .schema import (
@@ -191,7 +191,7 @@ class NeighborSampler(io.ComfyNode):
             seed=seed,
         )
         asked = parse_concepts(concepts, lines(templates))
-        mining = mine_neighbors(ComfyText(clip), asked, settings, reporter(node, "mining"))
+        mining = mine_neighbors(text_of(clip), asked, settings, reporter(node, "mining"))
         ring = mining.ring
         named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)

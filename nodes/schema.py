@@ -5,12 +5,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..realera import miniature
+
 Mining = io.Custom("REALERA_MINING")
 Erasure = io.Custom("REALERA_ERASURE")
 Classifier = io.Custom("REALERA_CLASSIFIER")
 
 CATEGORY = "RealEra"
-BUNDLED = "bundled"  # the entry of a checkpoint list that stands for the bundled model
+BUNDLED = "bundled"
+# The entries of a checkpoint list that stand for the bundled models.
+BUNDLED_MODELS = {BUNDLED: miniature.CHECKPOINT, "bundled transformer": miniature.TRANSFORMER}
 
 
 KNOWN = {field.name for field in dataclasses.fields(io.Schema)}

@@ -152,6 +152,15 @@ def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
+def family_in(network: nn.Module) -> str | None:
+    """The family of a transformer, by its layers; None of a U-Net."""
+    layers = (name for name, _ in network.named_modules())
+    found = transformer_of(
+        [*layers, *(name for name, _ in network.named_parameters(recurse=False))]
+    )
+    return None if found is None else found[0]
+
+
 def canonical(names: Iterable[str]) -> dict[str, str]:
     """Layer names of a network, of either layout, as the single-file layout calls them.
 
