@@ -13,6 +13,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
 
+from ..realera.adapters import differentiable
 from ..realera.files import digest
 from ..realera.models import CONTEXT, POOLED, Encoding
 from ..realera.readers import FAMILIES, adapted_readers, family_in, readers
@@ -123,7 +124,8 @@ class ComfyDiffusion:
         }
         hook = self.network.register_forward_hook(lambda _, given, output: made.append(output))
         try:
-            base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
+            with differentiable():
+                base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
         finally:
             hook.remove()
         return self._without_frame(made[0]).float()
@@ -295,7 +297,7 @@ def training(model: Any) -> Iterator[None]:
     Weights that were created in inference mode cannot take part in autograd; each is replaced by an
     equal copy, one at a time, so memory does not grow and no value changes.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _told_to_train():
         # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         for module in model.model.modules():
@@ -306,3 +308,17 @@ def training(model: Any) -> Iterator[None]:
                 if buffer is not None and buffer.is_inference():
                     module._buffers[name] = buffer.clone()
         yield
+
+
+@contextmanager
+def _told_to_train() -> Iterator[None]:
+    """Newer releases compute with kernels that have no gradients unless they are told to train."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    try:
+        if before is not None:
+            management.in_training = True
+        yield
+    finally:
+        if before is not None:
+            management.in_training = before

@@ -6,12 +6,14 @@ W_org T e is W_org applied to T e, and its LoRA through peft.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .closed_form import Edit
@@ -22,11 +24,16 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 ADAPTER = "realera"
-# A residual, attention or transformer block, as diffusers and as ComfyUI name it.
-BLOCK = re.compile(
+# A residual or attention block of a U-Net, and a transformer's, as diffusers and ComfyUI name them.
+UNET_BLOCK = re.compile(
     r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
-    r"|((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
 )
+TRANSFORMER_BLOCK = re.compile(
+    r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
+)
+
+_AUGMENTED = re.compile(r"__i(add|sub|mul|truediv)__")
+_IN_PLACE = re.compile(r"(add|sub|mul|div|addcmul|addcdiv|lerp)_|__setitem__")
 
 
 @contextmanager
@@ -151,25 +158,70 @@ def original(layers: "Sequence[BaseTunerLayer]") -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+class _CopyBeforeWriting(TorchFunctionMode):
+    """What is to be written into gets memory of its own first; what was saved of it stays."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if augmented := _AUGMENTED.fullmatch(name):  # x += y gives x its new value by itself
+            func = getattr(Tensor, f"__{augmented[1]}__")
+        elif _IN_PLACE.fullmatch(name):
+            args[0].data = args[0].data.clone()
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """For networks whose blocks add to what they are given, in its own place: `txt += ...`.
+
+    Autograd refuses that where it has saved what is written into, and checkpoints do not notice.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with _CopyBeforeWriting(), saved_tensors_hooks(_apart, _apart):  # else it is refused
+        yield
+
+
+def _apart(saved: Tensor) -> Tensor:
+    """The same numbers, which stay where they are when the tensor gets other memory."""
+    return saved.detach()
+
+
 @contextmanager
 def checkpointed(network: nn.Module) -> Iterator[None]:
     """Every block keeps its inputs only, and runs again when its gradients are computed."""
 
-    def twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def twice(forward: Callable[..., Tensor], in_front: bool) -> Callable[..., Tensor]:
+        """in_front: what is trained lies in front of all blocks, as a transformer's readers do."""
+
         def run(*inputs: Any, **options: Any) -> Tensor:
-            # ComfyUI writes where it is in the U-Net into a dict that all blocks share.
-            inputs = tuple(dict(x) if isinstance(x, dict) else x for x in inputs)
-            return checkpoint(
-                forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options
-            )
+            # ComfyUI writes where it is in the network into a dict that all blocks share.
+            given = [dict(x) if isinstance(x, dict) else x for x in (*inputs, *options.values())]
+
+            def once(*given: Any) -> Tensor:
+                if in_front:
+                    given = tuple(x.clone() if isinstance(x, Tensor) else x for x in given)
+                named = dict(zip(options, given[len(inputs) :], strict=True))
+                with differentiable() if in_front else nullcontext():
+                    return forward(*given[: len(inputs)], **named)
+
+            # Reentrant, a block that writes into its inputs is run again as autograd runs it.
+            return checkpoint(once, *given, use_reentrant=in_front, preserve_rng_state=False)
 
         return run
 
-    blocks = [module for name, module in network.named_modules() if BLOCK.fullmatch(name)]
+    blocks, in_front = [], []
+    for name, module in network.named_modules():
+        if UNET_BLOCK.fullmatch(name) or TRANSFORMER_BLOCK.fullmatch(name):
+            blocks.append(module)
+            in_front.append(UNET_BLOCK.fullmatch(name) is None)
     before = [vars(block).get("forward") for block in blocks]  # a hook of accelerate, for one
     try:
-        for block in blocks:
-            block.forward = twice(block.forward)
+        for block, front in zip(blocks, in_front, strict=True):
+            block.forward = twice(block.forward, front)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

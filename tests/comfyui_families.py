@@ -1,6 +1,7 @@
-"""Run by `test_comfyui.py` with ComfyUI's interpreter: our MODEL side on small random U-Nets.
+"""Run by `test_comfyui.py` with ComfyUI's interpreter: our MODEL side on small random networks.
 
-Every family in the layout that ComfyUI builds for it, but narrow; prints one JSON line a case.
+Every family in the layout that ComfyUI builds for it, but narrow; prints one JSON line a case, of
+the families that its arguments name, or of all.
 """
 
 # ruff: noqa: E402 (ComfyUI reads its arguments while it is imported)
@@ -11,8 +12,10 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
-sys.argv = [*sys.argv[:1], "--cpu"]
+ASKED, sys.argv = sys.argv[1:], [*sys.argv[:1], "--cpu"]
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, os.environ["COMFYUI_DIR"])
 import comfy.options
 
@@ -29,6 +32,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import torch
 from comfy.text_encoders import sd2_clip
+from comfyui_transformers import NETWORKS, SD3_ENCODERS, liven, tiny_text
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location(
@@ -40,7 +44,9 @@ spec.loader.exec_module(sys.modules["RealEra"])
 from RealEra.nodes.comfy_model import ComfyDiffusion, training
 from RealEra.nodes.comfy_patch import apply_erasure
 from RealEra.nodes.comfy_text import ComfyText
+from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
+from RealEra.realera import adapters as adapters_module
 from RealEra.realera.adapters import adapted, checkpointed, edited
 from RealEra.realera.closed_form import Edit
 from RealEra.realera.erasure import Erasure
@@ -96,10 +102,14 @@ FAMILIES = {
 
 
 def random_model(family, layout, dtype):
+    """A U-Net or a transformer; it draws latents of 16 x 16."""
     config = family(layout)
     config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     model = config.get_model({}, "", device=CPU)
+    model.model_config.latent_size = 16
     fill(model.diffusion_model, dtype)
+    if (family, layout) in NETWORKS.values():
+        liven(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
@@ -142,6 +152,15 @@ def text_encoders():
     return {family: ComfyText(tiny_clip(family)) for family in TEXTS}
 
 
+def transformer_texts():
+    """Every kind of TextEncoder of a transformer, by name."""
+    kinds = {**SD3_ENCODERS, **{family: {} for family in NETWORKS if family != "sd3"}}
+    return {
+        name: text_of(tiny_text(name.split()[0], fill, **encoders))
+        for name, encoders in kinds.items()
+    }
+
+
 def diffusions(vae):
     """Every kind of Diffusion on ComfyUI's side but the bundled model's, by name, with its text."""
     made = {}
@@ -153,7 +172,6 @@ def diffusions(vae):
         if POOLED in wide:  # followed by the embeddings of six sizes
             narrow["adm_in_channels"] = wide[POOLED] + 6 * 256
         model = random_model(kind, narrow, torch.float32)
-        model.model.model_config.latent_size = 16
         made[family] = ComfyDiffusion(model, text, vae)
     return made
 
@@ -166,7 +184,7 @@ def random_erasure(model, rank=2):
     """An edit of every stream that the model reads and a LoRA on its projections."""
     found, edits, lora = readers(model.diffusion_model), {}, {}
     for name, reader in found.items():
-        wide = 1280 if reader.kind.stream == POOLED else reader.layer.in_features
+        wide = reader.layer.in_features if reader.kind.whole else 1280
         edits.setdefault(reader.kind.stream, random_edit(wide))
         if reader.kind.adapted:
             a = 0.01 * torch.randn(rank, reader.layer.in_features)
@@ -174,28 +192,42 @@ def random_erasure(model, rank=2):
     return Erasure(edits, lora)
 
 
-def random_encoding(model, layout, prompts=2):
-    streams = {CONTEXT: torch.randn(prompts, 77, layout["context_dim"])}
-    if model.adm_channels:
-        streams[POOLED] = torch.randn(prompts, 1, 1280)
-    return Encoding(streams)
+def random_encoding(model, prompts=2):
+    streams = {}
+    for reader in readers(model.diffusion_model).values():
+        wide = reader.layer.in_features if reader.kind.whole else 1280
+        rows = 77 if reader.kind.stream == CONTEXT else 1
+        if reader.kind.stream not in streams:
+            streams[reader.kind.stream] = torch.randn(prompts, rows, wide)
+    return Encoding({stream: streams[stream] for stream in (CONTEXT, POOLED) if stream in streams})
 
 
 def own_prediction(patcher, z, sigma, encoding, noise):
     """What ComfyUI's own `apply_model` makes of noised latents at these sigmas: (x, denoised)."""
     model = patcher.model
-    x = model.model_sampling.noise_scaling(sigma[:, None, None, None], noise.clone(), z.clone())
+    video = model.latent_format.latent_dimensions == 3
+    clean, noise = (t[:, :, None] if video else t for t in (z.clone(), noise.clone()))
+    x = model.model_sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean)
     pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
+    told = {}
+    if isinstance(model, comfy.model_base.Lumina2):  # as its text encoders tell it
+        told["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
     extra = model.extra_conds(
         noise=x,
         latent_image=torch.zeros_like(x),
         device=CPU,
+        cross_attn=encoding[CONTEXT],
         pooled_output=pooled,
         width=8 * z.shape[3],
         height=8 * z.shape[2],
+        **told,
     )
-    conditions = {name: condition.cond for name, condition in extra.items()}
-    return x, model.apply_model(x, sigma, c_crossattn=encoding[CONTEXT], **conditions)
+    conditions = {
+        name: condition.process_cond(len(x), device=CPU, area=None).cond
+        for name, condition in extra.items()
+    }
+    denoised = model.apply_model(x, sigma, **conditions)
+    return (x[:, :, 0], denoised[:, :, 0]) if video else (x, denoised)
 
 
 def sketch_differs(patcher, erasure, encoding, noise):
@@ -217,8 +249,8 @@ def check(family, layout, dtype):
     patcher = random_model(family, layout, dtype)
     model, diffusion = patcher.model, ComfyDiffusion(patcher, None)
     comfy.model_management.load_models_gpu([patcher])
-    z, sigma = torch.randn(2, 4, 16, 16), model.model_sampling.sigmas[[100, 800]]
-    encoding = random_encoding(model, layout)
+    z, sigma = torch.randn(2, *diffusion.latent_shape), model.model_sampling.sigmas[[100, 800]]
+    encoding = random_encoding(model)
     noise = torch.randn(z.shape)
     x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
     z_t = diffusion.noised(z, noise, sigma)
@@ -230,7 +262,7 @@ def check(family, layout, dtype):
     wrong = 0.0
     for name, reader in readers(model.diffusion_model).items():
         before, after = weight_of(patcher, reader.path), weight_of(erased, reader.path)
-        due = erasure.erased(name, before, 1.0, 0.5)
+        due = erasure.erased(name, before, 1.0, 0.5, reader.gain)
         wrong = max(wrong, float((after - due).abs().max()))
     comfy.model_management.load_models_gpu([erased])
     loaded = ComfyDiffusion(erased, None).predict(z_t, sigma, encoding)
@@ -248,13 +280,15 @@ def check(family, layout, dtype):
         with training(patcher), saving, adapted(diffusion.network, 2, 0) as adapters:
             with edited(diffusion.network, Erasure(erasure.edits)):
                 own = Encoding({stream: rows.clone() for stream, rows in encoding.items()})
-                with torch.autograd.graph.saved_tensors_hooks(
-                    lambda x, saved=saved: saved.setdefault(x.data_ptr(), x), lambda x: x
+                counting = saved_bytes(saved)
+                with (
+                    torch.autograd.graph.saved_tensors_hooks(counting, lambda x: x),
+                    mock.patch.object(adapters_module, "_apart", counting),
                 ):
-                    made = diffusion.predict(z_t.clone(), sigma.clone(), own)
-                    loss = made.square().mean()
-                loss.backward()
-            kept_bytes.append(sum(x.untyped_storage().nbytes() for x in saved.values()))
+                    diffusion.predict(z_t.clone(), sigma.clone(), own)
+                made = diffusion.predict(z_t.clone(), sigma.clone(), own)
+                made.square().mean().backward()
+            kept_bytes.append(sum(saved.values()))
             gradients.append(torch.cat([b.grad.flatten() for _, b in adapters.values()]))
     kept, again = gradients
 
@@ -274,6 +308,16 @@ def check(family, layout, dtype):
     }
 
 
+def saved_bytes(saved):
+    """Counts what autograd saves, by address; what is kept here might be written to later."""
+
+    def count(tensor):
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    return count
+
+
 def weight_of(patcher, path):
     """A weight of the U-Net with the MODEL's patches, float32, before it is rounded."""
     key = f"diffusion_model.{path}.weight"
@@ -282,9 +326,15 @@ def weight_of(patcher, path):
     return comfy.lora.calculate_weight(added, own.float(), key)
 
 
+DTYPES = {
+    False: (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+    True: (torch.float32, torch.bfloat16),  # of transformers
+}
+
+
 if __name__ == "__main__":
     with torch.inference_mode():
-        for family, (kind, layout) in FAMILIES.items():
-            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        for family, (kind, layout) in (FAMILIES | NETWORKS).items():
+            for dtype in DTYPES[family in NETWORKS] if family in ASKED or not ASKED else ():
                 result = {"family": family, "dtype": str(dtype)} | check(kind, layout, dtype)
                 print("CASE", json.dumps(result), flush=True)

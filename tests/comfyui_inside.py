@@ -25,15 +25,19 @@ import utils.install_util  # noqa: F401 (ComfyUI's, before another module takes 
 from comfyui_families import (
     CPU,
     FAMILIES,
+    NETWORKS,
     SD1,
     apply_erasure,
     diffusions,
+    fill,
     own_prediction,
     random_encoding,
     random_erasure,
     random_model,
     text_encoders,
     tiny_clip,
+    tiny_text,
+    transformer_texts,
     weight_of,
 )
 
@@ -52,18 +56,21 @@ import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
 import RealEra.realera.models
 import torch
-from conformance import check_diffusion, check_text_encoder
+from conformance import check_diffusion, check_text_encoder, check_transformer_text
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from RealEra.nodes import align, bundled, compare, edit, files, mining
 from RealEra.nodes.comfy_model import ComfyDiffusion
-from RealEra.nodes.comfy_patch import ErasurePatch
+from RealEra.nodes.comfy_patch import ErasurePatch, write_lora
 from RealEra.nodes.comfy_text import ComfyText
+from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.realera import algorithm
+from RealEra.realera.checkpoints import write_checkpoint
+from RealEra.realera.closed_form import Edit
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.erasure_file import load_erasure, save_erasure
 from RealEra.realera.miniature import T5, TRANSFORMER
-from RealEra.realera.models import CONTEXT
+from RealEra.realera.models import CONTEXT, POOLED, Encoding
 from RealEra.realera.readers import readers
 from RealEra.realera.settings import Settings
 from RealEra.realera.spans import place_rows
@@ -238,7 +245,7 @@ def claim_a_dynamic_patcher_on_the_cpu_draws_what_a_plain_one_draws():
     plain, erasure = random_sd1()
     made = dynamic(plain.model, load_device=CPU, offload_device=CPU)
     drawn = []
-    encoding = random_encoding(plain.model, SD1)
+    encoding = random_encoding(plain.model)
     z, sigma = torch.randn(2, 4, 16, 16), plain.model.model_sampling.sigmas[[100, 800]]
     for patcher in (plain, made):
         one = apply_erasure(patcher, erasure)
@@ -504,7 +511,7 @@ def claim_a_training_step_sees_what_comfyui_feeds_at_that_sigma():
         kind, layout = FAMILIES[family]
         torch.manual_seed(0)
         plain = random_model(kind, layout, torch.float32)
-        encoding = random_encoding(plain.model, layout)
+        encoding = random_encoding(plain.model)
         z = torch.randn(2, 4, 16, 16)
         for name, patched in SAMPLINGS.items():
             patcher = patched(plain)
@@ -612,6 +619,142 @@ def claim_the_bundled_t5_gives_the_rows_that_it_gives_in_transformers():
     ids = torch.randint(9600, (2, 77), generator=torch.Generator().manual_seed(0))
     rows, _ = ours(ids, None)
     assert (rows - theirs.eval()(input_ids=ids).last_hidden_state).abs().max() < 1e-3
+
+
+# ------------------------------------------------------------------------ transformers
+
+
+def claim_the_text_of_every_transformer_does_what_the_core_asks_of_it():
+    for name, text in {**transformer_texts(), "bundled": bundled_transformer().text}.items():
+        with naming(name):
+            check_transformer_text(text, RealEra.realera)
+
+
+@cache
+def bundled_transformer():
+    model, clip, vae, *judges = run(bundled.BundledModel, checkpoint="bundled transformer")
+    return SimpleNamespace(model=model, clip=clip, vae=vae, judges=judges, text=text_of(clip))
+
+
+def claim_sd3_has_rows_of_the_encoders_that_are_there():
+    clip, rows = tiny_text("sd3", fill), {}
+    model = clip.cond_stage_model
+    encoders = {name: getattr(model, name) for name in ("clip_l", "clip_g", "t5xxl")}
+    for kept in (("clip_l", "clip_g", "t5xxl"), ("clip_l", "clip_g"), ("t5xxl",)):
+        for name, encoder in encoders.items():
+            setattr(model, name, encoder if name in kept else None)
+        rows[kept[0], kept[-1]] = text_of(clip).encode(["a dog"])[CONTEXT]
+    whole, clips, t5 = rows.values()
+    assert whole.shape[1] == 154 and clips.shape[1] == t5.shape[1] == 77
+    assert torch.equal(whole[:, :77], clips) and torch.equal(whole[:, 77:], t5)
+
+
+def claim_a_transformer_on_comfyui_is_erased_alike_by_patches_file_lora_and_rows():
+    """Random weights of the true layouts, through ComfyUI's own classes and LoRA loader."""
+    worst = {}
+    for family, (kind, layout) in NETWORKS.items():
+        torch.manual_seed(0)
+        patcher = random_model(kind, layout, torch.float32)
+        erasure = random_erasure(patcher.model)
+        encoding, sampling = random_encoding(patcher.model), patcher.model.model_sampling
+        z = torch.randn(2, *ComfyDiffusion(patcher, None).latent_shape)
+        sigma = sampling.sigmas[[100, 800]]
+
+        path, made = HOME / f"{family}.safetensors", HOME / f"{family} erased.safetensors"
+        weights = patcher.model.diffusion_model.state_dict()
+        comfy.utils.save_torch_file({k: t.contiguous() for k, t in weights.items()}, str(path))
+
+        def drawn(one, rows=encoding, z=z, sigma=sigma):
+            comfy.model_management.load_models_gpu([one])
+            return ComfyDiffusion(one, None).predict(z, sigma, rows)
+
+        before, patched = drawn(patcher), drawn(apply_erasure(patcher, erasure))
+        scale = float(before.abs().max())
+        assert (patched - before).abs().max() > 1e-3 * scale, family
+
+        write_checkpoint(path, erasure, made, overwrite=True)
+        file = random_model(kind, layout, torch.float32)
+        missing = file.model.diffusion_model.load_state_dict(load_file(made))
+        assert not missing.missing_keys and not missing.unexpected_keys, family
+
+        lora = HOME / f"{family} lora.safetensors"
+        lora.unlink(missing_ok=True)
+        write_lora(patcher, erasure, lora, 1e-6)
+        loaded = comfy.utils.load_torch_file(str(lora), safe_load=True)
+        by_lora, _ = comfy.sd.load_lora_for_models(patcher, None, loaded, 1.0, 1.0)
+        assert len(by_lora.patches) == len(erasure.edits), family
+
+        ways = {"file": drawn(file), "LoRA": drawn(by_lora)}
+        if not any(reader.norm for reader in readers(patcher.model.diffusion_model).values()):
+            rows = {s: edit(encoding[s]) for s, edit in erasure.edits.items()}
+            bare = replace(erasure, lora={})
+            ways["rows"] = (
+                patched + drawn(patcher, Encoding(rows)) - drawn(apply_erasure(patcher, bare))
+            )
+        worst[family] = {w: float((p - patched).abs().max()) / scale for w, p in ways.items()}
+        assert all(wrong < 1e-4 for wrong in worst[family].values()), (family, worst[family])
+    print("differ by", worst)
+
+
+def claim_a_second_way_for_the_text_that_is_left_as_it_was_shows():
+    for family in ("sd3", "flux1"):
+        kind, layout = NETWORKS[family]
+        torch.manual_seed(0)
+        patcher = random_model(kind, layout, torch.float32)
+        erasure, encoding = random_erasure(patcher.model), random_encoding(patcher.model)
+        half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]})
+        with refused("no edit of the pooled embedding"):
+            apply_erasure(patcher, half)
+        still = Edit(torch.eye(erasure.edits[POOLED].dim))
+        left = replace(erasure, edits={**half.edits, POOLED: still})
+        z, sigma = torch.randn(2, 16, 16, 16), patcher.model.model_sampling.sigmas[[100, 800]]
+        both, one = (
+            ComfyDiffusion(loaded(apply_erasure(patcher, e)), None).predict(z, sigma, encoding)
+            for e in (erasure, left)
+        )
+        assert (both - one).abs().max() > 1e-3 * both.abs().max(), family
+
+
+def loaded(patcher):
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def claim_a_clip_and_a_model_of_different_families_are_refused():
+    texts, sd1 = transformer_texts(), ComfyText(tiny_clip("sd1"))
+    models = {name: random_model(*NETWORKS[name], torch.float32) for name in ("flux1", "sd3")}
+    for model, text in (("flux1", texts["chroma"]), ("flux1", sd1), ("sd3", texts["flux1"])):
+        with refused("connect the CLIP of the MODEL's own family"):
+            ComfyDiffusion(models[model], text)
+    with refused("the CLIP is for Stable Diffusion 3"):
+        (found, *_) = run(
+            mining.NeighborSampler,
+            clip=bundled_transformer().clip,
+            concepts=NAMED,
+            source="isotropic",
+        )
+        run(edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False)
+
+
+def claim_the_bundled_transformer_forgets_what_it_is_told_to():
+    one = bundled_transformer()
+    (found, *_) = run(
+        mining.NeighborSampler, clip=one.clip, concepts=NAMED, source="isotropic", count=4
+    )
+    model, erasure, *_ = run(edit.ClosedFormEdit, model=one.model, mining=found)
+    asked = ["a photo of the airplane"] * 8 + ["a photo of the dog"] * 8
+    seen = []
+    for patcher in (one.model, model):
+        diffusion = ComfyDiffusion(patcher, one.text, one.vae)
+        rows, empty = one.text.encode(asked), one.text.encode([""])
+        z = diffusion.sample(rows, empty, torch.Generator().manual_seed(0), 15, 5.0)
+        verdicts = one.judges[0].verdicts(diffusion.decode(z), asked)
+        seen += [sum(v.startswith("airplane") for v in verdicts[:8])]
+        seen += [sum(v.startswith("dog") for v in verdicts[8:])]
+    assert seen[0] >= 6 and seen[1] >= 6, f"not trained well enough to tell: {seen}"
+    assert seen[2] <= 1 and seen[3] >= 6, seen
+    aligned = short(model=one.model, erasure=erasure, mining=found)
+    assert any(b.any() for _, b in aligned.lora.values())
 
 
 # ------------------------------------------------------------------------ compare, files

@@ -55,6 +55,67 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
     assert text.fingerprint == text.fingerprint != ""
 
 
+def check_transformer_text(text: Any, core: ModuleType) -> None:
+    """As `check_text_encoder`, for one whose prompts have as many rows as they need."""
+    models, spans = core.models, core.spans
+    prompts = PROMPTS[:-1]
+    encoding = text.encode(prompts)
+    alone = models.Encoding.cat([text.encode([prompt]) for prompt in prompts])
+    for stream, rows in encoding.items():
+        assert rows.dtype == torch.float32 and rows.isfinite().all(), f"{stream}: finite float32"
+        assert torch.allclose(rows, alone[stream], atol=1e-4), f"{stream}: each prompt for itself"
+    weights = encoding.weights.get(
+        models.CONTEXT, torch.ones_like(encoding[models.CONTEXT][..., 0])
+    )
+    for n, prompt in enumerate(prompts):
+        due = 0.0
+        for part in text.parts:
+            ids, rows = part.tokenize([prompt])[0], part.rows
+            last = weights.shape[1] if rows is None else part.first + rows
+            own = weights[n, part.first : last]
+            assert (own[: len(ids)] == 1).all(), "a token's row counts one"
+            padded = not part.causal and bool((own[len(ids) :] > 0).any())
+            due += rows if rows is not None else len(ids) + padded
+        assert abs(float(weights[n].sum()) - due) < 1e-3, "and all padding of a prompt one"
+
+    named = ("a photo of the cat", "a photo of the dog")
+    rows = [("cat", "dog", "a photo of the {}")]
+    encoded, anchor = text.encode(named[:1]), text.encode(named[1:])
+    places = spans.place_rows(text, rows, encoded)
+    moved = places.target(encoded, anchor)
+    for part in text.parts:
+        one, other = (part.tokenize([prompt])[0] for prompt in named)
+        first = next(k for k, ids in enumerate(zip(one, other, strict=False)) if len(set(ids)) > 1)
+        at = part.first + first
+        own, its = encoded[models.CONTEXT][0], anchor[models.CONTEXT][0]
+        same = torch.allclose(own[part.first : at], its[part.first : at], atol=1e-4)
+        assert same == part.causal or at == part.first, "what a row sees"
+        assert not torch.allclose(own[at], its[at], atol=1e-2), "the phrase has rows of its own"
+        assert torch.equal(moved[models.CONTEXT][0, at], its[at]), "which become the anchor's"
+        last, end = part.first + len(one) - 1, part.first + len(other) - 1
+        assert torch.equal(moved[models.CONTEXT][0, last], its[end]), "and the end its end"
+    for stream in encoded.streams.keys() - {models.CONTEXT}:
+        assert torch.equal(moved[stream], anchor[stream]), f"{stream} becomes the anchor's"
+
+    part, many = text.parts[0], ("dog", "red", "a red cat in the garden", "")
+    summary = text.summary(many)
+    assert summary.shape == (4, encoding[models.CONTEXT].shape[2])
+    if part.causal:  # else padding, which others attend to, is left out of it
+        due = spans.summaries(text, many, text.encode(many)).cpu()
+        assert torch.allclose(summary, due, atol=1e-3, rtol=1e-3), "summary is a row of encode"
+    assert not torch.allclose(summary[0], summary[1], atol=1e-2), "words mean different things"
+    spans.refuse_long(text, prompts)
+    try:
+        spans.refuse_long(text, ["word " * 1100])
+    except ValueError as error:
+        assert str(part.length) in str(error)
+    else:
+        raise AssertionError("a prompt that is longer than the encoder reads is refused")
+    words = text.words()
+    assert len(words) > 100 and all(word.isalpha() for word in words)
+    assert text.fingerprint == text.fingerprint != ""
+
+
 def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
     models, readers, adapters = core.models, core.readers, core.adapters
     streams = model.text.encode(["a photo of the cat", "a dog"])
