@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..realera.checkpoints import write_checkpoint
 from ..realera.erasure_file import load_erasure, save_erasure
 from ..realera.names import portable
+from ..realera.settings import TOLERANCE
 from .comfy_patch import write_lora
 from .progress import tell
 from .schema import BUNDLED, BUNDLED_MODELS, Erasure, advanced, schema, strength_input
@@ -95,7 +96,7 @@ class SaveErasure(io.ComfyNode):
                     io.Float.Input(
                         "tolerance",
                         optional=True,
-                        default=1e-3,
+                        default=TOLERANCE,
                         min=1e-6,
                         max=0.5,
                         step=1e-6,
@@ -120,7 +121,7 @@ class SaveErasure(io.ComfyNode):
         filename: str = NAME,
         lora: bool = True,
         erasure_file: bool = True,
-        tolerance: float = 1e-3,
+        tolerance: float = TOLERANCE,
         model=None,
     ) -> io.NodeOutput:
         lora_name = erasure_name = ""

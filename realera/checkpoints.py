@@ -21,6 +21,7 @@ from .families.weights import stored, weight_of
 from .files import DTYPES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
 from .models import POOLED
 from .readers import FAMILIES, LAYOUTS, TRANSFORMERS, Kind, diffusers_names, kind_of
+from .settings import TOLERANCE
 
 DOWN = ".lora_down.weight"
 NOTHING: Mapping[str, Tensor] = {}
@@ -126,7 +127,7 @@ def write_lora(
     source: str | os.PathLike[str],
     erasure: Erasure,
     destination: str | os.PathLike[str],
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     overwrite: bool = False,
 ) -> dict[str, Cut]:
     """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
@@ -148,7 +149,7 @@ def save_lora(
     weights: Mapping[str, Tensor],
     erasure: Erasure,
     destination: str | os.PathLike[str],
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     overwrite: bool = False,
     family: str | None = None,
     gain: Mapping[str, Tensor] = NOTHING,
@@ -179,7 +180,7 @@ def save_lora(
 def lora_tensors(
     weights: Mapping[str, Tensor],
     erasure: Erasure,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     family: str | None = None,
     gain: Mapping[str, Tensor] = NOTHING,
 ) -> tuple[dict[str, Tensor], dict[str, Cut]]:

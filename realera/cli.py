@@ -22,7 +22,7 @@ from .concepts import (
     read_lines,
 )
 from .evaluation.tasks import CLIP
-from .settings import BUNDLED, SOURCES, Settings, Training
+from .settings import BUNDLED, SOURCES, TOLERANCE, Settings, Training
 
 if TYPE_CHECKING:
     from .erasure import Erasure
@@ -586,7 +586,10 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
 
 def _file_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--tolerance", type=float, default=1e-3, help="of the LoRA: share of T - I that may be cut"
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of the LoRA: share of T - I that may be cut",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
 

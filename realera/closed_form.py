@@ -35,7 +35,7 @@ class Edit:
         full = weight.float()
         return torch.lerp(full, full @ matrix, strength).to(weight.dtype)
 
-    def factors(self, tolerance: float = 1e-3) -> tuple[Tensor, Tensor, float]:
+    def factors(self, tolerance: float) -> tuple[Tensor, Tensor, float]:
         """T - I as low-rank factors for a LoRA file.
 
         Returns (down [rank, dim], up [dim, rank], cut): T - I = up @ down, where `cut`, the

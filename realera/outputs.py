@@ -21,6 +21,7 @@ from .evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
 from .files import writing
 from .models import CONTEXT, Diffusion
 from .scope import Reach
+from .settings import TOLERANCE
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 STATE = "alignment-state.safetensors"
@@ -69,7 +70,7 @@ class Folder:
         losses: Mapping[int, float],
         prompts: Sequence[str],
         *,
-        tolerance: float = 1e-3,
+        tolerance: float = TOLERANCE,
         seed: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:

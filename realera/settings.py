@@ -14,6 +14,9 @@ BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
+# Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.2 % RMS from
+# the whole edit's, at a third of the rank of 0.001; from 0.1 on they are others (`tolerance.json`).
+TOLERANCE = 0.03
 USED_BY: dict[str, tuple[Source, ...]] = {
     "words": ("vocabulary",),
     "shared_noise": ("isotropic",),  # a bank prompt is one v for the whole span already
