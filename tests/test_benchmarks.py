@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import ablation, peers, scope_correlation, speed, unchanged
+from benchmarks import ablation, frontier, peers, scope_correlation, speed, unchanged
 from benchmarks.tables import markdown_table
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
 from realera.evaluation.report import Report, Score, harmonic_mean
 from realera.evaluation.tasks import miniature_task
+from realera.families.loading import load_model
 from realera.models import CONTEXT
 from realera.readers import adapted_readers
 from realera.settings import Settings, Training
@@ -382,3 +383,44 @@ def test_what_no_case_writes_or_only_one_commit_writes_is_no_agreement(tmp_path)
     (tmp_path / "b" / "scope.txt").write_text("jet 0.91\n")
     (told,) = unchanged.compare(tmp_path / "a", tmp_path / "b").unlike
     assert "'jet 0.91'" in told
+
+
+# ------------------------------------------------------------------ the frontier
+
+
+def point(still, drew, lost, sure):
+    return frontier.Point(still, drew, lost, sure, (still, drew, lost, sure))
+
+
+def test_a_point_is_told_in_percent_and_nothing_to_count_is_no_division_by_zero():
+    assert point(1, 4, 1, 10).numbers == pytest.approx((25, 90, 2 * 75 * 90 / 165))
+    assert point(0, 0, 0, 0).numbers[:2] == (0, 100)
+
+
+def test_the_best_value_is_chosen_on_the_tuning_half_alone():
+    values = {
+        0.1: {"ship": point(0, 10, 1, 10), "dog": point(9, 10, 9, 10)},
+        1.0: {"ship": point(5, 10, 0, 10), "dog": point(0, 10, 0, 10)},
+        9.0: {"dog": point(0, 10, 0, 10)},  # not measured on it
+    }
+    assert frontier.best(values, ["ship"]) == 0.1
+
+
+def test_words_are_drawn_of_both_kinds_and_learned_from_by_half():
+    before = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
+    own, others = frontier.asked(before, 0)
+    assert sorted(own.tolist()) == [0, 1] and others.tolist() == [3]
+    half = frontier.halves(100)
+    assert half.sum() == 50 and torch.equal(half, frontier.halves(100))
+
+
+def test_the_fast_pen_draws_what_the_model_draws():
+    model = load_model("miniature")
+    words = ["dog", "ship", "apple", "frog", "purring"]
+    pen = frontier.Pen(model)
+    ours = pen.draw(words, {}).argmax(-1).tolist()
+    assert [pen.judge.classes[k] for k in ours] == ["dog", "ship", "apple", "frog", "cat"]
+    generator = torch.Generator().manual_seed(0)
+    rows = model.text.encode([f"a photo of the {word}" for word in words])
+    latents = model.sample(rows, model.text.encode([""]), generator, 8, 7.5, one_noise=True)
+    assert pen.judge.logits(model.decode(latents)).argmax(-1).tolist() == ours
