@@ -17,6 +17,7 @@ from .schema import BUNDLED, BUNDLED_MODELS, Erasure, advanced, schema, strength
 
 FOLDER = "erasures"
 NAME = "realera"
+ALONE = "diffusion_models/"  # in front of the names of diffusion models alone
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.add_model_folder_path(
     FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
@@ -188,17 +189,25 @@ class SaveErasedCheckpoint(io.ComfyNode):
                 Erasure.Input("erasure", tooltip="What the checkpoint is to forget."),
                 io.Combo.Input(
                     "checkpoint",
-                    options=[*BUNDLED_MODELS, *folder_paths.get_filename_list("checkpoints")],
+                    options=[
+                        *BUNDLED_MODELS,
+                        *folder_paths.get_filename_list("checkpoints"),
+                        *(ALONE + name for name in folder_paths.get_filename_list(ALONE[:-1])),
+                    ],
                     default=BUNDLED,
-                    tooltip="The original checkpoint file; it is only read.",
+                    tooltip=(
+                        "The original checkpoint file, or the file of a diffusion model alone; it "
+                        "is only read."
+                    ),
                 ),
                 io.String.Input(
                     "filename",
                     optional=True,
                     default=NAME,
                     tooltip=(
-                        "Name of the new file in output/checkpoints; a number is added and nothing "
-                        "is overwritten. %date:yyyy-MM-dd% in it becomes the date."
+                        "Name of the new file in output/checkpoints, or output/diffusion_models; a "
+                        "number is added and nothing is overwritten. %date:yyyy-MM-dd% in it "
+                        "becomes the date."
                     ),
                 ),
                 strength_input("edit_strength", "How much of the closed-form edit to bake in."),
@@ -221,7 +230,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
         edit_strength: float = 1.0,
         lora_strength: float = 1.0,
     ) -> io.NodeOutput:
-        path = new_path("checkpoints", filename)
+        folder, _ = _entry(checkpoint)
+        path = new_path(folder, filename)
         tell(cls.hidden.unique_id, f"writing {path.name}")
         write_checkpoint(
             checkpoint_path(checkpoint),
@@ -230,15 +240,22 @@ class SaveErasedCheckpoint(io.ComfyNode):
             edit_strength=edit_strength,
             lora_strength=lora_strength,
         )
-        name = _listed("checkpoints", path)
-        return io.NodeOutput(name, ui={"text": [f"saved output/checkpoints/{name}"]})
+        name = _listed(folder, path)
+        return io.NodeOutput(name, ui={"text": [f"saved output/{folder}/{name}"]})
 
 
 def checkpoint_path(name: str) -> Path:
     """The file behind an entry of a checkpoint list."""
     if name in BUNDLED_MODELS:
         return BUNDLED_MODELS[name]
-    return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+    return Path(folder_paths.get_full_path_or_raise(*_entry(name)))
+
+
+def _entry(name: str) -> tuple[str, str]:
+    """The folder of an entry of a checkpoint list, and its name there."""
+    if name.startswith(ALONE):
+        return ALONE[:-1], name.removeprefix(ALONE)
+    return "checkpoints", name
 
 
 def _listed(folder: str, path: Path) -> str:

@@ -22,10 +22,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from realera.erasure_file import load_erasure
 from realera.evaluation.judges import Clip
+from realera.miniature import TRANSFORMER
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows/api"
@@ -127,7 +128,7 @@ def test_the_page_gets_the_script_the_help_the_strings_and_the_workflows(server)
     assert server.get(help_page).startswith(b"# Compare")
     strings = json.loads(server.get("/i18n"))
     assert "RealEraCompare" in strings["zh"]["nodeDefs"]
-    assert len(json.loads(server.get("/workflow_templates"))["RealEra"]) == 7
+    assert len(json.loads(server.get("/workflow_templates"))["RealEra"]) == 8
 
 
 def test_workflow_1_leaves_a_lora_an_erasure_and_a_checkpoint(server, erased):
@@ -553,6 +554,69 @@ def test_the_concept_is_gone_by_the_classifier_and_others_stay(server, erased):
         pytest.skip(f"the bundled model is not trained well enough to tell: {share}")
     assert share["after", "airplane"] <= 0.25
     assert share["after", "dog"] >= 0.75
+
+
+def test_workflow_8_erases_from_the_transformer_by_patches_file_and_lora_alike(server):
+    name = "no-airplane-transformer_00001_.safetensors"
+    graph = short(workflow(8))
+    compared, inputs = node_of(graph, "RealEraCompare")
+    inputs |= {"seeds": 4, "steps": 15, "prompts": "a photo of the airplane\na photo of the dog"}
+    graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": [compared, 3]}}
+    node_of(graph, "RealEraSaveErasure")[1]["tolerance"] = 1e-5
+    outputs, _ = server.run(graph)
+    seen = outputs["verdict"]["text"][0].splitlines()
+    share = [
+        sum(
+            line.startswith(label) and line.split(": ")[1].startswith(label.split()[-1])
+            for line in seen
+        )
+        for label in (
+            f"{model}, a photo of the {thing}"
+            for model in ("before", "after")
+            for thing in ("airplane", "dog")
+        )
+    ]
+    if min(share[:2]) < 3:
+        pytest.skip(f"the bundled transformer is not trained well enough to tell: {share}")
+    assert share[2] <= 1 and share[3] >= 3
+    # A diffusion model alone, as UNETLoader has it, is erased as the whole file is.
+    alone = server.home / "models/diffusion_models/tiny.safetensors"
+    alone.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            key.removeprefix("model.diffusion_model."): tensor
+            for key, tensor in load_file(TRANSFORMER).items()
+            if key.startswith("model.diffusion_model.")
+        },
+        alone,
+    )
+    drawn = model_graph()
+    drawn["model"]["inputs"]["checkpoint"] = "bundled transformer"
+    drawn["erasure"]["inputs"]["erasure_name"] = name
+    drawn["saved"] = {"class_type": "RealEraBundledModel", "inputs": {"checkpoint": name}}
+    drawn["lora"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["model", 0], "lora_name": name, "strength_model": 1.0},
+    }
+    drawn["alone"] = {
+        "class_type": "RealEraSaveErasedCheckpoint",
+        "inputs": {
+            "erasure": ["erasure", 0],
+            "checkpoint": "diffusion_models/tiny.safetensors",
+            "filename": "tiny",
+        },
+    }
+    for way in ("saved", "lora"):
+        drawn["compare"] = compare(["applied", 0], [way, 0])
+        drawn["compare"]["inputs"] |= {"sampler": "euler", "scheduler": "simple"}
+        outputs, _ = server.run(drawn)
+        for applied, other in pairs(server, outputs):
+            assert abs(applied - other).mean() < 1.0
+    whole = load_file(server.output / "checkpoints" / name)
+    for key, tensor in load_file(
+        server.output / "diffusion_models/tiny_00001_.safetensors"
+    ).items():
+        assert np.array_equal(tensor, whole["model.diffusion_model." + key])
 
 
 def claims_inside():

@@ -168,8 +168,8 @@ def test_every_anchor_that_we_show_is_one_that_the_model_draws_surely():
         assert "-> ground" not in path.read_text("utf-8"), path
 
 
-def test_all_seven_workflows_are_there():
-    assert [path.name[0] for path in WORKFLOWS] == list("1234567")
+def test_all_eight_workflows_are_there():
+    assert [path.name[0] for path in WORKFLOWS] == list("12345678")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
