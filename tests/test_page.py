@@ -171,7 +171,7 @@ class Window:
         return corner
 
     def settle(self):
-        """Until the page has been drawn again, twice: elements follow the canvas a drawing later."""
+        """Until the page has been drawn again, twice: elements follow the canvas later."""
         for _ in range(2):
             self.do("() => new Promise((r) => requestAnimationFrame(() => setTimeout(r, 150)))")
 
