@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..realera.files import raw_bytes
 from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
-from ..realera.readers import SUPPORTED
+from ..realera.readers import FAMILIES, SUPPORTED
 from ..realera.spans import summaries
 
-ENCODERS = ({"l"}, {"h"}, {"l", "g"})  # ComfyUI's names, of SD 1.x, SD 2.x and SDXL
+# The encoders of U-Nets by ComfyUI's names, and their families'.
+ENCODERS = {frozenset("l"): "sd1", frozenset("h"): "sd2", frozenset("lg"): "sdxl"}
 SYNTAX = ("\\(", "\\)", "embedding:")  # what ComfyUI's tokenizer does not read as plain text
 PLAIN = {"disable_weights": True}  # (brackets) are letters
 
@@ -27,7 +28,8 @@ class ComfyText:
     family = None  # of transformers
 
     def __init__(self, clip: Any) -> None:
-        if set(clip.tokenize("")) not in ENCODERS:
+        unet = ENCODERS.get(frozenset(clip.tokenize("")))
+        if unet is None:
             kind = type(clip.cond_stage_model).__name__.strip("_")
             raise ValueError(
                 f"this text encoder, {kind}, belongs to another kind of model: RealEra works "
@@ -35,6 +37,7 @@ class ComfyText:
                 "DualCLIPLoader choose its type"
             )
         self.clip = clip
+        self.title = FAMILIES[unet]["title"]
 
     @property
     def _tokenizer(self) -> Any:

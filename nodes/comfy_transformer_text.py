@@ -35,7 +35,7 @@ class ComfyTransformerText:
     """A CLIP with its LoRAs, of the family with this name."""
 
     def __init__(self, clip: Any, family: str) -> None:
-        self.clip, self.family = clip, family
+        self.clip, self.family, self.title = clip, family, FAMILIES[family]["title"]
         # Where ComfyUI has a template around the prompt, it reads no weights anyway.
         self._plain = {} if FAMILIES[family]["comfyui"].get("unweighted") else PLAIN
 

@@ -191,11 +191,12 @@ class NeighborSampler(io.ComfyNode):
             seed=seed,
         )
         asked = parse_concepts(concepts, lines(templates))
-        mining = mine_neighbors(text_of(clip), asked, settings, reporter(node, "mining"))
+        text = text_of(clip)
+        mining = mine_neighbors(text, asked, settings, reporter(node, "mining"))
         ring = mining.ring
         named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
-        said = [found(mining), *doubts(mining)]
+        said = [f"{found(mining)}; the CLIP is that of {text.title}", *doubts(mining)]
         tell(node, "\n".join(said))
         picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
         shown = {"realera_geometry": [geometry(mining)], "text": said}

@@ -240,6 +240,7 @@ def test_a_node_says_what_it_found_and_where_it_saved(erased):
     assert said["RealEraSaveErasure"] == saved
     assert said["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
     assert "become the anchor" in said["RealEraNeighborSampler"][0]
+    assert "the CLIP is that of Stable Diffusion 1.x" in said["RealEraNeighborSampler"][0]
     assert "keep their meaning" in said["RealEraBeyondSampler"][0]
     assert "half the way" in said["RealEraClosedFormEdit"][0]
     assert said["RealEraLoraAlign"][0].startswith("6 steps")
