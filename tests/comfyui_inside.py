@@ -218,6 +218,26 @@ def claim_a_patch_is_prepared_for_dynamic_vram_and_gives_the_same_weight():
         assert patch.prepared_patches is None
 
 
+def claim_the_gain_of_a_norm_in_front_goes_where_dynamic_vram_moves_a_patch():
+    low_vram = getattr(comfy.model_patcher, "LowVramPatch", None)
+    if not hasattr(low_vram, "prepare"):
+        raise Skipped("this ComfyUI does not prepare patches")
+    torch.manual_seed(0)
+    patcher = random_model(*NETWORKS["z_image"], torch.float32)
+    erasure = random_erasure(patcher.model)
+    made = apply_erasure(patcher, erasure)
+    ((name, reader),) = readers(patcher.model.diffusion_model).items()
+    patch = low_vram(f"diffusion_model.{reader.path}.weight", made.patches)
+    room = torch.zeros(patch.memory_required(), dtype=torch.uint8)
+    patch.prepare(room, None, copy=True, commit=True)
+    gain = patch.prepared_patches[0][1].weights[-1]
+    assert room.data_ptr() <= gain.data_ptr() < room.data_ptr() + len(room)
+    weight = reader.layer.weight.detach()
+    due = erasure.erased(name, weight, gain=reader.gain)
+    assert torch.allclose(patch(weight.clone()), due, atol=1e-6)
+    assert not torch.allclose(erasure.erased(name, weight), due, atol=1e-4)
+
+
 def claim_a_layer_computes_with_a_prepared_patch_as_comfyui_casts_it():
     """What comfy/ops.py does with a module whose weight is loaded dynamically, after the cast."""
     low_vram = getattr(comfy.model_patcher, "LowVramPatch", None)
