@@ -6,6 +6,7 @@ from torch import Tensor
 from .cache import cached
 from .models import Diffusion
 from .pairs import Pairs
+from .readers import guidance_of
 
 BATCH = 4  # anchor images drawn at once
 
@@ -17,14 +18,15 @@ def draw_anchors(
     *,
     seed: int = 0,
     steps: int = 20,
-    guidance: float = 7.5,
+    guidance: float | None = None,
 ) -> Tensor:
     """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
 
-    Returns [concepts, count, channels, height, width], read back from the cache where they were
-    drawn before from the same. Raises FloatingPointError when one is not finite.
+    guidance: the family's own unless given. Returns [concepts, count, channels, height, width],
+    read back from the cache where they were drawn before from the same. Raises FloatingPointError when one is not finite.
     """
     empty = model.text.encode([""])
+    guidance = guidance_of(model.network) if guidance is None else guidance
 
     def draw() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from .evaluation.tasks import Task
 from .evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
 from .files import writing
 from .models import CONTEXT, Diffusion
+from .readers import guidance_of
 from .scope import Reach
 from .settings import TOLERANCE
 
@@ -118,7 +119,8 @@ def before_after(
     """What the model draws before and after, from the same noise."""
 
     def images() -> list[torch.Tensor]:
-        drawn = draw(model, prompts, 1, Sampling(seed=seed), progress)
+        sampling = Sampling(seed=seed, guidance=guidance_of(model.network))
+        drawn = draw(model, prompts, 1, sampling, progress)
         return [image for batch in drawn for image in batch]
 
     before = images()
@@ -147,7 +149,8 @@ def leave_evaluation(
     measure: Any = evaluate if isinstance(asked, Task) else survey
 
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
-        return measure(model, asked, judge, images, Sampling(seed=seed), progress)
+        sampling = Sampling(seed=seed, guidance=guidance_of(model.network))
+        return measure(model, asked, judge, images, sampling, progress)
 
     results = {"original": one()}
     for name, erasure in erasures.items():

@@ -30,6 +30,7 @@ TRANSFORMERS = dict(
     )
 )
 LAYOUTS = ("single", "diffusers")
+GUIDANCE = 7.5  # unless the family says otherwise
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ def family_in(network: nn.Module) -> str | None:
         [*layers, *(name for name, _ in network.named_parameters(recurse=False))]
     )
     return None if found is None else found[0]
+
+
+def guidance_of(network: nn.Module) -> float:
+    """The classifier-free guidance that images are drawn with; 1 where the network is told it
+    (FLUX.1 dev) or was made to need none (Z-Image Turbo)."""
+    family = family_in(network)
+    return float(FAMILIES[family].get("guidance", GUIDANCE) if family else GUIDANCE)
 
 
 def canonical(names: Iterable[str]) -> dict[str, str]:

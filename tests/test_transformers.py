@@ -19,7 +19,7 @@ from realera.families import family_of, locate
 from realera.families.loading import load_model, load_text
 from realera.miniature import CONCEPTS, load_classifier
 from realera.models import CONTEXT, POOLED, Encoding
-from realera.readers import TRANSFORMERS, readers, transformer_of
+from realera.readers import TRANSFORMERS, guidance_of, readers, transformer_of
 from realera.settings import Settings, Training
 from realera.spans import refuse_long, unit
 from realera.transformer_model import TransformerModel
@@ -67,6 +67,10 @@ def noise(n=len(ASKED), seed=0):
 @torch.no_grad()
 def prediction(model, encoding=None):
     return model.predict(*noise(), encoding or model.text.encode(ASKED))
+
+
+def test_a_network_that_is_told_the_guidance_is_drawn_without_it():
+    assert [guidance_of(model_of(name).network) for name in ("flux1", "sd3")] == [1.0, 7.5]
 
 
 def test_every_family_that_is_data_has_a_tiny_model():
