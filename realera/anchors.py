@@ -23,7 +23,8 @@ def draw_anchors(
     """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
 
     guidance: the family's own unless given. Returns [concepts, count, channels, height, width],
-    read back from the cache where they were drawn before from the same. Raises FloatingPointError when one is not finite.
+    read back from the cache where they were drawn before from the same. Raises FloatingPointError
+    when one is not finite.
     """
     empty = model.text.encode([""])
     guidance = guidance_of(model.network) if guidance is None else guidance
