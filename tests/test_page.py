@@ -453,10 +453,11 @@ RING = {
     "neighbors": [],
     "beyond": [],
 }
+DOUBT = "the anchor 'ground' is one that the bundled model does not draw surely, so look for it"
 POINTS = {"words": [], "source": "isotropic", "s1": 0.7, "s2": 0.4, "neighbors": [[1.0, 3.0]] * 3}
 FILES = [{"filename": f"{name}.png", "subfolder": "", "type": "input"} for name in ("red", "blue")]
 SENT = {  # what a run sends to each node that has a view
-    "RealEraNeighborSampler": {"realera_geometry": [RING]},
+    "RealEraNeighborSampler": {"realera_geometry": [RING], "text": ["30 words", DOUBT]},
     "RealEraBeyondSampler": {"realera_geometry": [RING | POINTS]},
     "RealEraClosedFormEdit": {
         "realera_scope": [[w, "airplane", 1 - k / 90, 0.5] for k, w in enumerate([*MINING] * 3)]
@@ -646,6 +647,15 @@ def test_no_label_of_the_neighbourhood_stands_on_another_text(sheet):
                 (a, b, c, d), (e, f, g, h) = label["box"], other["box"]
                 apart = c <= e or g <= a or d <= f or h <= b
                 assert apart or other == label, (label, other)
+
+
+def test_a_doubt_about_an_anchor_stands_whole_below_the_neighbourhood(sheet):
+    sheet.add()
+    texts = sheet.texts("RealEraNeighborSampler")
+    first = next(n for n, one in enumerate(texts) if one["text"].startswith("⚠"))
+    rest = [one for one in texts[first:] if one["box"][0] == texts[first]["box"][0]]
+    lines = [one["text"] for one in rest if one["text"] in f"⚠ {DOUBT}"]
+    assert " ".join(lines) == f"⚠ {DOUBT}"
 
 
 def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothing(sheet):

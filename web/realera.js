@@ -164,6 +164,17 @@ function say(pen, width, height, message, colors) {
   pen.fillText(message, width / 2, height / 2);
 }
 
+/** A message as lines that fit a width. */
+function wrapped(pen, message, width) {
+  const lines = [""];
+  for (const word of message.split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (pen.measureText(longer).width <= width) lines[lines.length - 1] = longer;
+    else lines.push(word);
+  }
+  return lines;
+}
+
 /** Writes at the first of some places, [x, y] of its middle, where nothing in `taken` stands. */
 function write(pen, taken, message, places) {
   const width = pen.measureText(message).width + 4;
@@ -321,8 +332,14 @@ function namesOf(geometry) {
 
 function addNeighborhood(node) {
   let geometry = null;
-  const redraw = addCanvas(node, "realera_neighborhood", 280, (pen, width, height, colors) => {
-    if (!geometry) return say(pen, width, height, text("run"), colors);
+  let warnings = [];
+  const redraw = addCanvas(node, "realera_neighborhood", 280, (pen, width, whole, colors) => {
+    if (!geometry) return say(pen, width, whole, text("run"), colors);
+    const lines = warnings.flatMap((warning) => wrapped(pen, `⚠ ${warning}`, width - 12));
+    const height = whole - 14 * lines.length;
+    pen.textAlign = "left";
+    pen.fillStyle = colors.text;
+    lines.forEach((line, k) => pen.fillText(line, 6, height + 14 * k + 8));
     const taken = [];
     pen.textAlign = "left";
     [[colors.near, text("near")], [colors.far, text("far")]].forEach(([color, label], k) => {
@@ -344,6 +361,7 @@ function addNeighborhood(node) {
   return (output) => {
     if (!output.realera_geometry) return;
     [geometry] = output.realera_geometry;
+    warnings = (output.text ?? []).slice(1); // the first says what was found
     redraw();
   };
 }
