@@ -66,6 +66,7 @@ class ComfyTransformerText:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """As ComfyUI encodes them, one by one; (brackets) carry no weight."""
+        self._load()
         return Encoding.cat([self._encode(prompt) for prompt in prompts])
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
@@ -76,6 +77,7 @@ class ComfyTransformerText:
         vectors = any(isinstance(token, Tensor) for section in sections for token in section)
         if part["tokens"] != "l":
             return self._summary_of_text(part, sections)
+        self._load()
         if vectors or names[0] != part["encoders"][0]:
             # What no id stands for; and how many columns are zeros in front is ComfyUI's to say.
             return torch.cat([summaries(self, [p], self._encode(p)).cpu() for p in prompts])
@@ -86,8 +88,7 @@ class ComfyTransformerText:
         """Of an encoder that reads as many tokens as there are: [prompts, dim], on the CPU."""
         (name,) = part["encoders"]
         encoder = getattr(self.clip.cond_stage_model, name)
-        ready(self.clip)
-        encoder.set_clip_options({"execution_device": self.clip.patcher.load_device})
+        self._load()
         found = [torch.empty(0)] * len(sections)
         by_length = sorted(range(len(sections)), key=lambda i: len(sections[i]))
         for length, same in groupby(by_length, key=lambda i: len(sections[i])):
@@ -125,6 +126,7 @@ class ComfyTransformerText:
     @cached_property
     def _cut(self) -> int:
         """How many rows ComfyUI cuts off in front: those of what a template begins with."""
+        self._load()
         tokens = self._sections("")
         given = sum(len(tokens[part["tokens"]][0]) for part in self.present)
         return given - self._rows("")[0].shape[1]
@@ -137,13 +139,19 @@ class ComfyTransformerText:
     def _rows(self, prompt: str) -> tuple[Tensor, Any]:
         """Context [1, tokens, dim] and pooled embedding [1, dim], or None."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        out = self.clip.encode_from_tokens(
-            self._sections(prompt), return_pooled=True, return_dict=True
-        )
-        context, mask = out["cond"].float(), out.get("attention_mask")
+        # As `clip.encode_from_tokens`, which looks for memory to free at every prompt.
+        model = self.clip.cond_stage_model
+        context, pooled, *more = model.encode_token_weights(self._sections(prompt))
+        context, mask = context.float(), more[0].get("attention_mask") if more else None
         if mask is not None:
             context = context[:, mask[0] > 0]
-        return context, out["pooled_output"]
+        return context, pooled
+
+    def _load(self) -> None:
+        """The encoders where they are to compute, with what the CLIP says of them."""
+        ready(self.clip)
+        device = self.clip.patcher.load_device
+        self.clip.cond_stage_model.set_clip_options({"execution_device": device})
 
     def _encode(self, prompt: str) -> Encoding:
         context, pooled = self._rows(prompt)
