@@ -230,7 +230,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def cases(only: Sequence[str]) -> dict[str, list[str]]:
     """Name -> arguments of the command line, in the order they are to be run."""
-    common = "--rank 2 --batch 2 --prompt x"
+    common = "--rank 2 --batch 2 --prompt x --tolerance 0.001"
     commands = {}
     for model, source, rest in ERASURES:
         file = model if model == "miniature" else f"../models/{model}.safetensors"
