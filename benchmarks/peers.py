@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 
 from realera.concepts import Concept, holds_name
 from realera.models import CONTEXT, Diffusion, TextEncoder
-from realera.readers import adapted_readers, readers, transformer_of
+from realera.readers import adapted_readers, family_in, readers
 
 Weights = dict[str, Tensor]  # canonical name of a K or V projection -> its weight [out, dim]
 
@@ -104,7 +104,7 @@ def uce(
 ) -> Weights:
     """The last word's row in every wording goes to the anchor's, and a ridge holds on to W_org."""
     own, anchors = filled(concepts, wordings)
-    if transformer_of(name for name, _ in model.network.named_modules()) is not None:
+    if family_in(model.network) is not None:
         return _uce_transformer(model, own, anchors, ridge)
     t = solved(last_rows(model.text, own), last_rows(model.text, anchors), ridge)
     return {name: w @ t for name, w in projections(model).items()}

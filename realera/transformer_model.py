@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .files import digest
 from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, whole_words
-from .readers import FAMILIES, readers, transformer_of
+from .readers import FAMILIES, family_in, readers
 from .spans import row_weights, summaries, unit
 
 DEFAULT_SIZE = 128  # of a latent's side, where the pipeline does not say: 1,024 pixels
@@ -36,19 +36,15 @@ class TransformerText:
     def parts(self) -> Sequence[Part]:
         """One a tokenizer that spans are told by; those of encoders that are missing are not."""
         parts, first = [], 0
+        *_, last = self.how["tokenizers"]
         for name, how in self.how["tokenizers"].items():
             tokenizer = getattr(self.pipeline, name)
-            fixed = first + how["rows"] < self._rows and len(self.how["tokenizers"]) > 1
-            rows = how["rows"] if fixed else None
+            rows = None if name == last else how["rows"]
             if tokenizer is not None:
                 read = _reader(tokenizer, how.get("template", "{}"), how.get("cut", 0))
                 parts.append(Part(read, how["rows"], how["causal"], first, rows))
             first += how["rows"]
         return parts
-
-    @property
-    def _rows(self) -> int:
-        return sum(how["rows"] for how in self.how["tokenizers"].values())
 
     @property
     def _encoders(self) -> list[Any]:
@@ -92,8 +88,7 @@ class TransformerText:
         if "do_classifier_free_guidance" in takes:
             options["do_classifier_free_guidance"] = False
         *_, how = self.how["tokenizers"].values()
-        cut = how.get("cut", 0)
-        options["max_sequence_length"] = (longest or how["rows"]) + (0 if cut else cut)
+        options["max_sequence_length"] = longest or how["rows"]
         out = self.pipeline.encode_prompt(**options)
         given = {name: out[place] for name, place in self.how["encoded"].items()}
         context, mask = given["context"], given.get("mask")
@@ -158,11 +153,11 @@ class TransformerModel:
         self.pipeline, self.network = pipeline, pipeline.transformer.eval()
         self.vae = pipeline.vae.eval()
         readers(self.network)  # raises where no layer reads a context
-        found = transformer_of(name for name, _ in self.network.named_modules())
-        if found is None:
+        family = family_in(self.network)
+        if family is None:
             raise ValueError(f"{type(pipeline).__name__} is of no family that RealEra knows")
-        self.how = FAMILIES[found[0]]["pipeline"]
-        self.text = text or TransformerText(pipeline, found[0])
+        self.how = FAMILIES[family]["pipeline"]
+        self.text = text or TransformerText(pipeline, family)
         self.scheduler = pipeline.scheduler
         pipeline.set_progress_bar_config(disable=True)
         config = self.vae.config
@@ -187,7 +182,6 @@ class TransformerModel:
         latents, times = (t.to(self.network.device, self.network.dtype) for t in (latents, times))
         times = times.expand(len(latents))
         lengths = encoding.there(CONTEXT).sum(1).cpu()
-        out = torch.empty_like(latents, dtype=torch.float32)
         # One call a length: no family's masks are needed where every row is there.
         parts, order = [], []
         for length in lengths.unique().tolist():
@@ -199,7 +193,7 @@ class TransformerModel:
             order.append(here)
         if len(parts) == 1:
             return parts[0]
-        return out.index_copy(0, torch.cat(order), torch.cat(parts))
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
     @torch.no_grad()
     def sample(
