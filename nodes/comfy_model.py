@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..realera.adapters import differentiable
 from ..realera.files import digest
-from ..realera.models import CONTEXT, POOLED, Encoding
+from ..realera.models import CONTEXT, POOLED, Encoding, alike, rows_of
 from ..realera.readers import FAMILIES, adapted_readers, family_in, readers
 from .comfy_text import ComfyText
 from .comfy_transformer_text import ComfyTransformerText
@@ -230,18 +230,6 @@ class ComfyDiffusion:
             noise=latents, latent_image=blank, device=latents.device
         )
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
-
-
-def alike(*encodings: Encoding) -> list[Tensor]:
-    """The prompts, those together that have as many rows in each encoding: int64 [n] a group."""
-    lengths = torch.stack([e.there(CONTEXT).sum(1).cpu() for e in encodings], 1)
-    return [(lengths == own).all(1).nonzero()[:, 0] for own in lengths.unique(dim=0)]
-
-
-def rows_of(encoding: Encoding) -> dict[str, Tensor]:
-    """The rows of prompts that have equally many, without those that only longer ones have."""
-    length = int(encoding.there(CONTEXT)[0].sum())
-    return {**encoding, CONTEXT: encoding[CONTEXT][:, :length]}
 
 
 def refuse_other_family(text: str | None, network: str | None) -> None:

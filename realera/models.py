@@ -104,6 +104,18 @@ def longer(rows: Tensor, length: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
 
 
+def alike(*encodings: Encoding) -> list[Tensor]:
+    """The prompts, those together that have as many rows in each encoding: int64 [n] a group."""
+    lengths = torch.stack([e.there(CONTEXT).sum(1).cpu() for e in encodings], 1)
+    return [(lengths == own).all(1).nonzero()[:, 0] for own in lengths.unique(dim=0)]
+
+
+def rows_of(encoding: Encoding) -> dict[str, Tensor]:
+    """The rows of prompts that have equally many, without those that only longer ones have."""
+    length = int(encoding.there(CONTEXT)[0].sum())
+    return {**encoding, CONTEXT: encoding[CONTEXT][:, :length]}
+
+
 @dataclass(frozen=True)
 class Part:
     """A text encoder whose rows stand in the context, beside others' or behind them.

@@ -17,7 +17,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from .files import digest
-from .models import BATCH, CONTEXT, POOLED, Encoding, Part, TextEncoder, whole_words
+from .models import (
+    BATCH,
+    CONTEXT,
+    POOLED,
+    Encoding,
+    Part,
+    TextEncoder,
+    alike,
+    rows_of,
+    whole_words,
+)
 from .readers import FAMILIES, family_in, readers
 from .spans import row_weights, summaries, unit
 
@@ -181,15 +191,11 @@ class TransformerModel:
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
         latents, times = (t.to(self.network.device, self.network.dtype) for t in (latents, times))
         times = times.expand(len(latents))
-        lengths = encoding.there(CONTEXT).sum(1).cpu()
         # One call a length: no family's masks are needed where every row is there.
         parts, order = [], []
-        for length in lengths.unique().tolist():
-            of = (lengths == length).nonzero()[:, 0]
-            own = encoding.take(of)
-            rows = {**own, CONTEXT: own[CONTEXT][:, :length]}
+        for of in alike(encoding):
             here = of.to(latents.device)
-            parts.append(self._ask(latents[here], times[here], rows))
+            parts.append(self._ask(latents[here], times[here], rows_of(encoding.take(of))))
             order.append(here)
         if len(parts) == 1:
             return parts[0]
