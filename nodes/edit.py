@@ -13,7 +13,7 @@ from ..realera.settings import Settings
 from .comfy_model import refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
-from .progress import reporter, tell
+from .progress import reporter
 from .schema import Erasure, Mining, advanced, growing, schema, strength_input
 
 DEFAULTS = Settings()
@@ -96,18 +96,14 @@ class ClosedFormEdit(io.ComfyNode):
         lambda2: float = DEFAULTS.lambda2,
         bank: bool = DEFAULTS.bank,
     ) -> io.NodeOutput:
-        node = cls.hidden.unique_id
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
         settings = replace(mining.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
         source = {"comfyui": comfyui_version.__version__}
-        erasure = erase(
-            replace(mining, settings=settings), source, reporter(node, "reading everyday prompts")
-        )
+        report = reporter(cls.hidden.unique_id, "reading everyday prompts")
+        erasure = erase(replace(mining, settings=settings), source, report)
         edited = apply_erasure(model, erasure)
         reaches = outreach(erasure, mining)
         gone = sum(reach.toward >= 0.5 for reach in reaches)
-        said = f"{gone} words go more than half the way to the anchor"
-        tell(node, said)
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
@@ -118,7 +114,7 @@ class ClosedFormEdit(io.ComfyNode):
             "realera_scope": [
                 [r.word, r.concept, round(r.toward, 3), round(r.moved, 3)] for r in reaches
             ],
-            "text": [said],
+            "text": [f"{gone} words go more than half the way to the anchor"],
         }
         return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
 

@@ -11,7 +11,7 @@ from ..realera.settings import SOURCES, Settings
 from ..realera.words import WordRing
 from .comfy_transformer_text import text_of
 from .page import geometry, to_image
-from .progress import reporter, tell
+from .progress import reporter
 from .schema import (
     AUTO_COSINE,
     AUTO_DISTANCE,
@@ -178,7 +178,6 @@ class NeighborSampler(io.ComfyNode):
         seed: int = DEFAULTS.seed,
         words: str = "",
     ) -> io.NodeOutput:
-        node = cls.hidden.unique_id
         settings = Settings(
             source=source,
             neighbors=count,
@@ -192,12 +191,11 @@ class NeighborSampler(io.ComfyNode):
         )
         asked = parse_concepts(concepts, lines(templates))
         text = text_of(clip)
-        mining = mine_neighbors(text, asked, settings, reporter(node, "mining"))
+        mining = mine_neighbors(text, asked, settings, reporter(cls.hidden.unique_id, "mining"))
         ring = mining.ring
         named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
         said = [f"{found(mining)}; the CLIP is that of {text.title}", *doubts(mining)]
-        tell(node, "\n".join(said))
         picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
         shown = {"realera_geometry": [geometry(mining)], "text": said}
         return io.NodeOutput(mining, picture, told, ui=shown)
@@ -274,10 +272,9 @@ class BeyondSampler(io.ComfyNode):
         d2: float = AUTO_DISTANCE,
         seed: int = AUTO_SEED,
     ) -> io.NodeOutput:
-        node = cls.hidden.unique_id
         mining = mine_beyond(
             mining,
-            reporter(node, "mining"),
+            reporter(cls.hidden.unique_id, "mining"),
             beyond=count,
             preserve=tuple(lines(preserve)),
             beyond_s2=None if s2 == AUTO_COSINE else s2,
@@ -285,7 +282,5 @@ class BeyondSampler(io.ComfyNode):
             beyond_seed=None if seed == AUTO_SEED else seed,
         )
         picture = to_image(pictures.geometry(mining.ring, mining.neighbors, mining.beyond))
-        said = found(mining)
-        tell(node, said)
-        shown = {"realera_geometry": [geometry(mining)], "text": [said]}
+        shown = {"realera_geometry": [geometry(mining)], "text": [found(mining)]}
         return io.NodeOutput(mining, picture, ui=shown)

@@ -658,6 +658,61 @@ def test_a_doubt_about_an_anchor_stands_whole_below_the_neighbourhood(sheet):
     assert " ".join(lines) == f"⚠ {DOUBT}"
 
 
+def test_a_node_shows_what_it_found_or_saved_and_no_progress_when_it_has_ended(sheet):
+    sheet.add(fill=False)
+    told = {
+        "RealEraNeighborSampler": "30 words",
+        "RealEraClosedFormEdit": "7 words go",
+        "RealEraSaveErasure": "saved output/loras/a_1.safetensors\nsaved output/erasures/a_1",
+        "RealEraSaveErasedCheckpoint": "saved output/checkpoints/a.safetensors",
+    }
+    sheet.do(
+        """kinds => {
+            for (const kind of kinds) {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [0, 1300];
+                app.graph.add(node);
+            }
+        }""",
+        [kind for kind in told if "Save" in kind],
+    )
+    shown = "() => app.graph._nodes.map(n => n.widgets.some(w => w.name.includes('text-preview')))"
+    sheet.do(
+        """() => {
+            for (const { id } of app.graph._nodes) {
+                const detail = { nodeId: String(id), text: "aligning: 3 of 3, 0:00 left" };
+                app.api.dispatchCustomEvent('progress_text', detail);
+            }
+        }"""
+    )
+    assert all(sheet.do(shown))
+    sheet.do(
+        """([sent, told]) => {
+            for (const node of app.graph._nodes) {
+                const { comfyClass } = node;
+                const text = told[comfyClass]?.split("\\n");
+                node.onExecuted({ ...sent[comfyClass], ...(text ? { text } : {}) });
+            }
+        }""",
+        [SENT, told],
+    )
+    sheet.settle()
+    assert not any(sheet.do(shown))
+    assert "30 words" in {one["text"] for one in sheet.texts("RealEraNeighborSampler")}
+    for kind in list(told)[1:]:
+        inside = sheet.do(
+            """kind => {
+                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                const view = node.widgets.find((w) => w.element?.matches('.realera-view')).element;
+                const bottom = view.getBoundingClientRect().bottom;
+                const box = view.firstChild.getBoundingClientRect();
+                return [view.innerText, box.bottom <= bottom + 1];
+            }""",
+            kind,
+        )
+        assert told[kind] in inside[0] and inside[1], inside
+
+
 def test_the_wheel_over_the_scope_list_scrolls_it_by_whole_rows_and_zooms_nothing(sheet):
     sheet.add()
     scale = sheet.do("() => app.canvas.ds.scale")

@@ -10,6 +10,7 @@ const CONTRAST = 4.6; // WCAG asks 4.5 of small text; the rest is for the roundi
 const TEXTS = {
   en: {
     run: "Run the graph to see this.",
+    unsaved: "Run the graph to save.",
     hint: "Click a word that is to keep its meaning, and run again.",
     connect: "Connect a Beyond Sampler to keep the meaning of a prompt.",
     near: "become the anchor",
@@ -22,6 +23,7 @@ const TEXTS = {
   },
   zh: {
     run: "运行工作流后显示。",
+    unsaved: "运行工作流后保存。",
     hint: "点击应保持原意的词语，然后重新运行。",
     connect: "连接“外围采样器”后才能保留提示词。",
     near: "变为锚点",
@@ -332,10 +334,10 @@ function namesOf(geometry) {
 
 function addNeighborhood(node) {
   let geometry = null;
-  let warnings = [];
+  let said = []; // what was found, then what to be warned of
   const redraw = addCanvas(node, "realera_neighborhood", 280, (pen, width, whole, colors) => {
     if (!geometry) return say(pen, width, whole, text("run"), colors);
-    const lines = warnings.flatMap((warning) => wrapped(pen, `⚠ ${warning}`, width - 12));
+    const lines = said.flatMap((line, k) => wrapped(pen, k ? `⚠ ${line}` : line, width - 12));
     const height = whole - 14 * lines.length;
     pen.textAlign = "left";
     pen.fillStyle = colors.text;
@@ -361,7 +363,7 @@ function addNeighborhood(node) {
   return (output) => {
     if (!output.realera_geometry) return;
     [geometry] = output.realera_geometry;
-    warnings = (output.text ?? []).slice(1); // the first says what was found
+    said = output.text ?? [];
     redraw();
   };
 }
@@ -427,6 +429,7 @@ const ROW = 16; // pixels
 
 function addScope(node) {
   const view = addView(node, "realera_scope", 300, () => colorsOf(view));
+  const said = element("div", { color: "var(--realera-text)", padding: "4px 4px 0" });
   const hint = element("div", { color: "var(--realera-grey)", padding: "4px" });
   const list = element("div", { flex: "0 1 auto", minHeight: 0, overflowY: "auto" });
   list.className = "realera-scope";
@@ -443,7 +446,7 @@ function addScope(node) {
   const frame = element("div", { flex: "1", minHeight: 0 });
   frame.append(list);
   const box = element("div", { display: "flex", flexDirection: "column", height: "100%" });
-  box.append(hint, frame);
+  box.append(said, hint, frame);
   view.append(box);
   let reaches = [];
 
@@ -482,7 +485,22 @@ function addScope(node) {
   return (output) => {
     if (!output.realera_scope) return;
     reaches = output.realera_scope;
+    said.textContent = output.text?.join(" ") ?? "";
     fill();
+  };
+}
+
+// ------------------------------------------------------------------------ where it was saved
+
+function addSaved(node) {
+  const view = addView(node, "realera_saved", 36, () => colorsOf(view));
+  const lines = element("div", { color: "var(--realera-grey)", padding: "4px 6px" }, text("unsaved"));
+  Object.assign(lines.style, { whiteSpace: "pre", lineHeight: "14px", userSelect: "text" });
+  view.append(lines);
+  return (output) => {
+    if (!output.text) return;
+    lines.textContent = lines.title = output.text.join("\n");
+    lines.style.color = "var(--realera-text)";
   };
 }
 
@@ -638,6 +656,8 @@ const VIEWS = {
   RealEraClosedFormEdit: addScope,
   RealEraLoraAlign: addLoss,
   RealEraCompare: addSlider,
+  RealEraSaveErasure: addSaved,
+  RealEraSaveErasedCheckpoint: addSaved,
 };
 
 /** Gives a node's empty widgets their hints in the user's language. */
@@ -674,6 +694,9 @@ app.registerExtension({
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);
+      // Frontends before 1.49 leave the last word of the progress standing.
+      const progress = this.widgets.find(({ name }) => name === "$$node-text-preview");
+      if (progress) this.removeWidget(progress);
       if (output) this.realeraShow(output); // a node from the cache may have none
     };
   },
