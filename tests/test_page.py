@@ -594,7 +594,7 @@ def test_a_view_grows_with_its_node(sheet):
 
 
 @pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.name[0] in "14"], ids=lambda p: p.stem)
-def test_the_nodes_of_an_example_stay_in_their_groups(sheet, path):
+def test_the_nodes_of_an_example_stay_in_their_groups_and_off_each_other(sheet, path):
     sheet.do("graph => app.loadGraphData(graph)", json.loads(path.read_text("utf-8")))
     sheet.until("() => app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
     sheet.do("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [500, 300]; }")
@@ -609,13 +609,16 @@ def test_the_nodes_of_an_example_stay_in_their_groups(sheet, path):
             const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
             const { height } = drawn?.getBoundingClientRect() ?? {};
             const own = height ? height / app.canvas.ds.scale - 30 : node.size[1];
-            return [[node.comfyClass, y + own, group.pos[1] + group.size[1]]];
+            return [[node.comfyClass, x, y, y + own, group.pos[1] + group.size[1]]];
         })"""
     )
     assert len(bottoms) > 4
-    for kind, bottom, end in bottoms:
+    for kind, _, _, bottom, end in bottoms:
         grid = 240 if kind == "RealEraCompare" else 0  # what a run shows below
         assert bottom + grid <= end, kind
+    for kind, left, top, bottom, _ in bottoms:
+        below = [other for other in bottoms if other[1] == left and other[2] > top]
+        assert all(bottom <= other[2] - 30 for other in below), kind  # its title stands above it
 
 
 def test_compare_shows_no_frame_before_it_has_run_and_says_what_to_do(sheet):

@@ -1,0 +1,100 @@
+"""The pictures of the help pages, taken anew in a real ComfyUI.
+
+COMFYUI_DIR, COMFYUI_PYTHON and COMFYUI_FRONTEND as for the tests; a Chromium as Playwright finds
+one. The nodes of workflow 1 are shown after a run of it, in classic rendering, the others as they
+are added.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .comfyui import Server, comfyui
+
+ROOT = Path(__file__).parent.parent
+WORKFLOW = ROOT / "workflows/1 erase an object (bundled model).json"
+ALONE = {"LoadErasure": 290, "MergeErasures": 240, "ClipClassifier": 360, "NudeNet": 360}
+EDGE = 14  # pixels around a node
+TITLE = 60  # pixels above a node: its title and its badge
+
+SHOW = """([kind, width]) => {
+    const { canvas, graph } = app;
+    let node = graph._nodes.find((n) => n.comfyClass === kind);
+    if (!node) {
+        node = LiteGraph.createNode(kind);
+        node.pos = [600 * graph._nodes.length, 3000];
+        graph.add(node);
+        node.setSize([width, Math.max(node.size[1], node.computeSize()[1])]);
+    }
+    canvas.links_render_mode = LiteGraph.HIDDEN_LINK;
+    canvas.deselectAll?.();
+    canvas.ds.scale = 1;
+    canvas.ds.offset = [200 - node.pos[0], 200 - node.pos[1]];
+    canvas.setDirty(true, true);
+    const { x, y } = canvas.canvas.getBoundingClientRect();
+    return [x + 200, y + 200, ...node.size];
+}"""
+RUN = """() => new Promise((resolve, reject) => {
+    app.api.addEventListener('execution_success', () => resolve());
+    app.api.addEventListener('execution_error', ({ detail }) => reject(detail.exception_message));
+    app.queuePrompt(0);
+})"""
+
+
+def take(page: Any, kind: str, width: int) -> Image.Image:
+    """A node at its full size, with what stands under it."""
+    left, top, wide, high = page.evaluate(SHOW, [kind, width])
+    page.wait_for_timeout(1500)  # elements follow the canvas later
+    clip = {"x": left - EDGE, "y": top - TITLE, "width": wide + 2 * EDGE}
+    shot = page.screenshot(clip={**clip, "height": TITLE + high + EDGE})
+    return Image.open(io.BytesIO(shot))
+
+
+def take_all(server: Server, browser: Any) -> None:
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    page = browser.new_page(viewport={"width": 1400, "height": 1500})
+    page.goto(server.address)
+    page.wait_for_function("() => window.app?.graph && app.extensionManager?.command")
+    for setting in ("Comfy.VueNodes.Enabled", "Comfy.Minimap.Visible"):
+        page.evaluate("id => app.extensionManager.setting.set(id, false)", setting)
+    page.evaluate("graph => app.loadGraphData(graph)", json.loads(WORKFLOW.read_text("utf-8")))
+    page.wait_for_timeout(2000)
+    page.evaluate(RUN)
+    page.evaluate("() => app.refreshComboInNodes()")  # what was saved can be loaded
+    page.wait_for_timeout(2000)
+    shown = page.evaluate("() => app.graph._nodes.map((n) => n.comfyClass)")
+    ours = [kind for kind in shown if kind and kind.startswith("RealEra")]
+    for kind in [*ours, *(f"RealEra{name}" for name in ALONE)]:
+        picture = take(page, kind, ALONE.get(kind.removeprefix("RealEra"), 0))
+        path = ROOT / "web/docs" / f"{kind}.png"
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        print(path.name, picture.size, path.stat().st_size)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        (home / "custom_nodes").mkdir()
+        (home / "custom_nodes/RealEra").symlink_to(ROOT)
+        clip = home / "models/clip_vision/clip-vit-large-patch14"
+        clip.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (clip / name).touch()  # its name is shown, no more
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        with comfyui(home) as server, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            take_all(server, browser)
+            browser.close()
+
+
+if __name__ == "__main__":
+    main()
