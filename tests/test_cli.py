@@ -1,5 +1,6 @@
 """The command line on the bundled model: every command, and every file it leaves."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from realera.cache import cached
 from realera.cli import main
-from realera.erasure_file import load_erasure
+from realera.closed_form import Edit
+from realera.erasure import Erasure
+from realera.erasure_file import load_erasure, save_erasure
 from realera.files import open_tensors
 from realera.miniature import CHECKPOINT
+from realera.models import CONTEXT
 
 QUICK = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1"]
 ERASURE = Path(__file__).parent / "data" / "erasure-1.safetensors"  # of another family
@@ -139,6 +144,28 @@ def test_no_command_begins_with_what_other_libraries_lack(tmp_path):
     command = [sys.executable, "-m", "realera", *arguments]
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
     assert "numbers" in said and "torchvision" not in said
+
+
+def test_a_console_that_lacks_letters_is_no_reason_to_fail(tmp_path, monkeypatch):
+    path = tmp_path / "erasure.safetensors"
+    save_erasure(Erasure({CONTEXT: Edit(torch.eye(64))}, provenance={"concepts": ["猫"]}), path)
+    said = {name: io.TextIOWrapper(io.BytesIO(), "cp1252") for name in ("stdout", "stderr")}
+    for name, stream in said.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert main(["info", str(path)]) == 0
+    assert main(["info", str(tmp_path / "猫.safetensors")]) == 1
+    for stream in said.values():
+        stream.seek(0)
+        assert r"\u732b" in stream.read()
+
+
+def test_a_cache_that_cannot_be_written_to_is_a_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()  # nothing can be made below it, whoever asks
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match=r"cannot be written to .* REALERA_CACHE names another"):
+        made = cached("words", ["x"], lambda: {"rows": torch.ones(2)})
+    assert torch.equal(made["rows"], torch.ones(2))
+    assert main(["cache"]) == 0 and "file" in capsys.readouterr().out
 
 
 def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
