@@ -289,7 +289,7 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
             a, b = lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"]
             reader.layer.weight += b @ a
     torch.testing.assert_close(prediction(fresh), expected, atol=1e-4, rtol=1e-3)
-    if told == "transformer.":
+    if name != "lumina2":  # of whose LoRAs diffusers knows the attention's keys alone
         loaded = load_model(source)
         loaded.pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         torch.testing.assert_close(prediction(loaded), expected, atol=1e-4, rtol=1e-3)
