@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..realera.files import raw_bytes
-from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
+from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, whole_words
+from ..realera.packing import Packed, last_rows
 from ..realera.readers import FAMILIES, SUPPORTED
 from ..realera.spans import summaries
 
@@ -157,24 +158,21 @@ def clip_summaries(
     device = clip.patcher.load_device
     encoders = [getattr(clip.cond_stage_model, name) for name in names]
 
-    def last_row(ids: Tensor) -> Tensor:
+    def read(packed: Packed) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        rows = [_last_row(encoder, ids.to(device)) for encoder in encoders]
-        return torch.cat(rows, dim=-1).cpu()
+        return torch.cat([_rows(encoder, packed, device) for encoder in encoders], dim=-1).cpu()
 
-    return last_rows(ids, length, last_row)
+    return last_rows(ids, length, read)
 
 
-def _last_row(encoder: Any, ids: Tensor) -> Tensor:
-    """What an SDClipModel gives for the last token of int64 [prompts, tokens]: [prompts, dim]."""
+def _rows(encoder: Any, packed: Packed, device: torch.device) -> Tensor:
+    """What an SDClipModel gives for packed prompts, [sequences, tokens, dim]."""
     text = encoder.transformer.text_model
-    x = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
-    places = text.embeddings.position_embedding.weight[: ids.shape[1]]
-    x = x + comfy.ops.cast_to(places, x.dtype, x.device)
-    mask = torch.full((x.shape[1], x.shape[1]), -torch.finfo(x.dtype).max).triu(1).to(x)
+    x = encoder.transformer.get_input_embeddings()(packed.ids.to(device), out_dtype=torch.float32)
+    weight = text.embeddings.position_embedding.weight
+    x = x + comfy.ops.cast_to(weight[packed.places.to(weight.device)], x.dtype, x.device)
     hidden = encoder.layer == "hidden"
-    last, between = text.encoder(x, mask, encoder.layer_idx if hidden else None)
+    last, between = text.encoder(x, packed.mask(x), encoder.layer_idx if hidden else None)
     if not hidden:
-        return text.final_layer_norm(last[:, -1])
-    row = between[:, -1]
-    return text.final_layer_norm(row) if encoder.layer_norm_hidden_state else row
+        return text.final_layer_norm(last)
+    return text.final_layer_norm(between) if encoder.layer_norm_hidden_state else between

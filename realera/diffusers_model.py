@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .files import digest
-from .models import BATCH, CONTEXT, POOLED, Encoding, Part, last_rows, whole_words
+from .models import BATCH, CONTEXT, POOLED, Encoding, Part, whole_words
+from .packing import Packed, last_rows
 from .readers import readers
 
 
@@ -54,7 +55,7 @@ class DiffusersText:
         return last_rows(
             self.tokenize(prompts),
             self.parts[0].length,
-            lambda ids: self._forward([ids] * len(self.encoders))[CONTEXT][:, -1],
+            lambda packed: self._forward([packed.ids] * len(self.encoders), packed)[CONTEXT],
         )
 
     def words(self) -> list[str]:
@@ -70,10 +71,15 @@ class DiffusersText:
         ).input_ids
 
     @torch.no_grad()
-    def _forward(self, ids: Sequence[Tensor]) -> Encoding:
+    def _forward(self, ids: Sequence[Tensor], packed: Packed | None = None) -> Encoding:
         """ids: one int64 [prompts, tokens] per encoder."""
+        given = {}
+        if packed is not None:
+            weight = next(self.encoders[0].parameters())
+            given = {"attention_mask": packed.mask(weight)}
+            given["position_ids"] = packed.places.to(self.device)
         outputs = [
-            encoder(rows.to(self.device), output_hidden_states=True)
+            encoder(rows.to(self.device), output_hidden_states=True, **given)
             for encoder, rows in zip(self.encoders, ids, strict=True)
         ]
         if len(outputs) == 1:

@@ -8,7 +8,6 @@ the pooled embedding of its second encoder as well. diffusers' side of the proto
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -200,31 +199,6 @@ class Diffusion(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 in [0, 1], [n, 3, height, width], on the CPU."""
-
-
-def last_rows(
-    ids: Sequence[Sequence[int]], length: int, last_row: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """What a causal encoder gives for the last token of every prompt, [prompts, dim].
-
-    A row never sees what follows it, so the padding is left out: words cost an eighth of prompts.
-
-    ids: tokens with start and end-of-text; more than `length` are cut, the end-of-text is kept
-    last_row: int64 [prompts, tokens], all of one length -> [prompts, dim]
-    """
-    ids = [[*row[: length - 1], row[-1]] if len(row) > length else row for row in ids]
-    ends: list[Tensor] = [torch.empty(0)] * len(ids)
-    shortest_first = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for tokens, same_length in groupby(shortest_first, key=lambda i: len(ids[i])):
-        chosen = list(same_length)
-        # Short rows are cheap: read as many at once as BATCH full ones would take.
-        block = max(1, BATCH * length // tokens)
-        for start in range(0, len(chosen), block):
-            part = chosen[start : start + block]
-            rows = last_row(torch.tensor([ids[i] for i in part]))
-            for i, row in zip(part, rows, strict=True):
-                ends[i] = row
-    return torch.stack(ends)
 
 
 # How a vocabulary marks a token that is a word: CLIP's behind it, sentence pieces' and byte pairs'

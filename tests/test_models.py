@@ -11,7 +11,8 @@ import realera
 import realera.adapters
 import realera.spans
 from realera.diffusers_model import DiffusersModel, DiffusersText
-from realera.models import CONTEXT, POOLED, Encoding, last_rows
+from realera.models import CONTEXT, POOLED, Encoding
+from realera.packing import last_rows
 from realera.readers import adapted_readers, readers
 
 PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
@@ -63,18 +64,28 @@ def test_the_summary_is_the_end_of_text_row_of_encode(models, name):
     torch.testing.assert_close(text.summary(prompts), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_last_rows_come_back_in_order_from_batches_of_one_length_that_end_in_end_of_text():
-    batches = []
+def test_a_packed_prompt_is_read_as_if_it_stood_alone():
+    table, batches = torch.randint(1000, (1000, 77)), []  # a number for each token at each place
 
-    def last_row(ids):
-        batches.append(ids)
-        return ids[:, -2:].float()
+    def read(packed):
+        batches.append(packed)
+        seen = packed.sees.long() @ table[packed.ids, packed.places][..., None]
+        return torch.cat([packed.ids[..., None], seen], dim=2)
 
-    prompts = [[0, 7, 9], [0, 9], *([0, k, 9] for k in range(900)), [0, *[5] * 100, 9]]
-    rows = last_rows(prompts, 77, last_row).tolist()
-    assert rows == [[7, 9], [0, 9], *([k, 9] for k in range(900)), [5, 9]]
-    assert all(ids.numel() <= 32 * 77 for ids in batches)
-    assert [ids.shape[1] for ids in batches] == [2, 3, 3, 77]
+    cut = [0, *[5] * 75, 9]
+    for prompts in (
+        [[0, 7, 9], [0, 9], *([0, k, 9] for k in range(10, 900)), [0, *[5] * 100, 9]],
+        [[0, 5, 6, k, 9] for k in range(10, 999)],  # words in a template
+        [[0, 9]],
+        [[0, 9]] * 3,
+    ):
+        rows = last_rows(prompts, 77, read)
+        alone = [row if len(row) < 77 else cut for row in prompts]
+        due = [sum(int(table[t, n]) for n, t in enumerate(row)) for row in alone]
+        assert rows.tolist() == [[9, d] for d in due]
+    assert all(len(packed.ids) <= 32 and packed.ids.shape[1] <= 77 for packed in batches)
+    in_template = batches[-3]
+    assert (in_template.ids == 6).sum() == len(in_template.ids) == 27  # 37 words a sequence
 
 
 def test_encoding_in_batches_changes_nothing(models, monkeypatch):
