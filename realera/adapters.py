@@ -25,15 +25,11 @@ if TYPE_CHECKING:
 
 ADAPTER = "realera"
 # A residual or attention block of a U-Net, and a transformer's, as diffusers and ComfyUI name them.
-UNET_BLOCK = re.compile(
-    r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
-)
-TRANSFORMER_BLOCK = re.compile(
-    r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
-)
+UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
+TRANSFORMER_BLOCK = r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
 
-_AUGMENTED = re.compile(r"__i(add|sub|mul|truediv)__")
-_IN_PLACE = re.compile(r"(add|sub|mul|div|addcmul|addcdiv|lerp)_|__setitem__")
+_AUGMENTED = r"__i(add|sub|mul|truediv)__"
+_IN_PLACE = r"(add|sub|mul|div|addcmul|addcdiv|lerp)_|__setitem__"
 
 
 @contextmanager
@@ -165,9 +161,9 @@ class _CopyBeforeWriting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if augmented := _AUGMENTED.fullmatch(name):  # x += y gives x its new value by itself
+        if augmented := re.fullmatch(_AUGMENTED, name):  # x += y gives x its new value by itself
             func = getattr(Tensor, f"__{augmented[1]}__")
-        elif _IN_PLACE.fullmatch(name):
+        elif re.fullmatch(_IN_PLACE, name):
             args[0].data = args[0].data.clone()
         return func(*args, **kwargs or {})
 
@@ -215,9 +211,9 @@ def checkpointed(network: nn.Module) -> Iterator[None]:
 
     blocks, in_front = [], []
     for name, module in network.named_modules():
-        if UNET_BLOCK.fullmatch(name) or TRANSFORMER_BLOCK.fullmatch(name):
+        if re.fullmatch(UNET_BLOCK, name) or re.fullmatch(TRANSFORMER_BLOCK, name):
             blocks.append(module)
-            in_front.append(UNET_BLOCK.fullmatch(name) is None)
+            in_front.append(re.fullmatch(UNET_BLOCK, name) is None)
     before = [vars(block).get("forward") for block in blocks]  # a hook of accelerate, for one
     try:
         for block, front in zip(blocks, in_front, strict=True):

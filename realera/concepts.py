@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 TEMPLATES = (
@@ -70,16 +69,21 @@ def holds_name(prompt: str, name: str) -> bool:
 
     Where words have no spaces between them, wherever the name stands.
     """
-    return _named(name).search(unicodedata.normalize("NFC", prompt)) is not None
+    prompt, name = unicodedata.normalize("NFC", prompt), unicodedata.normalize("NFC", name.strip())
+    prompt, name = prompt.casefold(), name.casefold()
+    at = prompt.find(name)
+    while at >= 0:
+        before, after = prompt[at - 1 : at], prompt[at + len(name) :][:1]
+        if not _joined(before, name[:1]) and not _joined(name[-1:], after):
+            return True
+        at = prompt.find(name, at + 1)
+    return False
 
 
-@cache  # a thousand concepts are looked for in a thousand prompts
-def _named(name: str) -> re.Pattern[str]:
-    name = unicodedata.normalize("NFC", name.strip())
+def _joined(one: str, other: str) -> bool:
+    """Whether two neighbours, or an end and nothing, are letters of one word."""
     letter = rf"[^\W{UNSPACED}]"  # of a word that ends where a space is
-    before = rf"(?<!{letter})" if re.match(letter, name) else ""
-    after = rf"(?!{letter})" if re.match(letter, name[-1:]) else ""
-    return re.compile(before + re.escape(name) + after, re.IGNORECASE)
+    return re.match(letter, one) is not None and re.match(letter, other) is not None
 
 
 def lines(text: str) -> list[str]:

@@ -19,7 +19,7 @@ class DiffusersText:
     """The text side of a diffusers pipeline: CLIP encoders, side by side where there are two."""
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[Any]):
-        self.tokenizers, self.encoders = list(tokenizers), [e.eval() for e in encoders]
+        self.tokenizers, self.encoders = list(tokenizers), [e.train(False) for e in encoders]
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +105,8 @@ class DiffusersModel:
 
         readers(pipeline.unet)  # raises where no layer reads a context
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
-        self.pipeline, self.network, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()
+        self.pipeline, self.network = pipeline, pipeline.unet.train(False)
+        self.vae = pipeline.vae.train(False)
         self.text = DiffusersText(
             [getattr(pipeline, "tokenizer" + n) for n in names],
             [getattr(pipeline, "text_encoder" + n) for n in names],

@@ -203,7 +203,7 @@ class Diffusion(Protocol):
 
 # How a vocabulary marks a token that is a word: CLIP's behind it, sentence pieces' and byte pairs'
 # (a space as they write it) in front.
-_WORD = re.compile(r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})")
+_WORD = r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})"
 MOST_WORDS = 40_000  # of a language model's vocabulary, which has more than three times as many
 
 
@@ -214,6 +214,6 @@ def whole_words(vocabulary: Mapping[str, int]) -> list[str]:
     """
     found = {}
     for token, number in vocabulary.items():
-        if match := _WORD.fullmatch(token):
+        if match := re.fullmatch(_WORD, token):
             found[match[1] or match[2]] = number
     return sorted(sorted(found, key=lambda word: found[word])[:MOST_WORDS])

@@ -37,14 +37,14 @@ GUIDANCE = 7.5  # unless the family says otherwise
 class Kind:
     """A kind of layers that read a stream.
 
-    pattern: their canonical names
+    pattern: of their canonical names
     whole: they read nothing else; else the stream's columns come first and the others stay
     adapted: alignment trains a LoRA on them
     norm: the canonical name of the RMS norm in front, where there may be one
     """
 
     stream: str
-    pattern: re.Pattern[str]
+    pattern: str
     whole: bool = True
     adapted: bool = True
     norm: str | None = None
@@ -58,24 +58,24 @@ def _transformer_kinds() -> Iterable[Kind]:
     known = [reader for family in TRANSFORMERS.values() for reader in family["readers"]]
     norms = {r["single"]: r["norm"]["single"] for r in known if "norm" in r}
     for name, stream in {reader["single"]: reader["stream"] for reader in known}.items():
-        pattern = re.compile(re.escape(name))
-        yield Kind(stream, pattern, adapted=stream == CONTEXT, norm=norms.get(name))
+        yield Kind(stream, re.escape(name), adapted=stream == CONTEXT, norm=norms.get(name))
 
 
 KINDS = (
     Kind(
         CONTEXT,
-        re.compile(
+        (
             r"(?:(?:in|out)put_blocks\.\d{1,2}\.1|middle_block\.1)"
             r"\.transformer_blocks\.\d{1,2}\.attn2\.to_[kv]"
         ),
     ),
     # SDXL's pooled embedding is followed by the size embeddings.
-    Kind(POOLED, re.compile(r"label_emb\.0\.0"), whole=False, adapted=False),
+    Kind(POOLED, r"label_emb\.0\.0", whole=False, adapted=False),
     *_transformer_kinds(),
 )
-_DIFFUSERS = re.compile(
-    r"(?P<block>down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)"
+_DIFFUSERS = (
+    r"(?P<block>down_blocks\.\d+|up_blocks\.\d+|mid_block)"
+    r"\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)"
 )
 
 
@@ -140,7 +140,7 @@ def adapted_readers(network: nn.Module) -> dict[str, Reader]:
 
 def kind_of(name: str) -> Kind | None:
     """What the layer with this canonical name reads, or None when it reads no text."""
-    return next((kind for kind in KINDS if kind.pattern.fullmatch(name)), None)
+    return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
 
 
 def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
@@ -180,7 +180,7 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     if transformer is not None:
         own = renamed(*transformer)
         return {name: own.get(name, name) for name in names}
-    found = [_DIFFUSERS.fullmatch(name) for name in names]
+    found = [re.fullmatch(_DIFFUSERS, name) for name in names]
     downs = [int(m["layer"]) for m in found if m and m["block"].startswith("down")]
     stride = max(downs, default=1) + 2  # the layers of a block and its down- or upsampler
 

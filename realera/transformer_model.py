@@ -160,8 +160,8 @@ class TransformerModel:
     """
 
     def __init__(self, pipeline: Any, text: TextEncoder | None = None):
-        self.pipeline, self.network = pipeline, pipeline.transformer.eval()
-        self.vae = pipeline.vae.eval()
+        self.pipeline, self.network = pipeline, pipeline.transformer.train(False)
+        self.vae = pipeline.vae.train(False)
         readers(self.network)  # raises where no layer reads a context
         family = family_in(self.network)
         if family is None:

@@ -84,7 +84,7 @@ def miniature_classifier(head: Literal["concept", "style"] = "concept") -> Class
     """The classifier that ships with the miniature: what is drawn, or in which style."""
     from ..miniature import load_classifier
 
-    network = load_classifier().eval()
+    network = load_classifier().train(False)
     classes, number = (network.concepts, 0) if head == "concept" else (network.styles, 1)
     return Classifier(f"miniature {head}", tuple(classes), lambda images: network(images)[number])
 
@@ -103,7 +103,7 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self.model = CLIPModel.from_pretrained(str(source)).eval().to(device)
+            self.model = CLIPModel.from_pretrained(str(source)).train(False).to(device)
             self.processor = CLIPProcessor.from_pretrained(str(source))
         except OSError as error:
             raise FileNotFoundError(

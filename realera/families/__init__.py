@@ -22,9 +22,9 @@ from ..settings import BUNDLED
 from .weights import FLOATS, scale_of, weight_of
 
 UNET = "model.diffusion_model."  # of a transformer, too
-_PREFIX = re.compile(r"(?:model\.)?diffusion_model\.")
+_PREFIX = r"(?:model\.)?diffusion_model\."
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
-_WEIGHTS = re.compile(
+_WEIGHTS = (
     # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named
     r"[\w-]+?(?:-(?P<place>\d{5}-of-\d{5}))?"
     r"(?:\.(?P<variant>\w+)(?:-(?P<late_place>\d{5}-of-\d{5}))?)?\.safetensors"
@@ -157,7 +157,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
     paths: list[tuple[bool, Path, str | None]] = []
     shards: dict[tuple[str | None, int], set[int]] = {}
     for path in folder.glob("*.safetensors"):
-        match = _WEIGHTS.fullmatch(path.name)
+        match = re.fullmatch(_WEIGHTS, path.name)
         variant = match["variant"] if match else None
         paths.append((variant is None, path, variant))
         if match and (place := match["place"] or match["late_place"]):
@@ -264,7 +264,7 @@ def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
 def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
     """The layers of a network's files, by number of the file and key, as its layout calls them."""
     return {
-        (n, key): _PREFIX.sub("", key, count=1).removesuffix(".weight")
+        (n, key): re.sub(_PREFIX, "", key, count=1).removesuffix(".weight")
         for n, file in enumerate(files)
         for key in file.entries
         if not key.endswith(".bias")

@@ -16,7 +16,7 @@ _KINDS = {
     "IA3": r"\.on_input",
     "difference of weights": r"\.(?:diff|w_norm)",
 }
-_RANKED = re.compile(rf".+(?:{_KINDS['LoRA']}|{_KINDS['LoHa']}|\.lokr_w2_b)")
+_RANKED = rf".+(?:{_KINDS['LoRA']}|{_KINDS['LoHa']}|\.lokr_w2_b)"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,6 @@ def adapter_of(file: TensorFile) -> Adapter | None:
     ranks = [
         file.entries[key].shape[0]
         for key in found[kind]
-        if _RANKED.fullmatch(key) and file.entries[key].shape
+        if re.fullmatch(_RANKED, key) and file.entries[key].shape
     ]
     return Adapter(kind, len(found[kind]), max(ranks, default=None))

@@ -46,7 +46,7 @@ from .weights import FLOATS, is_companion, weight_of
 VAE = "first_stage_model."
 BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
 CLIP_VOCABULARY = 49408
-_PLAIN_TEXT = re.compile(r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)")
+_PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
 
 
 def load_model(
@@ -279,7 +279,7 @@ def _text_state(
     for name, tensor in found.items():
         if name.endswith(("text_projection", "text_projection.weight")):
             projection = tensor.T if name.endswith("weight") else tensor
-        elif match := _PLAIN_TEXT.fullmatch(name):
+        elif match := re.fullmatch(_PLAIN_TEXT, name):
             state[f"{plain}text_model.{match[1]}"] = tensor
         else:
             state[open_clip + name.removeprefix("model.")] = tensor
@@ -301,7 +301,8 @@ def _tokenizer(vocabulary: int, pad: int) -> Any:
         from ..miniature import TOKENIZER
 
         return CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
-    text = gzip.decompress((Path(__file__).parent / "merges.txt.gz").read_bytes()).decode()
+    with gzip.open(Path(__file__).parent / "merges.txt.gz", "rt", encoding="utf-8") as merges:
+        text = merges.read()
     # Every byte is a printable character: itself, or one from 256 on (as in GPT-2).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]

@@ -14,7 +14,7 @@ from ..files import DTYPES, TensorFile
 
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 _INPUT = ("scale_input", "input_scale", "comfy_quant")
-_COMPANION = re.compile(r"weight_.+|.*(?:scale|quant|zero_point).*")
+_COMPANION = r"weight_.+|.*(?:scale|quant|zero_point).*"
 
 
 def is_companion(key: str) -> bool:
@@ -36,7 +36,7 @@ def scale_of(file: TensorFile, key: str) -> str | None:
     beside = [
         other
         for other in file.modules[module]
-        if other not in (leaf, *_INPUT) and _COMPANION.fullmatch(other)
+        if other not in (leaf, *_INPUT) and re.fullmatch(_COMPANION, other)
     ]
     beside += [f"{leaf}.{other}" for other in file.modules.get(key, ())]
     scales = [other for other in beside if other in known]

@@ -42,4 +42,4 @@ def load_classifier(path: Path = CLASSIFIER) -> Classifier:
         names = json.loads(file.metadata()["classes"])
     model = Classifier(tuple(names["concepts"]), tuple(names["styles"]))
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    return model.eval()
+    return model.train(False)

@@ -82,4 +82,4 @@ def load_t5(path: Path) -> Any:
     names = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor
     model = T5EncoderModel(T5Config(**config))
     model.load_state_dict(state | dict.fromkeys(names, embedding))
-    return model.eval()
+    return model.train(False)
