@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from benchmarks.growth import peak
+from benchmarks.plots import bars
 from benchmarks.speed import ring_of
 from benchmarks.tables import markdown_table
 from realera.alignment import Lesson, align, draw_step
@@ -128,6 +129,18 @@ def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
 LOOPS: dict[str, Callable[[Any, Lesson, Training], float]] = {"ours": ours, "bare": bare}
 
 
+def draw(found: dict[str, dict[str, float]], path: Path) -> None:
+    panels = {
+        what: {
+            f"{case}: {loop}": row[f"{loop} {what}"]
+            for case, row in found.items()
+            for loop in LOOPS
+        }
+        for what in ("samples/s", "MB")
+    }
+    bars(panels, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["times the bare memory"] = row["ours MB"] / row["bare MB"]
         found[name] = row
         print(name, row, flush=True)
+    draw(found, options.out / "alignment_speed.png")
     with writing(options.out / "alignment_speed.json", overwrite=True) as part:
         part.write_text(json.dumps(found, indent=1) + "\n")
     heads = list(next(iter(found.values())))

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from benchmarks.plots import BLUE, GREY, RED, new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.closed_form import Sums, solve
@@ -174,16 +173,15 @@ def extrapolation(rates: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(10, 7), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 7)
     (time_axes, memory), (words, width) = figure.subplots(2, 2)
-    for way, colour in (("groups", "#3b7dc4"), ("joint", "#c44e3b")):
+    for way, colour in (("groups", BLUE), ("joint", RED)):
         rows = found[way]
         xs = [row["concepts"] for row in rows]
         time_axes.plot(xs, [row["all s"] for row in rows], "o-", color=colour, label=way)
         memory.plot(xs, [row["MB"] for row in rows], "o-", color=colour, label=way)
-    words.plot([*map(float, found["words"])], [*found["words"].values()], "o-", color="#666666")
-    width.plot([*map(float, found["width"])], [*found["width"].values()], "o-", color="#666666")
+    words.plot([*map(float, found["words"])], [*found["words"].values()], "o-", color=GREY)
+    width.plot([*map(float, found["width"])], [*found["width"].values()], "o-", color=GREY)
     kinds = (
         (time_axes, "concepts", "processor seconds"),
         (memory, "concepts", "MB above the model"),
@@ -192,10 +190,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     )
     for axes, x, y in kinds:
         axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-        axes.spines[["top", "right"]].set_visible(False)
     memory.legend(frameon=False)
-    with writing(path, overwrite=True) as part:
-        figure.savefig(part, format="png")
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

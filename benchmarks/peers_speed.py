@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.growth import peak
+from benchmarks.plots import BLUE, GREY, RED, new_figure, save
 from benchmarks.speed import SIZES, Size
 from benchmarks.tables import markdown_table
 from realera.closed_form import Sums, solve
@@ -36,7 +37,7 @@ PROMPTS = 5
 CASES = (
     ("SD 1.5", "UCE", (1, 10, 100, 1000)),
     ("SD 1.5", "MACE", (1, 10)),
-    ("SDXL", "UCE", (1, 10)),
+    ("SDXL", "UCE", (1, 10, 100)),
     ("SDXL", "MACE", (1,)),
 )
 
@@ -150,6 +151,23 @@ def one(given: argparse.Namespace) -> dict[str, float]:
     return {"s": taken, "MB": most}
 
 
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    figure = new_figure(9, 3.6)
+    sizes = list(dict.fromkeys(row["size"] for row in found))
+    for axes, size in zip(
+        figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True
+    ):
+        for peer, colour in (("UCE", GREY), ("MACE", RED)):
+            rows = [row for row in found if (row["size"], row["peer"]) == (size, peer)]
+            xs = [row["concepts"] for row in rows]
+            axes.plot(xs, [row["theirs s"] for row in rows], "o-", color=colour, label=peer)
+            style = "o-" if peer == "UCE" else "o--"
+            axes.plot(xs, [r["ours s"] for r in rows], style, color=BLUE, label=f"ours, as {peer}")
+        axes.set(title=size, xlabel="concepts", ylabel="processor s", xscale="log", yscale="log")
+    figure.axes[0].legend(frameon=False)
+    save(figure, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mace", required=True, help="MACE's src/cfr_utils.py")
     parser.add_argument("--rows", type=int, default=72, help="of one prompt, from the concept on")
     parser.add_argument("--most", type=int, default=1000, help="concepts")
+    parser.add_argument("--sizes", nargs="+", help="the others keep their numbers that are there")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
@@ -165,8 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(one(given)))
         return
 
-    found = []
+    path = given.out / "peers_speed.json"
+    stored = json.loads(path.read_text()) if given.sizes and path.exists() else []
+    found = [row for row in stored if row["size"] not in given.sizes]
     for size, peer, counts in CASES:
+        if given.sizes and size not in given.sizes:
+            continue
         for concepts in counts:
             if concepts > given.most:
                 continue
@@ -187,8 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["difference"] = float((a - b).norm() / (b - original).norm())
             found.append(row)
             print(row, flush=True)
-            with writing(given.out / "peers_speed.json", overwrite=True) as part:
+            with writing(path, overwrite=True) as part:
                 part.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, given.out / "peers_speed.png")
     heads = list(found[0])
     lines = [heads, *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
                       for row in found)]  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.comfyui_sizes import parts
 from benchmarks.growth import peak, rates_here
+from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
 from realera.checkpoints import CHUNK, write_checkpoint
 from realera.closed_form import Edit
@@ -75,6 +76,11 @@ def erased(source: Path, target: Path) -> None:
     write_checkpoint(source, Erasure(edits), target, overwrite=True)
 
 
+def draw(found: dict[str, dict[str, float]], path: Path) -> None:
+    heads = ("s", "core s", "MB")
+    bars({head: {way: row[head] for way, row in found.items()} for head in heads}, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found["erased"]["least core s of W T"] = operations / rate
     with writing(options.out / "saving.json", overwrite=True) as part:
         part.write_text(json.dumps({"GB": size / 1e9, **found}, indent=1) + "\n")
+    draw(found, options.out / "saving.png")
     heads = list(found["erased"])
     lines = [["", *heads]]
     lines += [[way, *(f"{row.get(h, 0):.3g}" for h in heads)] for way, row in found.items()]

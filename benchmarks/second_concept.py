@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
 from realera import words
 from realera.algorithm import erase, mine
@@ -68,6 +69,12 @@ def fill_cache(text: DiffusersText, concept: Concept) -> None:
     cached("bank", [text.fingerprint, prompts], lambda: made)
 
 
+def draw(found: dict[str, dict[str, float]], path: Path) -> None:
+    names = [name for name in next(iter(found.values())) if " s" in name]
+    panels = {f"processor s, {size}": {n: row[n] for n in names} for size, row in found.items()}
+    bars(panels, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,8 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     path = options.out / "second_concept.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
+    stored[options.size] = found
     with writing(path, overwrite=True) as part:
-        part.write_text(json.dumps({**stored, options.size: found}, indent=1) + "\n")
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+    draw(stored, options.out / "second_concept.png")
     print(markdown_table([[options.size, ""], *([k, f"{v:.3g}"] for k, v in found.items())]))
 
 

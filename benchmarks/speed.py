@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
 from realera.closed_form import Sums, solve
 from realera.concepts import Concept
@@ -194,6 +196,18 @@ def mining(count: int, repeats: int) -> dict[str, float]:
     }
 
 
+def draw(stored: dict[str, Any], path: Path) -> None:
+    rows = {f"closed form, {size}": row for size, row in stored["closed form"].items()}
+    rows["mining"] = stored["mining"]
+    bars(
+        {
+            f"s, {name}": {k: v for k, v in row.items() if k.endswith(" s")}
+            for name, row in rows.items()
+        },
+        path,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stored = {"machine": rates, "closed form": found, "mining": drawn}
     with writing(options.out / "speed.json", overwrite=True) as part:
         part.write_text(json.dumps(stored, indent=1) + "\n")
+    draw(stored, options.out / "speed.png")
     print(text)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
 from realera.closed_form import Edit, Sums
 from realera.erasure import Erasure
@@ -125,8 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found[name] = min(taken, found.get(name, taken))
     lines = [["", "processor s"], *([name, f"{taken:.2f}"] for name, taken in found.items())]
     print(markdown_table(lines))
+    stored = {"processor seconds": found}
     with writing(options.out / "start.json", overwrite=True) as part:
-        part.write_text(json.dumps({"processor seconds": found}, indent=1) + "\n")
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+    bars(stored, options.out / "start.png", {"processor seconds": BAR})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.checkpoints import lora_tensors
@@ -50,6 +51,19 @@ def rms(images: dict[str, Tensor], others: dict[str, Tensor], prompts: Sequence[
     return 100 * float(torch.stack(changes).mean())
 
 
+def draw(each: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """each: concept -> tolerance -> what was measured."""
+    figure = new_figure(9, 3.6)
+    for axes, what in zip(figure.subplots(1, 2), ("from the whole", "drift"), strict=True):
+        for concept, rows in each.items():
+            cuts = [row for tolerance, row in rows.items() if float(tolerance)]
+            axes.plot([r["MB"] for r in cuts], [r[what] for r in cuts], "o-", label=concept)
+        axes.set(xlabel="MB of the LoRA file", ylabel=f"{what}, RMS, %", xscale="log")
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].legend(frameon=False)
+    save(figure, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = {
         name: reader.layer.weight.detach().half() for name, reader in readers(model.network).items()
     }
-    found: dict[float, list[dict[str, float]]] = {tolerance: [] for tolerance in TOLERANCES}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for text in CONCEPTS:
         (concept,) = parse_concepts(text)
         task = miniature_task(concept.name)
@@ -76,32 +90,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, before = drawn()
         whole = erase(mine(model.text, [concept]))
         exact: dict[str, Tensor] = {}
+        rows = found[concept.name] = {}
         for tolerance in TOLERANCES:
             erasure, rank = cut(whole, tolerance)
             with applied(erasure, model.network):
                 report, images = drawn()
             exact = exact or images
             tensors, _ = lora_tensors(weights, whole, tolerance or 1e-9)
-            found[tolerance].append(
-                {
-                    "rank": rank,
-                    "MB": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
-                    "Acc_e": report.acc_e,
-                    "Acc_s": report.acc_s,
-                    "Acc_g": report.acc_g,
-                    "H_o": report.h_o,
-                    "drift": rms(images, before, others),
-                    "from the whole": rms(images, exact, list(images)),
-                }
-            )
-            print(concept.name, tolerance, found[tolerance][-1], flush=True)
+            rows[str(tolerance)] = {
+                "rank": rank,
+                "MB": sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+                "Acc_e": report.acc_e,
+                "Acc_s": report.acc_s,
+                "Acc_g": report.acc_g,
+                "H_o": report.h_o,
+                "drift": rms(images, before, others),
+                "from the whole": rms(images, exact, list(images)),
+            }
+            print(concept.name, tolerance, rows[str(tolerance)], flush=True)
     means = {
-        str(tolerance): {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
-        for tolerance, rows in found.items()
+        tolerance: {k: sum(rows[tolerance][k] for rows in found.values()) / len(found) for k in row}
+        for tolerance, row in rows.items()
     }
     stored = {"images": options.images, "steps": options.steps, "concepts": CONCEPTS, "mean": means}
     with writing(options.out / "tolerance.json", overwrite=True) as part:
         part.write_text(json.dumps({**stored, "each": found}, indent=1) + "\n")
+    draw(found, options.out / "tolerance.png")
     lines = [["tolerance", *next(iter(means.values()))]]
     lines += [[tolerance, *(f"{v:.3g}" for v in row.values())] for tolerance, row in means.items()]
     print(markdown_table(lines))

@@ -10,7 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import ablation, frontier, peers, scope_correlation, speed, unchanged
+from benchmarks import (
+    ablation,
+    alignment_speed,
+    frontier,
+    growth,
+    peers,
+    peers_speed,
+    scope_correlation,
+    second_concept,
+    speed,
+    unchanged,
+)
 from benchmarks.tables import markdown_table
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
@@ -424,3 +435,11 @@ def test_the_fast_pen_draws_what_the_model_draws():
     rows = model.text.encode([f"a photo of the {word}" for word in words])
     latents = model.sample(rows, model.text.encode([""]), generator, 8, 7.5, one_noise=True)
     assert pen.judge.logits(model.decode(latents)).argmax(-1).tolist() == ours
+
+
+@pytest.mark.parametrize("script", [alignment_speed, growth, peers_speed, second_concept, speed])
+def test_the_plot_is_of_the_numbers_that_are_committed(script, tmp_path):
+    name = script.__name__.rpartition(".")[2]
+    script.draw(json.loads((script.RESULTS / f"{name}.json").read_text()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert (script.RESULTS / f"{name}.png").exists()
