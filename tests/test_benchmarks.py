@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import (
     ablation,
     alignment_speed,
+    encoding,
     frontier,
     growth,
     peers,
@@ -437,7 +438,9 @@ def test_the_fast_pen_draws_what_the_model_draws():
     assert pen.judge.logits(model.decode(latents)).argmax(-1).tolist() == ours
 
 
-@pytest.mark.parametrize("script", [alignment_speed, growth, peers_speed, second_concept, speed])
+@pytest.mark.parametrize(
+    "script", [alignment_speed, encoding, growth, peers_speed, second_concept, speed]
+)
 def test_the_plot_is_of_the_numbers_that_are_committed(script, tmp_path):
     name = script.__name__.rpartition(".")[2]
     script.draw(json.loads((script.RESULTS / f"{name}.json").read_text()), tmp_path / "plot.png")
