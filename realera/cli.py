@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its number
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given or ["--help"])
     # transformers tells everyone who has no torchvision, which nothing here would use, at import.
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "requires torchvision" not in record.getMessage()
@@ -520,7 +521,7 @@ def _parser() -> argparse.ArgumentParser:
     outlook.add_argument(
         "--words", help="text file, one word or phrase a line; else the vocabulary"
     )
-    outlook.add_argument("--count", type=int, default=40, help="lines to print")
+    outlook.add_argument("--count", type=_positive, default=40, help="lines to print")
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")

@@ -52,7 +52,7 @@ class Concept:
         if self.name.strip().casefold() == self.anchor.strip().casefold():
             raise ValueError(
                 f"the anchor of {self.name!r} is the concept itself: name what to draw instead, "
-                "for example 'airplane -> ground'"
+                "for example 'airplane -> tree'"
             )
         if not self.templates:
             raise ValueError(f"concept {self.name!r} has no template; 'a photo of the {{}}' is one")
@@ -110,8 +110,8 @@ def listed(text: str) -> list[str]:
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
     """Reads `concept -> anchor` lines; blank lines and lines that start with # are skipped.
 
-    Raises ValueError that names the line when one has no arrow, when a concept is named twice, or
-    when there is none.
+    Raises ValueError that names the line when one has no arrow, when a concept is named twice or
+    is another's anchor, or when there is none.
     """
     concepts: dict[str, Concept] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -124,13 +124,19 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
         if not arrow:
             raise ValueError(
                 f"line {number}, {line!r}, has no '->': write 'concept -> anchor', "
-                "for example 'airplane -> ground'"
+                "for example 'airplane -> tree'"
             )
         if name.casefold() in concepts:
             raise ValueError(f"line {number} names {name!r} a second time; keep one anchor for it")
         concepts[name.casefold()] = Concept(name, anchor, tuple(templates))
     if not concepts:
         raise ValueError("no concept to erase: write one 'concept -> anchor' a line")
+    for concept in concepts.values():
+        if concept.anchor.casefold() in concepts:
+            raise ValueError(
+                f"the anchor {concept.anchor!r} of {concept.name!r} is itself to be erased: choose "
+                "another anchor"
+            )
     return tuple(concepts.values())
 
 

@@ -69,6 +69,8 @@ def load_erasure(path: str | PathLike[str]) -> Erasure:
 def _read(file: TensorFile) -> Erasure:
     """Checks every header entry, then reads."""
     found = file.metadata.get("realera_erasure")
+    if found is None:
+        raise ValueError("it is none; 'realera erase' and Save Erasure write one beside their LoRA")
     if found not in ("1", FORMAT):
         raise ValueError(f"its format is {found!r}, not {FORMAT!r} or '1'")
     header = json.loads(file.metadata["realera"])

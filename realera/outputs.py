@@ -225,8 +225,10 @@ def _refuse(
 
 def scope_text(reaches: Sequence[Reach], count: int) -> str:
     """The first `count` lines of a scope report as a table."""
-    lines = ["word                 concept        closeness  moved  toward the anchor"]
+    width = max((len(reach.word) for reach in reaches[:count]), default=0)
+    width = max(20, min(width, 40))
+    lines = [f"{'word':{width}} concept        closeness  moved  toward the anchor"]
     for reach in reaches[:count]:
         numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.toward:17.2f}"
-        lines.append(f"{reach.word[:20]:20} {reach.concept[:14]:14} {numbers}")
+        lines.append(f"{reach.word[:width]:{width}} {reach.concept[:14]:14} {numbers}")
     return "\n".join(lines)

@@ -180,6 +180,7 @@ def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
         ["erase", "miniature", "-c", "cat -> dog", "--source", "words"],
         ["erase", "miniature", "-c", "cat -> dog", "--dtype", "float12"],
         ["evaluate", "miniature", "cat", "--images", "0"],
+        ["scope", "miniature", str(ERASURE), "--count", "-3"],
     ],
 )
 def test_what_no_command_takes_is_refused_by_the_parser(arguments, capsys):
@@ -193,3 +194,17 @@ def test_a_file_that_exists_is_not_overwritten(folder, capsys):
     assert main(["erase", "miniature", "-c", "cat -> dog", "-o", str(folder), *QUICK]) == 1
     assert "exists" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_without_a_command_the_help_lists_them(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "Try 'realera demo' first" in said and "erase concepts from a model" in said
+
+
+def test_a_lora_in_the_place_of_an_erasure_is_told_from_a_broken_one(folder, tmp_path, capsys):
+    out = str(tmp_path / "x.safetensors")
+    assert main(["apply", "miniature", str(folder / FILES[1]), out]) == 1
+    assert "it is none; 'realera erase' and Save Erasure write one" in capsys.readouterr().err

@@ -76,6 +76,8 @@ def test_lines_are_read_as_concepts_and_a_wrong_line_is_named():
         parse_concepts("cat -> dog\nairplane ground")
     with pytest.raises(ValueError, match="a second time"):
         parse_concepts("cat -> dog\nCat -> tree")
+    with pytest.raises(ValueError, match="'Dog' of 'cat' is itself to be erased"):
+        parse_concepts("cat -> Dog\ndog -> tree")
     with pytest.raises(ValueError, match="no concept"):
         parse_concepts("\n")
 

@@ -164,7 +164,8 @@ def test_only_wires_and_what_is_to_be_erased_or_drawn_must_be_given():
 def test_every_anchor_that_we_show_is_one_that_the_model_draws_surely():
     shown = INFO["RealEraNeighborSampler"]["input"]["required"]["concepts"][1]["default"]
     assert shown == "airplane -> tree"
-    for path in [*WORKFLOWS, *(ROOT / "web/docs").rglob("*.md")]:
+    ours = [path for home in ("realera", "nodes") for path in (ROOT / home).glob("*.py")]
+    for path in [*WORKFLOWS, *(ROOT / "web/docs").rglob("*.md"), *ours]:
         assert "-> ground" not in path.read_text("utf-8"), path
 
 
