@@ -247,11 +247,17 @@ def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Ite
     """Yields a path beside `destination` to write a file to, which takes its name when complete.
 
     Whatever interrupts the block, nothing is left behind and a file that was there stays.
-    Raises FileExistsError when there is one and `overwrite` is false.
+    Raises FileExistsError when there is one and `overwrite` is false, ValueError when the name is
+    one of pickles.
     """
     destination = Path(destination)
     if destination.is_dir():
         raise FileExistsError(f"{destination} is a folder: name a file")
+    if destination.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{destination}: every program would take it for a pickle; name it "
+            f"{destination.stem}.safetensors, which is what is written"
+        )
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists: choose another name, or ask to overwrite it")
     destination.parent.mkdir(parents=True, exist_ok=True)
