@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from .erasure import Erasure
 from .families import family_like, family_of, gains, locate, network_files, read_json
 from .families.weights import stored, weight_of
-from .files import DTYPES, TensorFile, header_bytes, raw_bytes, write_tensors, writing
+from .files import (
+    DTYPES,
+    TensorFile,
+    header_bytes,
+    raw_bytes,
+    refuse_pickle_name,
+    write_tensors,
+    writing,
+)
 from .models import POOLED
 from .readers import FAMILIES, LAYOUTS, TRANSFORMERS, Kind, diffusers_names, kind_of
 from .settings import TOLERANCE
@@ -76,6 +84,7 @@ def write_checkpoint(
         return erasure.erased(name, weight, edit_strength, lora_strength, gain.get(name))
 
     if not path.is_dir():
+        refuse_pickle_name(target)
         with writing(target, overwrite) as temporary:
             _check_space(temporary, path.stat().st_size)
             _stream(*files[0], erased, note, temporary)
@@ -159,6 +168,7 @@ def save_lora(
     Its metadata name the family, by which A1111 and Forge tell whether it fits; unless given, a
     U-Net's is told by its shapes. Returns what was cut of every stream's edit.
     """
+    refuse_pickle_name(destination)
     tensors, cuts = lora_tensors(weights, erasure, tolerance, family, gain)
     rank = max(len(t) for key, t in tensors.items() if key.endswith((DOWN, "lora_A.weight")))
     if family not in FAMILIES:

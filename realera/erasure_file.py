@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .closed_form import Edit, Kept, Sums
 from .erasure import Erasure
-from .files import TensorFile, open_tensors, write_tensors, writing
+from .files import TensorFile, open_tensors, refuse_pickle_name, write_tensors, writing
 from .models import CONTEXT, POOLED
 from .readers import KINDS, kind_of
 
@@ -25,7 +25,11 @@ PARTS = ("erase", "moved", "preserve")
 
 
 def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = False) -> None:
-    """Writes one safetensors file. Raises FileExistsError when it exists."""
+    """Writes one safetensors file.
+
+    Raises FileExistsError when it exists, ValueError when its name is one of pickles.
+    """
+    refuse_pickle_name(path)
     tensors: dict[str, Tensor] = {f"edit.{s}": edit.matrix for s, edit in erasure.edits.items()}
     for name, (a, b) in erasure.lora.items():
         tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"] = a, b

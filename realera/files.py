@@ -242,22 +242,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(raw_bytes(tensor))
 
 
+def refuse_pickle_name(destination: str | os.PathLike[str]) -> None:
+    """Raises ValueError when programs would take what is written there for a pickle."""
+    path = Path(destination)
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path}: every program would take it for a pickle; name it {path.stem}.safetensors, "
+            "which is what is written"
+        )
+
+
 @contextmanager
 def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yields a path beside `destination` to write a file to, which takes its name when complete.
 
     Whatever interrupts the block, nothing is left behind and a file that was there stays.
-    Raises FileExistsError when there is one and `overwrite` is false, ValueError when the name is
-    one of pickles.
+    Raises FileExistsError when there is one and `overwrite` is false.
     """
     destination = Path(destination)
     if destination.is_dir():
         raise FileExistsError(f"{destination} is a folder: name a file")
-    if destination.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{destination}: every program would take it for a pickle; name it "
-            f"{destination.stem}.safetensors, which is what is written"
-        )
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists: choose another name, or ask to overwrite it")
     destination.parent.mkdir(parents=True, exist_ok=True)

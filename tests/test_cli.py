@@ -210,8 +210,10 @@ def test_a_lora_in_the_place_of_an_erasure_is_told_from_a_broken_one(folder, tmp
     assert "it is none; 'realera erase' and Save Erasure write one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [[], ["--lora"]])
-def test_nothing_is_written_under_the_name_of_a_pickle(folder, more, tmp_path, capsys):
-    out = str(tmp_path / "erased.ckpt")
-    assert main(["apply", "miniature", str(folder / FILES[2]), out, *more]) == 1
-    assert "name it erased.safetensors" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+def test_nothing_is_written_under_the_name_of_a_pickle(folder, tmp_path, capsys):
+    erasure, out = str(folder / FILES[2]), str(tmp_path / "erased.ckpt")
+    apply = ["apply", "miniature", erasure, out]
+    for arguments in (apply, [*apply, "--lora"], ["merge", erasure, "-o", out]):
+        assert main(arguments) == 1
+        assert "name it erased.safetensors" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
