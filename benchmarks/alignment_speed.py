@@ -54,7 +54,7 @@ class Case:
     side: int
 
 
-CASES = {"miniature": Case(12, 4, 64), "sd1": Case(6, 1, 128)}
+CASES = {"miniature": Case(42, 4, 64), "sd1": Case(6, 1, 128)}
 
 
 class Bare(nn.Module):
