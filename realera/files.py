@@ -127,8 +127,10 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         plausible = len(prefix) == 8 and 2 <= length <= max_header and 8 + length <= size
+        header = file.read(length) if plausible else b""
         pickled = not plausible and prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
-        if pickled or path.suffix.lower() in PICKLES:
+        # Safetensors under a pickle's name are what they are.
+        if pickled or (path.suffix.lower() in PICKLES and not header.startswith(b"{")):
             raise ValueError(
                 f"{path} is a pickle, which can run any program when it is opened, so it is "
                 'refused. Convert it on a machine you can afford to lose: python -c "import '
@@ -142,7 +144,6 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
                 f"{path} is not a safetensors file or was cut off: its first 8 bytes announce a "
                 f"header of {length} bytes and the file has {size} (at most {max_header} allowed)"
             )
-        header = file.read(length)
     try:
         content = json.loads(header, object_pairs_hook=_without_duplicates)
         metadata = content.pop("__metadata__", None) or {}

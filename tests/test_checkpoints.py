@@ -265,6 +265,15 @@ def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(tmp_path):
         assert open_tensors(path).entries == {}
 
 
+def test_safetensors_under_a_pickles_name_are_read(tmp_path, pipelines, singles):
+    shutil.copy(singles["sd1"], tmp_path / "renamed.ckpt")
+    assert family_of(tmp_path / "renamed.ckpt") == family_of(singles["sd1"])
+    write_checkpoint(
+        tmp_path / "renamed.ckpt", make_erasure(pipelines["sd1"], "sd1"), tmp_path / "x.safetensors"
+    )
+    assert load_file(tmp_path / "x.safetensors").keys() == load_file(singles["sd1"]).keys()
+
+
 def test_a_configuration_in_a_file_writes_nothing_but_parts(tmp_path, singles, monkeypatch):
     source, folder = singles["sd1 one layer"], tmp_path / "in/tmp"
     config = json.loads(metadata_of(source)["config"]) | {"..": {"a": 1}, "../..": {"a": 1}}
