@@ -286,6 +286,7 @@ def _erase(
         mining = mine(model.text, concepts, settings, progress)
     for doubt in doubts(mining):
         print(f"warning: {doubt}", file=sys.stderr)
+    folder.make()
     with _bar("text") as progress:
         erasure = erase(mining, {"model": str(options.model)}, progress)
     losses: dict[int, float] = {}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class Folder:
                 raise FileExistsError(
                     f"{self.path / name} exists: choose another --out or add --overwrite"
                 )
+
+    def make(self) -> None:
+        """Before the long work: raises OSError when no file can be written there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=self.path):
+            pass
 
     def leave(
         self,

@@ -168,6 +168,16 @@ def test_a_cache_that_cannot_be_written_to_is_a_warning(tmp_path, monkeypatch, c
     assert main(["cache"]) == 0 and "file" in capsys.readouterr().out
 
 
+def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("realera.algorithm.erase", lambda *_: pytest.fail("too late"))
+    arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK]
+    assert main([*arguments, "-o", str(tmp_path / "file" / "out")]) == 1
+    assert str(tmp_path / "file" / "out") in capsys.readouterr().err
+
+
 def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["erase", ".", "-c", "cat -> dog"]) == 1
@@ -202,6 +212,12 @@ def test_without_a_command_the_help_lists_them(capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "Try 'realera demo' first" in said and "erase concepts from a model" in said
+
+
+def test_a_lora_in_the_place_of_a_model_is_told_what_it_is(folder, tmp_path, capsys):
+    lora = str(folder / FILES[1])
+    assert main(["erase", lora, "-c", "cat -> dog", "-o", str(tmp_path / "out")]) == 1
+    assert "holds a LoRA and no model: give the checkpoint" in capsys.readouterr().err
 
 
 def test_a_lora_in_the_place_of_an_erasure_is_told_from_a_broken_one(folder, tmp_path, capsys):

@@ -19,6 +19,7 @@ from ..files import DTYPES, PICKLES, TensorFile, open_tensors
 from ..models import CONTEXT, POOLED
 from ..readers import FAMILIES, SUPPORTED, canonical, gain_of, kind_of, transformer_of
 from ..settings import BUNDLED
+from .adapters import adapter_of
 from .weights import FLOATS, scale_of, weight_of
 
 UNET = "model.diffusion_model."  # of a transformer, too
@@ -221,6 +222,10 @@ def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
         if kind_of(name) is not None
     }
     if CONTEXT not in map(_stream, names.values()):
+        if adapter := adapter_of(files[0]):
+            raise ValueError(
+                f"{path} holds a {adapter.kind} and no model: give the checkpoint that it is for"
+            )
         raise ValueError(
             f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v) "
             f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
