@@ -131,11 +131,8 @@ LOOPS: dict[str, Callable[[Any, Lesson, Training], float]] = {"ours": ours, "bar
 
 def draw(found: dict[str, dict[str, float]], path: Path) -> None:
     panels = {
-        what: {
-            f"{case}: {loop}": row[f"{loop} {what}"]
-            for case, row in found.items()
-            for loop in LOOPS
-        }
+        f"{what}, {case}": {loop: row[f"{loop} {what}"] for loop in LOOPS}
+        for case, row in found.items()
         for what in ("samples/s", "MB")
     }
     bars(panels, path)
