@@ -275,7 +275,7 @@ def _erase(
     from .algorithm import align_erasure, erase, mine
     from .doubts import doubts
     from .families import locate
-    from .outputs import Folder
+    from .outputs import Folder, make_writable
 
     folder = Folder(Path(options.out), str(options.model), options.overwrite)
     folder.refuse_existing(more_outputs)
@@ -286,7 +286,7 @@ def _erase(
         mining = mine(model.text, concepts, settings, progress)
     for doubt in doubts(mining):
         print(f"warning: {doubt}", file=sys.stderr)
-    folder.make()
+    make_writable(folder.path)
     with _bar("text") as progress:
         erasure = erase(mining, {"model": str(options.model)}, progress)
     losses: dict[int, float] = {}

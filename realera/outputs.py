@@ -64,12 +64,6 @@ class Folder:
                     f"{self.path / name} exists: choose another --out or add --overwrite"
                 )
 
-    def make(self) -> None:
-        """Before the long work: raises OSError when no file can be written there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=self.path):
-            pass
-
     def leave(
         self,
         model: Diffusion,
@@ -150,7 +144,7 @@ def leave_evaluation(
 ) -> str:
     """Draws and judges what is asked, before and after every erasure, and writes it down.
 
-    Returns the table. Raises FileExistsError and ValueError before anything is drawn.
+    Returns the table. Raises OSError and ValueError before anything is drawn.
     """
     _refuse(folder, EVALUATION, model, erasures, overwrite)
     measure: Any = evaluate if isinstance(asked, Task) else survey
@@ -188,10 +182,9 @@ def leave_vocabulary(
     """Draws every word before and after every erasure, and writes down what was lost and what not.
 
     Returns the table and the words. What was drawn before an interruption is not drawn again.
-    Raises FileExistsError and ValueError before anything is drawn.
+    Raises OSError and ValueError before anything is drawn.
     """
     _refuse(folder, VOCABULARY, model, erasures, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def drawn(done: int) -> torch.Tensor:
         def on_words(some: int, total: int) -> None:
@@ -221,13 +214,22 @@ def _refuse(
     erasures: Mapping[str, Erasure],
     overwrite: bool,
 ) -> None:
-    """Before anything is drawn: files that exist, and erasures that do not fit the model."""
+    """Before anything is drawn: files that exist, erasures that do not fit the model, and a folder
+    that cannot be written to."""
     for name in names:
         if (folder / name).exists() and not overwrite:
             raise FileExistsError(f"{folder / name} exists: choose another --out or --overwrite")
     for erasure in erasures.values():
         with applied(erasure, model.network):
             pass
+    make_writable(folder)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes the folder, before long work; raises OSError when no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def scope_text(reaches: Sequence[Reach], count: int) -> str:
