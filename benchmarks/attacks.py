@@ -103,22 +103,19 @@ class Shared:
 def erased(name: str, model: DiffusersModel, concept: Concept) -> nn.Module:
     """The U-Net to attack, frozen; its context is [prompts, tokens, dim] of fewer prompts."""
     path = STATE / f"{name} {concept.name}.pt"
-    with restored(model.network):
-        if path.exists():
-            model.network.load_state_dict(torch.load(path))
-        else:
+    if not path.exists():
+        with restored(model.network), writing(path, overwrite=True) as part:
             ERASURES[name](model, concept)
-            with writing(path, overwrite=True) as part:
-                torch.save(model.network.state_dict(), part)
-        network = copy.deepcopy(model.network).requires_grad_(False)
-    for path_of, part in network.named_modules():
-        if path_of.endswith(("attn1", "attn2")):
-            part.processor = Shared()
+            torch.save(model.network.state_dict(), part)
+    network = copy.deepcopy(model.network).requires_grad_(False)
+    network.load_state_dict(torch.load(path))
+    for place, layer in network.named_modules():
+        if place.endswith(("attn1", "attn2")):
+            layer.processor = Shared()
     return network
 
 
 # ---------------------------------------------------------------- what an attacker has
-
 
 Batch = tuple[Tensor, Tensor, Tensor]  # z_t, t and what the original predicts there
 
@@ -130,8 +127,8 @@ class Scene:
         self.model, self.concept, self.judge = model, concept, miniature_classifier()
         self.decoder = copy.deepcopy(model.vae).bfloat16()
         self.original = erased("original", model, concept)
-        self.prompt = OBJECT.replace("{}", concept.name)
-        self.own, self.empty = (model.text.encode([p])[CONTEXT] for p in (self.prompt, ""))
+        self.own = model.text.encode([OBJECT.replace("{}", concept.name)])[CONTEXT]
+        self.empty = model.text.encode([""])[CONTEXT]
         self.images = self.drawn(self.original, self.own, seed=0)  # [images, channels, h, w]
         self.batch = cache(self._batch)
 
@@ -152,12 +149,9 @@ class Scene:
     def success(self, network: nn.Module, rows: Tensor) -> float:
         """Percent of the images of the rows that show the concept."""
         z = self.drawn(network, rows, seed=1) / self.model.vae.config.scaling_factor
-        images = torch.cat(
-            [self.decoder.decode(part).sample.float() for part in z.bfloat16().split(8)]
-        )
-        return float(
-            self.judge((images / 2 + 0.5).clamp(0, 1), [self.concept.name] * IMAGES).mean()
-        )
+        parts = [self.decoder.decode(part).sample.float() for part in z.bfloat16().split(8)]
+        images = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+        return float(self.judge(images, [self.concept.name] * IMAGES).mean())
 
     @torch.no_grad()
     def _batch(self, step: int, count: int) -> Batch:
@@ -173,13 +167,11 @@ class Scene:
         predicted = network(z_t.repeat(n, 1, 1, 1), t.repeat(n), rows)[0].unflatten(0, (n, -1))
         return (predicted - wanted).square().mean(dim=(1, 2, 3, 4))
 
-    def read(self, form: str, words: Sequence[str], embeddings: Tensor | None = None) -> Tensor:
-        """The rows [prompts, tokens, dim] of words in a form, or of embeddings [prompts, words,
-        width] in their places."""
+    def read(self, form: str, words: Sequence[str], embeddings: Tensor) -> Tensor:
+        """The rows [prompts, tokens, dim] of a form with embeddings [prompts, words, width] in the
+        places of its words."""
         text, encoder = self.model.text, self.model.text.encoders[0]
         ids = text._padded(text.tokenizers[0], [form.replace("{}", " ".join(words))])
-        if embeddings is None:
-            return encoder(ids).last_hidden_state
         first = len(text.tokenize([form.split("{}")[0]])[0]) - 1
 
         def put(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -289,7 +281,7 @@ def attacked(scene: Scene, network: nn.Module, at: Sequence[int], attack: Attack
         if not until or success > until[-1]:
             norm = float(rows.norm(dim=-1).mean() / scene.own.norm(dim=-1).mean())
             best = {"step": step, "norm": norm, "words": words}
-        until.append(max(success, *until[-1:]))
+        until.append(max([success, *until[-1:]]))
         if step == at[-1] or until[-1] == 100:
             break
     return {"until": until + until[-1:] * (len(at) - len(until)), **best}

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import (
     ablation,
     alignment_speed,
+    attacks,
     encoding,
     frontier,
     growth,
@@ -446,3 +447,52 @@ def test_the_plot_is_of_the_numbers_that_are_committed(script, tmp_path):
     script.draw(json.loads((script.RESULTS / f"{name}.json").read_text()), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert (script.RESULTS / f"{name}.png").exists()
+
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch):
+    monkeypatch.setattr(attacks, "STATE", tmp_path)
+    monkeypatch.setattr(attacks, "IMAGES", 2)
+    return attacks.Scene(load_model("miniature"), Concept("dog", "flower"))
+
+
+def test_a_prompt_that_all_latents_share_is_read_as_by_the_model(scene):
+    z, t = torch.randn(3, *scene.model.latent_shape), torch.tensor([10, 500, 990])
+    own = scene.model.text.encode(["a photo of the dog"])
+    with torch.no_grad():
+        wanted = scene.model.predict(z, t, own.like(scene.model.text.encode(["dog"] * 3)))
+        assert torch.allclose(scene.original(z, t, scene.own)[0], wanted, atol=1e-5)
+
+
+def test_the_embeddings_of_a_forms_words_make_the_rows_of_the_prompt(scene):
+    read = scene.read("{} on a beach", ["red", "dog"], scene.known(["red", "dog"])[None])
+    wanted = scene.model.text.encode(["red dog on a beach"])[CONTEXT]
+    assert torch.allclose(read, wanted, atol=1e-5)
+
+
+def test_least_squares_undo_a_closed_form(scene):
+    network = attacks.erased("UCE", scene.model, scene.concept)
+    (own, _), (found, _) = attacks.inverse(scene, network)
+    t = peers.solved(
+        peers.last_rows(scene.model.text, ["dog"]),
+        peers.last_rows(scene.model.text, ["flower"]),
+        0.5,
+    )
+    assert (found[0].double() @ t.T - own[0].double()).norm() < 1e-3 * own.norm()
+
+
+def test_an_attack_is_told_by_the_best_until_each_step_and_ends_where_all_is_reached():
+    drawn = iter([25.0, 75.0, 50.0, 100.0])
+
+    class Drawn:
+        own = torch.ones(1, 2, 4)
+
+        def success(self, network, rows):
+            return next(drawn)
+
+    def attack(scene, network):
+        for step in range(6):
+            yield scene.own * (1 + step), f"step {step}"
+
+    found = attacks.attacked(Drawn(), None, (0, 1, 2, 4, 5), attack)
+    assert found == {"until": [25, 75, 75, 100, 100], "step": 4, "norm": 5, "words": "step 4"}

@@ -1,0 +1,117 @@
+"""Several concepts erased at once: residue and kept over the vocabulary.
+
+    python -m benchmarks.together
+
+Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.frontier` does, on up
+to 60 words that draw each of them and 320 that surely draw a class that stays. *Residue* is the
+mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
+that still draw the same class. What is drawn is kept in .state/together: empty it when a method
+changes.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import peers
+from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
+from benchmarks.frontier import Pen, Weights, drawn_before, edited, kept
+from benchmarks.tables import markdown_table
+from realera.algorithm import erase, mine
+from realera.concepts import Concept
+from realera.diffusers_model import DiffusersModel
+from realera.erasure import Erasure
+from realera.evaluation.vocabulary import SURE
+from realera.families.loading import load_model
+from realera.files import writing
+from realera.models import CONTEXT
+
+STATE = Path(".state/together")
+OWN, OTHERS = 60, 320  # words of an erased concept and of all that stays, at most
+SETS = (("cat", "truck"), REPORTING, (*REPORTING, *TUNING[:-1]))
+
+
+def joint(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    return edited(model, erase(mine(model.text, concepts)).edits[CONTEXT].matrix)
+
+
+def merged(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    single = [erase(mine(model.text, [concept])) for concept in concepts]
+    return edited(model, Erasure.merge(single).edits[CONTEXT].matrix)
+
+
+def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    """The names of all classes are given; it leaves out those that are erased."""
+    return peers.speed(model, concepts, (*REPORTING, *TUNING))
+
+
+Make = Callable[[DiffusersModel, Sequence[Concept]], Weights]
+METHODS: dict[str, Make] = {
+    "ours": joint,
+    "ours, one by one and merged": merged,
+    "UCE": peers.uce,
+    "MACE, closed form": lambda model, concepts: peers.mace(model, concepts, peers.WORDINGS),
+    "RECE": peers.rece,
+    "SPEED": speed,
+}
+
+
+def asked(before: Tensor, erased: Sequence[int]) -> list[Tensor]:
+    """Words that draw each of the erased classes, and those that surely draw what stays."""
+    sure, shown = before.max(-1)
+    generator = torch.Generator().manual_seed(1)
+    stays = (sure > SURE) & ~torch.isin(shown, torch.tensor(erased))
+    found = []
+    for mask, count in [*((shown == k, OWN) for k in erased), (stays, OTHERS)]:
+        those = mask.nonzero()[:, 0]
+        found.append(those[torch.randperm(len(those), generator=generator)[:count]])
+    return found
+
+
+def drawn(pen: Pen, concepts: Sequence[Concept], words: Sequence[str], make: Make) -> Tensor:
+    return pen.draw(words, make(pen.model, concepts))
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    model = load_model("miniature")
+    assert isinstance(model, DiffusersModel)
+    pen, words = Pen(model), model.text.words()
+    before = drawn_before(pen, words)
+    was, stored = before.argmax(-1), {}
+    parts = [f"# {__doc__.splitlines()[0]}", "`python -m benchmarks.together`"]
+    parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
+    for names in SETS:
+        concepts = [concept_of(name, "drawn") for name in names]
+        groups = asked(before, [pen.judge.classes.index(name) for name in names])
+        chosen = [words[k] for k in torch.cat(groups).tolist()]
+        lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
+        for method, make in tqdm(METHODS.items(), desc=", ".join(names)):
+            path = STATE / f"{method} {len(names)}.pt"
+            now = kept(path, partial(drawn, pen, concepts, chosen, make)).argmax(-1)
+            same = [
+                100 * float((new == was[group]).float().mean())
+                for new, group in zip(now.split([*map(len, groups)]), groups, strict=True)
+            ]
+            residue, keeps = sum(same[:-1]) / len(names), same[-1]
+            h_v = 2 * (100 - residue) * keeps / (100 - residue + keeps)
+            each = " ".join(f"{name} {of:.0f}" for name, of in zip(names, same, strict=False))
+            lines.append([method, f"{residue:.1f}", f"{keeps:.1f}", f"{h_v:.1f}", each])
+            stored[f"{method}, {len(names)}"] = {"residue": residue, "kept": keeps, "h_v": h_v}
+        parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(lines)]
+    with writing(RESULTS / "together.md", overwrite=True) as part:
+        part.write_text("\n\n".join(parts) + "\n")
+    with writing(RESULTS / "together.json", overwrite=True) as part:
+        part.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
