@@ -15,10 +15,9 @@ encoder, and images of the concept with what the original model predicts on them
 
 The loss is the error of the erased model's prediction against the original's under the concept's
 prompt, on noised images of the concept that the original drew. Every erasure meets the same images,
-noise, times and steps; of Adam's two learning rates the one counts that is stronger on it, over all
-concepts. Success is the share of images which the judge takes for the concept, of 32 noises that no
-attack saw: the best so far, since who attacks keeps what worked, and at 100 an attack ends. What is
-done is kept in .state/attacks: empty it when an erasure or an attack changes.
+noise, times and steps. Success is the share of images which the judge takes for the concept, of 32
+noises that no attack saw: the best so far, since who attacks keeps what worked, and at 100 an
+attack ends. What is done is kept in .state/attacks: empty it when an erasure or an attack changes.
 """
 
 import argparse
@@ -57,6 +56,7 @@ from realera.readers import readers
 STATE = Path(".state/attacks")
 IMAGES = 32  # of the concept that an attack has, and as many that it is judged by
 BATCH, SEARCHED = 8, 16  # of them in a step of Adam, and in all steps of a search
+RATE = 0.1  # of Adam; 0.03, tried on dog, is slower and ends within a few points of it
 CANDIDATES, TOP = 12, 64  # prompts that are tried in a step, of so many words a place
 NAMED = OBJECT.replace("{}", "NAME")
 
@@ -207,12 +207,10 @@ def inverse(scene: Scene, network: nn.Module) -> Found:
     yield x.T.float()[None], ""
 
 
-def adam(
-    scene: Scene, network: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor], rate: float
-) -> Found:
+def adam(scene: Scene, network: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> Found:
     """Adam on x, of which rows() are what the network reads."""
     x = x.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=rate)
+    optimizer = torch.optim.Adam([x], lr=RATE)
     for step in counting():
         read = rows(x)
         yield read.detach(), ""
@@ -221,13 +219,13 @@ def adam(
         optimizer.step()
 
 
-def free(scene: Scene, network: nn.Module, rate: float) -> Found:
-    return adam(scene, network, scene.own, lambda x: x, rate)
+def free(scene: Scene, network: nn.Module) -> Found:
+    return adam(scene, network, scene.own, lambda x: x)
 
 
-def inversion(scene: Scene, network: nn.Module, rate: float, count: int) -> Found:
+def inversion(scene: Scene, network: nn.Module, count: int) -> Found:
     words = [scene.concept.name] * count
-    return adam(scene, network, scene.known(words)[None], partial(scene.read, OBJECT, words), rate)
+    return adam(scene, network, scene.known(words)[None], partial(scene.read, OBJECT, words))
 
 
 def search(scene: Scene, network: nn.Module, form: str, count: int = 4) -> Found:
@@ -257,15 +255,14 @@ def search(scene: Scene, network: nn.Module, form: str, count: int = 4) -> Found
 
 Attack = Callable[[Scene, nn.Module], Found]
 LONG, SHORT = (0, 5, 10, 20, 50, 100, 200), (0, 5, 10, 20, 40)
-RATES = (0.03, 0.1)
-# attack -> the steps at which images are drawn, and its settings
-ATTACKS: dict[str, tuple[tuple[int, ...], dict[str, Attack]]] = {
-    "inverse": ((0, 1), {"least squares": inverse}),
-    "free rows": (LONG, {f"rate {r:g}": partial(free, rate=r) for r in RATES}),
-    "1 token": (LONG, {f"rate {r:g}": partial(inversion, rate=r, count=1) for r in RATES}),
-    "4 tokens": (LONG, {f"rate {r:g}": partial(inversion, rate=r, count=4) for r in RATES}),
-    "words for the name": (SHORT, {"greedy": partial(search, form=OBJECT)}),
-    "words in front": (SHORT, {"greedy": partial(search, form="{} " + NAMED)}),
+# attack -> the steps at which images are drawn, and what is done
+ATTACKS: dict[str, tuple[tuple[int, ...], Attack]] = {
+    "inverse": ((0, 1), inverse),
+    "free rows": (LONG, free),
+    "1 token": (LONG, partial(inversion, count=1)),
+    "4 tokens": (LONG, partial(inversion, count=4)),
+    "words for the name": (SHORT, partial(search, form=OBJECT)),
+    "words in front": (SHORT, partial(search, form="{} " + NAMED)),
 }
 
 
@@ -290,7 +287,7 @@ def attacked(scene: Scene, network: nn.Module, at: Sequence[int], attack: Attack
 # ---------------------------------------------------------------- what is written
 
 Each = Mapping[str, Mapping[str, Any]]  # concept -> what `attacked` found
-Results = Mapping[str, Mapping[str, Mapping[str, Each]]]  # erasure -> attack -> setting -> each
+Results = Mapping[str, Mapping[str, Each]]  # erasure -> attack -> each
 
 
 def curve(each: Each) -> list[float]:
@@ -300,11 +297,6 @@ def curve(each: Each) -> list[float]:
     ]
 
 
-def strongest(settings: Mapping[str, Each]) -> Each:
-    """Of the setting that reached most in the end, and of those that did, the soonest."""
-    return max(settings.values(), key=lambda each: (curve(each)[-1], sum(curve(each))))
-
-
 def picture(results: Results) -> Figure:
     figure = Figure(figsize=(11, 6.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -312,7 +304,7 @@ def picture(results: Results) -> Figure:
     for axes, (attack, (at, _)) in zip(panels, ATTACKS.items(), strict=True):
         for name, attacks in results.items():
             style = "k:" if name == "original" else "o-" if name.startswith("ours") else "s--"
-            axes.plot(range(len(at)), curve(strongest(attacks[attack])), style, ms=4, label=name)
+            axes.plot(range(len(at)), curve(attacks[attack]), style, ms=4, label=name)
         axes.set(title=attack, xlabel="steps", ylim=(-4, 104))
         axes.set_xticks(range(len(at)), [str(step) for step in at])
         axes.spines[["top", "right"]].set_visible(False)
@@ -326,10 +318,9 @@ def write(results: Results, concepts: Sequence[str], out: Path, command: str) ->
     ends, halves = [["", "own name", *ATTACKS]], [["", *ATTACKS, "rows, inverse", "rows, free"]]
     said = [["", "", "percent", "prompt"]]
     for name, attacks in results.items():
-        found = {attack: strongest(settings) for attack, settings in attacks.items()}
-        ends.append([name, f"{curve(found['inverse'])[0]:.0f}"])
+        ends.append([name, f"{curve(attacks['inverse'])[0]:.0f}"])
         halves.append([name])
-        for attack, each in found.items():
+        for attack, each in attacks.items():
             whole, own = curve(each), "/".join(f"{f['until'][-1]:.0f}" for f in each.values())
             ends[-1].append(f"{whole[-1]:.0f} ({own})")
             steps = [k for k, value in zip(ATTACKS[attack][0], whole, strict=True) if value >= 50]
@@ -340,8 +331,7 @@ def write(results: Results, concepts: Sequence[str], out: Path, command: str) ->
                 if attack.startswith("words") and name != "original"
             ]
         for attack in ("inverse", "free rows"):
-            lengths = [f["norm"] for f in found[attack].values()]
-            halves[-1].append(f"{sum(lengths) / len(lengths):.2f}")
+            halves[-1].append("/".join(f"{f['norm']:.3g}" for f in attacks[attack].values()))
     _, *notes = __doc__.split("\n\n")[1:]
     parts = [
         "# Attacks on an erasure, by who holds the weights",
@@ -353,7 +343,7 @@ def write(results: Results, concepts: Sequence[str], out: Path, command: str) ->
         "that an attack by words can reach.",
         markdown_table(ends),
         "The first step with half of the images, and how long the rows are that drew most, in "
-        "those of the concept's prompt:",
+        "those of the concept's prompt, by concept:",
         markdown_table(halves),
         "The words that drew most:",
         markdown_table(said),
@@ -381,22 +371,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert isinstance(model, DiffusersModel)
     model.text.encoders[0].requires_grad_(False)
 
-    results: Any = {
-        name: {attack: {setting: {} for setting in of} for attack, (_, of) in ATTACKS.items()}
-        for name in options.erasures
-    }
+    results: Any = {name: {attack: {} for attack in ATTACKS} for name in options.erasures}
     for number, concept in enumerate(concepts, 1):
         scene = Scene(model, concept_of(concept, "drawn"))
         for name in tqdm(options.erasures, desc=concept):
             network = erased(name, model, scene.concept)
-            for attack, (at, settings) in ATTACKS.items():
-                for setting, run in settings.items():
-                    path = STATE / f"{name} {concept} {attack} {setting}.json"
-                    if not path.exists():
-                        found = attacked(scene, network, at, run)
-                        with writing(path, overwrite=True) as part:
-                            part.write_text(json.dumps(found))
-                    results[name][attack][setting][concept] = json.loads(path.read_text())
+            for attack, (at, run) in ATTACKS.items():
+                path = STATE / f"{name} {concept} {attack}.json"
+                if not path.exists():
+                    found = attacked(scene, network, at, run)
+                    with writing(path, overwrite=True) as part:
+                        part.write_text(json.dumps(found))
+                results[name][attack][concept] = json.loads(path.read_text())
         write(results, concepts[:number], options.out, command)
 
 
