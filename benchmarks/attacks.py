@@ -1,6 +1,6 @@
 """What an erasure withstands of who holds the weights: attacks' success against their steps.
 
-    python -m benchmarks.attacks                          # three quarters of an hour
+    python -m benchmarks.attacks                          # an hour on a busy core
     python -m benchmarks.attacks --concepts cat,dog --erasures ours UCE --out .state/attacks
 
 Four attacks on the bundled miniature, white box. The attacker has the erased U-Net, the text
@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -41,6 +39,7 @@ from tqdm import tqdm
 from benchmarks import peers
 from benchmarks.ablation import RESULTS, concept_of, restored
 from benchmarks.frontier import GUIDANCE, STEPS
+from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import align_erasure, erase, mine
 from realera.concepts import Concept
@@ -297,9 +296,8 @@ def curve(each: Each) -> list[float]:
     ]
 
 
-def picture(results: Results) -> Figure:
-    figure = Figure(figsize=(11, 6.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(results: Results, path: Path) -> None:
+    figure = new_figure(11, 6.5)
     panels = figure.subplots(2, 3, sharey=True).flat
     for axes, (attack, (at, _)) in zip(panels, ATTACKS.items(), strict=True):
         for name, attacks in results.items():
@@ -307,11 +305,10 @@ def picture(results: Results) -> Figure:
             axes.plot(range(len(at)), curve(attacks[attack]), style, ms=4, label=name)
         axes.set(title=attack, xlabel="steps", ylim=(-4, 104))
         axes.set_xticks(range(len(at)), [str(step) for step in at])
-        axes.spines[["top", "right"]].set_visible(False)
     lines = axes.get_legend_handles_labels()
     figure.legend(*lines, frameon=False, loc="outside lower center", ncols=len(results))
     figure.supylabel("images that show the concept, percent")
-    return figure
+    save(figure, path)
 
 
 def write(results: Results, concepts: Sequence[str], out: Path, command: str) -> None:
@@ -330,13 +327,14 @@ def write(results: Results, concepts: Sequence[str], out: Path, command: str) ->
                 for c, f in each.items()
                 if attack.startswith("words") and name != "original"
             ]
-        for attack in ("inverse", "free rows"):
-            halves[-1].append("/".join(f"{f['norm']:.3g}" for f in attacks[attack].values()))
+        for attack, digits in (("inverse", 0), ("free rows", 2)):
+            lengths = [f"{found['norm']:.{digits}f}" for found in attacks[attack].values()]
+            halves[-1].append("/".join(lengths))
     _, *notes = __doc__.split("\n\n")[1:]
     parts = [
         "# Attacks on an erasure, by who holds the weights",
         f"`python -m benchmarks.attacks {command}`".replace(" `", "`"),
-        *(note if note.startswith("-") else note.replace("\n", " ") for note in notes),
+        *(note if note.startswith("-") else note.strip().replace("\n", " ") for note in notes),
         f"Percent in the end, mean and by concept ({', '.join(concepts)}), of {IMAGES} images a "
         "concept, so that one of 90 has a standard error of 5 points and one of 50 one of 9. *own "
         "name*: its prompt, before any attack. The original without its name stands for the most "
@@ -352,8 +350,7 @@ def write(results: Results, concepts: Sequence[str], out: Path, command: str) ->
         part.write_text("\n\n".join(parts).rstrip() + "\n")
     with writing(out / "attacks.json", overwrite=True) as part:
         part.write_text(json.dumps({"command": command, "attacks": results}, indent=1) + "\n")
-    with writing(out / "attacks.png", overwrite=True) as part:
-        picture(results).savefig(part, format="png")
+    draw(results, out / "attacks.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
