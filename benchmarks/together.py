@@ -3,7 +3,7 @@
     python -m benchmarks.together
 
 Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.frontier` does, on up
-to 60 words that draw each of them and 320 that surely draw a class that stays. *Residue* is the
+to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
 mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
 that still draw the same class. What is drawn is kept in .state/together: empty it when a method
 changes.
@@ -33,7 +33,7 @@ from realera.files import writing
 from realera.models import CONTEXT
 
 STATE = Path(".state/together")
-OWN, OTHERS = 60, 320  # words of an erased concept and of all that stays, at most
+OWN, OTHERS = 40, 200  # words of an erased concept and of all that stays, at most
 SETS = (("cat", "truck"), REPORTING, (*REPORTING, *TUNING[:-1]))
 
 
