@@ -5,8 +5,9 @@
 Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.frontier` does, on up
 to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
 mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
-that still draw the same class. What is drawn is kept in .state/together: empty it when a method
-changes.
+that still draw the same class; of two concepts a residue of 10 % has a standard error of 3 points,
+and every kept of 60 to 90 % one of 2 to 3. Peers have their authors' inputs and our anchors. What
+is drawn is kept in .state/together: empty it when a method changes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from realera.algorithm import erase, mine
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure
+from realera.evaluation.tasks import bundled_task
 from realera.evaluation.vocabulary import SURE
 from realera.families.loading import load_model
 from realera.files import writing
@@ -47,8 +49,8 @@ def merged(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 
 def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
-    """The names of all classes are given; it leaves out those that are erased."""
-    return peers.speed(model, concepts, (*REPORTING, *TUNING))
+    """Of the names of all classes it leaves out those that are erased."""
+    return peers.speed(model, concepts, bundled_task(concepts[0].name).classes)
 
 
 Make = Callable[[DiffusersModel, Sequence[Concept]], Weights]
@@ -87,7 +89,10 @@ def main() -> None:
     pen, words = Pen(model), model.text.words()
     before = drawn_before(pen, words)
     was, stored = before.argmax(-1), {}
-    parts = [f"# {__doc__.splitlines()[0]}", "`python -m benchmarks.together`"]
+    parts = [
+        "# Several concepts erased at once: residue and kept over the vocabulary",
+        "`python -m benchmarks.together`",
+    ]
     parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
     for names in SETS:
         concepts = [concept_of(name, "drawn") for name in names]
@@ -105,7 +110,8 @@ def main() -> None:
             h_v = 2 * (100 - residue) * keeps / (100 - residue + keeps)
             each = " ".join(f"{name} {of:.0f}" for name, of in zip(names, same, strict=False))
             lines.append([method, f"{residue:.1f}", f"{keeps:.1f}", f"{h_v:.1f}", each])
-            stored[f"{method}, {len(names)}"] = {"residue": residue, "kept": keeps, "h_v": h_v}
+            found = {"residue": residue, "kept": keeps, "h_v": h_v}
+            stored[f"{method}, {len(names)}"] = {k: round(value, 2) for k, value in found.items()}
         parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(lines)]
     with writing(RESULTS / "together.md", overwrite=True) as part:
         part.write_text("\n\n".join(parts) + "\n")
