@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
@@ -43,6 +44,7 @@ from realera.evaluation.vocabulary import SURE
 from realera.families.loading import load_model
 from realera.files import writing
 from realera.models import CONTEXT
+from realera.readers import adapted_readers
 from realera.settings import Settings
 
 STATE = Path(".state/frontier")
@@ -82,7 +84,7 @@ class Pen:
         for name, part in self.network.named_modules():
             if name.endswith(("attn1", "attn2")):
                 part.processor = Given()
-        self.readers = peers.adapted_readers(model.network)
+        self.readers = adapted_readers(model.network)
         self.original = {n: r.layer.weight.detach() for n, r in self.readers.items()}
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(1, *model.latent_shape, generator=generator)
@@ -90,7 +92,10 @@ class Pen:
 
     @torch.no_grad()
     def draw(self, words: Sequence[str], weights: Weights) -> Tensor:
-        """How likely each class is: [words, classes]. weights: those that changed."""
+        """How likely each class is: [words, classes].
+
+        weights: those that changed, K and V by their canonical name, others as the network's own
+        """
         parts = []
         for start in range(0, len(words), BATCH):
             some = words[start : start + BATCH]
@@ -99,6 +104,7 @@ class Pen:
         return torch.cat(parts)
 
     def _judged(self, rows: Tensor, weights: Weights) -> Tensor:
+        others = {name: w.bfloat16() for name, w in weights.items() if name not in self.readers}
         for name, reader in self.readers.items():
             where, _, kind = reader.path.rpartition(".")
             given = self.network.get_submodule(where).processor
@@ -112,7 +118,8 @@ class Pen:
         z = self.noise.repeat(len(rows) // 2, 1, 1, 1)
         for t in scheduler.timesteps:
             both = torch.cat([z, z]).bfloat16()
-            plain, towards = self.network(both, t, rows[:, :1].bfloat16())[0].float().chunk(2)
+            asked = (both, t, rows[:, :1].bfloat16())
+            plain, towards = functional_call(self.network, others, asked)[0].float().chunk(2)
             z = scheduler.step(torch.lerp(plain, towards, GUIDANCE), t, z).prev_sample
         scaled = (z / self.model.vae.config.scaling_factor).bfloat16()
         images = torch.cat([self.decoder.decode(part).sample.float() for part in scaled.split(8)])
@@ -149,6 +156,18 @@ def drawing(model: DiffusersModel, concept: Concept, value: float, lexicon: Lexi
     return edited(model, erasure.edits[CONTEXT].matrix)
 
 
+def weights_of(network: nn.Module) -> Weights:
+    """All weights of a network, as a `Pen` takes them."""
+    names = {f"{reader.path}.weight": name for name, reader in adapted_readers(network).items()}
+    return {names.get(n, n): w.detach().clone() for n, w in network.state_dict().items()}
+
+
+def esd_x(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
+    with ablation.restored(model.network):
+        peers.esd_x(model, [concept], int(value))
+        return weights_of(model.network)
+
+
 def peer(make: Callable[..., Weights], parameter: str) -> Any:
     return lambda model, concept, value, _: make(model, concept, **{parameter: value})
 
@@ -157,9 +176,10 @@ METHODS = (
     Method("ours", "λ1", (0.03, 0.1, 0.3, 1), ours),
     Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
     Method("UCE", "ridge", (0.5, 50, 150), peer(ablation.uce, "ridge")),
-    Method("MACE, closed form", "ridge", (10, 1000), peer(ablation.mace, "ridge")),
-    Method("RECE", "regular", (0.01, 0.1, 1), peer(ablation.rece, "regular")),
-    Method("SPEED", "threshold", (0.01, 0.1), peer(ablation.speed, "threshold")),
+    Method("MACE, closed form", "ridge", (10, 1000, 10000), peer(ablation.mace, "ridge")),
+    Method("RECE", "regular", (0.001, 0.01, 0.1, 1), peer(ablation.rece, "regular")),
+    Method("SPEED", "threshold", (0.01, 0.1, 1, 10), peer(ablation.speed, "threshold")),
+    Method("ESD-x", "iterations", (100, 200), esd_x),
 )
 
 
