@@ -176,7 +176,7 @@ METHODS = (
     Method("ours", "λ1", (0.03, 0.1, 0.3, 1), ours),
     Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
     Method("UCE", "ridge", (0.5, 50, 150), peer(ablation.uce, "ridge")),
-    Method("MACE, closed form", "ridge", (10, 1000, 10000), peer(ablation.mace, "ridge")),
+    Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), peer(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.001, 0.01, 0.1, 1), peer(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), peer(ablation.speed, "threshold")),
     Method("ESD-x", "iterations", (100, 200), esd_x),
@@ -282,7 +282,8 @@ def picture(found: Found, tuning: Sequence[str]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, values in found.items():
-        points = sorted(mean(p, tuning)[:2] for p in values.values() if all(c in p for c in tuning))
+        whole = [points for _, points in sorted(values.items()) if all(c in points for c in tuning)]
+        points = [mean(each, tuning)[:2] for each in whole]
         if points:
             ours = name.startswith("ours")
             axes.plot(*zip(*points, strict=True), "o-" if ours else "s--", ms=5, label=name)
