@@ -6,8 +6,9 @@ Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.f
 to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
 mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
 that still draw the same class; of two concepts a residue of 10 % has a standard error of 3 points,
-and every kept of 60 to 90 % one of 2 to 3. Peers have their authors' inputs and our anchors. What
-is drawn is kept in .state/together: empty it when a method changes.
+and every kept of 60 to 90 % one of 2 to 3. Peers have their authors' inputs, the parameter that is
+best in `benchmarks.frontier`, and our anchors. What is drawn is kept in .state/together: empty it
+when a method changes.
 """
 
 import argparse
@@ -50,7 +51,11 @@ def merged(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
     """Of the names of all classes it leaves out those that are erased."""
-    return peers.speed(model, concepts, bundled_task(concepts[0].name).classes)
+    return peers.speed(model, concepts, bundled_task(concepts[0].name).classes, threshold=10)
+
+
+def mace(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    return peers.mace(model, concepts, peers.WORDINGS, ridge=100_000)
 
 
 Make = Callable[[DiffusersModel, Sequence[Concept]], Weights]
@@ -58,8 +63,8 @@ METHODS: dict[str, Make] = {
     "ours": joint,
     "ours, one by one and merged": merged,
     "UCE": peers.uce,
-    "MACE, closed form": lambda model, concepts: peers.mace(model, concepts, peers.WORDINGS),
-    "RECE": peers.rece,
+    "MACE, closed form": mace,
+    "RECE": lambda model, concepts: peers.rece(model, concepts, regular=0.001),
     "SPEED": speed,
 }
 
