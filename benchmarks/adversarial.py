@@ -31,6 +31,7 @@ from benchmarks import attacks, frontier
 from benchmarks.ablation import RESULTS, concept_of
 from benchmarks.attacks import ATTACKS, RATE, Scene, attacked
 from benchmarks.frontier import Pen, weights_of
+from benchmarks.peers import Weights
 from benchmarks.tables import markdown_table
 from realera.bank import bank_prompts
 from realera.diffusers_model import DiffusersModel
@@ -45,7 +46,6 @@ CONTEXTS, RENEWED = 8, 0.04  # that attack, and how often one of them begins ane
 KEPT, OWN, BANK, SEARCHES = 28, 8, 8, 2  # words and prompts of a step, steps of the attacks in it
 WEIGHT = 0.3  # of what is to go, where what is kept counts 1
 LAYERS = {"K and V": ("attn2.to_k", "attn2.to_v"), "all of attention": ("transformer_blocks",)}
-Merged = dict[str, Tensor]
 
 
 def lora(network: nn.Module, where: str, generator: torch.Generator) -> dict[str, Any]:
@@ -68,11 +68,9 @@ def contexts(scene: Scene, number: int, generator: torch.Generator) -> tuple[Ten
     return scene.own.clone().requires_grad_(), lambda x: x
 
 
-def trained(
-    model: DiffusersModel, scene: Scene, where: str, steps: int, before: Tensor
-) -> nn.Module:
+def trained(scene: Scene, where: str, steps: int, before: Tensor) -> nn.Module:
     """The erased network. before: what the words drew, [words, classes]."""
-    generator = torch.Generator().manual_seed(0)
+    model, generator = scene.model, torch.Generator().manual_seed(0)
     start = attacks.erased("ours", model, scene.concept)
     network, layers = copy.deepcopy(start).bfloat16(), lora(start, where, generator)
     weights = [w for pair in layers.values() for w in pair]
@@ -80,11 +78,11 @@ def trained(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
     original = {name: w.bfloat16() for name, w in scene.original.named_parameters()}
 
-    def merged() -> Merged:
+    def merged() -> Weights:
         new = {name: start.get_parameter(name) + b @ a for name, (a, b) in layers.items()}
         return {name: new.get(name, w).bfloat16() for name, w in start.named_parameters()}
 
-    def predict(read: Merged, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    def predict(read: Weights, z_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         return functional_call(network, read, (z_t.bfloat16(), t, rows.bfloat16()))[0].float()
 
     def some(count: int, among: int) -> Tensor:
@@ -181,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not path.exists():
                 network = attacks.erased("ours", model, scene.concept)
                 if where:
-                    network = trained(model, scene, where, options.steps, before)
+                    network = trained(scene, where, options.steps, before)
                 numbers = measured(scene, network, pen, before, options.attacks)
                 with writing(path, overwrite=True) as part:
                     part.write_text(json.dumps(numbers))
@@ -206,7 +204,7 @@ def write(found: dict[str, dict[str, Any]], options: argparse.Namespace, command
     parts = [
         "# A LoRA against the attacks",
         f"`{command}`",
-        *(note.replace("\n", " ") for note in notes),
+        *(note.replace("\n", " ").strip() for note in notes),
         f"Percent, of {options.concepts.replace(',', ' / ')}; {options.steps} steps of training. "
         "Attacks as in [attacks.md](attacks.md), at their end.",
         markdown_table(rows),

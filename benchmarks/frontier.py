@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import ablation, peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
+from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.concepts import Concept
@@ -278,8 +278,7 @@ def best(values: Mapping[float, Mapping[str, Point]], tuning: Sequence[str]) -> 
 
 
 def picture(found: Found, tuning: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for name, values in found.items():
         whole = [points for _, points in sorted(values.items()) if all(c in points for c in tuning)]
@@ -295,7 +294,6 @@ def picture(found: Found, tuning: Sequence[str]) -> Figure:
         title=f"the vocabulary after an erasure: mean of {', '.join(tuning)}",
     )
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -352,8 +350,7 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
     }
     with writing(RESULTS / "frontier.json", overwrite=True) as part:
         part.write_text(json.dumps({"command": command, "points": numbers}, indent=1) + "\n")
-    with writing(RESULTS / "frontier.png", overwrite=True) as part:
-        picture(found, tuning).savefig(part, format="png")
+    save(picture(found, tuning), RESULTS / "frontier.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

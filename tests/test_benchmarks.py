@@ -504,7 +504,7 @@ def test_a_lora_against_the_attacks_changes_the_layers_that_it_is_on(scene):
     before = torch.zeros(len(words), len(scene.judge.classes))
     before[:, 0] = 1
     before[::9, scene.judge.classes.index("dog")] = 2
-    network = adversarial.trained(scene.model, scene, "K and V", 2, before)
+    network = adversarial.trained(scene, "K and V", 2, before)
     start = attacks.erased("ours", scene.model, scene.concept).bfloat16().float()
     pairs = zip(network.named_parameters(), start.parameters(), strict=True)
     changed = {name for (name, new), old in pairs if not torch.equal(new, old)}
