@@ -17,7 +17,7 @@ import copy
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,8 +86,6 @@ class Pen:
                 part.processor = Given()
         self.readers = adapted_readers(model.network)
         self.original = {n: r.layer.weight.detach() for n, r in self.readers.items()}
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(1, *model.latent_shape, generator=generator)
         self.empty = model.text.encode([""])[CONTEXT]
 
     @torch.no_grad()
@@ -96,14 +94,24 @@ class Pen:
 
         weights: those that changed, K and V by their canonical name, others as the network's own
         """
+        return self.judged(self.latents(words, weights)[:, -1])
+
+    @torch.no_grad()
+    def latents(
+        self, words: Sequence[str], weights: Weights, steps: int = STEPS, seed: int = 0
+    ) -> Tensor:
+        """What is drawn after every step: [words, steps, channels, height, width]."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1, *self.model.latent_shape, generator=generator)
         parts = []
         for start in range(0, len(words), BATCH):
             some = words[start : start + BATCH]
             rows = self.model.text.encode([OBJECT.replace("{}", word) for word in some])[CONTEXT]
-            parts.append(self._judged(torch.cat([self.empty.expand_as(rows), rows]), weights))
+            rows = torch.cat([self.empty.expand_as(rows), rows])
+            parts.append(torch.stack([*self._steps(rows, weights, noise, steps)], 1))
         return torch.cat(parts)
 
-    def _judged(self, rows: Tensor, weights: Weights) -> Tensor:
+    def _steps(self, rows: Tensor, weights: Weights, noise: Tensor, steps: int) -> Iterator[Tensor]:
         others = {name: w.bfloat16() for name, w in weights.items() if name not in self.readers}
         for name, reader in self.readers.items():
             where, _, kind = reader.path.rpartition(".")
@@ -114,13 +122,21 @@ class Pen:
             else:
                 given.values = read
         scheduler = copy.deepcopy(self.model.scheduler)
-        scheduler.set_timesteps(STEPS)
-        z = self.noise.repeat(len(rows) // 2, 1, 1, 1)
+        scheduler.set_timesteps(steps)
+        z = noise.repeat(len(rows) // 2, 1, 1, 1)
         for t in scheduler.timesteps:
             both = torch.cat([z, z]).bfloat16()
             asked = (both, t, rows[:, :1].bfloat16())
             plain, towards = functional_call(self.network, others, asked)[0].float().chunk(2)
             z = scheduler.step(torch.lerp(plain, towards, GUIDANCE), t, z).prev_sample
+            yield z
+
+    @torch.no_grad()
+    def judged(self, latents: Tensor) -> Tensor:
+        """How likely each class is in latents [words, channels, height, width]."""
+        return torch.cat([self._judged(part) for part in latents.split(BATCH)])
+
+    def _judged(self, z: Tensor) -> Tensor:
         scaled = (z / self.model.vae.config.scaling_factor).bfloat16()
         images = torch.cat([self.decoder.decode(part).sample.float() for part in scaled.split(8)])
         return self.judge.logits((images / 2 + 0.5).clamp(0, 1)).softmax(-1)

@@ -1,42 +1,55 @@
-"""Which report on T foretells best what the whole vocabulary loses?
+"""Which look at an erasure foretells best what it does to the pictures of a vocabulary?
 
-    python -m benchmarks.frontier --methods ours   # draws the words, once
     python -m benchmarks.scope_vocabulary
 
-Of the words that surely drew something, Spearman's rank correlation of what is foretold with the
-fall of the probability of what they drew, after *ours* with its defaults; and in brackets how often
-a word that draws something else now is foretold more than one that does not (AUC). Foretold by
-- moved: |T e - e| / |e|, as the scope report has it, of the mean of the rows from end-of-text on
-- as attention reads it: the same, in the metric of Σ W_KᵀW_K + W_VᵀW_V over the layers
-- a linear readout of what words draw, on the change T e - e
-- a small network that reads from e what the original draws, fitted once for a model on its drawn
-  words and never on an erasure: the fall of its own log probability from e to T e
+After *ours* with its defaults, of words that surely drew something: up to 40 that drew the concept
+and 100 others. Foretold by
+- moved and toward, by T alone, as the scope report has them, and a small network that reads from
+  the rows e what the original draws, fitted once for a model on its drawn words and never on an
+  erasure: the fall of its own log probability from e to T e
+- the first 1, 2, 4, 6 of 8 steps of drawing from one noise, before and after, and all of them:
+  how far apart the latents are then. `realera.scope.check` takes all
+
+Spearman's rank correlation with what is found when the words are drawn to the end:
+- 8 steps: the distance of the latents after the 8 steps that the looks are parts of
+- 20 steps: the distance after 20 steps from the same noise
+- other noise: the distance after 8 steps from another noise
+- fall: of the probability of what a word drew, in 8 steps from the same noise
+
+In brackets how often a word that draws something else now is foretold more than one that does not
+(AUC). A look costs two passes of the network a step and word, before and after.
 """
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm import tqdm
 
-from benchmarks import frontier, peers
+from benchmarks import frontier
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
+from benchmarks.frontier import STEPS, Pen
 from benchmarks.scope_correlation import spearman
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.cache import cached
+from realera.diffusers_model import DiffusersModel
 from realera.drawing import tail
-from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
 from realera.families.loading import load_model
 from realera.files import writing
 from realera.models import CONTEXT
+from realera.scope import scope
 
 NETWORKS, EPOCHS = 3, 40
+OWN, OTHERS = 40, 100  # words of each kind, at most
+LOOKS = (1, 2, 4, 6)  # steps of STEPS
+ALL = f"all {STEPS} steps"
+TRUTHS = ("8 steps", "20 steps", "other noise", "fall")
+Found = dict[str, dict[str, list[float]]]  # foretold by -> truth -> a correlation a concept
 
 
 def network(dim: int, classes: int) -> nn.Module:
@@ -64,84 +77,142 @@ def fitted(rows: Tensor, seen: Tensor, seed: int) -> nn.Module:
     return net.eval()
 
 
+class Rows:
+    """What networks read from the rows of a word."""
+
+    def __init__(self, model: DiffusersModel, words: list[str], seen: Tensor) -> None:
+        prompts = [OBJECT.replace("{}", word) for word in words]
+        self.rows = cached(
+            "tails", [model.text.fingerprint, prompts], lambda: {"rows": tail(model.text, prompts)}
+        )["rows"]
+        scaled = self._scaled(self.rows)
+        self.nets = [fitted(scaled, seen, seed) for seed in range(NETWORKS)]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return ((x - self.rows.mean(0)) / self.rows.std()).float()
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> Tensor:
+        """Log probabilities [words, classes] of rows [words, dim]."""
+        return torch.stack([log_softmax(net(self._scaled(x)), -1) for net in self.nets]).mean(0)
+
+
 def auc(foretold: Tensor, lost: Tensor) -> float:
     more = (foretold[lost][:, None] > foretold[~lost][None]).double()
     return float(more.mean())
 
 
+def measured(
+    pen: Pen, model: DiffusersModel, words: list[str], before: Tensor, rows: Rows, name: str
+) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
+    """foretold by -> truth -> correlation; each word's share of the way, and whether it is lost."""
+    own, others = frontier.asked(before, pen.judge.classes.index(name))
+    chosen = torch.cat([own[:OWN], others[:OTHERS]])
+    chosen = chosen[before[chosen].amax(-1) > SURE]
+    some = [words[i] for i in chosen.tolist()]
+    concept = concept_of(name, "drawn")
+    mining = mine(model.text, [concept])
+    erasure = erase(mining)
+    matrix = erasure.edits[CONTEXT].matrix
+    weights = frontier.edited(model, matrix)
+
+    def distances(steps: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """After every step [words, steps]; the last latents before and after."""
+        was, now = (pen.latents(some, of, steps, seed) for of in ({}, weights))
+        return (now - was).flatten(2).norm(dim=-1).double(), was[:, -1], now[:, -1]
+
+    far, was, now = distances(STEPS, 0)
+    seen, after = pen.judged(was), pen.judged(now)
+    shown = seen.argmax(-1, keepdim=True)
+    lost = after.argmax(-1) != shown[:, 0]
+    truths = {
+        "8 steps": far[:, -1],
+        "20 steps": distances(20, 0)[0][:, -1],
+        "other noise": distances(STEPS, 1)[0][:, -1],
+        "fall": (seen - after).gather(1, shown)[:, 0].double(),
+    }
+    reaches = {r.word: r for r in scope(erasure, model.text, mining.pairs, some, OBJECT)}
+    e = rows.rows[chosen]
+    falls = (rows.read(e) - rows.read(e @ matrix.double().T)).gather(1, shown)[:, 0]
+    foretold = {
+        "moved": torch.tensor([reaches[word].moved for word in some]).double(),
+        "toward": torch.tensor([reaches[word].toward for word in some]).double(),
+        "small network": falls.double(),
+        **{f"{k} of {STEPS} steps": far[:, k - 1] for k in LOOKS},
+        ALL: far[:, -1],
+    }
+    told = {
+        kind: {
+            **{truth: spearman(values, of) for truth, of in truths.items()},
+            "auc": auc(values, lost),
+        }
+        for kind, values in foretold.items()
+    }
+    ends = pen.latents([concept.name, concept.anchor], {})[:, -1]
+    return told, far[:, -1] / (ends[0] - ends[1]).norm(), lost
+
+
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
 def main() -> None:
     model = load_model("miniature")
-    words, classes = model.text.words(), miniature_classifier().classes
-    before = torch.load(frontier.STATE / "before.pt")
-    prompts = [OBJECT.replace("{}", word) for word in words]
-    rows = cached(
-        "tails", [model.text.fingerprint, prompts], lambda: {"rows": tail(model.text, prompts)}
-    )["rows"]
-    centre, scale = rows.mean(0), rows.std()
-
-    def scaled(x: Tensor) -> Tensor:
-        return ((x - centre) / scale).float()
-
-    nets = [fitted(scaled(rows), before, seed) for seed in range(NETWORKS)]
-
-    @torch.no_grad()
-    def read(x: Tensor) -> Tensor:
-        return torch.stack([log_softmax(net(scaled(x)), -1) for net in nets]).mean(0).double()
-
-    weights = peers.projections(model).values()
-    metric = sum((w.T @ w / w.square().sum() for w in weights), torch.zeros(1))
-    score = before.double().clamp(min=1e-20).log()
-    around = rows - centre
-    gram = around.T @ around
-    ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    readout = torch.linalg.solve(gram + ridge, around.T @ (score - score.mean(0)))
-
-    names = ("moved", "as attention reads it", "linear readout", "small network")
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in (*REPORTING, *TUNING):
-        path: Path = frontier.state_of("ours", 0.1, name)
-        if not path.exists():
-            continue
-        chosen = torch.cat(frontier.asked(before, classes.index(name)))
-        after = torch.load(path)
-        sure = before[chosen].amax(-1) > SURE
-        chosen, after = chosen[sure], after[sure]
-        shown = before[chosen].argmax(-1, keepdim=True)
-        fall = (before[chosen] - after).gather(1, shown)[:, 0].double()
-        lost = after.argmax(-1) != shown[:, 0]
-        erasure = erase(mine(model.text, [concept_of(name, "drawn")]))
-        e = rows[chosen]
-        new = erasure.edits[CONTEXT](e.float()).double()
-        change = new - e
-        foretold: dict[str, Tensor] = {
-            "moved": change.norm(dim=-1) / e.norm(dim=-1),
-            "as attention reads it": (change @ metric * change).sum(-1),
-            "linear readout": -(change @ readout).gather(1, shown)[:, 0],
-            "small network": (read(e) - read(new)).gather(1, shown)[:, 0],
-        }
-        found[name] = {
-            kind: (spearman(told, fall), auc(told, lost)) for kind, told in foretold.items()
-        }
-    lines = [["erased", *names]]
-    means: dict[str, tuple[float, float]] = {
-        kind: (
-            sum(row[kind][0] for row in found.values()) / len(found),
-            sum(row[kind][1] for row in found.values()) / len(found),
-        )
-        for kind in names
+    assert isinstance(model, DiffusersModel)
+    pen, words = Pen(model), model.text.words()
+    before = frontier.drawn_before(pen, words)
+    rows = Rows(model, words, before)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    shares: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in tqdm((*TUNING, *REPORTING), unit="concept"):
+        found[name], share, lost = measured(pen, model, words, before, rows, name)
+        shares[name] = share, lost
+    kinds = list(found[TUNING[0]])
+    halves = {"tuned": TUNING, "reported": REPORTING}
+    means = {
+        half: {kind: mean([found[name][kind] for name in names]) for kind in kinds}
+        for half, names in halves.items()
     }
-    for name, row in {**found, "mean": means}.items():
-        lines.append([name, *("{:.2f} ({:.2f})".format(*row[kind]) for kind in names)])
-    about = (__doc__ or "").split("\n\n")[2]
-    text = (
-        "# What the scope report could foretell of the vocabulary\n\n"
-        f"`python -m benchmarks.scope_vocabulary`\n\n{about}\n\n{markdown_table(lines)}\n"
-    )
+    lines = [["foretold by", "passes a word", *(f"{t}, {h}" for h in halves for t in TRUTHS)]]
+    passes = {f"{k} of {STEPS} steps": str(4 * k) for k in LOOKS} | {ALL: str(4 * STEPS)}
+    for kind in kinds:
+        cells = []
+        for half in halves:
+            row = means[half][kind]
+            cells += [f"{row[truth]:.2f}" for truth in TRUTHS[:-1]]
+            cells.append(f"{row['fall']:.2f} ({row['auc']:.2f})")
+        lines.append([kind, passes.get(kind, "0"), *cells])
+    each = [["erased", *TRUTHS[1:]]]
+    for name in (*REPORTING, *TUNING):
+        row = found[name][ALL]
+        each.append([name, *(f"{row[t]:.2f}" for t in TRUTHS[1:-1])])
+        each[-1].append(f"{row['fall']:.2f} ({row['auc']:.2f})")
+    told = []
+    for half, names in halves.items():
+        share = torch.cat([shares[name][0] for name in names])
+        lost = torch.cat([shares[name][1] for name in names])
+        beyond = share >= 0.5
+        told.append(
+            f"{half}: of {int(beyond.sum())} words whose latents go at least half as far as the "
+            f"anchor's are from the concept's, {100 * lost[beyond].double().mean():.0f} % draw "
+            f"something else, of the {int((~beyond).sum())} others "
+            f"{100 * lost[~beyond].double().mean():.0f} %."
+        )
+    parts = [
+        "# What foretells what an erasure does to the vocabulary",
+        "`python -m benchmarks.scope_vocabulary`",
+        (__doc__ or "").split("\n\n", 2)[2].strip(),
+        markdown_table(lines),
+        f"## {ALL[0].upper()}{ALL[1:]}, by concept",
+        markdown_table(each),
+        "\n".join(told),
+    ]
     with writing(RESULTS / "scope_vocabulary.md", overwrite=True) as part:
-        part.write_text(text)
+        part.write_text("\n\n".join(parts) + "\n")
     with writing(RESULTS / "scope_vocabulary.json", overwrite=True) as part:
         part.write_text(json.dumps({**found, "mean": means}, indent=1) + "\n")
-    print(text)
+    torch.save(shares, "/tmp/look/shares.pt")
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Closed-Form Edit (Eq. 7; Alg. 1, l. 24), Apply Erasure (l. 31) and Merge Erasures."""
 
 from dataclasses import replace
+from functools import partial
 
 import comfyui_version
 from comfy_api.latest import io
@@ -9,8 +10,10 @@ from ..realera import pictures
 from ..realera.algorithm import erase, outreach
 from ..realera.erasure import Erasure as ErasureOf
 from ..realera.readers import family_in
+from ..realera.scope import check as checked
 from ..realera.settings import Settings
-from .comfy_model import refuse_other_family
+from ..realera.sketch import sketches
+from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
@@ -74,6 +77,20 @@ class ClosedFormEdit(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Int.Input(
+                        "check",
+                        optional=True,
+                        display_name="check by drawing",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        tooltip=(
+                            "So many words of the list are drawn before and after, in eight "
+                            "steps, and those that change most come first. 0: none is drawn."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The edited model."),
@@ -95,6 +112,7 @@ class ClosedFormEdit(io.ComfyNode):
         lambda1: float = DEFAULTS.lambda1,
         lambda2: float = DEFAULTS.lambda2,
         bank: bool = DEFAULTS.bank,
+        check: int = 0,
     ) -> io.NodeOutput:
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
         settings = replace(mining.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
@@ -103,18 +121,38 @@ class ClosedFormEdit(io.ComfyNode):
         erasure = erase(replace(mining, settings=settings), source, report)
         edited = apply_erasure(model, erasure)
         reaches = outreach(erasure, mining)
+        if check:
+            report = reporter(cls.hidden.unique_id, "drawing words")
+            before, after = (
+                partial(sketches, ComfyDiffusion(of, mining.text), progress=report)
+                for of in (model, edited)
+            )
+            reaches = checked(reaches, mining.pairs, check, before, after)
         gone = sum(reach.toward >= 0.5 for reach in reaches)
+        told = f"{gone} words go more than half the way to the anchor"
+        drawn = [reach for reach in reaches if reach.drawn is not None]
+        if drawn:
+            changed = sum(reach.gone for reach in drawn)
+            told += f"; of {len(drawn)} that were drawn (✓), {changed} change half as much or more"
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
             f"{100 * reach.moved:.0f} % moved"
+            + ("" if reach.drawn is None else f", {100 * reach.drawn:.0f} % when drawn")
             for reach in reaches
         )
         shown = {
             "realera_scope": [
-                [r.word, r.concept, round(r.toward, 3), round(r.moved, 3)] for r in reaches
+                [
+                    r.word,
+                    r.concept,
+                    round(r.toward, 3),
+                    round(r.moved, 3),
+                    None if r.drawn is None else round(r.drawn, 3),
+                ]
+                for r in reaches
             ],
-            "text": [f"{gone} words go more than half the way to the anchor"],
+            "text": [told],
         }
         return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
 

@@ -208,14 +208,19 @@ def run_scope(options: argparse.Namespace) -> None:
     from .erasure import concepts_of
     from .erasure_file import load_erasure
     from .families.loading import load_text
-    from .outputs import scope_text
+    from .outputs import checked, scope_text
     from .pairs import encode_pairs
     from .scope import scope
 
-    erasure, text = load_erasure(options.erasure), load_text(options.model)
+    erasure, model = load_erasure(options.erasure), _model(options) if options.check else None
+    text = model.text if model else load_text(options.model)
     pairs = encode_pairs(text, concepts_of(erasure))
     words = read_lines(options.words) if options.words else None
-    print(scope_text(scope(erasure, text, pairs, words), options.count))
+    reaches = scope(erasure, text, pairs, words)
+    if model:
+        with _bar("words") as progress:
+            reaches = checked(model, erasure, pairs, reaches, options.check, progress)
+    print(scope_text(reaches, options.count))
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -310,6 +315,7 @@ def _erase(
             prompts,
             tolerance=options.tolerance,
             seed=options.seed,
+            checks=options.check or 0,
             progress=progress,
         )
     print(told)
@@ -318,6 +324,11 @@ def _erase(
 
 def _erase_many(options: argparse.Namespace) -> None:
     """Algorithm 1 of the concepts of a CSV file, in groups."""
+    if options.check:
+        raise ValueError(
+            "--check draws words of one scope report and --concepts writes none: leave it out, and "
+            "check the erasure with 'realera scope'"
+        )
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts, left_out = read_concepts(options.concepts, templates)
     options.words = read_lines(options.words) if options.words else None
@@ -523,6 +534,8 @@ def _parser() -> argparse.ArgumentParser:
         "--words", help="text file, one word or phrase a line; else the vocabulary"
     )
     outlook.add_argument("--count", type=_positive, default=40, help="lines to print")
+    _check_option(outlook)
+    _device_options(outlook)
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")
@@ -582,8 +595,17 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
     )
     sub.add_argument("--seed", type=int, default=0)
+    _check_option(sub)
     _file_options(sub)
     _device_options(sub)
+
+
+def _check_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--check", type=_positive, metavar="N",
+        help="draw the first N words of the scope report before and after, in eight steps, and "
+        "put those first that change most; none unless given",
+    )  # fmt: skip
 
 
 def _file_options(sub: argparse.ArgumentParser) -> None:

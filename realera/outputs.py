@@ -21,9 +21,11 @@ from .evaluation.tasks import Task
 from .evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
 from .files import writing
 from .models import CONTEXT, Diffusion
+from .pairs import Pairs
 from .readers import guidance_of
-from .scope import Reach
+from .scope import Reach, check
 from .settings import TOLERANCE
+from .sketch import STEPS, sketches
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 STATE = "alignment-state.safetensors"
@@ -74,13 +76,17 @@ class Folder:
         *,
         tolerance: float = TOLERANCE,
         seed: int = 0,
+        checks: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:
         """Writes everything, each file whole or not at all; returns what to tell the user.
 
         losses: step -> loss of the alignment; prompts: drawn before and after
+        checks: words of the scope report that are drawn to check it
         """
         reaches = outreach(erasure, mining)
+        if checks:
+            reaches = checked(model, erasure, mining.pairs, reaches, checks, progress)
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in reaches[:100]]}
         erasure = replace(erasure, provenance=noted)
         report = self.files[-1]
@@ -108,6 +114,26 @@ class Folder:
         write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
         cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
         return f"LoRA of rank {cut.rank}, {cut.relative:.2%} of T - I cut"
+
+
+def checked(
+    model: Diffusion,
+    erasure: Erasure,
+    pairs: Pairs,
+    reaches: Sequence[Reach],
+    count: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Reach, ...]:
+    """The scope report with its first `count` words drawn; the model is left as it was."""
+
+    def before(prompts: Sequence[str]) -> torch.Tensor:
+        return sketches(model, prompts, progress)
+
+    def after(prompts: Sequence[str]) -> torch.Tensor:
+        with applied(erasure, model.network):
+            return before(prompts)
+
+    return check(reaches, pairs, count, before, after)
 
 
 def before_after(
@@ -233,11 +259,20 @@ def make_writable(folder: Path) -> None:
 
 
 def scope_text(reaches: Sequence[Reach], count: int) -> str:
-    """The first `count` lines of a scope report as a table."""
+    """The first `count` lines of a scope report as a table, and how words of it were drawn."""
     width = max((len(reach.word) for reach in reaches[:count]), default=0)
     width = max(20, min(width, 40))
+    drawn = sum(reach.drawn is not None for reach in reaches)
     lines = [f"{'word':{width}} concept        closeness  moved  toward the anchor"]
+    lines[0] += "  drawn" if drawn else ""
     for reach in reaches[:count]:
         numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.toward:17.2f}"
+        if drawn:
+            numbers += "      -" if reach.drawn is None else f"  {reach.drawn:5.2f}"
         lines.append(f"{reach.word[:width]:{width}} {reach.concept[:14]:14} {numbers}")
+    if drawn:
+        lines.append(
+            f"drawn: {drawn} words in {STEPS} steps from one noise, before and after; 1: as far "
+            "apart as the anchor and the concept; -: not drawn, foretold"
+        )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from .models import CONTEXT
 from .pairs import Mined, Ring
 from .ring import NoiseRing
-from .scope import Reach
+from .scope import Reach, by_loss
 from .words import WordRing
 
 if TYPE_CHECKING:
@@ -196,23 +196,27 @@ def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def scope_picture(reaches: Sequence[Reach], count: int = 40) -> Image.Image:
-    """What goes with the concept: the words that move farthest toward the anchor, and how far.
+    """What goes with the concept: the words that lose most, and how far they go.
 
-    The bar is the share of the way from concept to anchor, the dot how much moved in any direction.
+    The bar is the share of the way from concept to anchor, the dot how much moved in any direction,
+    the diamond how far the drawing of a word went that was drawn.
     Raises ValueError when the report is empty.
     """
     if not reaches:
         raise ValueError("an empty scope report: give some words to look at")
-    shown = sorted(reaches, key=lambda reach: -reach.toward)[:count]
+    shown = by_loss(reaches)[:count]
     figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
     axes = figure.subplots()
     places = range(len(shown))
     several = len({reach.concept for reach in reaches}) > 1
     names = [f"{r.word} ({r.concept})" if several else r.word for r in shown]
     toward = [100 * reach.toward for reach in shown]
-    colours = [ERASED if reach.toward >= 0.5 else KEPT for reach in shown]
+    colours = [ERASED if reach.gone else KEPT for reach in shown]
     axes.barh(places, toward, color=colours, height=0.7, label="toward the anchor")
     axes.plot([100 * r.moved for r in shown], places, "o", ms=3.5, color="black", label="moved")
+    drawn = [(100 * r.drawn, n) for n, r in enumerate(shown) if r.drawn is not None]
+    if drawn:
+        axes.plot(*zip(*drawn, strict=True), "D", ms=4.5, mfc="white", mec="black", label="drawn")
     _name_rows(axes, names)
     axes.invert_yaxis()
     axes.margins(y=0.01)

@@ -1,11 +1,12 @@
 """What an erasure takes along, before an image is drawn: the scope report.
 
 T tells it. For the summary row x of a prompt, *moved* is |T x - x| / |x| and *toward the anchor* is
-how much of e - e* was exchanged for the anchor's meaning.
+how much of e - e* was exchanged for the anchor's meaning. That foretells pictures moderately; what
+the network itself makes of a word, before and after, tells more (`check`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class Reach:
 
     moved: |T x - x| / |x|; toward: the share of e - e* that was exchanged, 1 for the concept itself
     closeness: the centred cosine with the concept; concept: the concept it is nearest to
+    prompt: the word in its template
+    drawn: how far its drawing moved, 1: as far as the anchor's is from the concept's; None where
+        it was not drawn
     """
 
     word: str
@@ -30,6 +34,23 @@ class Reach:
     closeness: float
     moved: float
     toward: float
+    prompt: str
+    drawn: float | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether it went at least half the way that the concept goes."""
+        return (self.toward if self.drawn is None else self.drawn) >= 0.5
+
+
+def by_loss(reaches: Iterable[Reach]) -> tuple[Reach, ...]:
+    """Those that were drawn, then the others, by how far they moved: what foretells pictures best
+    without drawing any."""
+
+    def key(reach: Reach) -> tuple[bool, float]:
+        return reach.drawn is None, -(reach.moved if reach.drawn is None else reach.drawn)
+
+    return tuple(sorted(reaches, key=key))
 
 
 def scope(
@@ -40,7 +61,7 @@ def scope(
     template: str | None = None,
     centre: Tensor | None = None,
 ) -> tuple[Reach, ...]:
-    """The reach of the edit over `words`, the most moved toward the anchor first.
+    """The reach of the edit over `words`, the most moved first.
 
     words: the whole vocabulary unless given. Each counts for the concept that it is nearest to and
     is put in `template` ("{}" for prompts as they are), in each concept's own first template unless
@@ -55,22 +76,50 @@ def scope(
         )
     if not listed:
         raise ValueError("no word to look at: give at least one word or prompt")
+    templates = [template or concept.templates[0] for concept in pairs.concepts]
     rows = {
         t: vocabulary_rows(text, t) if words is None else word_rows(text, t, listed)
-        for t in {template or concept.templates[0] for concept in pairs.concepts}
+        for t in set(templates)
     }
     own, target = pairs.summary[pairs.first], pairs.target_summary[pairs.first]  # [concepts, dim]
     found = []  # closeness, moved and toward of every concept, [words] each
-    for n, concept in enumerate(pairs.concepts):
-        x = rows[template or concept.templates[0]]
+    for n, x in enumerate(rows[t] for t in templates):
         around = x.mean(0) if centre is None else centre[n]
         closeness = cosine_similarity(x - around, own[n] - around, dim=-1)
         change, wanted = edit(x) - x, target[n] - own[n]
         moved, toward = change.norm(dim=-1) / x.norm(dim=-1), change @ wanted / (wanted @ wanted)
         found.append((closeness, moved, toward))
     nearest = torch.stack([numbers[0] for numbers in found]).argmax(0).tolist()
-    reaches = [
-        Reach(word, pairs.concepts[n].name, *(float(numbers[k]) for numbers in found[n]))
-        for k, (word, n) in enumerate(zip(listed, nearest, strict=True))
+    reaches = []
+    for k, (word, n) in enumerate(zip(listed, nearest, strict=True)):
+        closeness, moved, toward = (float(numbers[k]) for numbers in found[n])
+        name, prompt = pairs.concepts[n].name, templates[n].replace("{}", word)
+        reaches.append(Reach(word, name, closeness, moved, toward, prompt))
+    return by_loss(reaches)
+
+
+def check(
+    reaches: Sequence[Reach],
+    pairs: Pairs,
+    count: int,
+    before: Callable[[Sequence[str]], Tensor],
+    after: Callable[[Sequence[str]], Tensor],
+) -> tuple[Reach, ...]:
+    """The report with its first `count` words drawn, `by_loss`.
+
+    before, after: prompts -> latents [prompts, ...] that the original and the erased model draw
+    from the same noise, as `sketch.sketches` does
+    """
+    some, ends = reaches[:count], pairs.first.tolist()
+    prompts = [reach.prompt for reach in some]
+    own, anchors = ([of[n] for n in ends] for of in (pairs.prompts, pairs.anchor_prompts))
+    was = before([*own, *anchors, *prompts]).flatten(1)
+    concepts, targets, words = was.split([len(ends), len(ends), len(some)])
+    names = [concept.name for concept in pairs.concepts]
+    whole = dict(zip(names, (targets - concepts).norm(dim=1), strict=True))
+    moved = (after(prompts).flatten(1) - words).norm(dim=1)
+    drawn = [
+        replace(reach, drawn=float(far / whole[reach.concept]))
+        for reach, far in zip(some, moved, strict=True)
     ]
-    return tuple(sorted(reaches, key=lambda reach: -reach.toward))
+    return by_loss([*drawn, *reaches[count:]])

@@ -69,10 +69,13 @@ from RealEra.realera.checkpoints import write_checkpoint
 from RealEra.realera.closed_form import Edit
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.erasure_file import load_erasure, save_erasure
+from RealEra.realera.families.loading import load_model
 from RealEra.realera.miniature import T5, TRANSFORMER
 from RealEra.realera.models import CONTEXT, POOLED, Encoding
+from RealEra.realera.outputs import checked
 from RealEra.realera.readers import readers
 from RealEra.realera.settings import Settings
+from RealEra.realera.sketch import sketches
 from RealEra.realera.spans import place_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -273,6 +276,46 @@ def claim_a_dynamic_patcher_on_the_cpu_draws_what_a_plain_one_draws():
         drawn.append(ComfyDiffusion(one, None).predict(z, sigma, encoding))
         comfy.model_management.unload_all_models()
     assert torch.equal(*drawn)
+
+
+# ------------------------------------------------------------------------ words that are drawn
+
+
+def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
+    model, found, told = miniature().model, mined(), []
+    before = ComfyDiffusion(model, None).fingerprint
+    with replaced(edit, "reporter", lambda *_: lambda *at: told.append(at)):
+        _, erasure, _, listed = run(
+            edit.ClosedFormEdit, model=model, mining=found, bank=False, check=3
+        )
+    assert ComfyDiffusion(model, None).fingerprint == before
+    assert told[-2:] == [(3 + 2, 3 + 2), (3, 3)]
+    lines = listed.splitlines()
+    assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
+    reaches = algorithm.outreach(erasure, found)
+    due = checked(load_model("miniature"), erasure, found.pairs, reaches, 3)[:3]
+    for line, reach in zip(lines, due, strict=False):
+        assert line.startswith(f"{reach.word}: ")
+        shown = float(line.rsplit(", ", 1)[1].split(" %")[0])
+        assert abs(shown - 100 * reach.drawn) < 5, (line, reach)
+    again = run(edit.ClosedFormEdit, model=model, mining=found, bank=False, check=3)[3]
+    assert again == listed
+    none = run(edit.ClosedFormEdit, model=model, mining=found, bank=False)[3]
+    assert "when drawn" not in none
+
+
+def claim_a_check_hears_cancel():
+    def cancelled(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    management = "throw_exception_if_processing_interrupted"
+    with replaced(comfy.model_management, management, cancelled):
+        diffusion = ComfyDiffusion(miniature().model, mined().text)
+        try:
+            sketches(diffusion, ["a photo of the dog"])
+        except comfy.model_management.InterruptProcessingException:
+            return
+    raise AssertionError("it drew on")
 
 
 # ------------------------------------------------------------------------ erased twice

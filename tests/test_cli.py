@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     """`realera erase` with two steps of alignment."""
     out = tmp_path_factory.mktemp("cli") / "out"
     arguments = ["erase", "miniature", "-c", "airplane -> sky", "-o", str(out), *QUICK]
-    assert main([*arguments, "--steps", "2", "--batch", "1", "--prompt", "a dog"]) == 0
+    quick = ["--steps", "2", "--batch", "1", "--prompt", "a dog", "--check", "2"]
+    assert main([*arguments, *quick]) == 0
     return out
 
 
@@ -38,6 +39,9 @@ def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(fold
     pictures = {"before-after.png", "loss.png", "neighbourhood.png", "scope.png"}
     assert left == {*FILES, *pictures, "scope.txt"}
     assert "airplane" in (folder / "scope.txt").read_text("utf-8")
+    assert "drawn: 2 words in " in (folder / "scope.txt").read_text("utf-8")
+    noted = load_erasure(folder / FILES[2]).provenance["scope"]
+    assert [reach["drawn"] is not None for reach in noted[:3]] == [True, True, False]
     original, erased = load_file(CHECKPOINT), load_file(folder / FILES[0])
     assert original.keys() == erased.keys()
     changed = {key for key in original if not torch.equal(original[key], erased[key])}
@@ -80,6 +84,11 @@ def test_scope_and_info_print_what_a_file_does(folder, tmp_path, capsys):
     assert main(["scope", "miniature", str(folder / FILES[2]), "--words", str(words)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("airplane") and lines[2].startswith("house")
+    check = ["--words", str(words), "--check", "1"]
+    assert main(["scope", "miniature", str(folder / FILES[2]), *check]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[1].split()[-1]) > 0.2 and lines[2].endswith("-")
+    assert lines[3].startswith("drawn: 1 words in ")
     for name in FILES:
         assert main(["info", str(folder / name)]) == 0
         assert '"airplane"' in capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_no_picture_warns_of_a_missing_glyph_or_shows_the_same_for_two_words(
     machine(*[font(tmp_path / "Cats.ttf", "猫")] * equipped)
 
     def reach(word):
-        return [Reach(word, "airplane", 0.5, 0.5, 0.5)]
+        return [Reach(word, "airplane", 0.5, 0.5, 0.5, word)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,7 +131,9 @@ def test_no_picture_warns_of_a_missing_glyph_or_shows_the_same_for_two_words(
 
 def test_a_dollar_is_no_formula():
     words = ["$x$", "$", "cash $ and $ more", "a_b^c"]
-    assert scope_picture([Reach(word, "airplane", 0.5, 0.5, 0.5) for word in words]).width > 300
+    assert (
+        scope_picture([Reach(word, "airplane", 0.5, 0.5, 0.5, word) for word in words]).width > 300
+    )
 
 
 def test_a_line_without_spaces_is_broken_between_its_letters(machine, tmp_path):

@@ -832,8 +832,7 @@ def hex_of(color):
     return f"rgb({', '.join(str(int(color[k : k + 2], 16)) for k in (1, 3, 5))})"
 
 
-def test_a_word_that_was_left_out_by_hand_is_kept_in_whatever_case(sheet):
-    sheet.add()
+def connect_miner(sheet):
     sheet.do(
         """() => {
             const of = (kind) => app.graph._nodes.find((n) => n.comfyClass === kind);
@@ -842,6 +841,41 @@ def test_a_word_that_was_left_out_by_hand_is_kept_in_whatever_case(sheet):
             neighbors.connect(0, edit, slot);
         }"""
     )
+
+
+def test_words_that_were_drawn_are_marked_and_stand_there_by_what_was_drawn(sheet):
+    sheet.add()
+    connect_miner(sheet)
+    drawn = [["jet", "airplane", 0.4, 0.3, 0.93], ["gull", "airplane", 0.9, 0.3, 0.12]]
+    foretold = [["ship", "airplane", 0.6, 0.3, None]]
+    sheet.do(
+        """sent => app.graph._nodes.find((n) => n.comfyClass === 'RealEraClosedFormEdit')
+            .onExecuted({ realera_scope: sent })""",
+        drawn + foretold,
+    )
+    rows = sheet.page.locator(".realera-scope > div[title]")
+    assert rows.locator("span:last-child").all_inner_texts() == ["✓ 93 %", "✓ 12 %", "60 %"]
+    titles = [row.get_attribute("title") for row in rows.all()]
+    assert titles[1] == "90 % → airplane, 30 % moved, 12 % when drawn"
+    assert titles[2] == "60 % → airplane, 30 % moved"
+    fills = rows.locator("div > div").evaluate_all("bars => bars.map((bar) => bar.style.cssText)")
+    assert ["concept" in one for one in fills] == [
+        True,
+        False,
+        True,
+    ]  # red: lost, by the best known
+    assert ["93%" in fills[0], "12%" in fills[1], "60%" in fills[2]] == [True] * 3
+    cut = "spans => spans.map((s) => s.scrollWidth - s.clientWidth)"
+    assert max(rows.locator("span:last-child").evaluate_all(cut)) <= 1  # no number is cut off
+    rows.nth(1).click()
+    assert sheet.value("RealEraNeighborSampler", "leave_out") == "gull"
+    rows.nth(1).click()
+    assert sheet.value("RealEraNeighborSampler", "leave_out") == ""
+
+
+def test_a_word_that_was_left_out_by_hand_is_kept_in_whatever_case(sheet):
+    sheet.add()
+    connect_miner(sheet)
     sheet.set("RealEraNeighborSampler", leave_out="JET 0， zoë 1")
     sheet.fill()
     row = sheet.page.locator(".realera-scope > div[title]").filter(has_text="jet 0").first

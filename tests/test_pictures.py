@@ -90,7 +90,7 @@ def test_the_ring_shows_neighbours_and_beyond_points_apart():
 
 
 def test_the_scope_picture_shows_the_farthest_words_first_and_only_so_many():
-    reaches = [Reach(f"word{n}", "airplane", 0.5, n / 100, n / 100) for n in range(100)]
+    reaches = [Reach(f"word{n}", "airplane", 0.5, n / 100, n / 100, "") for n in range(100)]
     few, many = scope_picture(reaches, 10), scope_picture(reaches, 60)
     assert few.height < many.height
     assert few.tobytes() == scope_picture(reaches[90:]).tobytes()

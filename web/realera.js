@@ -20,6 +20,7 @@ const TEXTS = {
     step: "step",
     loss: "loss",
     moved: "moved",
+    drawn: "when drawn",
   },
   zh: {
     run: "运行工作流后显示。",
@@ -33,6 +34,7 @@ const TEXTS = {
     step: "步",
     loss: "损失",
     moved: "已偏移",
+    drawn: "（画出后）",
   },
 };
 
@@ -455,7 +457,9 @@ function addScope(node) {
     const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)].map(fold));
     hint.textContent = text(!reaches.length ? "run" : leaveOut || preserve ? "hint" : "connect");
     hint.style.textAlign = reaches.length ? "left" : "center";
-    const rows = reaches.map(([word, concept, toward, moved]) => {
+    const rows = reaches.map(([word, concept, toward, moved, drawn]) => {
+      const checked = typeof drawn === "number"; // else foretold
+      const lost = checked ? drawn : toward;
       const held = kept.has(fold(word));
       const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
       Object.assign(row.style, { boxSizing: "border-box", height: `${ROW}px`, cursor: "pointer" });
@@ -463,16 +467,17 @@ function addScope(node) {
       row.style.scrollSnapAlign = "start";
       const percent = (share) => `${Math.round(100 * share)} %`;
       row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
+      if (checked) row.title += `, ${percent(drawn)} ${text("drawn")}`;
       row.ariaPressed = String(held);
-      const color = held ? "far" : toward >= 0.5 ? "concept" : "near";
+      const color = held ? "far" : lost >= 0.5 ? "concept" : "near";
       const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
-      const share = Math.max(0, Math.min(1, toward));
+      const share = Math.max(0, Math.min(1, lost));
       const length = { width: `${100 * share}%`, height: "100%" };
       bar.append(element("div", { ...length, background: `var(--realera-${color})` }));
       const name = element("span", { width: "42%", overflow: "hidden", whiteSpace: "nowrap" }, word);
       name.style.color = `var(--realera-${held ? "far" : "text"})`;
-      const number = { width: "34px", textAlign: "right", color: "var(--realera-text)" };
-      row.append(name, bar, element("span", number, percent(toward)));
+      const number = { width: "48px", textAlign: "right", color: "var(--realera-text)" };
+      row.append(name, bar, element("span", number, `${checked ? "✓ " : ""}${percent(lost)}`));
       row.addEventListener("click", () => {
         toggleKept(node, word);
         fill();

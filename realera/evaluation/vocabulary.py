@@ -19,6 +19,7 @@ from torch import Tensor
 from ..cache import cached
 from ..files import digest, writing
 from ..models import Diffusion
+from ..sketch import from_one_noise
 from .judges import Classifier, Judge, Meter
 from .report import Sampling
 from .tasks import OBJECT
@@ -78,22 +79,19 @@ def drawn_words(
 
     def draw() -> dict[str, Tensor]:
         found = _stored(state, key)
-        empty = model.text.encode([""])
-        for start in range(len(found), len(words), sampling.batch):
-            some = words[start : start + sampling.batch]
-            generator = torch.Generator().manual_seed(sampling.seed)
-            latents = model.sample(
-                model.text.encode([template.replace("{}", word) for word in some]),
-                empty,
-                generator,
-                sampling.steps,
-                sampling.guidance,
-                one_noise=True,
-            )
+        drawn = from_one_noise(
+            model,
+            [template.replace("{}", word) for word in words[len(found) :]],
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            seed=sampling.seed,
+            batch=sampling.batch,
+        )
+        for number, latents in enumerate(drawn, 1):
             with torch.no_grad():
                 seen = judge.logits(model.decode(latents)).softmax(-1).float().cpu()
             found = torch.cat([found.reshape(-1, seen.shape[1]), seen])
-            if state is not None and start // sampling.batch % SAVED == SAVED - 1:
+            if state is not None and number % SAVED == 0:
                 with writing(state, overwrite=True) as part:
                     save_file({"seen": found}, part, {"of": key})
             progress(len(found), len(words))
