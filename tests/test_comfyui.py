@@ -101,6 +101,7 @@ def erased(server):
     graph = short(workflow(1))
     _, saving = node_of(graph, "RealEraSaveErasure")
     saving["tolerance"] = 1e-5
+    node_of(graph, "RealEraClosedFormEdit")[1]["check"] = 3
     outputs, _ = server.run(graph)
     return graph, outputs
 
@@ -243,6 +244,9 @@ def test_a_node_says_what_it_found_and_where_it_saved(erased):
     assert "the CLIP is that of Stable Diffusion 1.x" in said["RealEraNeighborSampler"][0]
     assert "keep their meaning" in said["RealEraBeyondSampler"][0]
     assert "half the way" in said["RealEraClosedFormEdit"][0]
+    assert "of 3 that were drawn (✓), " in said["RealEraClosedFormEdit"][0]
+    drawn = [row[4] for row in outputs[node_of(graph, "RealEraClosedFormEdit")[0]]["realera_scope"]]
+    assert drawn[:3] == sorted(drawn[:3], reverse=True) and set(drawn[3:]) == {None}
     assert said["RealEraLoraAlign"][0].startswith("6 steps")
 
 
