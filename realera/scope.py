@@ -92,9 +92,9 @@ def scope(
     nearest = torch.stack([numbers[0] for numbers in found]).argmax(0).tolist()
     reaches = []
     for k, (word, n) in enumerate(zip(listed, nearest, strict=True)):
-        closeness, moved, toward = (float(numbers[k]) for numbers in found[n])
+        near, far, share = (float(numbers[k]) for numbers in found[n])
         name, prompt = pairs.concepts[n].name, templates[n].replace("{}", word)
-        reaches.append(Reach(word, name, closeness, moved, toward, prompt))
+        reaches.append(Reach(word, name, near, far, share, prompt))
     return by_loss(reaches)
 
 
