@@ -133,7 +133,7 @@ class ClosedFormEdit(io.ComfyNode):
         drawn = [reach for reach in reaches if reach.drawn is not None]
         if drawn:
             changed = sum(reach.gone for reach in drawn)
-            told += f"; of {len(drawn)} that were drawn (✓), {changed} change half as much or more"
+            told += f"; of {len(drawn)} that were drawn (✓), {changed} change much"
         picture = to_image(pictures.scope_picture(reaches))
         listed = "\n".join(
             f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
@@ -149,6 +149,7 @@ class ClosedFormEdit(io.ComfyNode):
                     round(r.toward, 3),
                     round(r.moved, 3),
                     None if r.drawn is None else round(r.drawn, 3),
+                    r.gone,
                 ]
                 for r in reaches
             ],

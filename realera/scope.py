@@ -17,6 +17,11 @@ from .models import CONTEXT, TextEncoder
 from .pairs import Pairs
 from .words import vocabulary_rows, word_rows
 
+GONE = 0.5  # of the way to the anchor
+# Of drawings: where words that draw something else part best from others, by the concepts that
+# parameters are chosen on (`benchmarks/scope_vocabulary.py`).
+CHANGED = 0.65
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -39,8 +44,8 @@ class Reach:
 
     @property
     def gone(self) -> bool:
-        """Whether it went at least half the way that the concept goes."""
-        return (self.toward if self.drawn is None else self.drawn) >= 0.5
+        """Whether it draws something else now, by its drawing where there is one."""
+        return self.toward >= GONE if self.drawn is None else self.drawn >= CHANGED
 
 
 def by_loss(reaches: Iterable[Reach]) -> tuple[Reach, ...]:

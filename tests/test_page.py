@@ -846,8 +846,8 @@ def connect_miner(sheet):
 def test_words_that_were_drawn_are_marked_and_stand_there_by_what_was_drawn(sheet):
     sheet.add()
     connect_miner(sheet)
-    drawn = [["jet", "airplane", 0.4, 0.3, 0.93], ["gull", "airplane", 0.9, 0.3, 0.12]]
-    foretold = [["ship", "airplane", 0.6, 0.3, None]]
+    drawn = [["jet", "airplane", 0.4, 0.3, 0.93, True], ["gull", "airplane", 0.9, 0.3, 0.12, False]]
+    foretold = [["ship", "airplane", 0.6, 0.3, None, True]]
     sheet.do(
         """sent => app.graph._nodes.find((n) => n.comfyClass === 'RealEraClosedFormEdit')
             .onExecuted({ realera_scope: sent })""",

@@ -56,13 +56,13 @@ def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away(pairs):
 
 
 def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_kind():
-    given = [reach("a", 0.2), reach("b", 0.9), reach("c", 0.8, 0.1), reach("d", 0.1, 0.7)]
+    given = [reach("a", 0.2), reach("b", 0.5), reach("c", 0.8, 0.6), reach("d", 0.1, 0.7)]
     assert [r.word for r in by_loss(given)] == ["d", "c", "b", "a"]
     assert [r.gone for r in by_loss(given)] == [True, False, True, False]
     picture = scope_picture(given)
     assert picture.tobytes() != scope_picture([replace(r, drawn=None) for r in given]).tobytes()
     lines = scope_text(by_loss(given), 3).splitlines()
-    assert [line.split()[-1] for line in lines[:4]] == ["drawn", "0.70", "0.10", "-"]
+    assert [line.split()[-1] for line in lines[:4]] == ["drawn", "0.70", "0.60", "-"]
     assert len(lines) == 5 and f"2 words in {STEPS} steps" in lines[-1]
     assert "drawn" not in scope_text(given[:2], 3)
 

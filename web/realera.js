@@ -457,7 +457,7 @@ function addScope(node) {
     const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)].map(fold));
     hint.textContent = text(!reaches.length ? "run" : leaveOut || preserve ? "hint" : "connect");
     hint.style.textAlign = reaches.length ? "left" : "center";
-    const rows = reaches.map(([word, concept, toward, moved, drawn]) => {
+    const rows = reaches.map(([word, concept, toward, moved, drawn, gone = toward >= 0.5]) => {
       const checked = typeof drawn === "number"; // else foretold
       const lost = checked ? drawn : toward;
       const held = kept.has(fold(word));
@@ -469,7 +469,7 @@ function addScope(node) {
       row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
       if (checked) row.title += `, ${percent(drawn)} ${text("drawn")}`;
       row.ariaPressed = String(held);
-      const color = held ? "far" : lost >= 0.5 ? "concept" : "near";
+      const color = held ? "far" : gone ? "concept" : "near";
       const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
       const share = Math.max(0, Math.min(1, lost));
       const length = { width: `${100 * share}%`, height: "100%" };
