@@ -31,13 +31,14 @@ from benchmarks.growth import peak
 from benchmarks.plots import bars
 from benchmarks.speed import ring_of
 from benchmarks.tables import markdown_table
-from realera.alignment import Lesson, align, draw_step
+from realera.alignment import align
 from realera.closed_form import Edit
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, apply
 from realera.families import FAMILIES
 from realera.families.loading import load_model
 from realera.files import writing
+from realera.lessons import Lesson, draw_step
 from realera.models import CONTEXT
 from realera.readers import adapted_readers
 from realera.settings import Training
@@ -119,7 +120,7 @@ def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
         with torch.no_grad():
             wanted = model.predict(step.z_t, step.t, step.teacher)
         predicted = student.predict(step.z_t, step.t, step.student)
-        (step.terms * mse_loss(predicted, wanted)).backward()
+        (step.weight * mse_loss(predicted, wanted)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ends.append(time.process_time())

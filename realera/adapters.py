@@ -91,7 +91,8 @@ def edited(
     handles = []
 
     def moved(stream: str, rows: Tensor, gain: Tensor | None) -> Tensor:
-        if stream in seen and seen[stream][0] is rows:
+        # What has gradients is computed again with its block, where blocks are checkpointed.
+        if stream in seen and seen[stream][0] is rows and not rows.requires_grad:
             return seen[stream][1]
         key = (stream, rows.device, rows.dtype)
         if key not in converted:

@@ -6,82 +6,21 @@ same module with the edit and the LoRA on and off (`adapters.py`).
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from .adapters import adapted, checkpointed, edited, original, tuners
-from .erasure import Erasure, Lora, changed
+from .adversary import Contexts, draw_contexts, draw_kept, seek
+from .erasure import Lora, changed
 from .files import digest, open_tensors, writing
-from .models import Diffusion, Encoding
-from .pairs import Ring
+from .lessons import Lesson, Student, draw_step
+from .models import Diffusion
 from .settings import Training
-
-# Gradients of a half-precision U-Net vanish without a scale; where they overflow, a smaller one.
-LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the LoRA is trained on.
-
-    ring: every step draws from it anew (l. 28); beyond: Eq. 9 has its second term
-    erasure: the closed form that the LoRA comes on top of
-    anchors: latents of images of the anchors, [concepts, images, channels, height, width], drawn
-        by the original model (`anchors.draw_anchors`)
-    """
-
-    ring: Ring
-    beyond: bool
-    erasure: Erasure
-    anchors: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """The draws of one step: z_t at the times t, and what student and teacher are asked there."""
-
-    z_t: Tensor
-    t: Tensor
-    student: Encoding
-    teacher: Encoding
-    terms: int  # of the loss: the batch holds them one after the other
-
-
-def draw_step(model: Diffusion, lesson: Lesson, training: Training, step: int) -> Step:
-    """Odd steps ask for the concept itself (Eq. 8), even ones for what was mined (Eq. 9)."""
-    pairs, images = lesson.ring.pairs, lesson.anchors.shape[1]
-    # A generator a step, so that a resumed run draws what an uninterrupted one did.
-    generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
-    chosen = torch.randint(len(pairs.prompts), (training.batch,), generator=generator)
-    image = torch.randint(images, (training.batch,), generator=generator)
-    z = lesson.anchors[pairs.concept[chosen], image]  # [batch, channels, height, width]
-    t = model.times(training.batch, generator)
-    noise = torch.randn(z.shape, generator=generator).to(z)
-    z_t = model.noised(z, noise, t)
-
-    if step % 2:  # Eq. 8
-        students, teachers = [pairs.e.take(chosen)], [pairs.anchor.take(chosen)]
-    else:  # Eq. 9
-        near = lesson.ring.neighbors(1, generator, chosen.tolist())
-        # A word stands in a template of its own; the anchor does in the same.
-        students, teachers = [near.e], [pairs.anchor.take(near.pair)]
-        if lesson.beyond:
-            far = lesson.ring.beyond(1, generator, chosen.tolist()).e
-            students, teachers = [*students, far], [*teachers, far]
-    terms = len(students)
-    return Step(
-        z_t.repeat(terms, 1, 1, 1),
-        t.repeat(terms),
-        Encoding.cat(students),
-        Encoding.cat(teachers),
-        terms,
-    )
 
 
 def align(
@@ -109,7 +48,7 @@ def align(
     with thrifty, adapted(network, training.rank, training.seed) as layers:
         weights = [weight for pair in layers.values() for weight in pair]
         optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
-        done = _resume(state, run, layers, optimizer)
+        done, contexts = _resume(state, run, layers, optimizer)
         if done > training.steps:
             raise ValueError(
                 f"{state} holds {done} steps and {training.steps} were asked for: ask for more, or "
@@ -117,52 +56,43 @@ def align(
             )
         # Found once: to walk through a network takes as long as some of its layers.
         carrying, read = tuners(network), changed(lesson.erasure, network)
-        lesson, stepping = replace(lesson, anchors=lesson.anchors.to(weights[0].device)), False
+        student = Student(
+            model, partial(edited, network, lesson.erasure, read), partial(original, carrying)
+        )
+        lesson, stepping = lesson.to(weights[0].device), False
+        scene = lesson.scene if training.adversarial else None
         try:
             for number in range(done + 1, training.steps + 1):
-                step = draw_step(model, lesson, training, number)
-                with torch.no_grad(), original(carrying):
-                    wanted = model.predict(step.z_t, step.t, step.teacher)
-                for scale in LOSS_SCALES:
-                    optimizer.zero_grad(set_to_none=True)
-                    with edited(network, lesson.erasure, read):
-                        predicted = model.predict(step.z_t, step.t, step.student)
-                        # The mean over the stacked terms, times their number: the sum of Eq. 9.
-                        loss = step.terms * mse_loss(predicted.float(), wanted.float())
-                        if not torch.isfinite(loss):
-                            raise FloatingPointError(_not_finite("loss", number, training))
-                        # Still edited: checkpointed blocks run again here.
-                        (scale * loss).backward()
-                    gradients = [weight.grad for weight in weights if weight.grad is not None]
-                    if torch.stack([g.abs().amax() for g in gradients]).isfinite().all():
-                        break
-                else:
-                    raise FloatingPointError(_not_finite("gradient", number, training))
-                for gradient in gradients:
-                    gradient /= scale
+                steps, found = [draw_step(model, lesson, training, number)], contexts
+                try:
+                    if scene is not None:
+                        g = torch.Generator().manual_seed(-training.seed * 1_000_003 - number)
+                        found = seek(student, lesson, scene, contexts, training, g)
+                        anchor = lesson.ring.pairs.anchor
+                        steps += draw_contexts(model, lesson, scene, found, anchor, training, g)
+                        steps += draw_kept(model, lesson, scene, training, g)
+                    loss, _ = student.gradients(steps, weights)
+                except FloatingPointError as what:
+                    raise FloatingPointError(
+                        f"the {what} at step {number} is not finite: lower the learning rate (now "
+                        f"{training.learning_rate:g}) or run the U-Net in float32"
+                    ) from what
                 stepping = True
                 optimizer.step()
-                done, stepping = number, False
+                done, contexts, stepping = number, found, False
                 if state is not None and number % training.save_every == 0:
-                    _save(state, run, done, layers, optimizer)
-                on_step(number, loss.item())
+                    _save(state, run, done, layers, optimizer, contexts)
+                on_step(number, loss)
         except FloatingPointError:
             raise
         except BaseException:
             if state is not None and done and not stepping:
-                _save(state, run, done, layers, optimizer)
+                _save(state, run, done, layers, optimizer, contexts)
             raise
         return {
             name: (a.detach().cpu().clone(), b.detach().cpu().clone())
             for name, (a, b) in layers.items()
         }
-
-
-def _not_finite(what: str, step: int, training: Training) -> str:
-    return (
-        f"the {what} at step {step} is not finite: lower the learning rate (now "
-        f"{training.learning_rate:g}) or run the U-Net in float32"
-    )
 
 
 def _fingerprint(model: Diffusion, lesson: Lesson, training: Training) -> str:
@@ -180,11 +110,21 @@ def _fingerprint(model: Diffusion, lesson: Lesson, training: Training) -> str:
         {stream: edit.matrix for stream, edit in erasure.edits.items()},
         *erasure.lora.values(),
         lesson.anchors,
+        *([scene.images, scene.kept] if (scene := lesson.scene) else []),
     )
 
 
-def _save(path: Path, run: str, step: int, layers: Lora, optimizer: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path,
+    run: str,
+    step: int,
+    layers: Lora,
+    optimizer: torch.optim.Optimizer,
+    contexts: Contexts | None,
+) -> None:
     tensors = {}
+    if contexts is not None:
+        tensors = {f"contexts.{key}": value.cpu() for key, value in vars(contexts).items()}
     for name, pair in layers.items():
         for letter, weight in zip("AB", pair, strict=True):
             tensors[f"{name}.{letter}"] = weight.detach().cpu().contiguous()
@@ -194,10 +134,15 @@ def _save(path: Path, run: str, step: int, layers: Lora, optimizer: torch.optim.
         save_file(tensors, part, metadata={"run": run, "step": str(step)})
 
 
-def _resume(path: Path | None, run: str, layers: Lora, optimizer: torch.optim.Optimizer) -> int:
-    """Loads a saved state into the layers and the optimizer; returns the steps already done."""
+def _resume(
+    path: Path | None, run: str, layers: Lora, optimizer: torch.optim.Optimizer
+) -> tuple[int, Contexts | None]:
+    """Loads a saved state into the layers and the optimizer.
+
+    Returns the steps already done, and the adversary's contexts.
+    """
     if path is None or not path.exists():
-        return 0
+        return 0, None
     open_tensors(path)  # raises, and names the file, when it is damaged
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata() or {}
@@ -216,4 +161,7 @@ def _resume(path: Path | None, run: str, layers: Lora, optimizer: torch.optim.Op
                     "exp_avg": stored.get_tensor(f"{key}.exp_avg").to(weight, copy=True),
                     "exp_avg_sq": stored.get_tensor(f"{key}.exp_avg_sq").to(weight, copy=True),
                 }
-    return step
+        parts = [field.name for field in fields(Contexts)]
+        if f"contexts.{parts[0]}" not in stored.keys():  # noqa: SIM118 - no mapping
+            return step, None
+        return step, Contexts(**{part: stored.get_tensor(f"contexts.{part}") for part in parts})

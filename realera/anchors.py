@@ -19,13 +19,17 @@ def draw_anchors(
     seed: int = 0,
     steps: int = 20,
     guidance: float | None = None,
+    concepts: bool = False,
 ) -> Tensor:
     """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
 
-    guidance: the family's own unless given. Returns [concepts, count, channels, height, width],
-    read back from the cache where they were drawn before from the same. Raises FloatingPointError
-    when one is not finite.
+    guidance: the family's own unless given; concepts: of the concepts themselves, for adversarial
+    training. Returns [concepts, count, channels, height, width], read back from the cache where
+    they were drawn before from the same. Raises FloatingPointError when one is not finite.
     """
+    encoding, asked = pairs.anchor, pairs.anchor_prompts
+    if concepts:
+        encoding, asked = pairs.e, pairs.prompts
     empty = model.text.encode([""])
     guidance = guidance_of(model.network) if guidance is None else guidance
 
@@ -36,23 +40,21 @@ def draw_anchors(
             prompts = torch.arange(count) % len(concept.templates) + first
             images = []
             for some in prompts.split(BATCH):
-                anchor = pairs.anchor.take(some)
-                images.append(model.sample(anchor, empty, generator, steps, guidance).float())
+                rows = encoding.take(some)
+                images.append(model.sample(rows, empty, generator, steps, guidance).float())
             drawn.append(torch.cat(images))
         latents = torch.stack(drawn)
         if not latents.isfinite().all():
-            raise FloatingPointError(
-                "an anchor image is not finite: run the U-Net in float32 or bfloat16"
-            )
+            raise FloatingPointError("an image is not finite: run the U-Net in float32 or bfloat16")
         return {"latents": latents}
 
     how = [
         model.fingerprint,
         model.latent_shape,
-        pairs.anchor_prompts,
+        asked,
         count,
         seed,
         steps,
         guidance,
     ]
-    return cached("anchors", [*how, pairs.anchor, empty], draw)["latents"]
+    return cached("anchors", [*how, encoding, empty], draw)["latents"]

@@ -594,6 +594,13 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     training.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
     )
+    training.add_argument(
+        "--adversarial",
+        type=int,
+        default=Training().adversarial,
+        help="contexts that bring the concept back, to seek and align between the steps; try 16 "
+        "with --rank 16 --learning-rate 5e-4 --batch 16",
+    )
     sub.add_argument("--seed", type=int, default=0)
     _check_option(sub)
     _file_options(sub)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .algorithm import Mining, collect, fit, lesson_of, preserved_prompts, quiet, version_of
 from .alignment import align
-from .anchors import draw_anchors
 from .bank import bank_prompts
 from .closed_form import Sums
 from .concepts import Concept
@@ -228,6 +227,5 @@ def align_group(
     The LoRAs of all groups, each trained without the others, go onto the erasure together.
     """
     mining = mine_group(model.text, group, settings)
-    anchors = draw_anchors(model, mining.pairs, 8, seed=training.seed)
-    lesson = lesson_of(mining, erasure, anchors)
+    lesson = lesson_of(model, mining, erasure, training)
     return align(model, lesson, training, on_step=on_step, state=state)

@@ -129,6 +129,8 @@ class Training:
 
     rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
     gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding
+    adversarial: contexts that are sought between the steps, by gradient, to bring the concept back,
+        and then aligned; 0: none, as in the paper
     """
 
     steps: int = 200
@@ -138,10 +140,13 @@ class Training:
     seed: int = 0
     save_every: int = 25
     gradient_checkpointing: bool = False
+    adversarial: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank", "batch", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        if self.adversarial < 0:
+            raise ValueError(f"adversarial = {self.adversarial}: it must be at least 0")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate = {self.learning_rate}: it must be positive")

@@ -123,6 +123,18 @@ class WordRing:
             if len(words.pair):
                 words.take(torch.arange(len(words.pair)))
 
+    def outside(self) -> list[str]:
+        """The vocabulary's words that lie outside of every ring, sorted."""
+        text, pairs = self.near.text, self.pairs
+        words = text.words()
+        closest = torch.full((len(words),), -1.0)
+        for number, concept in enumerate(pairs.concepts):
+            rows = vocabulary_rows(text, concept.templates[0]) - self.centre[number]
+            own = pairs.summary[pairs.first[number]] - self.centre[number]
+            closest = closest.maximum(normalize(rows, dim=-1) @ normalize(own, dim=-1))
+        far = (closest < self.beyond_s2).tolist()
+        return [word for word, keep in zip(words, far, strict=True) if keep]
+
     def mined(self, words: Phrases, take: Tensor) -> Mined:
         """The neighbours of int64 `take`, of near or far words."""
         pair = words.pair[take]

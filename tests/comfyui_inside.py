@@ -816,8 +816,9 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
         seen += [sum(v.startswith("dog") for v in verdicts[8:])]
     assert seen[0] >= 6 and seen[1] >= 6, f"not trained well enough to tell: {seen}"
     assert seen[2] <= 1 and seen[3] >= 6, seen
-    aligned = short(model=one.model, erasure=erasure, mining=found)
-    assert any(b.any() for _, b in aligned.lora.values())
+    for options in ({}, {"adversarial": 2}, {"adversarial": 2, "gradient_checkpointing": True}):
+        aligned = short(model=one.model, erasure=erasure, mining=found, **options)
+        assert any(b.any() for _, b in aligned.lora.values())
 
 
 # ------------------------------------------------------------------------ compare, files

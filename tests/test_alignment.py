@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from realera.adapters import adapted, checkpointed, edited, original, tuners
-from realera.algorithm import align_erasure, erase, mine
-from realera.alignment import Lesson, align
+from realera.adversary import draw_contexts, seek, started
+from realera.algorithm import KEPT_PROMPTS, align_erasure, erase, kept_prompts, mine
+from realera.alignment import align
 from realera.anchors import draw_anchors
 from realera.closed_form import Edit
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, applied
-from realera.models import CONTEXT
+from realera.lessons import Lesson, Scene, Student, draw_step
+from realera.models import CONTEXT, POOLED
 from realera.readers import adapted_readers
 from realera.settings import Settings, Training
 
@@ -90,12 +92,12 @@ def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
 
 
 def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, job, monkeypatch):
-    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1.0,))
+    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1.0,))
     plain = run(model, job)
-    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1e40, 1.0))
+    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1e40, 1.0))
     again = run(model, job)
     assert all(torch.equal(a, again[name][0]) for name, (a, _) in plain.items())
-    monkeypatch.setattr("realera.alignment.LOSS_SCALES", (1e40,))
+    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1e40,))
     with pytest.raises(FloatingPointError, match="gradient at step 1 is not finite"):
         run(model, job)
 
@@ -349,7 +351,155 @@ def test_an_anchor_image_that_is_not_finite_is_refused_and_not_kept(model, job, 
             draw_anchors(model, job.ring.pairs, 1, steps=4)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}])
+# ---------------------------------------------------------------- the adversarial mode
+
+SOUGHT = replace(SHORT, adversarial=3)
+
+
+@pytest.fixture(scope="module")
+def against(model, job):
+    """The same lesson with an adversary."""
+    images = draw_anchors(model, job.ring.pairs, 2, steps=2, concepts=True)
+    return replace(job, scene=Scene(images, model.text.encode(["", "a dog", "a ship", "the sea"])))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_adversary_leaves_the_draws_of_eq_8_and_9_as_they_were(model, job, against, number):
+    step = draw_step(model, against, SOUGHT, number)
+    generator = torch.Generator().manual_seed(number)
+    pairs = job.ring.pairs
+    chosen = torch.randint(len(pairs.prompts), (2,), generator=generator)
+    z = job.anchors[pairs.concept[chosen], torch.randint(3, (2,), generator=generator)]
+    t = model.times(2, generator)
+    z_t = model.noised(z, torch.randn(z.shape, generator=generator), t)
+    assert torch.equal(step.z_t, z_t.repeat(1 if number == 1 else 2, 1, 1, 1))
+    asked = [pairs.e.take(chosen)]
+    if number == 2:
+        asked = [
+            ask(1, generator, chosen.tolist()).e for ask in (job.ring.neighbors, job.ring.beyond)
+        ]
+    assert torch.equal(step.student[CONTEXT], torch.cat([e[CONTEXT] for e in asked]))
+
+
+def test_without_an_adversary_its_scene_changes_nothing(model, job, against):
+    for plain, other in zip(run(model, job).values(), run(model, against).values(), strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
+def student_of(model, job) -> Student:
+    return Student(model, lambda: edited(model.network, job.erasure), nullcontext)
+
+
+def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
+    """On images, times and noise that the adversary did not see."""
+    pairs, student, found = against.ring.pairs, student_of(model, against), None
+    training = replace(SOUGHT, adversarial=4, batch=4)
+    for number in range(12):
+        generator = torch.Generator().manual_seed(number)
+        found = seek(student, against, against.scene, found, training, generator)
+    errors = []
+    for contexts in (started(pairs, found.pair), found):
+        steps = [
+            step
+            for n in range(100, 108)
+            for step in draw_contexts(
+                model,
+                against,
+                against.scene,
+                contexts,
+                pairs.e,
+                training,
+                torch.Generator().manual_seed(n),
+            )
+        ]
+        with torch.no_grad(), edited(model.network, against.erasure):
+            predicted = [model.predict(step.z_t, step.t, step.student) for step in steps]
+        with torch.no_grad():
+            wanted = [model.predict(step.z_t, step.t, step.teacher) for step in steps]
+        errors.append((torch.cat(predicted) - torch.cat(wanted)).square().mean().item())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_an_adversarial_run_that_was_cancelled_resumes_to_the_very_same_lora(
+    model, against, tmp_path
+):
+    state = tmp_path / "state.safetensors"
+
+    def cancel(step: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, against, SOUGHT, state=state, on_step=cancel)
+    resumed, whole = run(model, against, SOUGHT, state=state), run(model, against, SOUGHT)
+    for name, pair in whole.items():
+        assert all(torch.equal(one, two) for one, two in zip(pair, resumed[name], strict=True))
+    plain = run(model, against)
+    assert not all(torch.equal(pair[1], whole[name][1]) for name, pair in plain.items())
+    with pytest.raises(ValueError, match="state of another run"):
+        run(model, against, replace(SOUGHT, adversarial=2), state=state)
+
+
+def test_an_adversary_leaves_the_network_as_it_was_and_may_be_checkpointed(model, against):
+    before = state_of(model.network)
+    plain = run(model, against, SOUGHT)
+    again = run(model, against, replace(SOUGHT, gradient_checkpointing=True))
+    for name, (a, b) in plain.items():
+        assert torch.allclose(a, again[name][0], rtol=1e-3, atol=1e-5)
+        assert torch.allclose(b, again[name][1], rtol=1e-3, atol=1e-5)
+    assert same(before, state_of(model.network))
+    for module in model.network.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
+    model = DiffusersModel(pipelines[name])
+    concepts = [Concept("airplane", "ground"), Concept("dog", "tree")]
+    mining = mine(model.text, concepts, OF_JOB)
+    asked, predict = [], model.predict
+
+    def note(latents, times, encoding):
+        asked.append(encoding)
+        return predict(latents, times, encoding)
+
+    model.predict = note
+    short = replace(SOUGHT, steps=2, adversarial=6)
+    aligned = align_erasure(model, erase(mining), mining, short, images=1)
+    assert aligned.provenance["training"]["adversarial"] == 6
+    if POOLED in mining.pairs.e:  # of the prompts alone: the context is what is sought
+        known = [*mining.pairs.e[POOLED], *mining.pairs.anchor[POOLED]]
+        sought = [e for e in asked if e[CONTEXT].requires_grad]
+        assert sought
+        for row in torch.cat([e[POOLED] for e in sought]):
+            assert any(torch.equal(row, own) for own in known)
+
+
+def test_what_an_adversary_must_leave_is_neither_the_concept_nor_in_its_ring(model, monkeypatch):
+    words = ["plane", "jet", "dog", "ship", "tree", "airplane"]
+    monkeypatch.setattr(model.text, "words", lambda: words)
+    settings = Settings(s2=0.3, beyond=1, preserve=("a red rocket",))
+    mining = mine(model.text, [Concept("airplane", "ground")], settings)
+    inside = {word for word in mining.ring.near.words if word in words}
+    outside = mining.ring.outside()
+    assert inside and outside and not inside & {*outside}
+    assert {*outside} | inside == {*words}
+    asked, encode = [], model.text.encode
+    monkeypatch.setattr(
+        model.text, "encode", lambda prompts: asked.extend(prompts) or encode(prompts)
+    )
+    kept = kept_prompts(mining, torch.Generator().manual_seed(0))
+    held = asked[-kept.prompts :]
+    assert kept.prompts == KEPT_PROMPTS and "a red rocket" in asked
+    assert all(f"a photo of the {word}" in asked for word in outside)
+    assert not any("airplane" in prompt for prompt in held[1:])
+    monkeypatch.setattr("realera.algorithm.KEPT_BYTES", 10 * kept[CONTEXT][0].nbytes)
+    assert kept_prompts(mining, torch.Generator().manual_seed(0)).prompts == 10
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}, {"adversarial": -1}]
+)
 def test_training_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Training(**wrong)

@@ -231,6 +231,32 @@ def test_alignment_trains_a_lora_on_what_reads_the_context(name):
         assert torch.equal(parameter, before[key])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
+    model, mining, erasure = model_of(name), mined(name), erasure_of(name)
+    asked, predict = [], model.predict
+
+    def note(latents, times, encoding):
+        asked.append(encoding)
+        return predict(latents, times, encoding)
+
+    monkeypatch.setattr(model, "predict", note)
+    training = Training(steps=2, batch=2, rank=2, adversarial=3)
+    plain, thrifty = (
+        align_erasure(
+            model, erasure, mining, replace(training, gradient_checkpointing=on), images=1
+        )
+        for on in (False, True)
+    )
+    for layer, (_, b) in plain.lora.items():
+        torch.testing.assert_close(b, thrifty.lora[layer][1], rtol=1e-3, atol=1e-5)
+    sought = [e for e in asked if e[CONTEXT].requires_grad]
+    assert sought
+    if POOLED in mining.pairs.e:  # the context alone is sought
+        own = mining.pairs.e[POOLED]
+        assert all(any(torch.equal(row, one) for one in own) for e in sought for row in e[POOLED])
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """name -> a diffusers folder of the tiny pipeline."""
