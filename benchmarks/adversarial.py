@@ -37,7 +37,7 @@ from realera.files import writing
 from realera.settings import Training
 
 STATE = Path(".state/adversarial")
-ADVERSARIAL = Training(steps=250, rank=16, learning_rate=5e-4, batch=16, adversarial=16)
+ADVERSARIAL = Training(steps=200, rank=16, learning_rate=5e-4, batch=8, adversarial=8)
 # What is trained on top of the closed form.
 ROWS: dict[str, Training | None] = {
     "closed form alone": None,
@@ -46,14 +46,16 @@ ROWS: dict[str, Training | None] = {
 }
 
 
-def erased(scene: Scene, training: Training | None) -> nn.Module:
-    """The network to attack, with the erasure in its weights."""
+def erased(scene: Scene, training: Training | None, state: Path) -> nn.Module:
+    """The network to attack, with the erasure in its weights; what is trained is kept in state."""
     model = scene.model
     mining = mine(model.text, [scene.concept])
     erasure = erase(mining)
     if training is not None:
-        steps = tqdm(desc=scene.concept.name, total=training.steps, leave=False)
-        erasure = align_erasure(model, erasure, mining, training, on_step=lambda *_: steps.update())
+        steps = tqdm(desc=state.stem, total=training.steps)
+        erasure = align_erasure(
+            model, erasure, mining, training, on_step=lambda *_: steps.update(), state=state
+        )
     network = attacks.erased("original", model, scene.concept)
     apply(erasure, network)
     return network
@@ -63,17 +65,12 @@ def model_class(scene: Scene) -> int:
     return scene.judge.classes.index(scene.concept.name)
 
 
-def measured(
-    scene: Scene, network: nn.Module, pen: Pen, before: Tensor, names: Sequence[str]
-) -> dict[str, Any]:
-    """Residue and kept on unseen words, and what each attack reaches."""
+def words_kept(scene: Scene, network: nn.Module, pen: Pen, before: Tensor) -> list[float]:
+    """Residue and kept in percent, on unseen words."""
     k, words = model_class(scene), scene.model.text.words()
     asked = [words[i] for i in torch.cat(frontier.asked(before, k)).tolist()]
     point = frontier.counted(before, pen.draw(asked, weights_of(network)), k)
-    residue, kept, _ = frontier.rates(*point.unseen)
-    network.requires_grad_(False)
-    reached = {name: attacked(scene, network, *ATTACKS[name])["until"] for name in names}
-    return {"residue": residue, "kept": kept, "attacks": reached}
+    return list(frontier.rates(*point.unseen)[:2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,12 +95,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, training in ROWS.items():
             if training is ADVERSARIAL:
                 training = replace(training, steps=options.steps)
-            path = STATE / f"{name} {concept} {training.steps if training else 0}.json"
-            if not path.exists():
-                numbers = measured(scene, erased(scene, training), pen, before, options.attacks)
+            stem = f"{name} {concept} {training.steps if training else 0}"
+            path = STATE / f"{stem}.json"
+            numbers = json.loads(path.read_text()) if path.exists() else {}
+            network: nn.Module | None = None
+            for what in ("words", *options.attacks):
+                if what in numbers:
+                    continue
+                if network is None:
+                    network = erased(scene, training, STATE / f"{stem}.safetensors")
+                    network.requires_grad_(False)
+                if what == "words":
+                    numbers[what] = words_kept(scene, network, pen, before)
+                else:
+                    numbers[what] = attacked(scene, network, *ATTACKS[what])["until"]
                 with writing(path, overwrite=True) as part:
                     part.write_text(json.dumps(numbers))
-            found.setdefault(name, {})[concept] = json.loads(path.read_text())
+            found.setdefault(name, {})[concept] = numbers
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     write(found, options, f"python -m benchmarks.adversarial {command}".strip())
 
@@ -111,12 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write(found: dict[str, dict[str, Any]], options: argparse.Namespace, command: str) -> None:
     rows = [["", "residue ↓", "kept ↑", *options.attacks]]
     for name, concepts in found.items():
-        cells = [
-            "/".join(f"{numbers[key]:.1f}" for numbers in concepts.values())
-            for key in ("residue", "kept")
-        ]
+        cells = ["/".join(f"{own['words'][n]:.1f}" for own in concepts.values()) for n in (0, 1)]
         cells += [
-            "/".join(f"{numbers['attacks'][attack][-1]:.0f}" for numbers in concepts.values())
+            "/".join(f"{own[attack][-1]:.0f}" for own in concepts.values())
             for attack in options.attacks
         ]
         rows.append([name, *cells])

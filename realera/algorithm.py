@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adversary import look_around
 from .alignment import align
 from .anchors import draw_anchors
 from .bank import Bank, bank_prompts, encode_bank, spare_concepts
 from .closed_form import Sums
 from .concepts import Concept, holds_name
 from .erasure import Erasure, concepts_of, notes_of
-from .lessons import Lesson, Scene
+from .lessons import Lesson
 from .models import Diffusion, Encoding, TextEncoder, longer
 from .pairs import Mined, Pairs, Ring, encode_pairs
 from .ring import noise_ring
@@ -26,8 +27,6 @@ from .spans import refuse_long
 from .words import WordRing, word_ring
 
 EVERY = 4  # one in so many bank prompts is stepped towards
-# Prompts that adversarial training keeps, and the most memory their rows may take.
-KEPT_PROMPTS, KEPT_BYTES = 512, 2**28
 DEFAULTS = Settings()
 # What is said of beyond points, and what the closed form reads; all others are of the neighbours.
 BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
@@ -237,33 +236,10 @@ def lesson_of(
     scene = None
     if training.adversarial:
         drawn = draw_anchors(model, mining.pairs, images, seed=seed, concepts=True)
-        scene = Scene(drawn, kept_prompts(mining, torch.Generator().manual_seed(seed)))
+        prompts = preserved_prompts(mining.text, mining.pairs.concepts, mining.settings)
+        limit = mining.settings.bank_limit
+        scene = look_around(model, ring, drawn, ["", *prompts], limit, training)
     return Lesson(ring, beyond, erasure, anchors, scene)
-
-
-def kept_prompts(mining: Mining, generator: torch.Generator) -> Encoding:
-    """What adversarial training keeps as it is: the empty prompt, what the user preserves, prompts
-    of the bank and, where the ring is of words, as many words outside of it."""
-    text, ring, settings = mining.text, mining.ring, mining.settings
-    concepts, empty = mining.pairs.concepts, text.encode([""])
-    size = sum(rows.nbytes for rows in empty.values())
-    room = min(KEPT_PROMPTS, KEPT_BYTES // size) - 1
-
-    def some(prompts: Sequence[str], count: int) -> list[str]:
-        order = torch.randperm(len(prompts), generator=generator)[: max(0, count)]
-        return [prompts[k] for k in order.tolist()]
-
-    prompts = list(preserved_prompts(text, concepts, settings))
-    if isinstance(ring, WordRing):
-        templates = list(dict.fromkeys(concept.templates[0] for concept in concepts))
-        words = some(ring.outside(), (room - len(prompts)) // 2)
-        prompts += [templates[n % len(templates)].replace("{}", w) for n, w in enumerate(words)]
-    bank = spare_concepts(
-        encode_bank(text), text, concepts, mining.pairs.summary, settings.bank_limit
-    )
-    everyday = [p for p in bank.prompts if p and p not in bank.dropped]
-    prompts += some(everyday, room - len(prompts))
-    return Encoding.cat([empty, text.encode(prompts)]).cpu()
 
 
 def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Ring:

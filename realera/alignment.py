@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .adapters import adapted, checkpointed, edited, original, tuners
-from .adversary import Contexts, draw_contexts, draw_kept, seek
+from .adversary import Contexts, draw_contexts, draw_words, seek
 from .erasure import Lora, changed
 from .files import digest, open_tensors, writing
 from .lessons import Lesson, Student, draw_step
@@ -70,7 +70,7 @@ def align(
                         found = seek(student, lesson, scene, contexts, training, g)
                         anchor = lesson.ring.pairs.anchor
                         steps += draw_contexts(model, lesson, scene, found, anchor, training, g)
-                        steps += draw_kept(model, lesson, scene, training, g)
+                        steps += draw_words(model, lesson, scene, training, g)
                     loss, _ = student.gradients(steps, weights)
                 except FloatingPointError as what:
                     raise FloatingPointError(
@@ -110,7 +110,7 @@ def _fingerprint(model: Diffusion, lesson: Lesson, training: Training) -> str:
         {stream: edit.matrix for stream, edit in erasure.edits.items()},
         *erasure.lora.values(),
         lesson.anchors,
-        *([scene.images, scene.kept] if (scene := lesson.scene) else []),
+        *([scene.images, scene.words, scene.kept] if (scene := lesson.scene) else []),
     )
 
 

@@ -23,10 +23,14 @@ class Scene:
 
     images: latents of images of the concepts, [concepts, images, channels, height, width], drawn by
         the original model (`anchors.draw_concepts`)
-    kept: prompts that keep their prediction
+    words: prompts beyond the ring that bring a concept back as well; pair: the pair that each has
+        the concept of, int64 [words]
+    kept: prompts that keep their prediction, the empty one first
     """
 
     images: Tensor
+    words: Encoding
+    pair: Tensor
     kept: Encoding
 
 

@@ -123,17 +123,21 @@ class WordRing:
             if len(words.pair):
                 words.take(torch.arange(len(words.pair)))
 
-    def outside(self) -> list[str]:
-        """The vocabulary's words that lie outside of every ring, sorted."""
+    def outside(self) -> list[tuple[int, str]]:
+        """The vocabulary's words that lie outside of every ring, sorted, and the number of the
+        concept that each is nearest to."""
         text, pairs = self.near.text, self.pairs
         words = text.words()
-        closest = torch.full((len(words),), -1.0)
+        closest = torch.full((len(words),), -2.0)
+        nearest = torch.zeros(len(words), dtype=torch.int64)
         for number, concept in enumerate(pairs.concepts):
             rows = vocabulary_rows(text, concept.templates[0]) - self.centre[number]
             own = pairs.summary[pairs.first[number]] - self.centre[number]
-            closest = closest.maximum(normalize(rows, dim=-1) @ normalize(own, dim=-1))
-        far = (closest < self.beyond_s2).tolist()
-        return [word for word, keep in zip(words, far, strict=True) if keep]
+            cosine = normalize(rows, dim=-1) @ normalize(own, dim=-1)
+            nearest[cosine > closest] = number
+            closest = closest.maximum(cosine)
+        far = (closest < self.beyond_s2).nonzero()[:, 0].tolist()
+        return [(int(nearest[k]), words[k]) for k in far]
 
     def mined(self, words: Phrases, take: Tensor) -> Mined:
         """The neighbours of int64 `take`, of near or far words."""

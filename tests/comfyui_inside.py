@@ -543,6 +543,15 @@ def claim_a_training_that_is_asked_for_twice_is_the_same():
     assert any(b.any() for _, b in one.lora.values())
 
 
+def claim_an_adversary_trains_another_lora_and_the_same_one_again():
+    plain, one, other = (
+        short(erasure=erased().erasure, seed=4, adversarial=n, gradient_checkpointing=n > 0)
+        for n in (0, 3, 3)
+    )
+    assert all(torch.equal(b, other.lora[name][1]) for name, (_, b) in one.lora.items())
+    assert not all(torch.equal(b, plain.lora[name][1]) for name, (_, b) in one.lora.items())
+
+
 # ------------------------------------------------------------------------ the MODEL's own sampling
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from realera.adapters import adapted, checkpointed, edited, original, tuners
-from realera.adversary import draw_contexts, seek, started
-from realera.algorithm import KEPT_PROMPTS, align_erasure, erase, kept_prompts, mine
+from realera.adversary import draw_contexts, likeness, look_around, seek, started
+from realera.algorithm import align_erasure, erase, mine
 from realera.alignment import align
 from realera.anchors import draw_anchors
 from realera.closed_form import Edit
@@ -16,7 +16,7 @@ from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure, applied
 from realera.lessons import Lesson, Scene, Student, draw_step
-from realera.models import CONTEXT, POOLED
+from realera.models import CONTEXT, POOLED, Encoding
 from realera.readers import adapted_readers
 from realera.settings import Settings, Training
 
@@ -360,7 +360,8 @@ SOUGHT = replace(SHORT, adversarial=3)
 def against(model, job):
     """The same lesson with an adversary."""
     images = draw_anchors(model, job.ring.pairs, 2, steps=2, concepts=True)
-    return replace(job, scene=Scene(images, model.text.encode(["", "a dog", "a ship", "the sea"])))
+    words, kept = (model.text.encode(p) for p in (["a jet"], ["", "a dog", "a ship", "the sea"]))
+    return replace(job, scene=Scene(images, words, torch.tensor([0]), kept))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -475,26 +476,44 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
             assert any(torch.equal(row, own) for own in known)
 
 
-def test_what_an_adversary_must_leave_is_neither_the_concept_nor_in_its_ring(model, monkeypatch):
-    words = ["plane", "jet", "dog", "ship", "tree", "airplane"]
+def test_words_that_predict_the_concept_go_to_its_anchor_and_the_others_are_kept(
+    model, job, monkeypatch
+):
+    words = ["airplane", "plane", "jet", "dog", "ship", "tree"]
     monkeypatch.setattr(model.text, "words", lambda: words)
-    settings = Settings(s2=0.3, beyond=1, preserve=("a red rocket",))
-    mining = mine(model.text, [Concept("airplane", "ground")], settings)
+    mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.3, beyond=1))
     inside = {word for word in mining.ring.near.words if word in words}
-    outside = mining.ring.outside()
-    assert inside and outside and not inside & {*outside}
-    assert {*outside} | inside == {*words}
+    outside = [word for _, word in mining.ring.outside()]
+    assert inside and len(outside) > 2 and {*outside} | inside == {*words}
+    assert not inside & {*outside}
+    like = dict(zip(outside, [0.9, 0.35, *[0.1] * len(outside)], strict=False))
     asked, encode = [], model.text.encode
+    monkeypatch.setattr(model.text, "encode", lambda said: asked.extend(said) or encode(said))
     monkeypatch.setattr(
-        model.text, "encode", lambda prompts: asked.extend(prompts) or encode(prompts)
+        "realera.adversary.likeness",
+        lambda *given: torch.tensor(
+            [like[prompt.split()[-1]] for prompt in asked[-given[3].prompts :]]
+        ),
     )
-    kept = kept_prompts(mining, torch.Generator().manual_seed(0))
-    held = asked[-kept.prompts :]
-    assert kept.prompts == KEPT_PROMPTS and "a red rocket" in asked
-    assert all(f"a photo of the {word}" in asked for word in outside)
-    assert not any("airplane" in prompt for prompt in held[1:])
-    monkeypatch.setattr("realera.algorithm.KEPT_BYTES", 10 * kept[CONTEXT][0].nbytes)
-    assert kept_prompts(mining, torch.Generator().manual_seed(0)).prompts == 10
+    scene = look_around(model, mining.ring, job.anchors, ["", "a red rocket"], 0.55, SOUGHT)
+    (first,) = (word for word in outside if like[word] == 0.9)
+    assert torch.equal(scene.words[CONTEXT], encode([f"a photo of the {first}"])[CONTEXT])
+    assert scene.pair.tolist() == [0]
+    held = [*encode(["", "a red rocket"])[CONTEXT]]
+    held += [encode([f"a photo of the {word}"])[CONTEXT][0] for word in outside if like[word] < 0.3]
+    rows = scene.kept[CONTEXT]
+    assert all(any(torch.equal(row, own) for row in rows) for own in held)
+    between = encode([f"a photo of the {outside[1]}"])[CONTEXT][0]
+    assert like[outside[1]] == 0.35 and not any(torch.equal(row, between) for row in rows)
+    assert len(held) < len(rows) <= len(held) + 512
+
+
+def test_the_likeness_of_the_concept_is_1_and_that_of_the_empty_prompt_0(model, job):
+    pairs, images = job.ring.pairs, job.anchors
+    e = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
+    like = likeness(model, pairs, images, e, torch.zeros(3, dtype=torch.int64), 0)
+    torch.testing.assert_close(like[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
+    assert (like[2] - 1).abs() > 0.01 and like[2].abs() > 0.01
 
 
 @pytest.mark.parametrize(

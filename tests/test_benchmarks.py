@@ -499,9 +499,10 @@ def test_an_attack_is_told_by_the_best_until_each_step_and_ends_where_all_is_rea
     assert found == {"until": [25, 75, 75, 100, 100], "step": 4, "norm": 5, "words": "step 4"}
 
 
-def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(scene):
+def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(scene, tmp_path):
     tiny = Training(steps=1, rank=1, batch=2, adversarial=2)
-    alone, trained = (adversarial.erased(scene, training) for training in (None, tiny))
+    state = tmp_path / "state.safetensors"
+    alone, trained = (adversarial.erased(scene, training, state) for training in (None, tiny))
     pairs = zip(trained.named_parameters(), alone.parameters(), strict=True)
     changed = {name for (name, new), old in pairs if not torch.equal(new, old)}
     assert changed == {f"{r.path}.weight" for r in adapted_readers(scene.model.network).values()}
