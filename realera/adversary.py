@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bank import encode_bank, spare_concepts
 from .lessons import Lesson, Scene, Step, Student, draw_noised
-from .models import CONTEXT, Diffusion, Encoding
+from .models import CONTEXT, Diffusion, Encoding, TextEncoder
 from .pairs import Pairs, Ring
 from .settings import Training
 from .words import WordRing
@@ -141,68 +141,66 @@ def draw_words(
     return steps
 
 
-def look_around(
-    model: Diffusion,
-    ring: Ring,
-    images: Tensor,
-    prompts: Sequence[str],
-    limit: float,
-    training: Training,
+def scene_of(
+    text: TextEncoder, ring: Ring, images: Tensor, prompts: Sequence[str], limit: float, seed: int
 ) -> Scene:
-    """What brings the concepts back outside of the ring, and what does not and is kept.
+    """What an adversary is given, encoded: words outside of the ring, where it is of words, and as
+    kept the empty prompt, the prompts given and some of the bank.
 
-    The original says which words do: those by which it predicts, on noised images of the concept,
-    what it predicts by the concept's own prompt rather than by the empty one (`likeness`). Beside
-    such words the prompts given, the empty one first, and prompts of the bank are kept.
-
-    images: as in `Scene`; limit: as in `bank.spare_concepts`. Where the ring is not of words, none
-    is looked at.
+    images: as in `Scene`; limit: as in `bank.spare_concepts`.
     """
-    text, pairs = model.text, ring.pairs
-    generator = torch.Generator().manual_seed(training.seed)
-    e = text.encode(prompts).cpu()
-    room = min(PROMPTS, MEMORY // sum(rows[0].nbytes for rows in e.values()))
-    parts, words, pair = [e], [pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu()], []
+    pairs, generator = ring.pairs, torch.Generator().manual_seed(seed)
+    kept, words, pair = ["", *prompts], pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu(), []
+    room = min(PROMPTS, MEMORY // sum(rows[0].nbytes for rows in pairs.e.values())) // 2
     if isinstance(ring, WordRing):
         outside = ring.outside()
-        order = torch.randperm(len(outside), generator=generator)[: room // 2]
-        for some in order.split(training.batch):
-            numbers, said = zip(*(outside[k] for k in some.tolist()), strict=True)
-            concepts = torch.tensor(numbers)
-            templates = [pairs.concepts[n].templates[0] for n in numbers]
-            asked = [t.replace("{}", word) for t, word in zip(templates, said, strict=True)]
-            e = text.encode(asked).cpu()
-            like = likeness(model, pairs, images, e, concepts, training.seed)
-            parts.append(e.take((like < UNLIKE).nonzero()[:, 0]))
-            words.append(e.take((like > LIKE).nonzero()[:, 0]))
-            pair += pairs.first[concepts[like > LIKE]].tolist()
+        chosen = [outside[k] for k in torch.randperm(len(outside), generator=generator)[:room]]
+        templates = [pairs.concepts[number].templates[0] for number, _ in chosen]
+        asked = [t.replace("{}", word) for t, (_, word) in zip(templates, chosen, strict=True)]
+        words = text.encode(asked).cpu() if asked else words
+        pair = [int(pairs.first[number]) for number, _ in chosen]
     bank = spare_concepts(encode_bank(text), text, pairs.concepts, pairs.summary, limit)
     everyday = [prompt for prompt in bank.prompts if prompt and prompt not in bank.dropped]
-    order = torch.randperm(len(everyday), generator=generator)[: room // 2]
-    parts.append(text.encode([everyday[k] for k in order.tolist()]).cpu())
-    return Scene(images, Encoding.cat(words), torch.tensor(pair), Encoding.cat(parts))
+    kept += [everyday[k] for k in torch.randperm(len(everyday), generator=generator)[:room]]
+    pair_of = torch.tensor(pair, dtype=torch.int64)
+    return Scene(images, words, pair_of, text.encode(kept).cpu())
 
 
 @torch.no_grad()
-def likeness(
-    model: Diffusion, pairs: Pairs, images: Tensor, e: Encoding, concepts: Tensor, seed: int
-) -> Tensor:
-    """How far each prompt goes from the empty prompt's prediction to that of its concept's: 0 to 1.
+def sifted(student: Student, lesson: Lesson, scene: Scene, training: Training) -> Scene:
+    """With those of the words alone that bring their concept back; those that do not are kept.
 
-    The mean over LOOKS, of ⟨p - p₀, p_c - p₀⟩ / |p_c - p₀|² by the original. concepts: int64
-    [prompts], whose images are looked at; the same seed gives the same noise.
+    The original says which do: those by which it predicts, on noised images of the concept, what it
+    predicts by the concept's own prompt rather than by the empty one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    numbers, whose = concepts.unique(return_inverse=True)
-    own, total = pairs.e.take(pairs.first[numbers]), torch.zeros(len(concepts))
-    empty = model.text.encode([""]).like(own)
+    if not scene.words.prompts:
+        return scene
+    some = torch.arange(len(scene.pair)).split(training.batch)
+    with student.original():
+        parts = [likeness(student.model, lesson.ring.pairs, scene, n, training.seed) for n in some]
+    like = torch.cat(parts)
+    back, apart = (like > LIKE).nonzero()[:, 0], (like < UNLIKE).nonzero()[:, 0]
+    kept = Encoding.cat([scene.kept, scene.words.take(apart)])
+    return Scene(scene.images, scene.words.take(back), scene.pair[back], kept)
+
+
+def likeness(model: Diffusion, pairs: Pairs, scene: Scene, some: Tensor, seed: int) -> Tensor:
+    """How far each of some words goes from the empty prompt to its concept's: about 0 to 1.
+
+    The mean over LOOKS, of ⟨p - p₀, p_c - p₀⟩ / |p_c - p₀|², p being predictions. some: int64
+    [words]; the same seed gives the same noise.
+    """
+    generator, e = torch.Generator().manual_seed(seed), scene.words.take(some)
+    own, whose = scene.pair[some].unique(return_inverse=True)
+    empty, total = scene.kept.take(torch.zeros_like(own)), torch.zeros(len(some))
     times = model.times(TIMES, generator).sort().values
     for look, place in enumerate(LOOKS):
-        z = images[numbers, look % images.shape[1]]
-        noise = torch.randn(images.shape[2:], generator=generator).to(z).expand_as(z)
+        z = scene.images[pairs.concept[own], look % scene.images.shape[1]]
+        noise = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)
         t = times[int(place * TIMES)].expand(len(z))
         z_t = model.noised(z, noise, t)
-        nothing, whole = (model.predict(z_t, t, rows).flatten(1) for rows in (empty, own))
+        asked = (empty, pairs.e.take(own))
+        nothing, whole = (model.predict(z_t, t, rows).flatten(1) for rows in asked)
         at = whose.to(z_t.device)
         now = model.predict(z_t[at], t[at.to(t.device)], e).flatten(1)
         way, gone = (whole - nothing)[at], now - nothing[at]

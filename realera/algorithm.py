@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adversary import look_around
+from .adversary import scene_of
 from .alignment import align
 from .anchors import draw_anchors
 from .bank import Bank, bank_prompts, encode_bank, spare_concepts
@@ -238,7 +238,7 @@ def lesson_of(
         drawn = draw_anchors(model, mining.pairs, images, seed=seed, concepts=True)
         prompts = preserved_prompts(mining.text, mining.pairs.concepts, mining.settings)
         limit = mining.settings.bank_limit
-        scene = look_around(model, ring, drawn, ["", *prompts], limit, training)
+        scene = scene_of(mining.text, ring, drawn, prompts, limit, seed)
     return Lesson(ring, beyond, erasure, anchors, scene)
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .adapters import adapted, checkpointed, edited, original, tuners
-from .adversary import Contexts, draw_contexts, draw_words, seek
+from .adversary import Contexts, draw_contexts, draw_words, seek, sifted
 from .erasure import Lora, changed
 from .files import digest, open_tensors, writing
 from .lessons import Lesson, Student, draw_step
@@ -60,7 +60,14 @@ def align(
             model, partial(edited, network, lesson.erasure, read), partial(original, carrying)
         )
         lesson, stepping = lesson.to(weights[0].device), False
-        scene = lesson.scene if training.adversarial else None
+        scene = None
+        if training.adversarial:
+            if lesson.scene is None:
+                raise ValueError(
+                    f"adversarial = {training.adversarial}: the lesson has no scene; make it by "
+                    "algorithm.lesson_of with the same training"
+                )
+            scene = sifted(student, lesson, lesson.scene, training)
         try:
             for number in range(done + 1, training.steps + 1):
                 steps, found = [draw_step(model, lesson, training, number)], contexts

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from realera.adapters import adapted, checkpointed, edited, original, tuners
-from realera.adversary import draw_contexts, likeness, look_around, seek, started
+from realera.adversary import draw_contexts, likeness, scene_of, seek, sifted, started
 from realera.algorithm import align_erasure, erase, mine
 from realera.alignment import align
 from realera.anchors import draw_anchors
@@ -385,6 +385,8 @@ def test_an_adversary_leaves_the_draws_of_eq_8_and_9_as_they_were(model, job, ag
 def test_without_an_adversary_its_scene_changes_nothing(model, job, against):
     for plain, other in zip(run(model, job).values(), run(model, against).values(), strict=True):
         assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+    with pytest.raises(ValueError, match="adversarial = 3: the lesson has no scene"):
+        run(model, job, SOUGHT)
 
 
 def student_of(model, job) -> Student:
@@ -476,44 +478,35 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
             assert any(torch.equal(row, own) for own in known)
 
 
-def test_words_that_predict_the_concept_go_to_its_anchor_and_the_others_are_kept(
-    model, job, monkeypatch
-):
+def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypatch):
     words = ["airplane", "plane", "jet", "dog", "ship", "tree"]
     monkeypatch.setattr(model.text, "words", lambda: words)
     mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.3, beyond=1))
     inside = {word for word in mining.ring.near.words if word in words}
     outside = [word for _, word in mining.ring.outside()]
-    assert inside and len(outside) > 2 and {*outside} | inside == {*words}
-    assert not inside & {*outside}
-    like = dict(zip(outside, [0.9, 0.35, *[0.1] * len(outside)], strict=False))
-    asked, encode = [], model.text.encode
-    monkeypatch.setattr(model.text, "encode", lambda said: asked.extend(said) or encode(said))
-    monkeypatch.setattr(
-        "realera.adversary.likeness",
-        lambda *given: torch.tensor(
-            [like[prompt.split()[-1]] for prompt in asked[-given[3].prompts :]]
-        ),
-    )
-    scene = look_around(model, mining.ring, job.anchors, ["", "a red rocket"], 0.55, SOUGHT)
-    (first,) = (word for word in outside if like[word] == 0.9)
-    assert torch.equal(scene.words[CONTEXT], encode([f"a photo of the {first}"])[CONTEXT])
-    assert scene.pair.tolist() == [0]
-    held = [*encode(["", "a red rocket"])[CONTEXT]]
-    held += [encode([f"a photo of the {word}"])[CONTEXT][0] for word in outside if like[word] < 0.3]
-    rows = scene.kept[CONTEXT]
-    assert all(any(torch.equal(row, own) for row in rows) for own in held)
-    between = encode([f"a photo of the {outside[1]}"])[CONTEXT][0]
-    assert like[outside[1]] == 0.35 and not any(torch.equal(row, between) for row in rows)
-    assert len(held) < len(rows) <= len(held) + 512
+    assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
+    scene = scene_of(model.text, mining.ring, job.anchors, ["a red rocket"], 0.55, 0)
+    asked = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]
+    assert {str(row) for row in asked} == {str(row) for row in scene.words[CONTEXT]}
+    assert scene.pair.tolist() == [0] * len(outside)
+    first = model.text.encode(["", "a red rocket"])[CONTEXT]
+    assert torch.equal(scene.kept[CONTEXT][:2], first) and scene.kept.prompts == 2 + 512
+    noise = scene_of(model.text, job.ring, job.anchors, [], 0.55, 0)
+    assert noise.words.prompts == 0 and noise.kept.prompts == 1 + 512
 
 
-def test_the_likeness_of_the_concept_is_1_and_that_of_the_empty_prompt_0(model, job):
-    pairs, images = job.ring.pairs, job.anchors
-    e = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
-    like = likeness(model, pairs, images, e, torch.zeros(3, dtype=torch.int64), 0)
+def test_words_go_to_the_anchor_or_are_kept_by_what_the_original_predicts(model, against):
+    """The concept's own prompt is all likeness, the empty one none."""
+    pairs = against.ring.pairs
+    words = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
+    scene = replace(against.scene, words=words, pair=torch.zeros(3, dtype=torch.int64))
+    like = likeness(model, pairs, scene, torch.arange(3), 0)
     torch.testing.assert_close(like[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
     assert (like[2] - 1).abs() > 0.01 and like[2].abs() > 0.01
+    after = sifted(student_of(model, against), against, scene, SOUGHT)
+    assert torch.equal(after.words[CONTEXT][0], words[CONTEXT][0])
+    assert torch.equal(after.kept[CONTEXT][4], words[CONTEXT][1])
+    assert after.pair.tolist() == [0] * after.words.prompts
 
 
 @pytest.mark.parametrize(
