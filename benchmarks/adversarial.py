@@ -1,14 +1,15 @@
 """Can a LoRA withstand who holds the weights? Trained against the attacks, it is attacked again.
 
-    python -m benchmarks.adversarial                          # an hour and a half of one core
+    python -m benchmarks.adversarial                          # half an hour a concept on a busy core
     python -m benchmarks.adversarial --concepts bird --steps 50 --attacks "1 token"
 
 Three erasures by the product itself: the closed form of its defaults alone, with LoRA Align as it
 comes, and with LoRA Align's adversarial mode, which between two steps seeks contexts further that
 bring the concept back under the current student, and aligns what they draw to the anchor, while
-prompts of the bank, words outside of the ring and the empty prompt keep their prediction. Each is
-attacked as in `benchmarks.attacks`. Residue and kept are of the half of the vocabulary that
-`benchmarks.frontier` calls unseen; nothing was drawn and judged to learn from.
+prompts of the bank, the empty prompt and words outside of the ring, but for those by which the
+original predicts the concept, keep their prediction. Each is attacked as in `benchmarks.attacks`.
+Residue and kept are of the half of the vocabulary that `benchmarks.frontier` calls unseen; nothing
+was drawn and judged to learn from.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from realera.files import writing
 from realera.settings import Training
 
 STATE = Path(".state/adversarial")
-ADVERSARIAL = Training(steps=200, rank=16, learning_rate=5e-4, batch=8, adversarial=8)
+ADVERSARIAL = Training(steps=120, rank=16, learning_rate=5e-4, batch=12, adversarial=12)
 # What is trained on top of the closed form.
 ROWS: dict[str, Training | None] = {
     "closed form alone": None,

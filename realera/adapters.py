@@ -96,12 +96,13 @@ def edited(
             return seen[stream][1]
         key = (stream, rows.device, rows.dtype)
         if key not in converted:
-            converted[key] = Edit(erasure.edits[stream].matrix.to(rows))
+            converted[key] = Edit(_saved(erasure.edits[stream].matrix, rows))
         edit = converted[key]
         if gain is None:
             new = edit(rows[..., : edit.dim])
         else:  # a norm is in front, and T is of the rows without its gain
-            new = edit(rows / gain.to(rows)) * gain.to(rows)
+            gain = _saved(gain, rows)
+            new = edit(rows / gain) * gain
         if rows.shape[-1] > edit.dim:
             new = torch.cat([new, rows[..., edit.dim :]], dim=-1)
         seen[stream] = rows, new
@@ -120,7 +121,7 @@ def edited(
             rows = given.pop()
             if name not in erasure.lora:
                 return output
-            a, b = (factor.to(rows) for factor in erasure.lora[name])
+            a, b = (_saved(factor, rows) for factor in erasure.lora[name])
             return output + linear(linear(rows, a), b)
 
         return before, behind
@@ -134,6 +135,11 @@ def edited(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _saved(tensor: Tensor, like: Tensor) -> Tensor:
+    """Where and as `like` is, and such that autograd may save it: no inference tensor is."""
+    return tensor.to(like, copy=tensor.is_inference())
 
 
 def tuners(network: nn.Module) -> "list[BaseTunerLayer]":

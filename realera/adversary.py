@@ -25,7 +25,7 @@ RENEWED = 0.04  # how often a context begins anew
 RATE = 0.1  # of its Adam, in units of the mean size of an entry
 BETAS, TINY = (0.9, 0.999), 1e-8
 LOOKS, TIMES = (0.3, 0.6, 0.8, 0.95), 64  # the times at which words are looked at, of so many drawn
-LIKE, UNLIKE = 0.4, 0.3  # from where on a word brings the concept back; up to where it does not
+LIKE = 0.25  # from where on a word brings the concept back
 PROMPTS, MEMORY = 1024, 2**28  # that are looked at and kept at most, and how large their rows are
 KEPT = 3.0  # what is kept counts in the loss, where what is to go counts 1
 
@@ -120,17 +120,11 @@ def draw_contexts(
     return steps
 
 
-def draw_words(
+def draw_kept(
     model: Diffusion, lesson: Lesson, scene: Scene, training: Training, generator: torch.Generator
 ) -> list[Step]:
-    """Words that bring a concept back are to draw the anchor; what is kept predicts what it did, on
-    images of the anchors and of the concepts."""
-    steps, pairs = [], lesson.ring.pairs
-    if scene.words.prompts:
-        some = torch.randint(scene.words.prompts, (training.batch,), generator=generator)
-        pair = scene.pair[some]
-        z_t, t = draw_noised(model, scene.images, pairs.concept[pair], generator)
-        steps.append(Step(z_t, t, scene.words.take(some), pairs.anchor.take(pair), 1.0))
+    """What is kept predicts what it did, on images of the anchors and of the concepts."""
+    steps = []
     for images in (lesson.anchors, scene.images):
         concept = torch.randint(len(images), (training.batch,), generator=generator)
         z_t, t = draw_noised(model, images, concept, generator)
@@ -168,7 +162,7 @@ def scene_of(
 
 @torch.no_grad()
 def sifted(student: Student, lesson: Lesson, scene: Scene, training: Training) -> Scene:
-    """With those of the words alone that bring their concept back; those that do not are kept.
+    """With those of the words kept as well that do not bring their concept back.
 
     The original says which do: those by which it predicts, on noised images of the concept, what it
     predicts by the concept's own prompt rather than by the empty one.
@@ -178,10 +172,8 @@ def sifted(student: Student, lesson: Lesson, scene: Scene, training: Training) -
     some = torch.arange(len(scene.pair)).split(training.batch)
     with student.original():
         parts = [likeness(student.model, lesson.ring.pairs, scene, n, training.seed) for n in some]
-    like = torch.cat(parts)
-    back, apart = (like > LIKE).nonzero()[:, 0], (like < UNLIKE).nonzero()[:, 0]
-    kept = Encoding.cat([scene.kept, scene.words.take(apart)])
-    return Scene(scene.images, scene.words.take(back), scene.pair[back], kept)
+    apart = (torch.cat(parts) < LIKE).nonzero()[:, 0]
+    return replace(scene, kept=Encoding.cat([scene.kept, scene.words.take(apart)]))
 
 
 def likeness(model: Diffusion, pairs: Pairs, scene: Scene, some: Tensor, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .adapters import adapted, checkpointed, edited, original, tuners
-from .adversary import Contexts, draw_contexts, draw_words, seek, sifted
+from .adversary import Contexts, draw_contexts, draw_kept, seek, sifted
 from .erasure import Lora, changed
 from .files import digest, open_tensors, writing
 from .lessons import Lesson, Student, draw_step
@@ -77,7 +77,7 @@ def align(
                         found = seek(student, lesson, scene, contexts, training, g)
                         anchor = lesson.ring.pairs.anchor
                         steps += draw_contexts(model, lesson, scene, found, anchor, training, g)
-                        steps += draw_words(model, lesson, scene, training, g)
+                        steps += draw_kept(model, lesson, scene, training, g)
                     loss, _ = student.gradients(steps, weights)
                 except FloatingPointError as what:
                     raise FloatingPointError(

@@ -598,8 +598,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--adversarial",
         type=int,
         default=Training().adversarial,
-        help="contexts that bring the concept back, to seek and align between the steps; try 8 "
-        "with --rank 16 --learning-rate 5e-4 --batch 8",
+        help="contexts that bring the concept back, to seek and align between the steps; try 12 "
+        "with --rank 16 --learning-rate 5e-4 --batch 12",
     )
     sub.add_argument("--seed", type=int, default=0)
     _check_option(sub)

@@ -23,8 +23,8 @@ class Scene:
 
     images: latents of images of the concepts, [concepts, images, channels, height, width], drawn by
         the original model (`anchors.draw_concepts`)
-    words: prompts outside of the ring; pair: a pair of the concept that each is nearest to, int64
-        [words]. `adversary.sifted` leaves those that bring it back
+    words: prompts outside of the ring, of which those are kept that do not bring the concept back;
+        pair: a pair of the concept that each is nearest to, int64 [words]
     kept: prompts that keep their prediction, the empty one first
     """
 

@@ -495,7 +495,7 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     assert noise.words.prompts == 0 and noise.kept.prompts == 1 + 512
 
 
-def test_words_go_to_the_anchor_or_are_kept_by_what_the_original_predicts(model, against):
+def test_words_are_kept_by_which_the_original_does_not_predict_the_concept(model, against):
     """The concept's own prompt is all likeness, the empty one none."""
     pairs = against.ring.pairs
     words = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
@@ -504,9 +504,9 @@ def test_words_go_to_the_anchor_or_are_kept_by_what_the_original_predicts(model,
     torch.testing.assert_close(like[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
     assert (like[2] - 1).abs() > 0.01 and like[2].abs() > 0.01
     after = sifted(student_of(model, against), against, scene, SOUGHT)
-    assert torch.equal(after.words[CONTEXT][0], words[CONTEXT][0])
-    assert torch.equal(after.kept[CONTEXT][4], words[CONTEXT][1])
-    assert after.pair.tolist() == [0] * after.words.prompts
+    kept = [*after.kept[CONTEXT][4:]]
+    assert torch.equal(kept[0], words[CONTEXT][1])
+    assert not any(torch.equal(row, words[CONTEXT][0]) for row in kept)
 
 
 @pytest.mark.parametrize(
