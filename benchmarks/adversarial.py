@@ -1,6 +1,6 @@
 """Can a LoRA withstand who holds the weights? Trained against the attacks, it is attacked again.
 
-    python -m benchmarks.adversarial                          # half an hour a concept on a busy core
+    python -m benchmarks.adversarial                      # half an hour a concept on a busy core
     python -m benchmarks.adversarial --concepts bird --steps 50 --attacks "1 token"
 
 Three erasures by the product itself: the closed form of its defaults alone, with LoRA Align as it
