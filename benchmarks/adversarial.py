@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=ADVERSARIAL.steps, help="of the adversarial")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=[*ATTACKS][1:])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--measured", action="store_true", help="write what there is")
     options = parser.parse_args(arguments)
     for folder in (STATE, attacks.STATE, frontier.STATE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers = json.loads(path.read_text()) if path.exists() else {}
             network: nn.Module | None = None
             for what in ("words", *options.attacks):
-                if what in numbers:
+                if what in numbers or options.measured:
                     continue
                 if network is None:
                     network = erased(scene, training, STATE / f"{stem}.safetensors")
@@ -120,9 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write(found: dict[str, dict[str, Any]], options: argparse.Namespace, command: str) -> None:
     rows = [["", "residue ↓", "kept ↑", *options.attacks]]
     for name, concepts in found.items():
-        cells = ["/".join(f"{own['words'][n]:.1f}" for own in concepts.values()) for n in (0, 1)]
+        cells = [
+            "/".join(
+                f"{own['words'][n]:.1f}" if "words" in own else "-" for own in concepts.values()
+            )
+            for n in (0, 1)
+        ]
         cells += [
-            "/".join(f"{own[attack][-1]:.0f}" for own in concepts.values())
+            "/".join(
+                f"{own[attack][-1]:.0f}" if attack in own else "-" for own in concepts.values()
+            )
             for attack in options.attacks
         ]
         rows.append([name, *cells])
@@ -131,8 +139,9 @@ def write(found: dict[str, dict[str, Any]], options: argparse.Namespace, command
         "# A LoRA against the attacks",
         f"`{command}`",
         *(note.replace("\n", " ").strip() for note in notes),
-        f"Percent, of {options.concepts.replace(',', ' / ')}; {options.steps} steps of training. "
-        "Attacks as in [attacks.md](attacks.md), at their end.",
+        f"Percent, of {options.concepts.replace(',', ' / ')}; {options.steps} adversarial steps of "
+        f"batch {ADVERSARIAL.batch} with {ADVERSARIAL.adversarial} contexts. "
+        "Attacks as in [attacks.md](attacks.md), at their end; -: not measured.",
         markdown_table(rows),
     ]
     for name, text in (
