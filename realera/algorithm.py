@@ -30,7 +30,7 @@ EVERY = 4  # one in so many bank prompts is stepped towards
 DEFAULTS = Settings()
 # What is said of beyond points, and what the closed form reads; all others are of the neighbours.
 BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
-SOLVED = ("lambda1", "lambda2", "pair_weight", "bank", "bank_limit")
+SOLVED = ("lambda1", "lambda2", "follow", "pair_weight", "bank", "bank_limit")
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # that provenance names
 
@@ -153,7 +153,7 @@ def fit(
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
-    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance)
+    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance, settings.follow)
 
 
 def version_of(package: str) -> str:

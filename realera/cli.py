@@ -583,6 +583,12 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     edit.add_argument("--lambda1", type=float, default=default.lambda1)
     edit.add_argument("--lambda2", type=float, default=default.lambda2)
     edit.add_argument(
+        "--follow",
+        type=float,
+        default=default.follow,
+        help="how far everyday prompts go along, 0 to 1: less keeps more and leaves more",
+    )
+    edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
         help="no preservation bank",
     )  # fmt: skip

@@ -3,6 +3,10 @@
     min_W  Σ_E |W e - W_org e*|² + λ1 Σ_Pre |W e - W_org e|² + λ2 |W - W_org|²
 
 is solved by W = W_org T with the same T for every layer that reads the same stream of the text.
+
+Beyond the paper, what is kept of everyday prompts need not stay where it was: most words that draw
+a concept lie among them, outside of every ring. It follows T1, the *wide* edit: Eq. 7 of E alone
+with a ridge so large that T1 moves every row by how much it has of what the rows of E share.
 """
 
 from collections.abc import Mapping
@@ -10,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+WIDE = 10.0  # the ridge of the wide edit, in units of the mean diagonal of EᵀE
 
 
 @dataclass(frozen=True)
@@ -124,18 +130,23 @@ class Kept:
         return Kept(self.gram, {**self.dropped, **other.dropped})
 
 
-def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float) -> Edit:
-    """T = (E*ᵀE + λ1 PᵀP + λ2 I)(EᵀE + λ1 PᵀP + λ2 I)⁻¹ by one Cholesky solve.
+def solve(
+    sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, follow: float = 0.0
+) -> Edit:
+    """T = (E*ᵀE + λ1 (PᵀP + T1 KᵀK) + λ2 T1)(EᵀE + λ1 (PᵀP + KᵀK) + λ2 I)⁻¹ by one Cholesky solve.
 
-    P are the rows of Pre and of what is kept. λ2 is in units of the mean diagonal of
-    EᵀE + λ1 PᵀP, so that it means the same for every text encoder. Raises ValueError when a λ is
-    not positive or nothing is to be erased.
+    P are the rows of Pre and K those of what is kept. λ2 is in units of the mean diagonal of the
+    system, so that it means the same for every text encoder. follow: how far what is kept goes
+    along with the wide edit, T1 = I + follow (wide - I); 0, or nothing kept, is Eq. 7 as printed.
+    Raises ValueError when a λ is not positive, follow is not in [0, 1] or nothing is to be erased.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
             f"λ1 = {lambda1} and λ2 = {lambda2}: λ1 must be at least 0 and λ2 positive, "
             "else the system can be singular"
         )
+    if not 0 <= follow <= 1:
+        raise ValueError(f"follow = {follow}: it is a share, from 0 to 1")
     if not sums.erase.any():
         raise ValueError("no row to erase: add the pairs of a concept to the sums first")
     preserve = sums.preserve
@@ -143,8 +154,17 @@ def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float) -> Edit
         preserve = preserve + kept.gram
         for rows in kept.dropped.values():
             preserve = preserve - rows.double().T @ rows.double()
+    unit = torch.eye(len(preserve), dtype=torch.float64)
     system = sums.erase + lambda1 * preserve
-    ridge = lambda2 * system.diagonal().mean() * torch.eye(len(system), dtype=torch.float64)
+    ridge = lambda2 * system.diagonal().mean() * unit
     wanted = sums.moved + lambda1 * preserve + ridge
-    factor = torch.linalg.cholesky(system + ridge)
-    return Edit(torch.cholesky_solve(wanted.T, factor).T.float().contiguous())
+    if kept is not None and follow:
+        wide = sums.erase + WIDE * sums.erase.diagonal().mean() * unit
+        change = follow * _right(sums.moved - sums.erase, wide)  # T1 - I
+        wanted = wanted + change @ (lambda1 * (preserve - sums.preserve) + ridge)
+    return Edit(_right(wanted, system + ridge).float().contiguous())
+
+
+def _right(numerator: Tensor, system: Tensor) -> Tensor:
+    """numerator @ system⁻¹ of a positive definite system."""
+    return torch.cholesky_solve(numerator.T, torch.linalg.cholesky(system)).T

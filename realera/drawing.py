@@ -146,8 +146,9 @@ def steered(
 ) -> Erasure:
     """The erasure with every row that is kept steered away from its concepts.
 
-    The sums of Eq. 7 change by Δ Σ e eᵀ over Pre, so that erasures still merge. Raises ValueError
-    for an erasure without a bank and for a concept that the judge does not know.
+    The sums of Eq. 7 change by Δ Σ e eᵀ over Pre, so that erasures still merge; nothing follows a
+    wide edit. Raises ValueError for an erasure without a bank and for a concept that the judge does
+    not know.
     """
     if CONTEXT not in erasure.kept:
         raise ValueError("steering moves what the bank keeps: erase with the bank")
@@ -185,4 +186,6 @@ def steered(
     ridge = erasure.lambda2 * system.diagonal().mean()
     moved = own.moved + erasure.lambda1 * change @ gram + ridge * change
     sums = {**erasure.sums, CONTEXT: replace(own, moved=moved)}
-    return Erasure.fit(sums, erasure.kept, erasure.lambda1, erasure.lambda2, erasure.provenance)
+    return Erasure.fit(
+        sums, erasure.kept, erasure.lambda1, erasure.lambda2, erasure.provenance, follow=0.0
+    )

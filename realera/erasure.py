@@ -23,7 +23,7 @@ class Erasure:
 
     edits: stream -> T
     lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
-    sums, kept: stream -> what Eq. 7 was solved from with lambda1 and lambda2, for merging
+    sums, kept: stream -> what Eq. 7 was solved from with lambda1, lambda2 and follow, for merging
     provenance: JSON: concepts, settings, versions, source, scope
     """
 
@@ -34,6 +34,7 @@ class Erasure:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     lambda1: float = DEFAULTS.lambda1
     lambda2: float = DEFAULTS.lambda2
+    follow: float = DEFAULTS.follow
 
     @staticmethod
     def fit(
@@ -42,11 +43,12 @@ class Erasure:
         lambda1: float = DEFAULTS.lambda1,
         lambda2: float = DEFAULTS.lambda2,
         provenance: Mapping[str, Any] | None = None,
+        follow: float = DEFAULTS.follow,
     ) -> "Erasure":
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
         kept = kept or {}
-        edits = {s: solve(own, kept.get(s), lambda1, lambda2) for s, own in sums.items()}
-        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2)
+        edits = {s: solve(own, kept.get(s), lambda1, lambda2, follow) for s, own in sums.items()}
+        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, follow)
 
     def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
         """With a LoRA trained on top of the edit and of the LoRA that it had."""
@@ -96,10 +98,11 @@ class Erasure:
         for one in erasures:
             if one.sums.keys() != one.edits.keys():
                 raise ValueError("an erasure without its sums cannot be merged: make it again")
-            if (one.lambda1, one.lambda2) != (first.lambda1, first.lambda2):
+            here, there = ((e.lambda1, e.lambda2, e.follow) for e in (one, first))
+            if here != there:
                 raise ValueError(
-                    f"λ1, λ2 are {one.lambda1}, {one.lambda2} in one erasure and {first.lambda1}, "
-                    f"{first.lambda2} in another: fit all with the same ones"
+                    f"λ1, λ2 and follow are {here} in one erasure and {there} in another: fit all "
+                    "with the same ones"
                 )
             if one.edits.keys() != first.edits.keys():
                 raise ValueError("erasures of different model families cannot be merged")
@@ -115,7 +118,7 @@ class Erasure:
             kept = {stream: own | other.kept[stream] for stream, own in kept.items()}
             lora = joined(lora, other.lora)
         provenance = {"merged": [one.provenance for one in erasures]}
-        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance)
+        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance, first.follow)
         return replace(merged, lora=lora)
 
 

@@ -42,6 +42,7 @@ def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = 
     header = {
         "lambda1": erasure.lambda1,
         "lambda2": erasure.lambda2,
+        "follow": erasure.follow,
         "dropped": {stream: list(kept.dropped) for stream, kept in erasure.kept.items()},
         "provenance": erasure.provenance,
     }
@@ -83,6 +84,9 @@ def _read(file: TensorFile) -> Erasure:
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
+    follow = float(header.get("follow", 0.0))  # what was kept stayed where it was before 0.2
+    if not 0 <= follow <= 1:
+        raise ValueError(f"follow = {follow} is no share from 0 to 1")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")
@@ -133,6 +137,7 @@ def _read(file: TensorFile) -> Erasure:
         header["provenance"],
         lambda1,
         lambda2,
+        follow,
     )
 
 

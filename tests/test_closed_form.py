@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realera.closed_form import Edit, Kept, Sums, solve
+from realera.closed_form import WIDE, Edit, Kept, Sums, solve
 
 seeds = st.integers(0, 10_000)
 QUICK = settings(max_examples=25, deadline=None)
@@ -13,6 +13,11 @@ QUICK = settings(max_examples=25, deadline=None)
 
 def rows_of(seed: int, dim: int, count: int) -> torch.Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def brute(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """argmin_T |inputs Tᵀ - outputs|², [dim, dim]."""
+    return torch.linalg.lstsq(inputs, outputs).solution.T
 
 
 @QUICK
@@ -28,8 +33,10 @@ def test_the_edit_is_the_brute_force_least_squares_solution(seed, dim, n, m, lam
     unit = torch.eye(dim, dtype=torch.float64)
     inputs = torch.cat([e, lambda1**0.5 * kept, root * unit])
     outputs = torch.cat([target, lambda1**0.5 * kept, root * unit])
-    brute = torch.linalg.lstsq(inputs, outputs).solution.T
-    assert torch.allclose(edit.matrix.double(), brute, atol=1e-5 * float(brute.abs().max() + 1))
+    expected = brute(inputs, outputs)
+    assert torch.allclose(
+        edit.matrix.double(), expected, atol=1e-5 * float(expected.abs().max() + 1)
+    )
 
 
 @QUICK
@@ -208,6 +215,33 @@ def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_a
     by_gram = solve(sums, Kept(whole.T @ whole, {"a cat": dropped.float()}), 0.3, 0.1)
     by_rows = solve(sums.preserving(bank), None, 0.3, 0.1)
     torch.testing.assert_close(by_gram.matrix, by_rows.matrix, rtol=1e-4, atol=1e-5)
+
+
+@QUICK
+@given(seeds, st.floats(0, 1), st.floats(0.01, 10))
+def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_stays(
+    seed, follow, lambda1
+):
+    e, target, preserved, sums = problem(seed)
+    bank = rows_of(seed + 4, 7, 11)
+    matrix = solve(sums, Kept(bank.T @ bank), lambda1, 0.1, follow).matrix.double()
+
+    unit, root = torch.eye(7, dtype=torch.float64), (2.0 * WIDE * e.T @ e).diagonal().mean().sqrt()
+    wide = brute(torch.cat([2**0.5 * e, root * unit]), torch.cat([2**0.5 * target, root * unit]))
+    t1 = unit + follow * (wide - unit)
+    system = 2.0 * e.T @ e + lambda1 * (preserved.T @ preserved + bank.T @ bank)
+    root, weight = (0.1 * system.diagonal().mean()).sqrt(), lambda1**0.5
+    rows = torch.cat([2**0.5 * e, weight * preserved, weight * bank, root * unit])
+    goals = [2**0.5 * target, weight * preserved, weight * bank @ t1.T, root * t1.T]
+    expected = brute(rows, torch.cat(goals))
+    torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_bank_nothing_follows_and_a_share_beyond_one_is_refused():
+    sums = problem(0)[-1]
+    assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
+    with pytest.raises(ValueError, match=r"follow = 1\.5"):
+        solve(sums, None, 0.1, 0.1, 1.5)
 
 
 @QUICK

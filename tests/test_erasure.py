@@ -35,7 +35,8 @@ def random_erasure(seed=0, names=()):
     g = torch.Generator().manual_seed(seed)
     sums = {CONTEXT: random_sums(DIM, seed), POOLED: random_sums(POOLED_DIM, seed)}
     kept = {CONTEXT: random_bank(seed)}
-    erasure = Erasure.fit(sums, kept, 0.2, 1e-3, {"concepts": ["äirplane"], "seed": seed})
+    note = {"concepts": ["äirplane"], "seed": seed}
+    erasure = Erasure.fit(sums, kept, 0.2, 1e-3, note, 0.6)
     lora = {n: (torch.randn(2, DIM, generator=g), torch.randn(32, 2, generator=g)) for n in names}
     return erasure.with_lora(lora, {"steps": 3}) if names else erasure
 
@@ -150,7 +151,7 @@ def test_an_erasure_comes_back_as_it_was_saved(saved):
     assert torch.equal(again.kept[CONTEXT].gram, erasure.kept[CONTEXT].gram)
     assert again.kept[CONTEXT].dropped.keys() == erasure.kept[CONTEXT].dropped.keys()
     assert again.provenance == erasure.provenance
-    assert (again.lambda1, again.lambda2) == (0.2, 1e-3)
+    assert (again.lambda1, again.lambda2, again.follow) == (0.2, 1e-3, 0.6)
 
 
 def test_the_same_erasure_is_the_same_bytes(saved, tmp_path):
@@ -176,14 +177,14 @@ def test_saved_sums_merge_to_exactly_the_joint_fit(tmp_path):
     merged = Erasure.merge([load_erasure(tmp_path / f"{n}.safetensors") for n in range(3)])
     joint = random_sums(DIM, 1) + random_sums(DIM, 2) + random_sums(DIM, 3)
     kept = random_bank(1) | random_bank(2) | random_bank(3)
-    assert torch.equal(merged.edits[CONTEXT].matrix, solve(joint, kept, 0.2, 1e-3).matrix)
+    assert torch.equal(merged.edits[CONTEXT].matrix, solve(joint, kept, 0.2, 1e-3, 0.6).matrix)
     weight = torch.zeros(32, DIM)
     added = sum(part.lora[NAME][1] @ part.lora[NAME][0] for part in parts)
     torch.testing.assert_close(merged.erased(NAME, weight), added, atol=1e-5, rtol=1e-5)
     assert merged.provenance["merged"] == [part.provenance for part in parts]
     # The merged one can be merged again.
     four = Erasure.merge([merged, random_erasure(4)])
-    expected = solve(joint + random_sums(DIM, 4), kept | random_bank(4), 0.2, 1e-3).matrix
+    expected = solve(joint + random_sums(DIM, 4), kept | random_bank(4), 0.2, 1e-3, 0.6).matrix
     assert torch.equal(four.edits[CONTEXT].matrix, expected)
 
 
@@ -191,12 +192,14 @@ def test_what_cannot_be_merged_says_why():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
-    with pytest.raises(ValueError, match=r"λ1, λ2 are 0\.1"):
+    with pytest.raises(ValueError, match=r"λ1, λ2 and follow are \(0\.1, 0\.1, 1\.0\)"):
         Erasure.merge([erasure, Erasure.fit(erasure.sums)])
     with pytest.raises(ValueError, match="different model families"):
-        Erasure.merge([erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3)])
+        Erasure.merge(
+            [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, follow=0.6)]
+        )
     with pytest.raises(ValueError, match="one with a bank and one without"):
-        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3)])
+        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3, follow=0.6)])
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
 
@@ -244,7 +247,7 @@ def test_a_file_of_the_first_format_loads_and_merges():
         assert torch.equal(again.matrix, erasure.edits[stream].matrix)
     assert torch.equal(erasure.kept[CONTEXT].gram, stored["sums.bank"])
     assert list(erasure.kept[CONTEXT].dropped) == ["a prompt about 0"]
-    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0
+    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0 and erasure.follow == 0
     merged = Erasure.merge([erasure, erasure])
     twice = solve(erasure.sums[CONTEXT] + erasure.sums[CONTEXT], erasure.kept[CONTEXT], 0.2, 1e-3)
     assert torch.equal(merged.edits[CONTEXT].matrix, twice.matrix)
