@@ -162,6 +162,7 @@ ROWS = (
     Row("bank + bank mining", Settings(source="bank", neighbors=16)),
     Row("bank + vocabulary", Settings(source="vocabulary")),
     Row("bank + vocabulary + alignment", Settings(source="vocabulary"), "neighbors and beyond"),
+    Row("bank that follows + vocabulary", Settings(follow=1.0)),
     Row("UCE", peer=uce),
     Row("UCE, expanded", peer=uce_expanded),
     Row("MACE, closed form", peer=mace),

@@ -91,6 +91,22 @@ class ClosedFormEdit(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Float.Input(
+                        "follow",
+                        optional=True,
+                        display_name="everyday things follow",
+                        default=DEFAULTS.follow,
+                        min=0.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip=(
+                            "How far everyday prompts go along with the concept. 0: they stay "
+                            "where they were. 1: far fewer ways back to the concept, a little "
+                            "more collateral."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The edited model."),
@@ -113,9 +129,11 @@ class ClosedFormEdit(io.ComfyNode):
         lambda2: float = DEFAULTS.lambda2,
         bank: bool = DEFAULTS.bank,
         check: int = 0,
+        follow: float = DEFAULTS.follow,
     ) -> io.NodeOutput:
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
-        settings = replace(mining.settings, lambda1=lambda1, lambda2=lambda2, bank=bank)
+        solved = {"lambda1": lambda1, "lambda2": lambda2, "bank": bank, "follow": follow}
+        settings = replace(mining.settings, **solved)
         source = {"comfyui": comfyui_version.__version__}
         report = reporter(cls.hidden.unique_id, "reading everyday prompts")
         erasure = erase(replace(mining, settings=settings), source, report)

@@ -586,7 +586,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--follow",
         type=float,
         default=default.follow,
-        help="how far everyday prompts go along, 0 to 1: less keeps more and leaves more",
+        help="how far everyday prompts go along, 0 to 1: more leaves fewer words that draw the "
+        "concept",
     )
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,

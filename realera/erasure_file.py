@@ -84,7 +84,7 @@ def _read(file: TensorFile) -> Erasure:
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
-    follow = float(header.get("follow", 0.0))  # what was kept stayed where it was before 0.2
+    follow = float(header.get("follow", 0.0))  # older files do not know it
     if not 0 <= follow <= 1:
         raise ValueError(f"follow = {follow} is no share from 0 to 1")
     total = sum(entry.end - entry.begin for entry in file.entries.values())

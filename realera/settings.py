@@ -43,8 +43,8 @@ class Settings:
         "{}", a prompt stands as it is
     exclude: words that are not to be erased; preserve: prompts that must keep their meaning
     lambda1, lambda2: weights of Eq. 7; λ2 in units of the system's mean diagonal
-    follow: how far what everyday prompts mean goes along with the concept, 0 (kept where it was) to
-        1; for the words that draw a concept and are near to it in no encoder
+    follow: how far the bank goes along with the concept (`closed_form.solve`), from 0, kept where
+        it was, to 1: for the words that draw a concept and lie in no ring around it
     pair_weight: what a row of an unperturbed pair, or of a prompt to preserve, counts, where a
         drawn row counts 1
     bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
@@ -73,7 +73,7 @@ class Settings:
     # at 1e-4 mined words leave 6 % of what implies a concept and move others as much, at 0.1 none.
     lambda1: float = 0.1
     lambda2: float = 0.1
-    follow: float = 1.0
+    follow: float = 0.0
     # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
     pair_weight: float = 100.0
     bank: bool = True
@@ -87,6 +87,11 @@ class Settings:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow = {self.follow}: it is a share, from 0 to 1")
+        if self.follow and not self.bank:
+            raise ValueError(
+                f"follow = {self.follow}: without the bank nothing is kept that could follow; "
+                "keep the bank, or choose 0"
+            )
         if self.source not in SOURCES:
             raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
         for name, users in USED_BY.items():

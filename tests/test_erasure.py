@@ -192,7 +192,7 @@ def test_what_cannot_be_merged_says_why():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
-    with pytest.raises(ValueError, match=r"λ1, λ2 and follow are \(0\.1, 0\.1, 1\.0\)"):
+    with pytest.raises(ValueError, match=r"λ1, λ2 and follow are \(0\.1, 0\.1, 0\.0\)"):
         Erasure.merge([erasure, Erasure.fit(erasure.sums)])
     with pytest.raises(ValueError, match="different model families"):
         Erasure.merge(

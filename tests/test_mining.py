@@ -167,6 +167,7 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
         ({"source": "vocabulary", "d1": 20.0}, "d1 = 20.*isotropic or bank"),
         ({"source": "vocabulary", "d1_anchor": 2.0}, "d1_anchor = 2"),
         ({"source": "vocabulary", "d2": 40.0}, "d2 = 40"),
+        ({"follow": -0.1}, r"follow = -0\.1: it is a share"),
         ({"beyond_s2": 0.4}, "S2 = 0.4 and neighbours from S2 = 0.3.*erased and preserved"),
     ],
 )
