@@ -51,6 +51,7 @@ from realera.families.loading import load_model
 from realera.files import writing
 from realera.models import CONTEXT
 from realera.readers import readers
+from realera.settings import Settings
 
 STATE = Path(".state/attacks")
 IMAGES = 32  # of the concept that an attack has, and as many that it is judged by
@@ -67,6 +68,10 @@ def ours(model: DiffusersModel, concept: Concept) -> None:
     apply(erase(mine(model.text, [concept])), model.network)
 
 
+def following(model: DiffusersModel, concept: Concept) -> None:
+    apply(erase(mine(model.text, [concept], Settings(follow=1.0))), model.network)
+
+
 def aligned(model: DiffusersModel, concept: Concept) -> None:
     mining = mine(model.text, [concept])
     apply(align_erasure(model, erase(mining), mining), model.network)
@@ -76,6 +81,7 @@ def aligned(model: DiffusersModel, concept: Concept) -> None:
 ERASURES: dict[str, Callable[[DiffusersModel, Concept], None]] = {
     "original": lambda model, concept: None,
     "ours": ours,
+    "ours, follow 1": following,
     "ours, LoRA Align": aligned,
     "UCE": lambda model, concept: peers.write(peers.uce(model, [concept]), model.network),
     "RECE": lambda model, concept: peers.write(peers.rece(model, [concept]), model.network),

@@ -161,6 +161,11 @@ def edited(model: DiffusersModel, matrix: Tensor) -> Weights:
 
 
 def ours(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
+    erasure = erase(mine(model.text, [concept], Settings(lambda1=value)))
+    return edited(model, erasure.edits[CONTEXT].matrix)
+
+
+def following(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
     erasure = erase(mine(model.text, [concept], Settings(follow=value)))
     return edited(model, erasure.edits[CONTEXT].matrix)
 
@@ -189,7 +194,8 @@ def peer(make: Callable[..., Weights], parameter: str) -> Any:
 
 
 METHODS = (
-    Method("ours", "follow", (0, 0.5, 1), ours),
+    Method("ours", "λ1", (0.03, 0.1, 0.3, 1), ours),
+    Method("ours, bank that follows", "follow", (0.5, 1), following),
     Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
     Method("UCE", "ridge", (0.5, 50, 150), peer(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), peer(ablation.mace, "ridge")),
