@@ -64,12 +64,8 @@ NAMED = OBJECT.replace("{}", "NAME")
 # ---------------------------------------------------------------- the erasures
 
 
-def ours(model: DiffusersModel, concept: Concept) -> None:
-    apply(erase(mine(model.text, [concept])), model.network)
-
-
-def following(model: DiffusersModel, concept: Concept) -> None:
-    apply(erase(mine(model.text, [concept], Settings(follow=1.0))), model.network)
+def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> None:
+    apply(erase(mine(model.text, [concept], Settings(**changes))), model.network)
 
 
 def aligned(model: DiffusersModel, concept: Concept) -> None:
@@ -81,7 +77,7 @@ def aligned(model: DiffusersModel, concept: Concept) -> None:
 ERASURES: dict[str, Callable[[DiffusersModel, Concept], None]] = {
     "original": lambda model, concept: None,
     "ours": ours,
-    "ours, follow 1": following,
+    "ours, follow 1": partial(ours, follow=1.0),
     "ours, LoRA Align": aligned,
     "UCE": lambda model, concept: peers.write(peers.uce(model, [concept]), model.network),
     "RECE": lambda model, concept: peers.write(peers.rece(model, [concept]), model.network),

@@ -160,13 +160,8 @@ def edited(model: DiffusersModel, matrix: Tensor) -> Weights:
     return {name: weight @ t for name, weight in peers.projections(model).items()}
 
 
-def ours(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
-    erasure = erase(mine(model.text, [concept], Settings(lambda1=value)))
-    return edited(model, erasure.edits[CONTEXT].matrix)
-
-
-def following(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
-    erasure = erase(mine(model.text, [concept], Settings(follow=value)))
+def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> Weights:
+    erasure = erase(mine(model.text, [concept], Settings(**changes)))
     return edited(model, erasure.edits[CONTEXT].matrix)
 
 
@@ -189,18 +184,18 @@ def esd_x(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> 
         return weights_of(model.network)
 
 
-def peer(make: Callable[..., Weights], parameter: str) -> Any:
+def along(make: Callable[..., Weights], parameter: str) -> Any:
     return lambda model, concept, value, _: make(model, concept, **{parameter: value})
 
 
 METHODS = (
-    Method("ours", "λ1", (0.03, 0.1, 0.3, 1), ours),
-    Method("ours, bank that follows", "follow", (0.5, 1), following),
+    Method("ours", "λ1", (0.03, 0.1, 0.3, 1), along(ours, "lambda1")),
+    Method("ours, bank that follows", "follow", (0.5, 1), along(ours, "follow")),
     Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
-    Method("UCE", "ridge", (0.5, 50, 150), peer(ablation.uce, "ridge")),
-    Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), peer(ablation.mace, "ridge")),
-    Method("RECE", "regular", (0.001, 0.01, 0.1, 1), peer(ablation.rece, "regular")),
-    Method("SPEED", "threshold", (0.01, 0.1, 1, 10), peer(ablation.speed, "threshold")),
+    Method("UCE", "ridge", (0.5, 50, 150), along(ablation.uce, "ridge")),
+    Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),
+    Method("RECE", "regular", (0.001, 0.01, 0.1, 1), along(ablation.rece, "regular")),
+    Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
     Method("ESD-x", "iterations", (100, 200), esd_x),
 )
 

@@ -10,6 +10,7 @@ from ..realera import pictures
 from ..realera.algorithm import erase, outreach
 from ..realera.erasure import Erasure as ErasureOf
 from ..realera.readers import family_in
+from ..realera.scope import GONE
 from ..realera.scope import check as checked
 from ..realera.settings import Settings
 from ..realera.sketch import sketches
@@ -146,7 +147,7 @@ class ClosedFormEdit(io.ComfyNode):
                 for of in (model, edited)
             )
             reaches = checked(reaches, mining.pairs, check, before, after)
-        gone = sum(reach.toward >= 0.5 for reach in reaches)
+        gone = sum(reach.toward >= GONE for reach in reaches)
         told = f"{gone} words go more than half the way to the anchor"
         drawn = [reach for reach in reaches if reach.drawn is not None]
         if drawn:

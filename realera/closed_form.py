@@ -133,7 +133,7 @@ class Kept:
 def solve(
     sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, follow: float = 0.0
 ) -> Edit:
-    """T = (E*ᵀE + λ1 (PᵀP + T1 KᵀK) + λ2 T1)(EᵀE + λ1 (PᵀP + KᵀK) + λ2 I)⁻¹ by one Cholesky solve.
+    """T = (E*ᵀE + λ1 (PᵀP + T1 KᵀK) + λ2 T1)(EᵀE + λ1 (PᵀP + KᵀK) + λ2 I)⁻¹.
 
     P are the rows of Pre and K those of what is kept. λ2 is in units of the mean diagonal of the
     system, so that it means the same for every text encoder. follow: how far what is kept goes

@@ -22,7 +22,7 @@ class Scene:
     """What an adversary seeks the concepts by, and what is kept meanwhile.
 
     images: latents of images of the concepts, [concepts, images, channels, height, width], drawn by
-        the original model (`anchors.draw_concepts`)
+        the original model (`anchors.draw_anchors`)
     words: prompts outside of the ring, of which those are kept that do not bring the concept back;
         pair: a pair of the concept that each is nearest to, int64 [words]
     kept: prompts that keep their prediction, the empty one first
