@@ -107,7 +107,12 @@ def paper(neighbors: int = 0, beyond: int = 0, **changes: Any) -> Settings:
     erasure concept token and its subsequent tokens"), no bank, no extra weight on the pair, λ2
     near 0."""
     given = {"bank": False, "pair_weight": 1.0, "lambda2": 1e-4, "shared_noise": True, **changes}
-    return Settings(source="isotropic", neighbors=neighbors, beyond=beyond, **given)
+    return still(source="isotropic", neighbors=neighbors, beyond=beyond, **given)
+
+
+def still(**changes: Any) -> Settings:
+    """Whatever is kept stays where it was, at the paper's λ1."""
+    return Settings(lambda1=0.1, away=0.0, **changes)
 
 
 def own_kind(concept: Concept, objects: Any, styles: Any) -> Any:
@@ -157,12 +162,12 @@ ROWS = (
     Row("+ neighbor mining", paper(M), "neighbors", single=True),
     Row("+ beyond: RealEra", paper(M, N), "neighbors and beyond", single=True),
     Row("RealEra, bank in Pre", paper(M, N, bank=True), "neighbors and beyond", single=True),
-    Row("bank", Settings(source="isotropic", neighbors=0, beyond=0)),
-    Row("bank + isotropic", Settings(source="isotropic", neighbors=2, beyond=2)),
-    Row("bank + bank mining", Settings(source="bank", neighbors=16)),
-    Row("bank + vocabulary", Settings(source="vocabulary")),
-    Row("bank + vocabulary + alignment", Settings(source="vocabulary"), "neighbors and beyond"),
-    Row("bank that follows + vocabulary", Settings(follow=1.0)),
+    Row("bank", still(source="isotropic", neighbors=0, beyond=0)),
+    Row("bank + isotropic", still(source="isotropic", neighbors=2, beyond=2)),
+    Row("bank + bank mining", still(source="bank", neighbors=16)),
+    Row("bank + vocabulary", still()),
+    Row("bank that goes away + vocabulary", Settings()),
+    Row("bank that goes away + vocabulary + alignment", Settings(), "neighbors and beyond"),
     Row("UCE", peer=uce),
     Row("UCE, expanded", peer=uce_expanded),
     Row("MACE, closed form", peer=mace),
@@ -198,7 +203,8 @@ TRANSFORMER = tuple(
         "closed form",
         "bank",
         "bank + vocabulary",
-        "bank + vocabulary + alignment",
+        "bank that goes away + vocabulary",
+        "bank that goes away + vocabulary + alignment",
         "UCE",
     )
 )

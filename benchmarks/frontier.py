@@ -189,8 +189,7 @@ def along(make: Callable[..., Weights], parameter: str) -> Any:
 
 
 METHODS = (
-    Method("ours", "λ1", (0.03, 0.1, 0.3, 1), along(ours, "lambda1")),
-    Method("ours, bank that follows", "follow", (0.5, 1), along(ours, "follow")),
+    Method("ours", "away", (0, 1, 1.4, 1.8), along(ours, "away")),
     Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
     Method("UCE", "ridge", (0.5, 50, 150), along(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),

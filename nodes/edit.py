@@ -12,7 +12,7 @@ from ..realera.erasure import Erasure as ErasureOf
 from ..realera.readers import family_in
 from ..realera.scope import GONE
 from ..realera.scope import check as checked
-from ..realera.settings import Settings
+from ..realera.settings import MOST_AWAY, Settings
 from ..realera.sketch import sketches
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
@@ -94,17 +94,17 @@ class ClosedFormEdit(io.ComfyNode):
                 ),
                 advanced(
                     io.Float.Input(
-                        "follow",
+                        "away",
                         optional=True,
-                        display_name="everyday things follow",
-                        default=DEFAULTS.follow,
+                        display_name="everyday things move away",
+                        default=DEFAULTS.away,
                         min=0.0,
-                        max=1.0,
-                        step=0.05,
+                        max=MOST_AWAY,
+                        step=0.1,
                         tooltip=(
-                            "How far everyday prompts go along with the concept. 0: they stay "
-                            "where they were. 1: far fewer ways back to the concept, a little "
-                            "more collateral."
+                            "How far everyday prompts move away from the concept, by how much "
+                            "they have of it. 0: they stay where they were, and words that "
+                            "nothing relates to the concept may go on drawing it."
                         ),
                     )
                 ),
@@ -130,10 +130,10 @@ class ClosedFormEdit(io.ComfyNode):
         lambda2: float = DEFAULTS.lambda2,
         bank: bool = DEFAULTS.bank,
         check: int = 0,
-        follow: float = DEFAULTS.follow,
+        away: float = DEFAULTS.away,
     ) -> io.NodeOutput:
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
-        solved = {"lambda1": lambda1, "lambda2": lambda2, "bank": bank, "follow": follow}
+        solved = {"lambda1": lambda1, "lambda2": lambda2, "bank": bank, "away": away}
         settings = replace(mining.settings, **solved)
         source = {"comfyui": comfyui_version.__version__}
         report = reporter(cls.hidden.unique_id, "reading everyday prompts")

@@ -23,14 +23,14 @@ from .pairs import Mined, Pairs, Ring, encode_pairs
 from .ring import noise_ring
 from .scope import Reach, scope
 from .settings import Settings, Training
-from .spans import refuse_long
+from .spans import refuse_long, wholes
 from .words import WordRing, word_ring
 
 EVERY = 4  # one in so many bank prompts is stepped towards
 DEFAULTS = Settings()
 # What is said of beyond points, and what the closed form reads; all others are of the neighbours.
 BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
-SOLVED = ("lambda1", "lambda2", "follow", "pair_weight", "bank", "bank_limit")
+SOLVED = ("lambda1", "lambda2", "away", "pair_weight", "bank", "bank_limit")
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # that provenance names
 
@@ -153,7 +153,7 @@ def fit(
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
-    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance, settings.follow)
+    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance, settings.away)
 
 
 def version_of(package: str) -> str:
@@ -167,8 +167,10 @@ def collect(mining: Mining) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     weight, sums = mining.settings.pair_weight, {}
+    first = [pairs.prompts[n] for n in pairs.first.tolist()]
+    whole = wholes(mining.text, first, pairs.e.take(pairs.first))
     for stream, e in pairs.e.items():
-        own = Sums.zeros(e.shape[-1])
+        own = replace(Sums.zeros(e.shape[-1]), own=whole[stream].flatten(0, 1).cpu())
         for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
             span = of[stream]
             targets = rows.target.weighed(stream)[span]

@@ -16,7 +16,7 @@ from .cache import cached
 from .closed_form import Kept
 from .concepts import Concept, holds_name
 from .models import TextEncoder
-from .spans import summaries
+from .spans import summaries, wholes
 
 BATCH = 64
 
@@ -27,12 +27,14 @@ class Bank:
 
     prompts: the prompts, the empty one first (classifier-free guidance draws with it)
     grams: stream -> Σ w e eᵀ over all rows of all prompts, float64 [dim, dim]
+    means: stream -> the mean of what stands for a prompt (`spans.wholes`), float32 [parts, dim]
     summary: of every prompt, the context row that has seen all of it, [prompts, dim]
     dropped: the prompts that are not counted; their rows: as encoded, times their weights' roots
     """
 
     prompts: tuple[str, ...]
     grams: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
     summary: Tensor
     dropped: tuple[str, ...] = ()
     rows: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
@@ -41,7 +43,11 @@ class Bank:
     def kept(self) -> dict[str, Kept]:
         """stream -> what Eq. 7 preserves of it."""
         return {
-            stream: Kept(gram, dict(zip(self.dropped, self.rows.get(stream, ()), strict=True)))
+            stream: Kept(
+                gram,
+                self.means[stream],
+                dict(zip(self.dropped, self.rows.get(stream, ()), strict=True)),
+            )
             for stream, gram in self.grams.items()
         }
 
@@ -66,21 +72,28 @@ def encode_bank(
 
     def encode() -> dict[str, Tensor]:
         grams: dict[str, Tensor] = {}
-        parts = []
+        means: dict[str, Tensor] = {}
+        summary = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
             for stream in encoding:
                 rows = encoding.weighed(stream).cpu().double().flatten(0, 1)
                 grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
-            parts.append(summaries(text, batch, encoding).float().cpu())
+            for stream, rows in wholes(text, batch, encoding).items():
+                means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
+            summary.append(summaries(text, batch, encoding).float().cpu())
             progress(start + len(batch), len(prompts))
         named = {f"gram.{stream}": gram for stream, gram in grams.items()}
-        return {"summary": torch.cat(parts), **named}
+        named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
+        return {"summary": torch.cat(summary), **named}
 
-    made = cached("bank", [text.fingerprint, prompts], encode)
-    grams = {key.removeprefix("gram."): gram for key, gram in made.items() if key != "summary"}
-    return Bank(prompts, grams, made["summary"])
+    made = cached("bank", [text.fingerprint, prompts, "means"], encode)
+    grams, means = (
+        {key.removeprefix(kind): tensor for key, tensor in made.items() if key.startswith(kind)}
+        for kind in ("gram.", "mean.")
+    )
+    return Bank(prompts, grams, means, made["summary"])
 
 
 def spare_concepts(

@@ -583,11 +583,11 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     edit.add_argument("--lambda1", type=float, default=default.lambda1)
     edit.add_argument("--lambda2", type=float, default=default.lambda2)
     edit.add_argument(
-        "--follow",
+        "--away",
         type=float,
-        default=default.follow,
-        help="how far everyday prompts go along, 0 to 1: more leaves fewer words that draw the "
-        "concept",
+        default=default.away,
+        help="how far everyday prompts go away from the concept, 0 to 2: more leaves fewer words "
+        "that draw it",
     )
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,

@@ -5,17 +5,19 @@
 is solved by W = W_org T with the same T for every layer that reads the same stream of the text.
 
 Beyond the paper, what is kept of everyday prompts need not stay where it was: most words that draw
-a concept lie among them, outside of every ring. It follows T1, the *wide* edit: Eq. 7 of E alone
-with a ridge so large that T1 moves every row by how much it has of what the rows of E share.
+a concept lie among them, outside of every ring. It follows T1, the *wide* edit, which takes from
+every row what it has of the concepts and moves it towards the mean of everyday prompts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-WIDE = 10.0  # the ridge of the wide edit, in units of the mean diagonal of EᵀE
+from .settings import MOST_AWAY
+
+WIDE = 0.1  # the ridge of the wide edit, in units of the mean |v|² of the concepts' rows
 
 
 @dataclass(frozen=True)
@@ -65,30 +67,33 @@ class Sums:
     erase: Σ w e eᵀ over E, float64 [dim, dim]
     moved: Σ w e* eᵀ over E, float64 [dim, dim]
     preserve: Σ w e eᵀ over Pre, float64 [dim, dim]
+    own: what stands for every concept's whole prompt (`spans.wholes`), concept by concept, float32
+        [concepts * parts, dim]
     """
 
     erase: Tensor
     moved: Tensor
     preserve: Tensor
+    own: Tensor
 
     @staticmethod
     def zeros(dim: int) -> "Sums":
         nothing = torch.zeros(dim, dim, dtype=torch.float64)
-        return Sums(nothing, nothing, nothing)
+        return Sums(nothing, nothing, nothing, torch.zeros(0, dim))
 
     def erasing(self, rows: Tensor, targets: Tensor, weight: float = 1.0) -> "Sums":
         """With the rows e [n, dim] to be mapped to W_org e* of the targets [n, dim]."""
         rows, targets = rows.cpu().double(), targets.cpu().double()
-        return Sums(
-            self.erase + weight * rows.T @ rows,
-            self.moved + weight * targets.T @ rows,
-            self.preserve,
+        return replace(
+            self,
+            erase=self.erase + weight * rows.T @ rows,
+            moved=self.moved + weight * targets.T @ rows,
         )
 
     def preserving(self, rows: Tensor, weight: float = 1.0) -> "Sums":
         """With the rows [n, dim] of Pre, to be mapped to what they were mapped to."""
         rows = rows.cpu().double()  # some devices have no float64
-        return Sums(self.erase, self.moved, self.preserve + weight * rows.T @ rows)
+        return replace(self, preserve=self.preserve + weight * rows.T @ rows)
 
     def __add__(self, other: "Sums") -> "Sums":
         """The sums of a joint fit. Raises ValueError when the two are of different dimensions."""
@@ -98,7 +103,10 @@ class Sums:
                 "the erasures belong to different model families"
             )
         return Sums(
-            self.erase + other.erase, self.moved + other.moved, self.preserve + other.preserve
+            self.erase + other.erase,
+            self.moved + other.moved,
+            self.preserve + other.preserve,
+            torch.cat([self.own, other.own]),
         )
 
 
@@ -107,10 +115,12 @@ class Kept:
     """What is preserved whatever is erased: the bank, as one encoder reads a stream of it.
 
     gram: Σ e eᵀ over its rows, float64 [dim, dim]
+    mean: of what stands for its prompts (`spans.wholes`), float32 [parts, dim]
     dropped: prompts that are too close to a concept and do not count, prompt -> [tokens, dim]
     """
 
     gram: Tensor
+    mean: Tensor
     dropped: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __or__(self, other: "Kept") -> "Kept":
@@ -127,26 +137,25 @@ class Kept:
                 "the sums were made with different preservation banks or text encoders: "
                 "fit both with the same bank before merging"
             )
-        return Kept(self.gram, {**self.dropped, **other.dropped})
+        return replace(self, dropped={**self.dropped, **other.dropped})
 
 
-def solve(
-    sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, follow: float = 0.0
-) -> Edit:
+def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, away: float = 0.0) -> Edit:
     """T = (E*ᵀE + λ1 (PᵀP + T1 KᵀK) + λ2 T1)(EᵀE + λ1 (PᵀP + KᵀK) + λ2 I)⁻¹.
 
     P are the rows of Pre and K those of what is kept. λ2 is in units of the mean diagonal of the
-    system, so that it means the same for every text encoder. follow: how far what is kept goes
-    along with the wide edit, T1 = I + follow (wide - I); 0, or nothing kept, is Eq. 7 as printed.
-    Raises ValueError when a λ is not positive, follow is not in [0, 1] or nothing is to be erased.
+    system, so that it means the same for every text encoder. away: how far T1 moves the rows V that
+    stand for the concepts, in units of the way to the mean m of what is kept:
+    T1 = I + away (m - V)ᵀV (VᵀV + r I)⁻¹; 0, or nothing kept, is Eq. 7 as printed. Raises
+    ValueError when a λ is not positive, away is not in [0, 2] or nothing is to be erased.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
             f"λ1 = {lambda1} and λ2 = {lambda2}: λ1 must be at least 0 and λ2 positive, "
             "else the system can be singular"
         )
-    if not 0 <= follow <= 1:
-        raise ValueError(f"follow = {follow}: it is a share, from 0 to 1")
+    if not 0 <= away <= MOST_AWAY:
+        raise ValueError(f"away = {away}: it must lie in [0, {MOST_AWAY:g}]")
     if not sums.erase.any():
         raise ValueError("no row to erase: add the pairs of a concept to the sums first")
     preserve = sums.preserve
@@ -158,10 +167,11 @@ def solve(
     system = sums.erase + lambda1 * preserve
     ridge = lambda2 * system.diagonal().mean() * unit
     wanted = sums.moved + lambda1 * preserve + ridge
-    if kept is not None and follow:
-        wide = sums.erase + WIDE * sums.erase.diagonal().mean() * unit
-        change = follow * _right(sums.moved - sums.erase, wide)  # T1 - I
-        wanted = wanted + change @ (lambda1 * (preserve - sums.preserve) + ridge)
+    if kept is not None and away and len(sums.own):
+        v = sums.own.double()
+        mean = kept.mean.double().repeat(len(v) // len(kept.mean), 1)
+        change = _right((mean - v).T @ v, v.T @ v + WIDE * v.square().sum(1).mean() * unit)
+        wanted = wanted + away * change @ (lambda1 * (preserve - sums.preserve) + ridge)
     return Edit(_right(wanted, system + ridge).float().contiguous())
 
 

@@ -187,5 +187,5 @@ def steered(
     moved = own.moved + erasure.lambda1 * change @ gram + ridge * change
     sums = {**erasure.sums, CONTEXT: replace(own, moved=moved)}
     return Erasure.fit(
-        sums, erasure.kept, erasure.lambda1, erasure.lambda2, erasure.provenance, follow=0.0
+        sums, erasure.kept, erasure.lambda1, erasure.lambda2, erasure.provenance, away=0.0
     )

@@ -23,7 +23,7 @@ class Erasure:
 
     edits: stream -> T
     lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
-    sums, kept: stream -> what Eq. 7 was solved from with lambda1, lambda2 and follow, for merging
+    sums, kept: stream -> what Eq. 7 was solved from with lambda1, lambda2 and away, for merging
     provenance: JSON: concepts, settings, versions, source, scope
     """
 
@@ -34,7 +34,7 @@ class Erasure:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     lambda1: float = DEFAULTS.lambda1
     lambda2: float = DEFAULTS.lambda2
-    follow: float = DEFAULTS.follow
+    away: float = DEFAULTS.away
 
     @staticmethod
     def fit(
@@ -43,12 +43,12 @@ class Erasure:
         lambda1: float = DEFAULTS.lambda1,
         lambda2: float = DEFAULTS.lambda2,
         provenance: Mapping[str, Any] | None = None,
-        follow: float = DEFAULTS.follow,
+        away: float = DEFAULTS.away,
     ) -> "Erasure":
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
         kept = kept or {}
-        edits = {s: solve(own, kept.get(s), lambda1, lambda2, follow) for s, own in sums.items()}
-        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, follow)
+        edits = {s: solve(own, kept.get(s), lambda1, lambda2, away) for s, own in sums.items()}
+        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, away)
 
     def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
         """With a LoRA trained on top of the edit and of the LoRA that it had."""
@@ -98,10 +98,10 @@ class Erasure:
         for one in erasures:
             if one.sums.keys() != one.edits.keys():
                 raise ValueError("an erasure without its sums cannot be merged: make it again")
-            here, there = ((e.lambda1, e.lambda2, e.follow) for e in (one, first))
+            here, there = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
             if here != there:
                 raise ValueError(
-                    f"λ1, λ2 and follow are {here} in one erasure and {there} in another: fit all "
+                    f"λ1, λ2 and away are {here} in one erasure and {there} in another: fit all "
                     "with the same ones"
                 )
             if one.edits.keys() != first.edits.keys():
@@ -118,7 +118,7 @@ class Erasure:
             kept = {stream: own | other.kept[stream] for stream, own in kept.items()}
             lora = joined(lora, other.lora)
         provenance = {"merged": [one.provenance for one in erasures]}
-        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance, first.follow)
+        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance, first.away)
         return replace(merged, lora=lora)
 
 

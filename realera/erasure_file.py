@@ -1,8 +1,9 @@
 """The file an erasure travels in: written whole, and read as if a stranger had written it.
 
-Format 2: `edit.STREAM`, `sums.STREAM.PART`, `kept.STREAM.gram`, `kept.STREAM.dropped.N` and
-`lora.LAYER.down|up`, with a JSON header. Format 1 held one stream under bare names, a second one
-under `pooled_` names, and the bank among the sums; it is still read.
+Format 2: `edit.STREAM`, `sums.STREAM.PART`, `kept.STREAM.gram|mean`, `kept.STREAM.dropped.N` and
+`lora.LAYER.down|up`, with a JSON header; older files lack `sums.STREAM.own` and `mean`. Format 1
+held one stream under bare names, a second one under `pooled_` names, and the bank among the sums;
+it is still read.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .closed_form import Edit, Kept, Sums
@@ -17,11 +19,12 @@ from .erasure import Erasure
 from .files import TensorFile, open_tensors, refuse_pickle_name, write_tensors, writing
 from .models import CONTEXT, POOLED
 from .readers import KINDS, kind_of
+from .settings import MOST_AWAY
 
 FORMAT = "2"
 MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 8192, 4096, 4 << 30, 32 << 20
 STREAMS = tuple(dict.fromkeys(kind.stream for kind in KINDS))
-PARTS = ("erase", "moved", "preserve")
+SQUARE = ("erase", "moved", "preserve")
 
 
 def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = False) -> None:
@@ -34,15 +37,17 @@ def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = 
     for name, (a, b) in erasure.lora.items():
         tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"] = a, b
     for stream, sums in erasure.sums.items():
-        tensors |= {f"sums.{stream}.{part}": getattr(sums, part) for part in PARTS}
+        tensors |= {f"sums.{stream}.{part}": getattr(sums, part) for part in SQUARE}
+        if len(sums.own):
+            tensors[f"sums.{stream}.own"] = sums.own
     for stream, kept in erasure.kept.items():
-        tensors[f"kept.{stream}.gram"] = kept.gram
+        tensors |= {f"kept.{stream}.gram": kept.gram, f"kept.{stream}.mean": kept.mean}
         for i, rows in enumerate(kept.dropped.values()):
             tensors[f"kept.{stream}.dropped.{i}"] = rows
     header = {
         "lambda1": erasure.lambda1,
         "lambda2": erasure.lambda2,
-        "follow": erasure.follow,
+        "away": erasure.away,
         "dropped": {stream: list(kept.dropped) for stream, kept in erasure.kept.items()},
         "provenance": erasure.provenance,
     }
@@ -84,9 +89,9 @@ def _read(file: TensorFile) -> Erasure:
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
-    follow = float(header.get("follow", 0.0))  # older files do not know it
-    if not 0 <= follow <= 1:
-        raise ValueError(f"follow = {follow} is no share from 0 to 1")
+    away = float(header.get("away", 0.0))  # older files do not know it
+    if not 0 <= away <= MOST_AWAY:
+        raise ValueError(f"away = {away} does not lie in [0, {MOST_AWAY:g}]")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")
@@ -101,10 +106,14 @@ def _read(file: TensorFile) -> Erasure:
         raise ValueError(f"it lacks the edit of the {CONTEXT}")
     summed = [stream for stream in dim if keys.has(f"sums.{stream}.erase")]
     for stream in summed:
-        for part in PARTS:
+        for part in SQUARE:
             keys.check(f"sums.{stream}.{part}", ["F64"], dim[stream], dim[stream])
+        if keys.has(f"sums.{stream}.own"):
+            keys.check(f"sums.{stream}.own", ["F32"], -1, dim[stream])
     for stream, prompts in dropped.items():
         keys.check(f"kept.{stream}.gram", ["F64"], dim[stream], dim[stream])
+        if keys.has(f"kept.{stream}.mean"):
+            keys.check(f"kept.{stream}.mean", ["F32"], -1, dim[stream])
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"it dropped a prompt of the {stream} that is not text")
         for i in range(len(prompts)):
@@ -122,9 +131,21 @@ def _read(file: TensorFile) -> Erasure:
     keys.refuse_others()
 
     read = keys.read
+
+    def rows(key: str, none: Tensor) -> Tensor:
+        return read(key) if keys.has(key) else none
+
+    sums = {
+        stream: Sums(
+            **{part: read(f"sums.{stream}.{part}") for part in SQUARE},
+            own=rows(f"sums.{stream}.own", torch.zeros(0, dim[stream])),
+        )
+        for stream in summed
+    }
     kept = {
         stream: Kept(
             read(f"kept.{stream}.gram"),
+            rows(f"kept.{stream}.mean", torch.zeros(1, dim[stream])),
             {p: read(f"kept.{stream}.dropped.{i}") for i, p in enumerate(prompts)},
         )
         for stream, prompts in dropped.items()
@@ -132,12 +153,12 @@ def _read(file: TensorFile) -> Erasure:
     return Erasure(
         {stream: Edit(read(f"edit.{stream}")) for stream in dim},
         {layer: (read(f"lora.{layer}.down"), read(f"lora.{layer}.up")) for layer in layers},
-        {stream: Sums(*(read(f"sums.{stream}.{part}") for part in PARTS)) for stream in summed},
+        sums,
         {stream: one for stream, one in kept.items() if one.gram.any()},
         header["provenance"],
         lambda1,
         lambda2,
-        follow,
+        away,
     )
 
 
@@ -146,7 +167,7 @@ def _first_format(header: Mapping[str, Any]) -> dict[str, str]:
     names = {}
     for stream, prefix in ((CONTEXT, ""), (POOLED, "pooled_")):
         names[f"edit.{stream}"] = f"{prefix}edit"
-        for part in PARTS:
+        for part in SQUARE:
             names[f"sums.{stream}.{part}"] = f"{prefix}sums.{part}"
         names[f"kept.{stream}.gram"] = f"{prefix}sums.bank"
         for i in range(len(header.get(f"{prefix}sums", ()))):

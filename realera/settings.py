@@ -14,6 +14,7 @@ BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
+MOST_AWAY = 2.0
 # Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.2 % RMS from
 # the whole edit's, at a third of the rank of 0.001; from 0.1 on they are others (`tolerance.json`).
 TOLERANCE = 0.03
@@ -43,8 +44,9 @@ class Settings:
         "{}", a prompt stands as it is
     exclude: words that are not to be erased; preserve: prompts that must keep their meaning
     lambda1, lambda2: weights of Eq. 7; λ2 in units of the system's mean diagonal
-    follow: how far the bank goes along with the concept (`closed_form.solve`), from 0, kept where
-        it was, to 1: for the words that draw a concept and lie in no ring around it
+    away: how far the bank's prompts go away from the concept, by how much they have of it
+        (`closed_form.solve`): 0, nowhere; 1, what they have of it is made the bank's mean; more:
+        beyond that. For the words that draw a concept and lie in no ring around it
     pair_weight: what a row of an unperturbed pair, or of a prompt to preserve, counts, where a
         drawn row counts 1
     bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
@@ -69,11 +71,12 @@ class Settings:
     words: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     preserve: tuple[str, ...] = ()
-    # λ1 is the paper's. λ2 keeps T from reaching exactness through directions that no prompt uses:
-    # at 1e-4 mined words leave 6 % of what implies a concept and move others as much, at 0.1 none.
-    lambda1: float = 0.1
+    # The paper's λ1 is 0.1, of a Pre without a bank. λ2 keeps T from reaching exactness through
+    # directions that no prompt uses: at 1e-4 mined words leave 6 % of what implies a concept and
+    # move others as much, at 0.1 none.
+    lambda1: float = 1.0
     lambda2: float = 0.1
-    follow: float = 0.0
+    away: float = 1.6
     # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
     pair_weight: float = 100.0
     bank: bool = True
@@ -85,13 +88,8 @@ class Settings:
         for name in ("neighbors", "beyond"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
-        if not 0 <= self.follow <= 1:
-            raise ValueError(f"follow = {self.follow}: it is a share, from 0 to 1")
-        if self.follow and not self.bank:
-            raise ValueError(
-                f"follow = {self.follow}: without the bank nothing is kept that could follow; "
-                "keep the bank, or choose 0"
-            )
+        if not 0 <= self.away <= MOST_AWAY:
+            raise ValueError(f"away = {self.away}: it must lie in [0, {MOST_AWAY:g}]")
         if self.source not in SOURCES:
             raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
         for name, users in USED_BY.items():

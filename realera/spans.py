@@ -85,13 +85,27 @@ def summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> T
     The first part's last row where it is causal, which has seen the whole prompt (end-of-text in
     CLIP); else the mean of its rows but end-of-text.
     """
-    part, context = text.parts[0], encoded[CONTEXT]
+    return _summary(text.parts[0], prompts, encoded[CONTEXT])
+
+
+def wholes(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> dict[str, Tensor]:
+    """stream -> what stands in it for all of a prompt, [prompts, parts, dim].
+
+    Of the context, what `summaries` has of the first part, of every part; a stream of a single row
+    has that row.
+    """
+    context = [_summary(part, prompts, encoded[CONTEXT]) for part in text.parts]
+    return {**encoded, CONTEXT: torch.stack(context, 1)}
+
+
+def _summary(part: Part, prompts: Sequence[str], context: Tensor) -> Tensor:
     ends = torch.tensor([len(ids) - 1 for ids in part.tokenize(prompts)])
-    length = context.shape[1] if part.rows is None else part.rows
+    length = context.shape[1] - part.first if part.rows is None else part.rows
     ends = ends.clamp(max=length - 1).to(context.device)
     if part.causal:
         return context[torch.arange(len(prompts), device=context.device), part.first + ends]
-    words = torch.arange(context.shape[1], device=context.device) < ends.clamp(min=1)[:, None]
+    at = torch.arange(context.shape[1], device=context.device) - part.first
+    words = (at >= 0) & (at < ends.clamp(min=1)[:, None])
     return (context * words[..., None]).sum(1) / words.sum(1, keepdim=True)
 
 

@@ -9,6 +9,7 @@ points; nothing is random but their choice, and a user can read them and strike 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -52,30 +53,38 @@ class Choice:
 class Phrases:
     """Words in the first template of the concept each is nearest to, encoded when they are drawn.
 
-    rows: word, anchor and template of each; pair: int64 [n], the pair of that concept and template
+    rows: word, concept and template of each; pair: int64 [n], the pair of that concept and template
     """
 
     text: TextEncoder = field(repr=False)
-    rows: tuple[tuple[str, str, str], ...]
+    rows: tuple[tuple[str, Concept, str], ...]
     pair: Tensor
-    read: dict[int, tuple[Encoding, Places]] = field(default_factory=dict, repr=False)
+    read: dict[int, tuple[Encoding, Places, Places]] = field(default_factory=dict, repr=False)
 
     @property
     def words(self) -> tuple[str, ...]:
         return tuple(word for word, _, _ in self.rows)
 
-    def take(self, index: Tensor) -> tuple[Encoding, Places]:
-        """The words of int64 `index` [n > 0] as encoded, and as `spans.place_rows` places them."""
+    def take(self, index: Tensor) -> tuple[Encoding, Places, Places]:
+        """The words of int64 `index` [n > 0] as encoded, and as `spans.place_rows` places them in
+        their concept's prompt and in the anchor's."""
         new = sorted(set(index.tolist()) - self.read.keys())
         if new:
             rows = [self.rows[k] for k in new]
             e = self.text.encode([template.replace("{}", word) for word, _, template in rows])
-            places = place_rows(self.text, rows, e)
+            concept, anchor = (
+                place_rows(self.text, [(w, name(c), template) for w, c, template in rows], e)
+                for name in (attrgetter("name"), attrgetter("anchor"))
+            )
             for n, k in enumerate(new):
                 one = torch.tensor([n])
-                self.read[k] = e.take(one), places.take(one)
+                self.read[k] = e.take(one), concept.take(one), anchor.take(one)
         found = [self.read[k] for k in index.tolist()]
-        return Encoding.cat([e for e, _ in found]), Places.cat([places for _, places in found])
+        return (
+            Encoding.cat([e for e, _, _ in found]),
+            Places.cat([concept for _, concept, _ in found]),
+            Places.cat([anchor for _, _, anchor in found]),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,15 +149,21 @@ class WordRing:
         return [(int(nearest[k]), words[k]) for k in far]
 
     def mined(self, words: Phrases, take: Tensor) -> Mined:
-        """The neighbours of int64 `take`, of near or far words."""
+        """The neighbours of int64 `take`, of near or far words.
+
+        A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
+        the concept it keeps.
+        """
         pair = words.pair[take]
         if not len(take):
             nothing = self.pairs.e.take(take)
             span = {s: rows[take.to(rows.device)] for s, rows in self.pairs.span.items()}
             return Mined(nothing, nothing, span, pair)
-        e, places = words.take(take)
-        target = places.target(e, self.pairs.anchor.take(pair))
-        return Mined(e, target, places.span, pair, tuple(words.rows[k][0] for k in take.tolist()))
+        e, concept, anchor = words.take(take)
+        own = concept.target(e, self.pairs.e.take(pair))
+        its = anchor.target(e, self.pairs.anchor.take(pair))
+        target = Encoding({s: e[s] + its[s] - own[s] for s in e}, e.weights)
+        return Mined(e, target, anchor.span, pair, tuple(words.rows[k][0] for k in take.tolist()))
 
     def _draw(
         self, words: Phrases, count: int, generator: torch.Generator, of: Sequence[int] | None
@@ -198,9 +213,7 @@ def ring_of(text: TextEncoder, pairs: Pairs, settings: Settings, choice: Choice)
 
     def phrases(chosen: Sequence[tuple[int, str]]) -> Phrases:
         concepts = [pairs.concepts[number] for number, _ in chosen]
-        rows = [
-            (word, c.anchor, c.templates[0]) for (_, word), c in zip(chosen, concepts, strict=True)
-        ]
+        rows = [(word, c, c.templates[0]) for (_, word), c in zip(chosen, concepts, strict=True)]
         pair = torch.tensor([first[number] for number, _ in chosen], dtype=torch.int64)
         return Phrases(text, tuple(rows), pair)
 

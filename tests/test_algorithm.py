@@ -50,8 +50,7 @@ def settings_of(source: str, **changes) -> Settings:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, source):
     bank = source == "bank"  # else the bank of a thousand prompts is left out, for time
-    follow = 0.5 if bank else 0.0
-    chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, follow=follow)
+    chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, away=0.5)
     first = erase(mine(texts[name], [AIRPLANE], chosen))
     note = first.provenance
     assert note["settings"] == asdict(chosen)
@@ -64,22 +63,17 @@ def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, sourc
         assert not torch.allclose(edit.matrix, torch.eye(edit.dim), atol=1e-3)
 
 
-def test_everyday_prompts_follow_and_a_preserved_one_does_less(texts):
-    """Words that draw a concept lie among the everyday ones: with `follow` these go along."""
-    quick = Settings(source="isotropic", neighbors=0, beyond=0, preserve=("a red house",))
-    still = mine(texts["sd1"], [AIRPLANE], quick)
-    going = replace(still, settings=replace(quick, follow=1.0))
-    rows = {p: texts["sd1"].encode([p])[CONTEXT][0] for p in ("a cup of tea", "a red house")}
-    moved = {
-        (prompt, mining.settings.follow): float((edit(e) - e).norm() / e.norm())
-        for mining in (still, going)
-        for edit in [erase(mining).edits[CONTEXT]]
-        for prompt, e in rows.items()
-    }
-    assert moved["a cup of tea", 1.0] > 1.2 * moved["a cup of tea", 0.0]
-    assert moved["a red house", 1.0] < 0.8 * moved["a cup of tea", 1.0]
-    with pytest.raises(ValueError, match=r"follow = 1\.0: without the bank"):
-        replace(going.settings, bank=False)
+def test_everyday_prompts_go_away_and_a_preserved_one_less(texts):
+    """Words that draw a concept lie among the everyday ones: with `away` these go too."""
+    e = texts["sd1"].encode(["a red house"])[CONTEXT][0]
+
+    def moved(**changes):
+        settings = Settings(source="isotropic", neighbors=0, beyond=0, **changes)
+        edit = erase(mine(texts["sd1"], [AIRPLANE], settings)).edits[CONTEXT]
+        return float((edit(e) - e).norm() / e.norm())
+
+    assert moved(away=1.0) > 1.2 * moved(away=0.0)
+    assert moved(away=1.0, preserve=("a red house",)) < 0.8 * moved(away=1.0)
 
 
 def test_what_a_mining_preserves_another_may_not_erase_after_the_api_alone(texts):

@@ -1,5 +1,7 @@
 """Eq. 7 against what it claims to solve, on random rows in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,11 +126,18 @@ def test_banks_that_differ_by_rounding_add_up_and_by_a_prompt_do_not():
     rows = rows_of(0, 1000, 8)
     bank = rows.T.double() @ rows.double()
 
-    one, same = Kept(bank, {"a cat": rows[:1]}), Kept(bank * (1 + 1e-8), {"a dog": rows[1:2]})
+    mean = rows.mean(0, keepdim=True)
+    one, same = (
+        Kept(gram, mean, dropped)
+        for gram, dropped in (
+            (bank, {"a cat": rows[:1]}),
+            (bank * (1 + 1e-8), {"a dog": rows[1:2]}),
+        )
+    )
     assert torch.equal((one | same).gram, bank)
     assert (one | same).dropped.keys() == {"a cat", "a dog"}
     with pytest.raises(ValueError, match="different preservation banks"):
-        one | Kept(bank + rows[:1].T.double() @ rows[:1].double())
+        one | Kept(bank + rows[:1].T.double() @ rows[:1].double(), mean)
 
 
 def test_sums_of_two_families_are_not_merged():
@@ -212,23 +221,27 @@ def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_a
     sums = problem(seed)[-1]
     bank, dropped = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 3)
     whole = torch.cat([bank, dropped])
-    by_gram = solve(sums, Kept(whole.T @ whole, {"a cat": dropped.float()}), 0.3, 0.1)
+    kept = Kept(whole.T @ whole, whole[:1], {"a cat": dropped.float()})
+    by_gram = solve(sums, kept, 0.3, 0.1)
     by_rows = solve(sums.preserving(bank), None, 0.3, 0.1)
     torch.testing.assert_close(by_gram.matrix, by_rows.matrix, rtol=1e-4, atol=1e-5)
 
 
 @QUICK
-@given(seeds, st.floats(0, 1), st.floats(0.01, 10))
+@given(seeds, st.floats(0, 2), st.floats(0.01, 10))
 def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_stays(
-    seed, follow, lambda1
+    seed, away, lambda1
 ):
+    """The wide edit moves what stands for the concepts, of each part towards that part's mean."""
     e, target, preserved, sums = problem(seed)
-    bank = rows_of(seed + 4, 7, 11)
-    matrix = solve(sums, Kept(bank.T @ bank), lambda1, 0.1, follow).matrix.double()
+    bank, mean = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 2)
+    own = rows_of(seed + 6, 7, 4)  # of two concepts
+    kept = Kept(bank.T @ bank, mean)
+    matrix = solve(replace(sums, own=own), kept, lambda1, 0.1, away).matrix.double()
 
-    unit, root = torch.eye(7, dtype=torch.float64), (2.0 * WIDE * e.T @ e).diagonal().mean().sqrt()
-    wide = brute(torch.cat([2**0.5 * e, root * unit]), torch.cat([2**0.5 * target, root * unit]))
-    t1 = unit + follow * (wide - unit)
+    unit, root = torch.eye(7, dtype=torch.float64), (WIDE * own.square().sum(1).mean()).sqrt()
+    gone = own + away * (torch.cat([mean, mean]) - own)
+    t1 = brute(torch.cat([own, root * unit]), torch.cat([gone, root * unit]))
     system = 2.0 * e.T @ e + lambda1 * (preserved.T @ preserved + bank.T @ bank)
     root, weight = (0.1 * system.diagonal().mean()).sqrt(), lambda1**0.5
     rows = torch.cat([2**0.5 * e, weight * preserved, weight * bank, root * unit])
@@ -237,11 +250,11 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
     torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_bank_nothing_follows_and_a_share_beyond_one_is_refused():
-    sums = problem(0)[-1]
+def test_without_a_bank_nothing_goes_away_and_farther_than_twice_is_refused():
+    sums = replace(problem(0)[-1], own=rows_of(6, 7, 1))
     assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
-    with pytest.raises(ValueError, match=r"follow = 1\.5"):
-        solve(sums, None, 0.1, 0.1, 1.5)
+    with pytest.raises(ValueError, match=r"away = 2\.5: it must lie in \[0, 2\]"):
+        solve(sums, None, 0.1, 0.1, 2.5)
 
 
 @QUICK

@@ -15,7 +15,7 @@ from realera.models import CONTEXT
 from realera.settings import Settings
 
 CLASSES = ("dog", "cat", "ship")
-QUICK = Settings(source="isotropic", neighbors=0, beyond=0, lambda2=0.01, follow=0.0)
+QUICK = Settings(source="isotropic", neighbors=0, beyond=0, lambda2=0.01, away=0.0)
 
 
 def world(dim=12, words=600):

@@ -21,14 +21,14 @@ NAME, ADDED = "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0"
 def random_sums(dim, seed):
     g = torch.Generator().manual_seed(seed)
     rows, targets = torch.randn(6, dim, generator=g), torch.randn(6, dim, generator=g)
-    sums = Sums.zeros(dim).erasing(rows, targets)
+    sums = replace(Sums.zeros(dim).erasing(rows, targets), own=rows[:2])
     return sums.preserving(torch.randn(9, dim, generator=g))
 
 
 def random_bank(seed, dim=DIM):
     rows = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     dropped = torch.randn(7, dim, generator=torch.Generator().manual_seed(seed)) / 10
-    return Kept(rows.T @ rows, {f"a prompt about {seed}": dropped})
+    return Kept(rows.T @ rows, rows[:1].float(), {f"a prompt about {seed}": dropped})
 
 
 def random_erasure(seed=0, names=()):
@@ -144,14 +144,15 @@ def test_an_erasure_comes_back_as_it_was_saved(saved):
         assert all(torch.equal(x, y) for x, y in zip(again.lora[name], pair, strict=True))
     for stream, edit in erasure.edits.items():
         assert torch.equal(again.edits[stream].matrix, edit.matrix)
-        for part in ("erase", "moved", "preserve"):
+        for part in ("erase", "moved", "preserve", "own"):
             own, its = getattr(again.sums[stream], part), getattr(erasure.sums[stream], part)
             assert torch.equal(own, its)
     assert again.kept.keys() == {CONTEXT}
     assert torch.equal(again.kept[CONTEXT].gram, erasure.kept[CONTEXT].gram)
+    assert torch.equal(again.kept[CONTEXT].mean, erasure.kept[CONTEXT].mean)
     assert again.kept[CONTEXT].dropped.keys() == erasure.kept[CONTEXT].dropped.keys()
     assert again.provenance == erasure.provenance
-    assert (again.lambda1, again.lambda2, again.follow) == (0.2, 1e-3, 0.6)
+    assert (again.lambda1, again.lambda2, again.away) == (0.2, 1e-3, 0.6)
 
 
 def test_the_same_erasure_is_the_same_bytes(saved, tmp_path):
@@ -192,14 +193,14 @@ def test_what_cannot_be_merged_says_why():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
-    with pytest.raises(ValueError, match=r"λ1, λ2 and follow are \(0\.1, 0\.1, 0\.0\)"):
+    with pytest.raises(ValueError, match=r"λ1, λ2 and away are \(1\.0, 0\.1, 1\.6\)"):
         Erasure.merge([erasure, Erasure.fit(erasure.sums)])
     with pytest.raises(ValueError, match="different model families"):
         Erasure.merge(
-            [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, follow=0.6)]
+            [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, away=0.6)]
         )
     with pytest.raises(ValueError, match="one with a bank and one without"):
-        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3, follow=0.6)])
+        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3, away=0.6)])
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
 
@@ -247,7 +248,7 @@ def test_a_file_of_the_first_format_loads_and_merges():
         assert torch.equal(again.matrix, erasure.edits[stream].matrix)
     assert torch.equal(erasure.kept[CONTEXT].gram, stored["sums.bank"])
     assert list(erasure.kept[CONTEXT].dropped) == ["a prompt about 0"]
-    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0 and erasure.follow == 0
+    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0 and erasure.away == 0
     merged = Erasure.merge([erasure, erasure])
     twice = solve(erasure.sums[CONTEXT] + erasure.sums[CONTEXT], erasure.kept[CONTEXT], 0.2, 1e-3)
     assert torch.equal(merged.edits[CONTEXT].matrix, twice.matrix)

@@ -167,7 +167,7 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
         ({"source": "vocabulary", "d1": 20.0}, "d1 = 20.*isotropic or bank"),
         ({"source": "vocabulary", "d1_anchor": 2.0}, "d1_anchor = 2"),
         ({"source": "vocabulary", "d2": 40.0}, "d2 = 40"),
-        ({"follow": -0.1}, r"follow = -0\.1: it is a share"),
+        ({"away": -0.1}, r"away = -0\.1: it must lie in \[0, 2\]"),
         ({"beyond_s2": 0.4}, "S2 = 0.4 and neighbours from S2 = 0.3.*erased and preserved"),
     ],
 )
@@ -220,19 +220,24 @@ def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(tex
     assert set(others) <= set(mining.neighbors.words)
 
 
-def test_a_mined_word_is_encoded_and_aligned_as_if_it_were_the_concept(text, two, words):
+def test_a_mined_word_goes_the_way_that_its_concept_goes(text, two, words):
     near, far = words.neighbors(3, drawn()), words.beyond(3, drawn())
     first = two.first.tolist()
     assert near.pair.tolist() == [i for i in first for _ in range(3)]
     last = words.neighbors(1, drawn(), [len(two.prompts) - 1])
     assert last.pair.tolist() == first[1:]
-    templates = [(c.anchor, template) for c in two.concepts for template in c.templates]
+    templates = [(c, template) for c in two.concepts for template in c.templates]
     for k, pair in enumerate(near.pair.tolist()):
-        anchor, template = templates[pair]
-        alone = encode_pairs(text, [Concept(near.words[k], anchor, (template,))])
-        for mined, own in ((near.e, alone.e), (near.target, alone.target)):
-            assert torch.allclose(mined[CONTEXT][k], own[CONTEXT][0], atol=1e-5)
-        assert torch.equal(near.span[CONTEXT][k], alone.span[CONTEXT][0])
+        concept, template = templates[pair]
+        to_anchor, to_concept = (
+            encode_pairs(text, [Concept(near.words[k], name, (template,))])
+            for name in (concept.anchor, concept.name)
+        )
+        e = to_anchor.e[CONTEXT][0]
+        way = to_anchor.target[CONTEXT][0] - to_concept.target[CONTEXT][0]
+        assert torch.allclose(near.e[CONTEXT][k], e, atol=1e-5)
+        assert torch.allclose(near.target[CONTEXT][k], e + way, atol=1e-5)
+        assert torch.equal(near.span[CONTEXT][k], to_anchor.span[CONTEXT][0])
     asked = [templates[p][1].replace("{}", w) for p, w in zip(far.pair, far.words, strict=True)]
     assert torch.allclose(far.e[CONTEXT], text.encode(asked)[CONTEXT], atol=1e-5)
     assert torch.equal(far.target[CONTEXT], far.e[CONTEXT])
