@@ -8,8 +8,7 @@ comes, and with LoRA Align's adversarial mode, which between two steps seeks con
 bring the concept back under the current student, and aligns what they draw to the anchor, while
 prompts of the bank, the empty prompt and words outside of the ring, but for those by which the
 original predicts the concept, keep their prediction. Each is attacked as in `benchmarks.attacks`.
-Residue and kept are of the half of the vocabulary that `benchmarks.frontier` calls unseen; nothing
-was drawn and judged to learn from.
+Residue and kept are of the words of `benchmarks.frontier`; none was drawn to learn from.
 """
 
 import argparse
@@ -67,11 +66,11 @@ def model_class(scene: Scene) -> int:
 
 
 def words_kept(scene: Scene, network: nn.Module, pen: Pen, before: Tensor) -> list[float]:
-    """Residue and kept in percent, on unseen words."""
+    """Residue and kept in percent."""
     k, words = model_class(scene), scene.model.text.words()
     asked = [words[i] for i in torch.cat(frontier.asked(before, k)).tolist()]
     point = frontier.counted(before, pen.draw(asked, weights_of(network)), k)
-    return list(frontier.rates(*point.unseen)[:2])
+    return list(point.numbers[:2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,12 +1,11 @@
 """Residue against kept over the vocabulary: a curve a method over its own trade-off parameter.
 
     python -m benchmarks.frontier                       # hours: tuning half, then the reported one
-    python -m benchmarks.frontier --concepts ship,bird --methods UCE "ours, drawing"
+    python -m benchmarks.frontier --tuning ship,bird --methods ours UCE
 
 As `realera evaluate --vocabulary` judges, on up to 160 words that draw the concept and 320 that
 surely draw something else, drawn in bfloat16 with keys and values worked out once a prompt: four
-times as fast, and the same class for 98 % of words. Words of one half of the vocabulary are what
-*ours, drawing* learns from; the table tells the other half apart.
+times as fast, and the same class for 98 % of words. No method learns from what a word draws.
 
 On the reported half every method has one point, its best H_v on the tuning half. What is drawn is
 kept in .state/frontier by method, parameter and concept: empty it when a method changes.
@@ -19,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
-from realera.drawing import Lexicon, Steering, steered, tail
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
@@ -152,7 +149,7 @@ class Method:
     name: str
     parameter: str
     values: tuple[float, ...]
-    make: Callable[[DiffusersModel, Concept, float, Lexicon], Weights]
+    make: Callable[[DiffusersModel, Concept, float], Weights]
 
 
 def edited(model: DiffusersModel, matrix: Tensor) -> Weights:
@@ -165,32 +162,24 @@ def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> Weights:
     return edited(model, erasure.edits[CONTEXT].matrix)
 
 
-def drawing(model: DiffusersModel, concept: Concept, value: float, lexicon: Lexicon) -> Weights:
-    settings = Settings(source="isotropic", neighbors=0, beyond=0, lambda2=0.01)
-    mining = mine(model.text, [concept], settings)
-    erasure = steered(erase(mining), mining, lexicon, Steering(strength=value))
-    return edited(model, erasure.edits[CONTEXT].matrix)
-
-
 def weights_of(network: nn.Module) -> Weights:
     """All weights of a network, as a `Pen` takes them."""
     names = {f"{reader.path}.weight": name for name, reader in adapted_readers(network).items()}
     return {names.get(n, n): w.detach().clone() for n, w in network.state_dict().items()}
 
 
-def esd_x(model: DiffusersModel, concept: Concept, value: float, _: Lexicon) -> Weights:
+def esd_x(model: DiffusersModel, concept: Concept, value: float) -> Weights:
     with ablation.restored(model.network):
         peers.esd_x(model, [concept], int(value))
         return weights_of(model.network)
 
 
 def along(make: Callable[..., Weights], parameter: str) -> Any:
-    return lambda model, concept, value, _: make(model, concept, **{parameter: value})
+    return lambda model, concept, value: make(model, concept, **{parameter: value})
 
 
 METHODS = (
-    Method("ours", "away", (0, 1, 1.4, 1.8), along(ours, "away")),
-    Method("ours, drawing", "strength", (0.8, 1.1, 1.4), drawing),
+    Method("ours", "away", (0, 0.8, 1.2, 1.6, 2), along(ours, "away")),
     Method("UCE", "ridge", (0.5, 50, 150), along(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.001, 0.01, 0.1, 1), along(ablation.rece, "regular")),
@@ -204,30 +193,19 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Point:
-    """still of drew, lost of sure; and the same of the half that nothing was learned from."""
+    """still of drew, lost of sure."""
 
     still: int
     drew: int
     lost: int
     sure: int
-    unseen: tuple[int, int, int, int]
 
     @property
     def numbers(self) -> tuple[float, float, float]:
-        return rates(self.still, self.drew, self.lost, self.sure)
-
-
-def rates(still: int, drew: int, lost: int, sure: int) -> tuple[float, float, float]:
-    """Residue, kept and H_v in percent."""
-    residue, kept = 100 * still / max(1, drew), 100 * (1 - lost / max(1, sure))
-    return residue, kept, 2 * (100 - residue) * kept / max(1e-9, 100 - residue + kept)
-
-
-def halves(count: int) -> Tensor:
-    """bool [words]: those that a method may learn from."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2]] = True
-    return chosen
+        """Residue, kept and H_v in percent."""
+        residue = 100 * self.still / max(1, self.drew)
+        kept = 100 * (1 - self.lost / max(1, self.sure))
+        return residue, kept, 2 * (100 - residue) * kept / max(1e-9, 100 - residue + kept)
 
 
 def asked(before: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -245,11 +223,9 @@ def asked(before: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def counted(before: Tensor, after: Tensor, k: int) -> Point:
     """after: what the words that are `asked` draw now, in their order: [words, classes]."""
     own, others = asked(before, k)
-    now, new = after.argmax(-1), ~halves(len(before))
+    now = after.argmax(-1)
     still, lost = now[: len(own)] == k, now[len(own) :] != before.argmax(-1)[others]
-    unseen = (still[new[own]].sum(), new[own].sum(), lost[new[others]].sum(), new[others].sum())
-    a, b, c, d = (int(count) for count in unseen)
-    return Point(int(still.sum()), len(own), int(lost.sum()), len(others), (a, b, c, d))
+    return Point(int(still.sum()), len(own), int(lost.sum()), len(others))
 
 
 def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -317,17 +293,15 @@ def lines(
     found: Found, concepts: Sequence[str], chosen: Mapping[str, float] | None
 ) -> list[list[str]]:
     parameters = {method.name: method.parameter for method in METHODS}
-    rows = [["", "parameter", "residue ↓", "kept ↑", "H_v ↑", "unseen words", "by concept"]]
+    rows = [["", "parameter", "residue ↓", "kept ↑", "H_v ↑", "by concept"]]
     for name, values in found.items():
         for value, points in sorted(values.items()):
             own = [c for c in concepts if c in points]
             if not own or (chosen is not None and chosen.get(name) != value):
                 continue
             numbers = [f"{number:.1f}" for number in mean(points, own)]
-            unseen = [rates(*points[c].unseen) for c in own]
-            apart = " / ".join(f"{sum(u[k] for u in unseen) / len(own):.1f}" for k in (0, 1))
             each = ", ".join("{} {:.1f}/{:.1f}".format(c, *points[c].numbers[:2]) for c in own)
-            rows.append([name, f"{parameters[name]} {value:g}", *numbers, apart, each])
+            rows.append([name, f"{parameters[name]} {value:g}", *numbers, each])
     return rows
 
 
@@ -340,8 +314,7 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
         "# Residue against kept, over the vocabulary",
         f"`python -m benchmarks.frontier {command}`",
         __doc__.split("\n\n")[2].replace("\n", " "),
-        "*Unseen words* are residue / kept on the half of the vocabulary that nothing was learned "
-        "from. Of one concept, a residue of 2 % has a standard error of 1 point and a kept of 93 % "
+        "Of one concept, a residue of 2 % has a standard error of 1 point and a kept of 93 % "
         "one of 1.4. Peers are our own small implementations with their authors' inputs "
         "([peers.md](peers.md)); the anchors are those of the ablation.",
         f"## Tuned on: {', '.join(tuning)}",
@@ -357,9 +330,7 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
         part.write_text("\n\n".join(parts) + "\n")
     numbers = {
         name: {
-            f"{value:g}": {
-                c: [*point.numbers, *rates(*point.unseen)] for c, point in points.items()
-            }
+            f"{value:g}": {c: point.numbers for c, point in points.items()}
             for value, points in values.items()
         }
         for name, values in found.items()
@@ -386,21 +357,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert isinstance(model, DiffusersModel)
     pen, words = Pen(model), model.text.words()
     before = drawn_before(pen, words)
-    learned = halves(len(words))
-
-    @cache
-    def lexicon() -> Lexicon:
-        some = [word for word, keep in zip(words, learned.tolist(), strict=True) if keep]
-        rows = tail(model.text, [OBJECT.replace("{}", word) for word in some])
-        return Lexicon(pen.judge.classes, before[learned], rows, pen.empty[0].double())
-
     found: Found = {method.name: {} for method in methods}
 
     def measure(method: Method, value: float, name: str) -> None:
         path, k = state_of(method.name, value, name), pen.judge.classes.index(name)
 
         def draw() -> Tensor:
-            weights = method.make(model, concept_of(name, "drawn"), value, lexicon())
+            weights = method.make(model, concept_of(name, "drawn"), value)
             return pen.draw([words[i] for i in torch.cat(asked(before, k)).tolist()], weights)
 
         if path.exists() or not options.drawn:

@@ -21,6 +21,7 @@ In brackets how often a word that draws something else now is foretold more than
 """
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -36,12 +37,11 @@ from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.cache import cached
 from realera.diffusers_model import DiffusersModel
-from realera.drawing import tail
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
 from realera.families.loading import load_model
 from realera.files import writing
-from realera.models import CONTEXT
+from realera.models import CONTEXT, TextEncoder
 from realera.scope import CHANGED, scope
 
 NETWORKS, EPOCHS = 3, 40
@@ -75,6 +75,18 @@ def fitted(rows: Tensor, seen: Tensor, seed: int) -> nn.Module:
             optimizer.step()
         schedule.step()
     return net.eval()
+
+
+def tail(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """The mean of every prompt's context rows from end-of-text on, float64 [prompts, dim]."""
+    parts = []
+    for start in range(0, len(prompts), 64):
+        some = prompts[start : start + 64]
+        rows = text.encode(some)[CONTEXT].double()
+        ends = torch.tensor([len(ids) - 1 for ids in text.parts[0].tokenize(some)])
+        after = (torch.arange(rows.shape[1]) >= ends[:, None]).double()
+        parts.append((rows * after[..., None]).sum(1) / after.sum(1, keepdim=True))
+    return torch.cat(parts)
 
 
 class Rows:

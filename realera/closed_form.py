@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .settings import MOST_AWAY
-
 WIDE = 0.1  # the ridge of the wide edit, in units of the mean |v|² of the concepts' rows
 
 
@@ -147,15 +145,15 @@ def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, away: f
     system, so that it means the same for every text encoder. away: how far T1 moves the rows V that
     stand for the concepts, in units of the way to the mean m of what is kept:
     T1 = I + away (m - V)ᵀV (VᵀV + r I)⁻¹; 0, or nothing kept, is Eq. 7 as printed. Raises
-    ValueError when a λ is not positive, away is not in [0, 2] or nothing is to be erased.
+    ValueError when a λ is not positive, away is negative or nothing is to be erased.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
             f"λ1 = {lambda1} and λ2 = {lambda2}: λ1 must be at least 0 and λ2 positive, "
             "else the system can be singular"
         )
-    if not 0 <= away <= MOST_AWAY:
-        raise ValueError(f"away = {away}: it must lie in [0, {MOST_AWAY:g}]")
+    if away < 0:
+        raise ValueError(f"away = {away}: it must be at least 0")
     if not sums.erase.any():
         raise ValueError("no row to erase: add the pairs of a concept to the sums first")
     preserve = sums.preserve

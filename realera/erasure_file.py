@@ -150,6 +150,10 @@ def _read(file: TensorFile) -> Erasure:
         )
         for stream, prompts in dropped.items()
     }
+    for stream, one in kept.items():
+        own = len(sums[stream].own) if stream in sums else 0
+        if own % len(one.mean):
+            raise ValueError(f"{own} rows of concepts in the {stream} are not of whole concepts")
     return Erasure(
         {stream: Edit(read(f"edit.{stream}")) for stream in dim},
         {layer: (read(f"lora.{layer}.down"), read(f"lora.{layer}.up")) for layer in layers},

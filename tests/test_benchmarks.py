@@ -402,30 +402,24 @@ def test_what_no_case_writes_or_only_one_commit_writes_is_no_agreement(tmp_path)
 # ------------------------------------------------------------------ the frontier
 
 
-def point(still, drew, lost, sure):
-    return frontier.Point(still, drew, lost, sure, (still, drew, lost, sure))
-
-
 def test_a_point_is_told_in_percent_and_nothing_to_count_is_no_division_by_zero():
-    assert point(1, 4, 1, 10).numbers == pytest.approx((25, 90, 2 * 75 * 90 / 165))
-    assert point(0, 0, 0, 0).numbers[:2] == (0, 100)
+    assert frontier.Point(1, 4, 1, 10).numbers == pytest.approx((25, 90, 2 * 75 * 90 / 165))
+    assert frontier.Point(0, 0, 0, 0).numbers[:2] == (0, 100)
 
 
 def test_the_best_value_is_chosen_on_the_tuning_half_alone():
     values = {
-        0.1: {"ship": point(0, 10, 1, 10), "dog": point(9, 10, 9, 10)},
-        1.0: {"ship": point(5, 10, 0, 10), "dog": point(0, 10, 0, 10)},
-        9.0: {"dog": point(0, 10, 0, 10)},  # not measured on it
+        0.1: {"ship": frontier.Point(0, 10, 1, 10), "dog": frontier.Point(9, 10, 9, 10)},
+        1.0: {"ship": frontier.Point(5, 10, 0, 10), "dog": frontier.Point(0, 10, 0, 10)},
+        9.0: {"dog": frontier.Point(0, 10, 0, 10)},  # not measured on it
     }
     assert frontier.best(values, ["ship"]) == 0.1
 
 
-def test_words_are_drawn_of_both_kinds_and_learned_from_by_half():
+def test_words_are_drawn_of_both_kinds():
     before = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
     own, others = frontier.asked(before, 0)
     assert sorted(own.tolist()) == [0, 1] and others.tolist() == [3]
-    half = frontier.halves(100)
-    assert half.sum() == 50 and torch.equal(half, frontier.halves(100))
 
 
 def test_the_fast_pen_draws_what_the_model_draws():
