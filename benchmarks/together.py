@@ -1,4 +1,4 @@
-"""Several concepts erased at once: residue and kept over the vocabulary.
+"""Several concepts erased at once: residue and kept over the vocabulary, and H_o.
 
     python -m benchmarks.together
 
@@ -6,14 +6,16 @@ Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.f
 to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
 mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
 that still draw the same class; of two concepts a residue of 10 % has a standard error of 3 points,
-and every kept of 60 to 90 % one of 2 to 3. Peers have their authors' inputs, the parameter that is
-best in `benchmarks.frontier`, and our anchors. What is drawn is kept in .state/together: empty it
-when a method changes.
+and every kept of 60 to 90 % one of 2 to 3. Acc_e and Acc_g are of the prompts of all that are
+erased, Acc_s of what stays, as in `benchmarks.ablation`, two images a prompt in 10 steps. Peers
+have their authors' inputs, the parameter that is best in `benchmarks.frontier`, and our anchors.
+What is drawn is kept in .state/together: empty it when a method changes.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
+from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, pooled, restored
 from benchmarks.frontier import Pen, Weights, drawn_before, edited, kept
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
 from realera.erasure import Erasure
+from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.report import Sampling, evaluate, harmonic_mean
 from realera.evaluation.tasks import bundled_task
 from realera.evaluation.vocabulary import SURE
 from realera.families.loading import load_model
@@ -85,6 +89,21 @@ def drawn(pen: Pen, concepts: Sequence[Concept], words: Sequence[str], make: Mak
     return pen.draw(words, make(pen.model, concepts))
 
 
+def report(model: DiffusersModel, concepts: Sequence[Concept], make: Make) -> dict[str, float]:
+    """Acc_e, Acc_s and Acc_g in percent, over all that is erased and all that stays."""
+    weights = make(model, concepts)
+    names, judge = [concept.name for concept in concepts], miniature_classifier("concept")
+    sampling, reports = Sampling(10, seed=0, batch=64), []
+    with restored(model.network):
+        peers.write({name: weight.float() for name, weight in weights.items()}, model.network)
+        stay = {n: p for n, p in bundled_task(names[0]).others.items() if n not in names}
+        for name in names:
+            task = replace(bundled_task(name), others=stay if name == names[0] else {})
+            reports.append(evaluate(model, task, judge, 2, sampling)[0])
+    found = pooled(reports)
+    return {metric: found[metric] for metric in ("acc_e", "acc_s", "acc_g")}
+
+
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,7 +114,7 @@ def main() -> None:
     before = drawn_before(pen, words)
     was, stored = before.argmax(-1), {}
     parts = [
-        "# Several concepts erased at once: residue and kept over the vocabulary",
+        "# Several concepts erased at once: residue and kept over the vocabulary, and H_o",
         "`python -m benchmarks.together`",
     ]
     parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
@@ -104,6 +123,7 @@ def main() -> None:
         groups = asked(before, [pen.judge.classes.index(name) for name in names])
         chosen = [words[k] for k in torch.cat(groups).tolist()]
         lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
+        lines[0] += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]
         for method, make in tqdm(METHODS.items(), desc=", ".join(names)):
             path = STATE / f"{method} {len(names)}.pt"
             now = kept(path, partial(drawn, pen, concepts, chosen, make)).argmax(-1)
@@ -114,8 +134,15 @@ def main() -> None:
             residue, keeps = sum(same[:-1]) / len(names), same[-1]
             h_v = 2 * (100 - residue) * keeps / (100 - residue + keeps)
             each = " ".join(f"{name} {of:.0f}" for name, of in zip(names, same, strict=False))
+            path = STATE / f"{method} {len(names)}.json"
+            if not path.exists():
+                with writing(path, overwrite=True) as part:
+                    part.write_text(json.dumps(report(model, concepts, make)))
+            metrics = json.loads(path.read_text())
+            metrics["h_o"] = harmonic_mean(*metrics.values())
             lines.append([method, f"{residue:.1f}", f"{keeps:.1f}", f"{h_v:.1f}", each])
-            found = {"residue": residue, "kept": keeps, "h_v": h_v}
+            lines[-1] += [f"{value:.1f}" for value in metrics.values()]
+            found = {"residue": residue, "kept": keeps, "h_v": h_v, **metrics}
             stored[f"{method}, {len(names)}"] = {k: round(value, 2) for k, value in found.items()}
         parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(lines)]
     with writing(RESULTS / "together.md", overwrite=True) as part:

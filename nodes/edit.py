@@ -31,9 +31,9 @@ class ClosedFormEdit(io.ComfyNode):
             node_id="RealEraClosedFormEdit",
             display_name="Closed-Form Edit",
             description=(
-                "Solves for the one small matrix that maps the concept and its neighbours to the "
-                "anchor and keeps everything else (RealEra, Eq. 7). Takes seconds; the model can "
-                "be used at once."
+                "Solves for the one small matrix that maps the concept to the anchor, takes its "
+                "neighbours along and keeps everything else (RealEra, Eq. 7). Takes seconds; the "
+                "model can be used at once."
             ),
             search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
             inputs=[

@@ -39,7 +39,7 @@ def found(mining: Mined) -> str:
     kind = "words" if isinstance(mining.ring, WordRing) else "points"
     named = int((mining.beyond.pair < 0).sum())
     far = len(mining.beyond.pair) - named
-    said = [f"{len(mining.neighbors.pair)} {kind} become the anchor"]
+    said = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
     said += [f"{far} keep their meaning"] if far else []
     said += [f"{named} that you named keep theirs"] if named else []
     return ", ".join(said)
@@ -53,7 +53,7 @@ class NeighborSampler(io.ComfyNode):
             display_name="Neighbor Sampler",
             description=(
                 "Names what to erase and mines what only implies it: embeddings around the concept "
-                "that are to become the anchor too (RealEra, Sec. 4.1)."
+                "that are to be erased too (RealEra, Sec. 4.1)."
             ),
             search_aliases=["concept erasure", "erase concept", "unlearn", "mining", "neighbor"],
             inputs=[

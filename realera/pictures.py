@@ -144,7 +144,7 @@ def geometry(ring: Ring, neighbors: Mined, beyond: Mined) -> Image.Image:
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     drawn = (
-        (neighbors, f"neighbours, {len(neighbors.pair)}: become the anchor", ERASED),
+        (neighbors, f"neighbours, {len(neighbors.pair)}: are erased too", ERASED),
         (beyond, f"beyond, {int((beyond.pair >= 0).sum())}: keep their meaning", KEPT),
     )
     for mined, name, colour in drawn:
@@ -182,7 +182,7 @@ def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
     axes.axvline(s2, color=PLAIN, lw=0.8, ls="--")
     axes.set(
         xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
-        title="words that become the anchor (red), others near it (blue)",
+        title="words that are erased too (red), others near it (blue)",
     )
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)

@@ -3,7 +3,9 @@
 Every word of the tokenizer's vocabulary is put in the concept's template and compared with it on
 the row that has seen the whole prompt, around the vocabulary's mean, since the rows of one encoder
 share a large common part. The words inside the ring are neighbours, those just outside beyond
-points; nothing is random but their choice, and a user can read them and strike one out.
+points; nothing is random but their choice, and a user can read them and strike one out. Where
+Alg. 1 makes a neighbour the anchor (l. 8), a word goes the way of its concept: "runway" becomes
+what it is beside an airplane, and the anchor.
 """
 
 from collections import Counter

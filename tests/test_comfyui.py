@@ -240,7 +240,7 @@ def test_a_node_says_what_it_found_and_where_it_saved(erased):
     saved = [f"saved output/{folder}/{name}" for folder in ("loras", "erasures")]
     assert said["RealEraSaveErasure"] == saved
     assert said["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
-    assert "become the anchor" in said["RealEraNeighborSampler"][0]
+    assert "are erased too" in said["RealEraNeighborSampler"][0]
     assert "the CLIP is that of Stable Diffusion 1.x" in said["RealEraNeighborSampler"][0]
     assert "keep their meaning" in said["RealEraBeyondSampler"][0]
     assert "half the way" in said["RealEraClosedFormEdit"][0]
