@@ -51,7 +51,6 @@ from realera.families.loading import load_model
 from realera.files import writing
 from realera.models import CONTEXT
 from realera.readers import readers
-from realera.settings import Settings
 
 STATE = Path(".state/attacks")
 IMAGES = 32  # of the concept that an attack has, and as many that it is judged by
@@ -64,8 +63,8 @@ NAMED = OBJECT.replace("{}", "NAME")
 # ---------------------------------------------------------------- the erasures
 
 
-def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> None:
-    apply(erase(mine(model.text, [concept], Settings(**changes))), model.network)
+def ours(model: DiffusersModel, concept: Concept) -> None:
+    apply(erase(mine(model.text, [concept])), model.network)
 
 
 def aligned(model: DiffusersModel, concept: Concept) -> None:
@@ -77,7 +76,6 @@ def aligned(model: DiffusersModel, concept: Concept) -> None:
 ERASURES: dict[str, Callable[[DiffusersModel, Concept], None]] = {
     "original": lambda model, concept: None,
     "ours": ours,
-    "ours, follow 1": partial(ours, follow=1.0),
     "ours, LoRA Align": aligned,
     "UCE": lambda model, concept: peers.write(peers.uce(model, [concept]), model.network),
     "RECE": lambda model, concept: peers.write(peers.rece(model, [concept]), model.network),

@@ -32,9 +32,10 @@ from benchmarks import ablation, peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
-from realera.algorithm import erase, mine
+from realera.algorithm import align_erasure, erase, mine
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersModel
+from realera.erasure import applied
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
@@ -42,7 +43,7 @@ from realera.families.loading import load_model
 from realera.files import writing
 from realera.models import CONTEXT
 from realera.readers import adapted_readers
-from realera.settings import Settings
+from realera.settings import Settings, Training
 
 STATE = Path(".state/frontier")
 OWN, OTHERS = 160, 320  # words of each kind that are drawn, at most
@@ -162,6 +163,13 @@ def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> Weights:
     return edited(model, erasure.edits[CONTEXT].matrix)
 
 
+def aligned(model: DiffusersModel, concept: Concept, value: float) -> Weights:
+    mining = mine(model.text, [concept])
+    erasure = align_erasure(model, erase(mining), mining, Training(steps=int(value)))
+    with applied(erasure, model.network):
+        return weights_of(model.network)
+
+
 def weights_of(network: nn.Module) -> Weights:
     """All weights of a network, as a `Pen` takes them."""
     names = {f"{reader.path}.weight": name for name, reader in adapted_readers(network).items()}
@@ -180,6 +188,7 @@ def along(make: Callable[..., Weights], parameter: str) -> Any:
 
 METHODS = (
     Method("ours", "away", (0, 0.8, 1.2, 1.6, 2), along(ours, "away")),
+    Method("ours + alignment", "steps", (200,), aligned),
     Method("UCE", "ridge", (0.5, 50, 150), along(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.001, 0.01, 0.1, 1), along(ablation.rece, "regular")),
