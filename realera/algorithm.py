@@ -170,7 +170,7 @@ def collect(mining: Mining) -> dict[str, Sums]:
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
     whole = wholes(mining.text, first, pairs.e.take(pairs.first))
     for stream, e in pairs.e.items():
-        own = replace(Sums.zeros(e.shape[-1]), own=whole[stream].flatten(0, 1).cpu())
+        own = replace(Sums.zeros(e.shape[-1]), concepts=whole[stream].flatten(0, 1).cpu())
         for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
             span = of[stream]
             targets = rows.target.weighed(stream)[span]

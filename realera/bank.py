@@ -1,7 +1,7 @@
 """The preservation bank: what everyday prompts mean, as one Gram matrix a stream of an encoder.
 
-Beyond points preserve directions, the bank preserves meanings: it keeps the gain of the edit at 1
-on the manifold of real prompts.
+Beyond points preserve directions, the bank preserves meanings: on the manifold of real prompts the
+edit keeps all but what they have of a concept (`closed_form`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

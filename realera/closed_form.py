@@ -5,8 +5,8 @@
 is solved by W = W_org T with the same T for every layer that reads the same stream of the text.
 
 Beyond the paper, what is kept of everyday prompts need not stay where it was: most words that draw
-a concept lie among them, outside of every ring. It follows T1, the *wide* edit, which takes from
-every row what it has of the concepts and moves it towards the mean of everyday prompts.
+a concept lie among them, outside of every ring. It follows T1, the *wide* edit, which moves every
+row away from the concepts by how much it has of them, beside what all prompts share.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-WIDE = 0.1  # the ridge of the wide edit, in units of the mean |v|² of the concepts' rows
+# The wide edit: its ridge, in units of Σ |m - v|² over the concepts, and how much of their way the
+# mean goes. In CLIP all prompts share half of a row or more, in the bundled encoder a tenth.
+WIDE, SHARED = 0.1, 0.1
+FIRM = 100.0  # what the mean counts, beside the rows of the concepts
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,14 @@ class Sums:
     erase: Σ w e eᵀ over E, float64 [dim, dim]
     moved: Σ w e* eᵀ over E, float64 [dim, dim]
     preserve: Σ w e eᵀ over Pre, float64 [dim, dim]
-    own: what stands for every concept's whole prompt (`spans.wholes`), concept by concept, float32
-        [concepts * parts, dim]
+    concepts: what stands for every concept's whole prompt (`spans.wholes`), concept by concept,
+        float32 [concepts * parts, dim]
     """
 
     erase: Tensor
     moved: Tensor
     preserve: Tensor
-    own: Tensor
+    concepts: Tensor
 
     @staticmethod
     def zeros(dim: int) -> "Sums":
@@ -104,7 +107,7 @@ class Sums:
             self.erase + other.erase,
             self.moved + other.moved,
             self.preserve + other.preserve,
-            torch.cat([self.own, other.own]),
+            torch.cat([self.concepts, other.concepts]),
         )
 
 
@@ -143,9 +146,11 @@ def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, away: f
 
     P are the rows of Pre and K those of what is kept. λ2 is in units of the mean diagonal of the
     system, so that it means the same for every text encoder. away: how far T1 moves the rows V that
-    stand for the concepts, in units of the way to the mean m of what is kept:
-    T1 = I + away (m - V)ᵀV (VᵀV + r I)⁻¹; 0, or nothing kept, is Eq. 7 as printed. Raises
-    ValueError when a λ is not positive, away is negative or nothing is to be erased.
+    stand for the concepts, in units of their way to the mean m of what is kept; m itself goes
+    SHARED of it. T1 = I + away D, where D is the least squares of D v = m - v and of
+    D m = SHARED (m - v), with a ridge of WIDE Σ |m - v|², so that many concepts move no row much
+    farther than a few. 0, or nothing kept, is Eq. 7 as printed. Raises ValueError when a λ is not
+    positive, away is negative or nothing is to be erased.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
@@ -165,10 +170,14 @@ def solve(sums: Sums, kept: Kept | None, lambda1: float, lambda2: float, away: f
     system = sums.erase + lambda1 * preserve
     ridge = lambda2 * system.diagonal().mean() * unit
     wanted = sums.moved + lambda1 * preserve + ridge
-    if kept is not None and away and len(sums.own):
-        v = sums.own.double()
-        mean = kept.mean.double().repeat(len(v) // len(kept.mean), 1)
-        change = _right((mean - v).T @ v, v.T @ v + WIDE * v.square().sum(1).mean() * unit)
+    if kept is not None and away and len(sums.concepts):
+        v, means = sums.concepts.double(), kept.mean.double()
+        way = means.repeat(len(v) // len(means), 1) - v
+        size = way.square().sum()
+        firm = FIRM * (size / means.square().sum()).sqrt()
+        rows = torch.cat([v, firm * means])
+        goals = torch.cat([way, firm * SHARED * way.view(-1, *means.shape).mean(0)])
+        change = _right(goals.T @ rows, rows.T @ rows + WIDE * size * unit)  # D
         wanted = wanted + away * change @ (lambda1 * (preserve - sums.preserve) + ridge)
     return Edit(_right(wanted, system + ridge).float().contiguous())
 

@@ -47,6 +47,7 @@ class Erasure:
     ) -> "Erasure":
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
         kept = kept or {}
+        away = away if kept else 0.0  # nothing is there that could go
         edits = {s: solve(own, kept.get(s), lambda1, lambda2, away) for s, own in sums.items()}
         return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, away)
 
@@ -98,18 +99,18 @@ class Erasure:
         for one in erasures:
             if one.sums.keys() != one.edits.keys():
                 raise ValueError("an erasure without its sums cannot be merged: make it again")
-            here, there = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
-            if here != there:
-                raise ValueError(
-                    f"λ1, λ2 and away are {here} in one erasure and {there} in another: fit all "
-                    "with the same ones"
-                )
             if one.edits.keys() != first.edits.keys():
                 raise ValueError("erasures of different model families cannot be merged")
             if one.kept.keys() != first.kept.keys():
                 raise ValueError(
                     "the sums were made with different preservation banks or text encoders, one "
                     "with a bank and one without: fit both with the same bank before merging"
+                )
+            here, there = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
+            if here != there:
+                raise ValueError(
+                    f"λ1, λ2 and away are {here} in one erasure and {there} in another: fit all "
+                    "with the same ones"
                 )
         _refuse_contradictions([note for one in erasures for note in notes_of(one)])
         sums, kept, lora = dict(first.sums), dict(first.kept), first.lora

@@ -1,9 +1,9 @@
 """The file an erasure travels in: written whole, and read as if a stranger had written it.
 
 Format 2: `edit.STREAM`, `sums.STREAM.PART`, `kept.STREAM.gram|mean`, `kept.STREAM.dropped.N` and
-`lora.LAYER.down|up`, with a JSON header; older files lack `sums.STREAM.own` and `mean`. Format 1
-held one stream under bare names, a second one under `pooled_` names, and the bank among the sums;
-it is still read.
+`lora.LAYER.down|up`, with a JSON header; older files lack `sums.STREAM.concepts` and `mean`.
+Format 1 held one stream under bare names, a second one under `pooled_` names, and the bank among
+the sums; it is still read.
 """
 
 import json
@@ -19,10 +19,10 @@ from .erasure import Erasure
 from .files import TensorFile, open_tensors, refuse_pickle_name, write_tensors, writing
 from .models import CONTEXT, POOLED
 from .readers import KINDS, kind_of
-from .settings import MOST_AWAY
 
 FORMAT = "2"
 MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 8192, 4096, 4 << 30, 32 << 20
+MAX_ROWS = 1 << 20  # of concepts
 STREAMS = tuple(dict.fromkeys(kind.stream for kind in KINDS))
 SQUARE = ("erase", "moved", "preserve")
 
@@ -38,8 +38,8 @@ def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = 
         tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"] = a, b
     for stream, sums in erasure.sums.items():
         tensors |= {f"sums.{stream}.{part}": getattr(sums, part) for part in SQUARE}
-        if len(sums.own):
-            tensors[f"sums.{stream}.own"] = sums.own
+        if len(sums.concepts):
+            tensors[f"sums.{stream}.concepts"] = sums.concepts
     for stream, kept in erasure.kept.items():
         tensors |= {f"kept.{stream}.gram": kept.gram, f"kept.{stream}.mean": kept.mean}
         for i, rows in enumerate(kept.dropped.values()):
@@ -90,8 +90,8 @@ def _read(file: TensorFile) -> Erasure:
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
     away = float(header.get("away", 0.0))  # older files do not know it
-    if not 0 <= away <= MOST_AWAY:
-        raise ValueError(f"away = {away} does not lie in [0, {MOST_AWAY:g}]")
+    if not 0 <= away < float("inf"):
+        raise ValueError(f"away = {away} is no distance")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")
@@ -108,8 +108,8 @@ def _read(file: TensorFile) -> Erasure:
     for stream in summed:
         for part in SQUARE:
             keys.check(f"sums.{stream}.{part}", ["F64"], dim[stream], dim[stream])
-        if keys.has(f"sums.{stream}.own"):
-            keys.check(f"sums.{stream}.own", ["F32"], -1, dim[stream])
+        if keys.has(f"sums.{stream}.concepts"):
+            keys.check(f"sums.{stream}.concepts", ["F32"], -1, dim[stream], most=MAX_ROWS)
     for stream, prompts in dropped.items():
         keys.check(f"kept.{stream}.gram", ["F64"], dim[stream], dim[stream])
         if keys.has(f"kept.{stream}.mean"):
@@ -138,7 +138,7 @@ def _read(file: TensorFile) -> Erasure:
     sums = {
         stream: Sums(
             **{part: read(f"sums.{stream}.{part}") for part in SQUARE},
-            own=rows(f"sums.{stream}.own", torch.zeros(0, dim[stream])),
+            concepts=rows(f"sums.{stream}.concepts", torch.zeros(0, dim[stream])),
         )
         for stream in summed
     }
@@ -151,9 +151,9 @@ def _read(file: TensorFile) -> Erasure:
         for stream, prompts in dropped.items()
     }
     for stream, one in kept.items():
-        own = len(sums[stream].own) if stream in sums else 0
-        if own % len(one.mean):
-            raise ValueError(f"{own} rows of concepts in the {stream} are not of whole concepts")
+        count = len(sums[stream].concepts) if stream in sums else 0
+        if count % len(one.mean):
+            raise ValueError(f"{count} rows of concepts in the {stream} are not of whole concepts")
     return Erasure(
         {stream: Edit(read(f"edit.{stream}")) for stream in dim},
         {layer: (read(f"lora.{layer}.down"), read(f"lora.{layer}.up")) for layer in layers},
@@ -193,12 +193,12 @@ class _Keys:
     def has(self, key: str) -> bool:
         return self.names.get(key, key) in self.file.entries
 
-    def check(self, key: str, dtypes: Sequence[str], *shape: int) -> None:
-        """shape: the size of each axis, or -1 where the file decides."""
+    def check(self, key: str, dtypes: Sequence[str], *shape: int, most: int = MAX_DIM) -> None:
+        """shape: the size of each axis, or -1 where the file decides, up to `most`."""
         key = self.names.get(key, key)
         entry = self.file.entries[key]
         fits = len(entry.shape) == len(shape) and all(
-            own == due or (due == -1 and 1 <= own <= MAX_DIM)
+            own == due or (due == -1 and 1 <= own <= most)
             for own, due in zip(entry.shape, shape, strict=True)
         )
         if entry.dtype not in dtypes or not fits:

@@ -32,7 +32,7 @@ from .spans import summaries
 from .words import Choice, choose_words, drawn, ring_of
 
 AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
-PARTS = ("erase", "moved", "preserve", "own")
+PARTS = ("erase", "moved", "preserve", "concepts")
 
 Progress = Callable[[int, int], None]
 Words = tuple[tuple[int, str], ...]

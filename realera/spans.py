@@ -55,10 +55,11 @@ class Places:
 def place_rows(
     text: TextEncoder, rows: Sequence[tuple[str, str, str]], encoded: Encoding
 ) -> Places:
-    """Row i of the concept's span meets the anchor row at the same distance from its first token.
+    """Row i of the phrase's span meets the anchor row at the same distance from its first token.
 
-    rows: phrase, anchor and template of every prompt; encoded: the prompts as the text encoder
-    gives them. A stream of a single row is of the whole prompt: it becomes the anchor's.
+    rows: phrase, anchor (or another phrase to meet) and template of every prompt; encoded: the
+    prompts as the text encoder gives them. A stream of a single row is of the whole prompt: it
+    becomes the anchor's.
     Raises ValueError when a phrase or anchor tokenises to nothing or its prompt does not fit.
     """
     tokens = encoded[CONTEXT].shape[1]
@@ -188,5 +189,7 @@ def _anchor_rows(part: Part, own: _Place, its: _Place, rows: int) -> Tensor:
     at = torch.arange(rows)
     before = torch.full_like(at, -1) if part.causal else at
     phrase = torch.clamp(at - own.first, max=its.last - its.first - 1) + its.first
-    later = torch.clamp(at - own.last + its.last, max=rows - 1)
+    later = at - own.last + its.last
+    if part.rows is not None:
+        later = later.clamp(max=part.rows - 1)
     return torch.where(at < own.first, before, torch.where(at < own.last, phrase, later))

@@ -11,7 +11,6 @@ what it is beside an airplane, and the anchor.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -74,10 +73,8 @@ class Phrases:
         if new:
             rows = [self.rows[k] for k in new]
             e = self.text.encode([template.replace("{}", word) for word, _, template in rows])
-            concept, anchor = (
-                place_rows(self.text, [(w, name(c), template) for w, c, template in rows], e)
-                for name in (attrgetter("name"), attrgetter("anchor"))
-            )
+            concept = place_rows(self.text, [(w, c.name, t) for w, c, t in rows], e)
+            anchor = place_rows(self.text, [(w, c.anchor, t) for w, c, t in rows], e)
             for n, k in enumerate(new):
                 one = torch.tensor([n])
                 self.read[k] = e.take(one), concept.take(one), anchor.take(one)

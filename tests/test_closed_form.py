@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realera.closed_form import WIDE, Edit, Kept, Sums, solve
+from realera.closed_form import FIRM, SHARED, WIDE, Edit, Kept, Sums, solve
 
 seeds = st.integers(0, 10_000)
 QUICK = settings(max_examples=25, deadline=None)
@@ -235,13 +235,16 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
     """The wide edit moves what stands for the concepts, of each part towards that part's mean."""
     e, target, preserved, sums = problem(seed)
     bank, mean = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 2)
-    own = rows_of(seed + 6, 7, 4)  # of two concepts
+    v = rows_of(seed + 6, 7, 4)  # of two concepts
     kept = Kept(bank.T @ bank, mean)
-    matrix = solve(replace(sums, own=own), kept, lambda1, 0.1, away).matrix.double()
+    matrix = solve(replace(sums, concepts=v), kept, lambda1, 0.1, away).matrix.double()
 
-    unit, root = torch.eye(7, dtype=torch.float64), (WIDE * own.square().sum(1).mean()).sqrt()
-    gone = own + away * (torch.cat([mean, mean]) - own)
-    t1 = brute(torch.cat([own, root * unit]), torch.cat([gone, root * unit]))
+    way = torch.cat([mean, mean]) - v
+    unit, root = torch.eye(7, dtype=torch.float64), (WIDE * way.square().sum()).sqrt()
+    firm = FIRM * (way.square().sum() / mean.square().sum()).sqrt()
+    little = mean + away * SHARED * (way[:2] + way[2:]) / 2
+    rows = torch.cat([v, firm * mean, root * unit])
+    t1 = brute(rows, torch.cat([v + away * way, firm * little, root * unit]))
     system = 2.0 * e.T @ e + lambda1 * (preserved.T @ preserved + bank.T @ bank)
     root, weight = (0.1 * system.diagonal().mean()).sqrt(), lambda1**0.5
     rows = torch.cat([2**0.5 * e, weight * preserved, weight * bank, root * unit])
@@ -251,7 +254,7 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
 
 
 def test_without_a_bank_nothing_goes_away_and_nothing_goes_towards():
-    sums = replace(problem(0)[-1], own=rows_of(6, 7, 1))
+    sums = replace(problem(0)[-1], concepts=rows_of(6, 7, 1))
     assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
     with pytest.raises(ValueError, match=r"away = -0\.5: it must be at least 0"):
         solve(sums, None, 0.1, 0.1, -0.5)

@@ -21,7 +21,7 @@ NAME, ADDED = "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0"
 def random_sums(dim, seed):
     g = torch.Generator().manual_seed(seed)
     rows, targets = torch.randn(6, dim, generator=g), torch.randn(6, dim, generator=g)
-    sums = replace(Sums.zeros(dim).erasing(rows, targets), own=rows[:2])
+    sums = replace(Sums.zeros(dim).erasing(rows, targets), concepts=rows[:2])
     return sums.preserving(torch.randn(9, dim, generator=g))
 
 
@@ -144,7 +144,7 @@ def test_an_erasure_comes_back_as_it_was_saved(saved):
         assert all(torch.equal(x, y) for x, y in zip(again.lora[name], pair, strict=True))
     for stream, edit in erasure.edits.items():
         assert torch.equal(again.edits[stream].matrix, edit.matrix)
-        for part in ("erase", "moved", "preserve", "own"):
+        for part in ("erase", "moved", "preserve", "concepts"):
             own, its = getattr(again.sums[stream], part), getattr(erasure.sums[stream], part)
             assert torch.equal(own, its)
     assert again.kept.keys() == {CONTEXT}
@@ -194,7 +194,7 @@ def test_what_cannot_be_merged_says_why():
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
     with pytest.raises(ValueError, match=r"λ1, λ2 and away are \(1\.0, 0\.1, 1\.6\)"):
-        Erasure.merge([erasure, Erasure.fit(erasure.sums)])
+        Erasure.merge([erasure, Erasure.fit(erasure.sums, erasure.kept)])
     with pytest.raises(ValueError, match="different model families"):
         Erasure.merge(
             [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, away=0.6)]

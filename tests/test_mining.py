@@ -347,11 +347,14 @@ def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text
     bank = encode_bank(text, prompts, progress=lambda *done: calls.append(done))
     rows = text.encode(["", *prompts])[CONTEXT].double().flatten(0, 1)
     assert torch.allclose(bank.grams[CONTEXT], rows.T @ rows, rtol=1e-5)
+    mean = bank.summary.mean(0, keepdim=True)  # of one part
+    assert torch.allclose(bank.means[CONTEXT], mean, atol=1e-5)
     assert calls[-1] == (71, 71)
     calls.clear()
     again = encode_bank(text, prompts, progress=lambda *done: calls.append(done))
     assert not calls and torch.equal(again.grams[CONTEXT], bank.grams[CONTEXT])
     assert torch.equal(again.summary, bank.summary)
+    assert torch.equal(again.means[CONTEXT], bank.means[CONTEXT])
     assert encode_bank(text, []).prompts == ("",)  # an empty bank is empty
 
 

@@ -21,7 +21,7 @@ from realera.miniature import CONCEPTS, load_classifier
 from realera.models import CONTEXT, POOLED, Encoding
 from realera.readers import TRANSFORMERS, guidance_of, readers, transformer_of
 from realera.settings import Settings, Training
-from realera.spans import refuse_long, unit
+from realera.spans import place_rows, refuse_long, summaries, unit, wholes
 from realera.transformer_model import TransformerModel
 from tests.tiny_transformers import FAMILIES, tiny
 
@@ -172,6 +172,39 @@ def test_rows_of_a_bidirectional_encoder_meet_rows_of_the_same_place():
     assert torch.equal(target[0], e[0])  # prefix
     assert torch.equal(target[len(ids) - 1], e[len(its) - 1])  # end of text
     assert torch.equal(target[len(ids) + 3], e[len(its) + 3])  # padding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_for_a_prompt_is_of_every_part(name):
+    """End of text of an encoder that sees what stands before, the mean of words of another one."""
+    text, mining = model_of(name).text, mined(name)
+    encoding = text.encode(ASKED)
+    whole = wholes(text, ASKED, encoding)
+    assert whole.keys() == encoding.keys()
+    assert torch.equal(whole[CONTEXT][:, 0], summaries(text, ASKED, encoding))
+    for n, part in enumerate(text.parts):
+        ids = part.tokenize(ASKED)
+        for k, rows in enumerate(encoding[CONTEXT]):
+            own = rows[part.first : part.first + len(ids[k])]
+            due = own[-1] if part.causal else own[:-1].mean(0)
+            torch.testing.assert_close(whole[CONTEXT][k, n], due, atol=1e-5, rtol=1e-4)
+    if POOLED in encoding:
+        assert torch.equal(whole[POOLED], encoding[POOLED])
+    own = wholes(text, mining.pairs.prompts[:1], mining.pairs.e.take(mining.pairs.first))
+    for stream, sums in collect(mining).items():
+        assert torch.equal(sums.concepts, own[stream][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_anchor_is_met_by_the_rows_of_a_short_word(name):
+    """The last row of a prompt meets the last one, however many more rows the anchor has."""
+    text, template = model_of(name).text, "a photo of a {} in the park"
+    anchor = "very long way of saying a cat and a house"
+    own, its = template.replace("{}", "cat"), template.replace("{}", anchor)
+    places = place_rows(text, [("cat", anchor, template)], text.encode([own]))
+    part = text.parts[-1]
+    last, due = (part.first + len(part.tokenize([prompt])[0]) - 1 for prompt in (own, its))
+    assert places.streams[CONTEXT][0, last] == due
 
 
 @pytest.mark.parametrize("name", NAMES)
