@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from .cache import cached
 from .closed_form import Kept
 from .concepts import Concept, holds_name
-from .models import TextEncoder
-from .spans import summaries, wholes
+from .models import CONTEXT, TextEncoder
+from .spans import wholes
 
 BATCH = 64
 
@@ -80,9 +80,10 @@ def encode_bank(
             for stream in encoding:
                 rows = encoding.weighed(stream).cpu().double().flatten(0, 1)
                 grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
-            for stream, rows in wholes(text, batch, encoding).items():
+            whole = wholes(text, batch, encoding)
+            for stream, rows in whole.items():
                 means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
-            summary.append(summaries(text, batch, encoding).float().cpu())
+            summary.append(whole[CONTEXT][:, 0].float().cpu())
             progress(start + len(batch), len(prompts))
         named = {f"gram.{stream}": gram for stream, gram in grams.items()}
         named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
