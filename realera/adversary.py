@@ -147,7 +147,7 @@ def scene_of(
     kept, words, pair = ["", *prompts], pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu(), []
     room = min(PROMPTS, MEMORY // sum(rows[0].nbytes for rows in pairs.e.values())) // 2
     if isinstance(ring, WordRing):
-        outside = ring.outside()
+        outside = ring.outside
         chosen = [outside[k] for k in torch.randperm(len(outside), generator=generator)[:room]]
         templates = [pairs.concepts[number].templates[0] for number, _ in chosen]
         asked = [t.replace("{}", word) for t, (_, word) in zip(templates, chosen, strict=True)]

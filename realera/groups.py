@@ -42,7 +42,8 @@ Words = tuple[tuple[int, str], ...]
 class Group:
     """Some concepts, and the words that are theirs in a joint fit; names alone, so that it travels.
 
-    near, far: number of a concept and a word, concept by concept, as `words.Choice` has them
+    near, far, outside: number of a concept and a word, concept by concept, as `words.Choice` has
+        them
     neighbors, beyond: which of them were drawn, concept by concept
     contested: words inside the rings of several concepts of the whole, which went to the nearest
     """
@@ -50,6 +51,7 @@ class Group:
     concepts: tuple[Concept, ...]
     near: Words
     far: Words
+    outside: Words
     neighbors: tuple[int, ...]
     beyond: tuple[int, ...]
     contested: tuple[str, ...] = ()
@@ -65,7 +67,8 @@ class Group:
 
         near, neighbors = words(self.near, self.neighbors)
         far, beyond = words(self.far, self.beyond)
-        return Group(self.concepts[start:stop], near, far, neighbors, beyond)
+        outside, _ = words(self.outside, ())
+        return Group(self.concepts[start:stop], near, far, outside, neighbors, beyond)
 
     def parts(self, size: int) -> list["Group"]:
         """In groups of `size` concepts."""
@@ -139,14 +142,16 @@ def whole(
     if settings.beyond_seed is not None:
         generator.manual_seed(settings.beyond_seed)
     beyond = draw(choice.far, settings.beyond)
-    return Group(tuple(concepts), choice.near, choice.far, neighbors, beyond, choice.contested)
+    found = choice.near, choice.far, choice.outside
+    return Group(tuple(concepts), *found, neighbors, beyond, choice.contested)
 
 
 def mine_group(text: TextEncoder, group: Group, settings: Settings) -> Mining:
     """The group's share of a joint mining; the prompts to preserve are nobody's."""
     pairs = encode_pairs(text, group.concepts)
     nowhere = torch.zeros_like(pairs.summary[pairs.first])
-    ring = ring_of(text, pairs, settings, Choice(group.near, group.far, {}, nowhere))
+    choice = Choice(group.near, group.far, group.outside, {}, nowhere)
+    ring = ring_of(text, pairs, settings, choice)
     near = ring.mined(ring.near, torch.tensor(group.neighbors, dtype=torch.int64))
     far = ring.mined(ring.far, torch.tensor(group.beyond, dtype=torch.int64))
     return Mining(text, ring, near, replace(far, target=far.e), settings, torch.empty(0))

@@ -37,14 +37,15 @@ class Choice:
     """Which words lie around which concept, as names: none is encoded in full yet.
 
     near: number of a concept and a word inside its ring, the concept's own name first, then nearest
-        first; far: those just outside
-    cosine: word -> cosine with its concept, of these and of the struck ones
+        first; far: those just outside, outside: all that lie in no ring, both concept by concept
+    cosine: word -> cosine with its concept, of near, far and the struck ones
     centre: the vocabulary's mean, [concepts, dim]
     contested: words inside the rings of several concepts, which went to the nearest
     """
 
     near: tuple[tuple[int, str], ...]
     far: tuple[tuple[int, str], ...]
+    outside: tuple[tuple[int, str], ...]
     cosine: dict[str, float]
     centre: Tensor
     contested: tuple[str, ...] = ()
@@ -91,7 +92,7 @@ class WordRing:
     """As `pairs.Ring`, of words.
 
     near: the words inside the ring, nearest first; far: those just outside, nearest first
-    cosine, centre: as `Choice` has them
+    outside, cosine, centre: as `Choice` has them
     """
 
     pairs: Pairs
@@ -100,6 +101,7 @@ class WordRing:
     beyond_s2: float
     near: Phrases
     far: Phrases
+    outside: tuple[tuple[int, str], ...] = field(repr=False)
     cosine: dict[str, float]
     centre: Tensor
 
@@ -130,22 +132,6 @@ class WordRing:
         for words in (self.near, self.far):
             if len(words.pair):
                 words.take(torch.arange(len(words.pair)))
-
-    def outside(self) -> list[tuple[int, str]]:
-        """The vocabulary's words that lie outside of every ring, sorted, and the number of the
-        concept that each is nearest to."""
-        text, pairs = self.near.text, self.pairs
-        words = text.words()
-        closest = torch.full((len(words),), -2.0)
-        nearest = torch.zeros(len(words), dtype=torch.int64)
-        for number, concept in enumerate(pairs.concepts):
-            rows = vocabulary_rows(text, concept.templates[0]) - self.centre[number]
-            own = pairs.summary[pairs.first[number]] - self.centre[number]
-            cosine = normalize(rows, dim=-1) @ normalize(own, dim=-1)
-            nearest[cosine > closest] = number
-            closest = closest.maximum(cosine)
-        far = (closest < self.beyond_s2).nonzero()[:, 0].tolist()
-        return [(int(nearest[k]), words[k]) for k in far]
 
     def mined(self, words: Phrases, take: Tensor) -> Mined:
         """The neighbours of int64 `take`, of near or far words.
@@ -218,7 +204,8 @@ def ring_of(text: TextEncoder, pairs: Pairs, settings: Settings, choice: Choice)
 
     (s2, s1), outer = settings.cosines, settings.farthest
     near, far = phrases(choice.near), phrases(choice.far)
-    return WordRing(pairs, s1, s2, outer, near, far, choice.cosine, choice.centre)
+    outside, cosine, centre = choice.outside, choice.cosine, choice.centre
+    return WordRing(pairs, s1, s2, outer, near, far, outside, cosine, centre)
 
 
 def choose_words(
@@ -289,8 +276,11 @@ def choose_words(
             f"every word lies within S2 = {outer} of {concepts[0].name!r} or another concept, none "
             "is left as a beyond point: raise S2 or give more words"
         )
+    apart = (cosine < outer).nonzero()[:, 0]
+    apart = apart[nearest[apart].argsort(stable=True)]
+    outside = tuple(zip(nearest[apart].tolist(), (words[k] for k in apart.tolist()), strict=True))
     contested = tuple(words[k] for k in (rings > 1).nonzero()[:, 0].tolist())
-    return Choice(tuple(near), tuple(far), found, middles, contested)
+    return Choice(tuple(near), tuple(far), outside, found, middles, contested)
 
 
 def word_rows(

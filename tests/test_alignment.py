@@ -483,7 +483,7 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     monkeypatch.setattr(model.text, "words", lambda: words)
     mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.3, beyond=1))
     inside = {word for word in mining.ring.near.words if word in words}
-    outside = [word for _, word in mining.ring.outside()]
+    outside = [word for _, word in mining.ring.outside]
     assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
     scene = scene_of(model.text, mining.ring, job.anchors, ["a red rocket"], 0.55, 0)
     asked = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]

@@ -91,6 +91,19 @@ def test_a_word_goes_to_the_nearest_concept_of_any_group_and_struck_words_to_non
         assert not others & set(mining.ring.near.words + mining.ring.far.words)
 
 
+def test_what_an_adversary_keeps_of_a_group_lies_in_no_ring_of_any_other(texts, concepts):
+    joint = mine(texts["sd1"], concepts, SETTINGS)
+    inside = set(joint.ring.near.words)
+    rings = [
+        mine_group(texts["sd1"], part, SETTINGS).ring
+        for part in whole(texts["sd1"], concepts, SETTINGS).parts(2)
+    ]
+    outside = [word for ring in rings for _, word in ring.outside]
+    assert outside and not inside & set(outside)
+    assert outside == [word for _, word in joint.ring.outside]
+    assert {n for ring in rings for n, _ in ring.outside} <= {0, 1}
+
+
 def test_memory_holds_the_rows_of_a_few_concepts_whatever_their_number(
     texts, concepts, monkeypatch
 ):
