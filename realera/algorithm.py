@@ -167,10 +167,9 @@ def collect(mining: Mining) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     weight, sums = mining.settings.pair_weight, {}
-    first = [pairs.prompts[n] for n in pairs.first.tolist()]
-    whole = wholes(mining.text, first, pairs.e.take(pairs.first))
+    stand = standing(mining)
     for stream, e in pairs.e.items():
-        own = replace(Sums.zeros(e.shape[-1]), concepts=whole[stream].flatten(0, 1).cpu())
+        own = replace(Sums.zeros(e.shape[-1]), concepts=stand[stream])
         for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
             span = of[stream]
             targets = rows.target.weighed(stream)[span]
@@ -181,6 +180,26 @@ def collect(mining: Mining) -> dict[str, Sums]:
             own = own.preserving(far.e.weighed(stream)[here][span[here]], much)
         sums[stream] = own
     return sums
+
+
+def standing(mining: Mining) -> dict[str, Tensor]:
+    """stream -> what stands for the concepts as a whole: of each its prompt in its first template,
+    then of each the mean of the words around it, [rows, dim] on the CPU."""
+    pairs, near = mining.pairs, mining.neighbors
+    first = [pairs.prompts[n] for n in pairs.first.tolist()]
+    own = wholes(mining.text, first, pairs.e.take(pairs.first))
+    if not near.words:
+        return {stream: rows.flatten(0, 1).cpu() for stream, rows in own.items()}
+    whose = pairs.concept[near.pair]
+    templates = [pairs.concepts[n].templates[0] for n in whose.tolist()]
+    said = [t.replace("{}", word) for t, word in zip(templates, near.words, strict=True)]
+    stand = {}
+    for stream, rows in wholes(mining.text, said, near.e).items():
+        names = own[stream].cpu()
+        around = torch.zeros_like(names).index_add(0, whose, rows.cpu())  # in order only on the CPU
+        means = around / torch.bincount(whose)[:, None, None]
+        stand[stream] = torch.cat([names, means]).flatten(0, 1)
+    return stand
 
 
 def outreach(erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:

@@ -6,7 +6,8 @@ is solved by W = W_org T with the same T for every layer that reads the same str
 
 Beyond the paper, what is kept of everyday prompts need not stay where it was: most words that draw
 a concept lie among them, outside of every ring. It follows T1, the *wide* edit, which moves every
-row away from the concepts by how much it has of them, beside what all prompts share.
+row away from the concepts and from what lies around them, by how much it has of either, beside what
+all prompts share.
 """
 
 from collections.abc import Mapping
@@ -68,8 +69,8 @@ class Sums:
     erase: Σ w e eᵀ over E, float64 [dim, dim]
     moved: Σ w e* eᵀ over E, float64 [dim, dim]
     preserve: Σ w e eᵀ over Pre, float64 [dim, dim]
-    concepts: what stands for every concept's whole prompt (`spans.wholes`), concept by concept,
-        float32 [concepts * parts, dim]
+    concepts: what stands for every concept and for the words around it (`algorithm.standing`), of
+        every part in turn, float32 [n * parts, dim]
     """
 
     erase: Tensor

@@ -20,7 +20,7 @@ class Pairs:
     """Every prompt's embedding e beside the aligned embedding e* of its anchor prompt.
 
     prompts, anchor_prompts: one per concept and template, concept by concept
-    concept: int64 [prompts], whose each prompt is; template: the template of each
+    concept: int64 [prompts], whose each prompt is
     e: the prompts as encoded; anchor: the anchor prompts, what the teacher sees in Eq. 8
     target: e*: row i of `e` is to become row i of `target`; the two are equal outside the span
     span: stream -> bool [prompts, tokens], the rows from the concept's first token on

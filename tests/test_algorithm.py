@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realera.algorithm import erase, mine, mine_beyond, mine_neighbors
+from realera.algorithm import erase, mine, mine_beyond, mine_neighbors, standing
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersText
 from realera.erasure import Erasure
@@ -18,6 +18,7 @@ from realera.models import CONTEXT, POOLED
 from realera.pairs import encode_pairs
 from realera.ring import noise_ring
 from realera.settings import SOURCES, Settings
+from realera.spans import wholes
 
 ROOT = Path(__file__).parent.parent
 OLD = str(ROOT / "tests/data/erasure-1.safetensors")
@@ -77,6 +78,29 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
 
     assert moved(away=1.0) > 3 * moved(away=0.0)
     assert moved(away=1.0, preserve=(gate,)) < 0.5 * moved(away=1.0)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, name):
+    text, concepts = texts[name], [AIRPLANE, Concept("dog", "ground", ("an old {}", "{}"))]
+    mining = mine(text, concepts, settings_of("vocabulary", neighbors=64))
+    found = standing(mining)
+    ring = [word for word, _, _ in mining.ring.near.rows]
+    split = ring.index("dog")  # its ring begins with the concept itself
+    names, means = [], []
+    for concept, words in zip(concepts, (ring[:split], ring[split:]), strict=True):
+        prompts = [concept.templates[0].replace("{}", word) for word in words]
+        rows = wholes(text, prompts, text.encode(prompts))
+        names.append({stream: rows[stream][0] for stream in found})
+        means.append({stream: rows[stream].mean(0) for stream in found})
+    assert len(ring) > 3 and set(ring) == set(mining.neighbors.words)
+    for stream, rows in found.items():
+        expected = torch.cat([own[stream] for own in names + means])
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+    for settings in (settings_of("vocabulary", neighbors=0), settings_of("isotropic")):
+        alone = standing(mine(text, concepts, settings))
+        for stream, rows in alone.items():
+            assert torch.equal(rows, found[stream][: len(rows)]) and len(rows) == 2
 
 
 def test_what_a_mining_preserves_another_may_not_erase_after_the_api_alone(texts):
