@@ -176,9 +176,15 @@ def weights_of(network: nn.Module) -> Weights:
     return {names.get(n, n): w.detach().clone() for n, w in network.state_dict().items()}
 
 
-def esd_x(model: DiffusersModel, concept: Concept, value: float) -> Weights:
+def put(weights: Weights, network: nn.Module) -> None:
+    """Weights as a `Pen` takes them into a network."""
+    paths = {name: f"{reader.path}.weight" for name, reader in adapted_readers(network).items()}
+    network.load_state_dict({paths.get(n, n): w for n, w in weights.items()}, strict=False)
+
+
+def esd_x(model: DiffusersModel, concepts: Sequence[Concept], iterations: int) -> Weights:
     with ablation.restored(model.network):
-        peers.esd_x(model, [concept], int(value))
+        peers.esd_x(model, concepts, iterations)
         return weights_of(model.network)
 
 
@@ -193,7 +199,7 @@ METHODS = (
     Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.001, 0.01, 0.1, 1), along(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
-    Method("ESD-x", "iterations", (100, 200), esd_x),
+    Method("ESD-x", "iterations", (100, 200), lambda m, c, n: esd_x(m, [c], int(n))),
 )
 
 

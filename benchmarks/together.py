@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, pooled, restored
-from benchmarks.frontier import Pen, Weights, drawn_before, edited, kept
+from benchmarks.frontier import Pen, Weights, drawn_before, edited, esd_x, kept, put
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.concepts import Concept
@@ -63,6 +63,7 @@ def mace(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 
 Make = Callable[[DiffusersModel, Sequence[Concept]], Weights]
+Metrics = dict[str, float]
 METHODS: dict[str, Make] = {
     "ours": joint,
     "ours, one by one and merged": merged,
@@ -70,6 +71,7 @@ METHODS: dict[str, Make] = {
     "MACE, closed form": mace,
     "RECE": lambda model, concepts: peers.rece(model, concepts, regular=0.001),
     "SPEED": speed,
+    "ESD-x": lambda model, concepts: esd_x(model, concepts, 100 * len(concepts)),
 }
 
 
@@ -85,17 +87,16 @@ def asked(before: Tensor, erased: Sequence[int]) -> list[Tensor]:
     return found
 
 
-def drawn(pen: Pen, concepts: Sequence[Concept], words: Sequence[str], make: Make) -> Tensor:
-    return pen.draw(words, make(pen.model, concepts))
+def drawn(pen: Pen, words: Sequence[str], weights: Callable[[], Weights]) -> Tensor:
+    return pen.draw(words, weights())
 
 
-def report(model: DiffusersModel, concepts: Sequence[Concept], make: Make) -> dict[str, float]:
+def report(model: DiffusersModel, concepts: Sequence[Concept], weights: Weights) -> Metrics:
     """Acc_e, Acc_s and Acc_g in percent, over all that is erased and all that stays."""
-    weights = make(model, concepts)
     names, judge = [concept.name for concept in concepts], miniature_classifier("concept")
     sampling, reports = Sampling(10, seed=0, batch=64), []
     with restored(model.network):
-        peers.write({name: weight.float() for name, weight in weights.items()}, model.network)
+        put(weights, model.network)
         stay = {n: p for n, p in bundled_task(names[0]).others.items() if n not in names}
         for name in names:
             task = replace(bundled_task(name), others=stay if name == names[0] else {})
@@ -125,8 +126,9 @@ def main() -> None:
         lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
         lines[0] += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]
         for method, make in tqdm(METHODS.items(), desc=", ".join(names)):
+            weights = cache(partial(make, model, concepts))
             path = STATE / f"{method} {len(names)}.pt"
-            now = kept(path, partial(drawn, pen, concepts, chosen, make)).argmax(-1)
+            now = kept(path, partial(drawn, pen, chosen, weights)).argmax(-1)
             same = [
                 100 * float((new == was[group]).float().mean())
                 for new, group in zip(now.split([*map(len, groups)]), groups, strict=True)
@@ -137,7 +139,7 @@ def main() -> None:
             path = STATE / f"{method} {len(names)}.json"
             if not path.exists():
                 with writing(path, overwrite=True) as part:
-                    part.write_text(json.dumps(report(model, concepts, make)))
+                    part.write_text(json.dumps(report(model, concepts, weights())))
             metrics = json.loads(path.read_text())
             metrics["h_o"] = harmonic_mean(*metrics.values())
             lines.append([method, f"{residue:.1f}", f"{keeps:.1f}", f"{h_v:.1f}", each])
