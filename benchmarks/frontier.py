@@ -195,11 +195,11 @@ def along(make: Callable[..., Weights], parameter: str) -> Any:
 METHODS = (
     Method("ours", "away", (0, 0.8, 1.2, 1.6, 2), along(ours, "away")),
     Method("ours + alignment", "steps", (200,), aligned),
-    Method("UCE", "ridge", (0.5, 50, 150), along(ablation.uce, "ridge")),
-    Method("MACE, closed form", "ridge", (10, 1000, 10000, 100000), along(ablation.mace, "ridge")),
-    Method("RECE", "regular", (0.001, 0.01, 0.1, 1), along(ablation.rece, "regular")),
+    Method("UCE", "ridge", (0.5, 5, 50, 150), along(ablation.uce, "ridge")),
+    Method("MACE, closed form", "ridge", (10, 1e3, 1e4, 1e5, 1e6), along(ablation.mace, "ridge")),
+    Method("RECE", "regular", (0.0001, 0.001, 0.1, 1), along(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
-    Method("ESD-x", "iterations", (100, 200), lambda m, c, n: esd_x(m, [c], int(n))),
+    Method("ESD-x", "iterations", (50, 100, 200), lambda m, c, n: esd_x(m, [c], int(n))),
 )
 
 
