@@ -179,7 +179,8 @@ def weights_of(network: nn.Module) -> Weights:
 def put(weights: Weights, network: nn.Module) -> None:
     """Weights as a `Pen` takes them into a network."""
     paths = {name: f"{reader.path}.weight" for name, reader in adapted_readers(network).items()}
-    network.load_state_dict({paths.get(n, n): w for n, w in weights.items()}, strict=False)
+    own = network.state_dict()
+    network.load_state_dict({**own, **{paths.get(n, n): w for n, w in weights.items()}})
 
 
 def esd_x(model: DiffusersModel, concepts: Sequence[Concept], iterations: int) -> Weights:

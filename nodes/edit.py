@@ -102,9 +102,10 @@ class ClosedFormEdit(io.ComfyNode):
                         max=MOST_AWAY,
                         step=0.1,
                         tooltip=(
-                            "How far everyday prompts move away from the concept, by how much "
-                            "they have of it. 0: they stay where they were, and words that "
-                            "nothing relates to the concept may go on drawing it."
+                            "How far everyday prompts move away from the concept and the words "
+                            "around it, by how much they have of either. 0: they stay where they "
+                            "were, and words that nothing relates to the concept may go on "
+                            "drawing it."
                         ),
                     )
                 ),

@@ -183,23 +183,23 @@ def collect(mining: Mining) -> dict[str, Sums]:
 
 
 def standing(mining: Mining) -> dict[str, Tensor]:
-    """stream -> what stands for the concepts as a whole: of each its prompt in its first template,
-    then of each the mean of the words around it, [rows, dim] on the CPU."""
-    pairs, near = mining.pairs, mining.neighbors
+    """stream -> what stands for the concepts as a whole, [rows, dim] on the CPU.
+
+    Of each its prompt in its first template; where words were mined, then of each the mean of all
+    words of its ring, its name among them, whichever were drawn.
+    """
+    pairs, ring = mining.pairs, mining.ring
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
-    own = wholes(mining.text, first, pairs.e.take(pairs.first))
-    if not near.words:
-        return {stream: rows.flatten(0, 1).cpu() for stream, rows in own.items()}
-    whose = pairs.concept[near.pair]
-    templates = [pairs.concepts[n].templates[0] for n in whose.tolist()]
-    said = [t.replace("{}", word) for t, word in zip(templates, near.words, strict=True)]
-    stand = {}
-    for stream, rows in wholes(mining.text, said, near.e).items():
-        names = own[stream].cpu()
-        around = torch.zeros_like(names).index_add(0, whose, rows.cpu())  # in order only on the CPU
-        means = around / torch.bincount(whose)[:, None, None]
-        stand[stream] = torch.cat([names, means]).flatten(0, 1)
-    return stand
+    names = wholes(mining.text, first, pairs.e.take(pairs.first))
+    stand = [{stream: rows.flatten(0, 1) for stream, rows in names.items()}]
+    if isinstance(ring, WordRing) and mining.neighbors.words:
+        whose = pairs.concept[ring.near.pair]
+        for number in range(len(pairs.concepts)):
+            own = (whose == number).nonzero()[:, 0]
+            said = [t.replace("{}", w) for w, _, t in (ring.near.rows[k] for k in own.tolist())]
+            around = wholes(mining.text, said, ring.near.take(own)[0])
+            stand.append({stream: rows.mean(0) for stream, rows in around.items()})
+    return {stream: torch.cat([rows[stream].cpu() for rows in stand]) for stream in names}
 
 
 def outreach(erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:

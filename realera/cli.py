@@ -586,8 +586,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--away",
         type=float,
         default=default.away,
-        help="how far everyday prompts go away from the concept, 0 to 2: more leaves fewer words "
-        "that draw it",
+        help="how far everyday prompts go away from the concept and the words around it, 0 to 2: "
+        "more leaves fewer words that draw it",
     )
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# The wide edit: its ridge, in units of Σ |m - v|² over the concepts, and how much of their way the
-# mean goes. In CLIP all prompts share half of a row or more, in the bundled encoder a tenth.
+# The wide edit: its ridge, in units of Σ |m - v|², and how much of that way the mean goes. In CLIP
+# all prompts share half of a row or more, in the bundled encoder a tenth.
 WIDE, SHARED = 0.1, 0.1
 FIRM = 100.0  # what the mean counts, beside the rows of the concepts
 
@@ -69,8 +69,8 @@ class Sums:
     erase: Σ w e eᵀ over E, float64 [dim, dim]
     moved: Σ w e* eᵀ over E, float64 [dim, dim]
     preserve: Σ w e eᵀ over Pre, float64 [dim, dim]
-    concepts: what stands for every concept and for the words around it (`algorithm.standing`), of
-        every part in turn, float32 [n * parts, dim]
+    concepts: what stands for the concepts and the words around them (`algorithm.standing`), each in
+        every part in turn, float32 [rows * parts, dim]
     """
 
     erase: Tensor

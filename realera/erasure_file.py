@@ -22,7 +22,7 @@ from .readers import KINDS, kind_of
 
 FORMAT = "2"
 MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 8192, 4096, 4 << 30, 32 << 20
-MAX_ROWS = 1 << 20  # of concepts
+MAX_ROWS = 1 << 20  # that stand for concepts
 STREAMS = tuple(dict.fromkeys(kind.stream for kind in KINDS))
 SQUARE = ("erase", "moved", "preserve")
 
@@ -153,7 +153,9 @@ def _read(file: TensorFile) -> Erasure:
     for stream, one in kept.items():
         count = len(sums[stream].concepts) if stream in sums else 0
         if count % len(one.mean):
-            raise ValueError(f"{count} rows of concepts in the {stream} are not of whole concepts")
+            raise ValueError(
+                f"{count} rows stand for concepts in the {stream}, of {len(one.mean)} parts each"
+            )
     return Erasure(
         {stream: Edit(read(f"edit.{stream}")) for stream in dim},
         {layer: (read(f"lora.{layer}.down"), read(f"lora.{layer}.up")) for layer in layers},

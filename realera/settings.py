@@ -44,10 +44,10 @@ class Settings:
         "{}", a prompt stands as it is
     exclude: words that are not to be erased; preserve: prompts that must keep their meaning
     lambda1, lambda2: weights of Eq. 7; λ2 in units of the system's mean diagonal
-    away: how far the bank's prompts go away from the concept and from the mean of its neighbouring
-        words, by how much they have of either (`closed_form.solve`): 0, nowhere; 1, what they have
-        of it is made the bank's mean; more: beyond that. For the words that draw a concept and lie
-        in no ring around it
+    away: how far the bank's prompts go away from the concept and, where words are mined, from the
+        mean of its ring, by how much they have of either (`closed_form.solve`): 0, nowhere; 1, what
+        they have of it is made the bank's mean; more: beyond that. For the words that draw a
+        concept and lie in no ring around it
     pair_weight: what a row of an unperturbed pair, or of a prompt to preserve, counts, where a
         drawn row counts 1
     bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a

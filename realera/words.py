@@ -37,7 +37,8 @@ class Choice:
     """Which words lie around which concept, as names: none is encoded in full yet.
 
     near: number of a concept and a word inside its ring, the concept's own name first, then nearest
-        first; far: those just outside, outside: all that lie in no ring, both concept by concept
+        first; far: those just outside, outside: all that lie in no ring, of the vocabulary and of
+        the user's words; each concept by concept
     cosine: word -> cosine with its concept, of near, far and the struck ones
     centre: the vocabulary's mean, [concepts, dim]
     contested: words inside the rings of several concepts, which went to the nearest

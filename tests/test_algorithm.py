@@ -83,7 +83,7 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, name):
     text, concepts = texts[name], [AIRPLANE, Concept("dog", "ground", ("an old {}", "{}"))]
-    mining = mine(text, concepts, settings_of("vocabulary", neighbors=64))
+    mining = mine(text, concepts, settings_of("vocabulary"))  # draws two of the ring
     found = standing(mining)
     ring = [word for word, _, _ in mining.ring.near.rows]
     split = ring.index("dog")  # its ring begins with the concept itself
@@ -93,7 +93,7 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, n
         rows = wholes(text, prompts, text.encode(prompts))
         names.append({stream: rows[stream][0] for stream in found})
         means.append({stream: rows[stream].mean(0) for stream in found})
-    assert len(ring) > 3 and set(ring) == set(mining.neighbors.words)
+    assert len(mining.neighbors.words) < len(ring)
     for stream, rows in found.items():
         expected = torch.cat([own[stream] for own in names + means])
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)

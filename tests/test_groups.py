@@ -19,6 +19,7 @@ from realera.groups import (
 )
 from realera.models import CONTEXT, POOLED
 from realera.settings import Settings, Training
+from realera.words import NEAR_WORDS
 
 NAMES = ("airplane", "dog", "cat", "horse", "ship")
 # A random encoder knows no meaning: a low limit for words nearest to anything.
@@ -65,6 +66,9 @@ def test_groups_of_any_size_add_up_to_the_joint_fit(texts, concepts, name, size)
         for part in ("erase", "moved", "preserve"):
             own, its = (getattr(e.sums[stream], part) for e in (erasure, joint))
             assert torch.allclose(own, its, rtol=1e-4, atol=1e-5 * float(its.abs().max()))
+        own, its = (e.sums[stream].concepts for e in (erasure, joint))
+        order = [rows[:, 0].argsort() for rows in (own, its)]  # a group's rings follow its names
+        torch.testing.assert_close(own[order[0]], its[order[1]], rtol=1e-4, atol=1e-4)
     assert erasure.provenance["concepts"] == joint.provenance["concepts"]
 
 
@@ -118,7 +122,7 @@ def test_memory_holds_the_rows_of_a_few_concepts_whatever_their_number(
     monkeypatch.setattr(text, "encode", encode)
     monkeypatch.setattr("realera.groups.AT_ONCE", 2)
     sum_group(text, whole(text, concepts, SETTINGS), SETTINGS)
-    assert most <= 32  # and 2 concepts ask for at most 2 * (2 + 2 + 3 + 2) prompts at once
+    assert most <= NEAR_WORDS  # the ring of one concept, and 2 * (2 + 2 + 3 + 2) prompts of two
 
 
 def test_a_part_that_is_done_is_read_back_and_another_runs_is_refused(
