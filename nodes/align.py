@@ -160,9 +160,9 @@ class LoraAlign(io.ComfyNode):
                         max=256,
                         tooltip=(
                             "Contexts that are sought between the steps, by gradient, to bring the "
-                            "concept back, and then aligned, so that fewer words do. Try 12 with "
-                            "rank 16, a learning rate of 5e-4 and a batch of 12; a step takes "
-                            "several times as long. 0: none, as in the paper."
+                            "concept back, and then aligned. Try 12 with rank 16, a learning rate "
+                            "of 5e-4 and a batch of 12; a step takes several times as long. 0: "
+                            "none, as in the paper."
                         ),
                     )
                 ),
