@@ -55,7 +55,7 @@ def merged(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
     """Of the names of all classes it leaves out those that are erased."""
-    return peers.speed(model, concepts, bundled_task(concepts[0].name).classes, threshold=10)
+    return peers.speed(model, concepts, bundled_task(concepts[0].name).classes, threshold=1)
 
 
 def mace(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
@@ -69,7 +69,7 @@ METHODS: dict[str, Make] = {
     "ours, one by one and merged": merged,
     "UCE": peers.uce,
     "MACE, closed form": mace,
-    "RECE": lambda model, concepts: peers.rece(model, concepts, regular=0.001),
+    "RECE": lambda model, concepts: peers.rece(model, concepts, regular=0.0001),
     "SPEED": speed,
     "ESD-x": lambda model, concepts: esd_x(model, concepts, 100 * len(concepts)),
 }
