@@ -15,7 +15,7 @@ SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
 MOST_AWAY = 2.0
-# Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.04 % RMS from
+# Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.05 % RMS from
 # the whole edit's, at a fifth of the rank of 0.001 (`benchmarks/results/tolerance.json`).
 TOLERANCE = 0.01
 USED_BY: dict[str, tuple[Source, ...]] = {
