@@ -51,6 +51,9 @@ def rms(images: dict[str, Tensor], others: dict[str, Tensor], prompts: Sequence[
     return 100 * float(torch.stack(changes).mean())
 
 
+SIZES = (0.02, 0.05, 0.1, 0.2, 0.5)  # that are written at the axis, MB
+
+
 def draw(each: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     """each: concept -> tolerance -> what was measured."""
     figure = new_figure(9, 3.6)
@@ -59,6 +62,8 @@ def draw(each: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             cuts = [row for tolerance, row in rows.items() if float(tolerance)]
             axes.plot([r["MB"] for r in cuts], [r[what] for r in cuts], "o-", label=concept)
         axes.set(xlabel="MB of the LoRA file", ylabel=f"{what}, RMS, %", xscale="log")
+        axes.set_xticks(SIZES, SIZES)
+        axes.minorticks_off()
     figure.axes[0].set_yscale("log")
     figure.axes[0].legend(frameon=False)
     save(figure, path)
