@@ -18,7 +18,7 @@ from .closed_form import Sums
 from .concepts import Concept, holds_name
 from .erasure import Erasure, concepts_of, notes_of
 from .lessons import Lesson
-from .models import Diffusion, Encoding, TextEncoder, longer
+from .models import BATCH, Diffusion, Encoding, TextEncoder, longer
 from .pairs import Mined, Pairs, Ring, encode_pairs
 from .ring import noise_ring
 from .scope import Reach, scope
@@ -193,12 +193,13 @@ def standing(mining: Mining) -> dict[str, Tensor]:
     names = wholes(mining.text, first, pairs.e.take(pairs.first))
     stand = [{stream: rows.flatten(0, 1) for stream, rows in names.items()}]
     if isinstance(ring, WordRing) and mining.neighbors.words:
-        whose = pairs.concept[ring.near.pair]
-        for number in range(len(pairs.concepts)):
-            own = (whose == number).nonzero()[:, 0]
-            said = [t.replace("{}", w) for w, _, t in (ring.near.rows[k] for k in own.tolist())]
-            around = wholes(mining.text, said, ring.near.take(own)[0])
-            stand.append({stream: rows.mean(0) for stream, rows in around.items()})
+        near, sizes = ring.near, torch.bincount(pairs.concept[ring.near.pair]).tolist()
+        for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
+            around = [
+                wholes(mining.text, near.prompts(some.tolist()), near.take(some)[0])
+                for some in own.split(BATCH)
+            ]
+            stand.append({s: torch.cat([rows[s] for rows in around]).mean(0) for s in names})
     return {stream: torch.cat([rows[stream].cpu() for rows in stand]) for stream in names}
 
 

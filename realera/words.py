@@ -68,13 +68,17 @@ class Phrases:
     def words(self) -> tuple[str, ...]:
         return tuple(word for word, _, _ in self.rows)
 
+    def prompts(self, index: Sequence[int]) -> list[str]:
+        """The words of `index` in their templates."""
+        return [self.rows[k][2].replace("{}", self.rows[k][0]) for k in index]
+
     def take(self, index: Tensor) -> tuple[Encoding, Places, Places]:
         """The words of int64 `index` [n > 0] as encoded, and as `spans.place_rows` places them in
         their concept's prompt and in the anchor's."""
         new = sorted(set(index.tolist()) - self.read.keys())
         if new:
             rows = [self.rows[k] for k in new]
-            e = self.text.encode([template.replace("{}", word) for word, _, template in rows])
+            e = self.text.encode(self.prompts(new))
             concept = place_rows(self.text, [(w, c.name, t) for w, c, t in rows], e)
             anchor = place_rows(self.text, [(w, c.anchor, t) for w, c, t in rows], e)
             for n, k in enumerate(new):
