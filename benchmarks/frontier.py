@@ -196,7 +196,7 @@ def along(make: Callable[..., Weights], parameter: str) -> Any:
 METHODS = (
     Method("ours", "away", (0, 0.8, 1.2, 1.6, 2), along(ours, "away")),
     Method("ours + alignment", "steps", (200,), aligned),
-    Method("UCE", "ridge", (0.5, 5, 50, 150), along(ablation.uce, "ridge")),
+    Method("UCE", "ridge", (0.05, 0.5, 5, 50, 150), along(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1e3, 1e4, 1e5, 1e6), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.0001, 0.001, 0.1, 1), along(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
@@ -328,7 +328,7 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
     chosen = {name: best(values, tuning) for name, values in whole.items()}
     parts = [
         "# Residue against kept, over the vocabulary",
-        f"`python -m benchmarks.frontier {command}`",
+        f"`python -m benchmarks.frontier {command}".rstrip() + "`",
         __doc__.split("\n\n")[2].replace("\n", " "),
         "Of one concept, a residue of 2 % has a standard error of 1 point and a kept of 93 % "
         "one of 1.4. Peers are our own small implementations with their authors' inputs "

@@ -65,7 +65,6 @@ def mace(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 
 Make = Callable[[DiffusersModel, Sequence[Concept]], Weights]
-Metrics = dict[str, float]
 METHODS: dict[str, Make] = {
     "ours": joint,
     "ours, one by one and merged": merged,
@@ -93,7 +92,9 @@ def drawn(pen: Pen, words: Sequence[str], weights: Callable[[], Weights]) -> Ten
     return pen.draw(words, weights())
 
 
-def report(model: DiffusersModel, concepts: Sequence[Concept], weights: Weights) -> Metrics:
+def report(
+    model: DiffusersModel, concepts: Sequence[Concept], weights: Weights
+) -> dict[str, float]:
     """Acc_e, Acc_s and Acc_g in percent, over all that is erased and all that stays."""
     names, judge = [concept.name for concept in concepts], miniature_classifier("concept")
     sampling, reports = Sampling(10, seed=0, batch=64), []
