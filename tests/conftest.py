@@ -32,8 +32,13 @@ from tools.comfyui import comfyui
 from tools.layout import to_ldm
 
 ROOT = Path(__file__).parent.parent
-# Nothing of the user's cache is read or written; what one test encodes, another may read back.
-os.environ["REALERA_CACHE"] = tempfile.mkdtemp(prefix="realera-cache-")
+# The user's cache is neither read nor written. What one test (or xdist worker) encodes, the others
+# read back; REALERA_TEST_CACHE names a folder that later runs read back too.
+CACHE = tempfile.TemporaryDirectory(prefix="realera-cache-")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the controller has chosen the folder
+    torch.set_num_threads(1)
+else:
+    os.environ["REALERA_CACHE"] = os.environ.get("REALERA_TEST_CACHE") or CACHE.name
 
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},
