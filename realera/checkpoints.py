@@ -29,7 +29,7 @@ from .files import (
 )
 from .models import POOLED
 from .readers import FAMILIES, LAYOUTS, TRANSFORMERS, Kind, diffusers_names, kind_of
-from .settings import TOLERANCE
+from .settings import TOLERANCE, TOLERANCES
 
 DOWN = ".lora_down.weight"
 NOTHING: Mapping[str, Tensor] = {}
@@ -203,8 +203,9 @@ def lora_tensors(
 
     weights: canonical name -> W_org [out, in] of every layer that reads a stream
     gain: of the norms in front of them, as `families.gains`
-    Raises ValueError when the erasure does not fit them.
+    Raises ValueError when the erasure does not fit them, or the tolerance is not between 0 and 1.
     """
+    TOLERANCES.check("tolerance", tolerance)
     factors = {stream: edit.factors(tolerance) for stream, edit in erasure.edits.items()}
     kinds = {name: kind for name in weights if (kind := kind_of(name)) is not None}
     prefixes = _prefixes(kinds, family)

@@ -22,7 +22,18 @@ from .concepts import (
     read_lines,
 )
 from .evaluation.tasks import CLIP
-from .settings import BUNDLED, SOURCES, TOLERANCE, Settings, Training
+from .settings import (
+    BUNDLED,
+    POSITIVE_COUNT,
+    SEED,
+    SOURCES,
+    STRENGTHS,
+    TOLERANCE,
+    TOLERANCES,
+    Range,
+    Settings,
+    Training,
+)
 
 if TYPE_CHECKING:
     from .erasure import Erasure
@@ -450,7 +461,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", choices=BUNDLED, default=BUNDLED[0], help="which of them")
     _erase_options(demo, out="realera-demo", steps=100)
     demo.add_argument(
-        "--images", type=_positive, default=2, help="images per prompt of the evaluation"
+        "--images",
+        type=_number(POSITIVE_COUNT),
+        default=2,
+        help="images per prompt of the evaluation",
     )
 
     one = command("erase", run_erase, "erase concepts from a model")
@@ -470,7 +484,10 @@ def _parser() -> argparse.ArgumentParser:
         help="where the groups of --concepts are worked on: here, or on a Ray cluster",
     )  # fmt: skip
     one.add_argument(
-        "--group", type=_positive, default=16, help="concepts a group: of one task, and one LoRA"
+        "--group",
+        type=_number(POSITIVE_COUNT),
+        default=16,
+        help="concepts a group: of one task, and one LoRA",
     )
     one.add_argument(
         "--prompt", action="append", help="draw this before and after; repeat for several"
@@ -482,8 +499,12 @@ def _parser() -> argparse.ArgumentParser:
     put.add_argument("erasure", help="erasure.safetensors")
     put.add_argument("out", help="file, or folder for a diffusers folder")
     put.add_argument("--lora", action="store_true", help="write a LoRA file instead")
-    put.add_argument("--edit-strength", type=float, default=1.0, help="of the closed form")
-    put.add_argument("--lora-strength", type=float, default=1.0, help="of the trained part")
+    put.add_argument(
+        "--edit-strength", type=_number(STRENGTHS), default=1.0, help="of the closed form"
+    )
+    put.add_argument(
+        "--lora-strength", type=_number(STRENGTHS), default=1.0, help="of the trained part"
+    )
     _file_options(put)
 
     merge = command("merge", run_merge, "merge erasures into one, as if fitted jointly")
@@ -509,7 +530,9 @@ def _parser() -> argparse.ArgumentParser:
         "--clip", help=f"folder or hub name of a CLIP; {CLIP}, the paper's, unless given"
     )
     judge.add_argument(
-        "--images", type=_positive, help="per prompt; 20, and 1 for a file of prompts, unless given"
+        "--images",
+        type=_number(POSITIVE_COUNT),
+        help="per prompt; 20, and 1 for a file of prompts, unless given",
     )
     judge.add_argument(
         "--vocabulary", action="store_true",
@@ -517,10 +540,10 @@ def _parser() -> argparse.ArgumentParser:
         "the concept (residue) and how many others draw what they drew (kept)",
     )  # fmt: skip
     judge.add_argument(
-        "--sample", type=_positive, metavar="N", help="of so many words of the vocabulary, chosen "
-        "at random",
+        "--sample", type=_number(POSITIVE_COUNT), metavar="N",
+        help="of so many words of the vocabulary, chosen at random",
     )  # fmt: skip
-    judge.add_argument("--seed", type=int, default=0)
+    judge.add_argument("--seed", type=_number(SEED), default=0)
     judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
     judge.add_argument("--overwrite", action="store_true")
     _device_options(judge)
@@ -533,7 +556,7 @@ def _parser() -> argparse.ArgumentParser:
     outlook.add_argument(
         "--words", help="text file, one word or phrase a line; else the vocabulary"
     )
-    outlook.add_argument("--count", type=_positive, default=40, help="lines to print")
+    outlook.add_argument("--count", type=_number(POSITIVE_COUNT), default=40, help="lines to print")
     _check_option(outlook)
     _device_options(outlook)
 
@@ -545,11 +568,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: it must be at least 1")
-    return number
+def _number(allowed: Range) -> Callable[[str], Any]:
+    """An option's type: a number of this range."""
+
+    def read(text: str) -> Any:
+        try:
+            return allowed.check("", int(text) if allowed.whole else float(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be {allowed}") from None
+
+    return read
 
 
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
@@ -608,7 +636,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         help="contexts that bring the concept back, to seek and align between the steps; try 12 "
         "with --rank 16 --learning-rate 5e-4 --batch 12",
     )
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_number(SEED), default=0)
     _check_option(sub)
     _file_options(sub)
     _device_options(sub)
@@ -616,7 +644,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
 
 def _check_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--check", type=_positive, metavar="N",
+        "--check", type=_number(POSITIVE_COUNT), metavar="N",
         help="draw the first N words of the scope report before and after, in eight steps, and "
         "put those first that change most; none unless given",
     )  # fmt: skip
@@ -625,7 +653,7 @@ def _check_option(sub: argparse.ArgumentParser) -> None:
 def _file_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tolerance",
-        type=float,
+        type=_number(TOLERANCES),
         default=TOLERANCE,
         help="of the LoRA: share of T - I that may be cut",
     )

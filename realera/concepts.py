@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .settings import texts
+
 TEMPLATES = (
     "a photo of the {}",
     "a photo of a {}",
@@ -36,8 +38,8 @@ UNSPACED = (
 class Concept:
     """A concept c, the anchor c* drawn in its place, and the prompts that name it.
 
-    Raises ValueError when a name is empty, the anchor is the concept, or a template has not
-    exactly one `{}`.
+    Raises ValueError when a name is empty, the anchor is the concept, templates are no tuple of
+    texts, or one has not exactly one `{}`.
     """
 
     name: str
@@ -45,6 +47,10 @@ class Concept:
     templates: tuple[str, ...] = TEMPLATES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", texts("templates", self.templates))
+        for part in (self.name, self.anchor):
+            if not isinstance(part, str):
+                raise ValueError(f"a concept and its anchor are texts, got {part!r}")
         if not self.name.strip() or not self.anchor.strip():
             raise ValueError(
                 f"a concept and its anchor need a text each, got {self.name!r} -> {self.anchor!r}"
@@ -113,7 +119,7 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
     Raises ValueError that names the line when one has no arrow, when a concept is named twice or
     is another's anchor, or when there is none.
     """
-    concepts: dict[str, Concept] = {}
+    templates, concepts = texts("templates", templates), dict[str, Concept]()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -128,7 +134,7 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
             )
         if name.casefold() in concepts:
             raise ValueError(f"line {number} names {name!r} a second time; keep one anchor for it")
-        concepts[name.casefold()] = Concept(name, anchor, tuple(templates))
+        concepts[name.casefold()] = Concept(name, anchor, templates)
     if not concepts:
         raise ValueError("no concept to erase: write one 'concept -> anchor' a line")
     for concept in concepts.values():
@@ -149,6 +155,7 @@ def read_concepts(
     has none. Raises ValueError that names the line of a wrong column, of a concept that is named
     twice, of an anchor that is another line's concept and of a word to leave out that is one.
     """
+    templates = texts("templates", templates)
     found: dict[str, tuple[int, Concept]] = {}  # by folded name: its line and itself
     left_out: dict[str, int] = {}
     try:
@@ -175,7 +182,7 @@ def read_concepts(
                     continue
                 own = [text.strip() for text in cells.get("templates", "").split("|")]
                 try:
-                    some = tuple(filter(None, own)) or tuple(templates)
+                    some = tuple(filter(None, own)) or templates
                     concept = Concept(cells["concept"], cells["anchor"], some)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {line}: {error}") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .closed_form import Edit, Kept, Sums, solve
 from .concepts import Concept, holds_name
 from .readers import Reader, kind_of, readers
-from .settings import Settings
+from .settings import STRENGTHS, Settings
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 DEFAULTS = Settings()
@@ -135,9 +135,12 @@ def erased_weight(
     """W_org (I + s (T - I)) + s' B A of a layer [out, in], T in its first columns.
 
     gain: of the RMS norm in front, [in]: W_org diag(gain) is what reads the rows that T is of.
-    Computed in float32 and rounded once to the weight's dtype. Raises ValueError when the LoRA does
-    not fit, when the weight is not finite before, and when it is not after.
+    Computed in float32 and rounded once to the weight's dtype. Raises ValueError when a strength
+    is not finite, when the LoRA does not fit, when the weight is not finite before, and when it is
+    not after.
     """
+    STRENGTHS.check("edit_strength", edit_strength)
+    STRENGTHS.check("lora_strength", lora_strength)
     full = weight.float()
     if edit is not None:
         own = full[:, : edit.dim]

@@ -4,8 +4,11 @@ Apart from the code that uses them, and without torch: the command line and the 
 before anything slow is imported.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
 
 Source = Literal["isotropic", "bank", "vocabulary"]
 # The models that ship with the project: the miniature, and its transformer sibling, which reads by
@@ -24,6 +27,111 @@ USED_BY: dict[str, tuple[Source, ...]] = {
     "d1": ("isotropic", "bank"),
     "d1_anchor": ("isotropic", "bank"),
     "d2": ("isotropic", "bank"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a parameter may have; infinity and NaN never are among them.
+
+    least, most: the ends, which belong to it unless open
+    whole: whether integers alone are meant
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: bool = False
+    whole: bool = False
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a finite number"
+        left, right = "()" if self.open else "[]"
+        if self.most < math.inf:
+            return f"{kind} in {left}{self.least:g}, {self.most:g}{right}"
+        if self.least > -math.inf:
+            return f"{kind}, {'larger than' if self.open else 'at least'} {self.least:g}"
+        return kind
+
+    def check(self, name: str, value: Any) -> Any:
+        """The number as an int or a float. Raises ValueError, with the name, for anything else."""
+        fits = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        try:
+            if fits:
+                number = int(value) if self.whole else float(value)
+                within = self.least <= number <= self.most
+                at_end = self.open and number in (self.least, self.most)
+                if math.isfinite(number) and within and not at_end:
+                    return number
+        except OverflowError:  # an integer that no float holds
+            pass
+        raise ValueError(f"{name} = {value!r}: it must be {self}")
+
+
+COUNT = Range(0, whole=True)
+POSITIVE_COUNT = Range(1, whole=True)
+SEED = Range(0, 2**64 - 1, whole=True)
+POSITIVE = Range(0, open=True)
+COSINE = Range(-1, 1)
+STRENGTHS = Range()
+TOLERANCES = Range(0, 1, open=True)
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """The texts of a tuple or list. Raises ValueError for a single text, which would be taken
+    letter by letter, and for a text that is empty."""
+    if isinstance(value, str):
+        raise ValueError(
+            f"{name} = {value!r} is one text where a tuple of texts is due: with a comma, "
+            f"{name}=({value!r},), it is one"
+        )
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{name} = {value!r}: it must be a tuple of texts, as {name}=('a', 'b')")
+    for text in value:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{name} = {value!r} holds {text!r} where a text is due: leave it out or write "
+                "words"
+            )
+    return tuple(value)
+
+
+def check_fields(given: Any, ranges: Mapping[str, Range]) -> None:
+    """Checks every field of a dataclass by its type, and the numbers by their ranges.
+
+    given: an instance, in which lists become tuples and NumPy's numbers Python's
+    ranges: field -> what it may be. Raises ValueError with field, value and what would work.
+    """
+    for field in fields(given):
+        name, value = field.name, getattr(given, field.name)
+        if field.type == tuple[str, ...]:
+            checked: Any = texts(name, value)
+        elif field.type is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} = {value!r}: it must be True or False")
+            continue
+        elif name not in ranges or (value is None and field.default is None):  # None: automatic
+            continue
+        else:
+            checked = ranges[name].check(name, value)
+        object.__setattr__(given, name, checked)
+
+
+RANGES = {
+    **dict.fromkeys(("neighbors", "beyond"), COUNT),
+    **dict.fromkeys(("s1", "s2", "beyond_s2"), COSINE),
+    **dict.fromkeys(("d1", "d1_anchor", "d2"), POSITIVE),
+    "lambda1": Range(0),
+    "lambda2": POSITIVE,
+    "away": Range(0, MOST_AWAY),
+    "pair_weight": POSITIVE,
+    "bank_limit": Range(-1),
+    **dict.fromkeys(("seed", "beyond_seed"), SEED),
+}
+TRAINING_RANGES = {
+    **dict.fromkeys(("steps", "rank", "batch", "save_every"), POSITIVE_COUNT),
+    "learning_rate": POSITIVE,
+    "seed": SEED,
+    "adversarial": COUNT,
 }
 
 
@@ -55,8 +163,8 @@ class Settings:
     seed: of the neighbours; beyond_seed: of the beyond points, which go on with the neighbours'
         draws unless given
 
-    Raises ValueError for an option that the source does not use and for a range that no draw can
-    satisfy.
+    Raises ValueError for a value of another type or out of its range, for an option that the source
+    does not use and for a range that no draw can satisfy.
     """
 
     source: Source = "vocabulary"
@@ -86,11 +194,7 @@ class Settings:
     beyond_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("neighbors", "beyond"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 0")
-        if not 0 <= self.away <= MOST_AWAY:
-            raise ValueError(f"away = {self.away}: it must lie in [0, {MOST_AWAY:g}]")
+        check_fields(self, RANGES)
         if self.source not in SOURCES:
             raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
         for name, users in USED_BY.items():
@@ -152,10 +256,4 @@ class Training:
     adversarial: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rank", "batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
-        if self.adversarial < 0:
-            raise ValueError(f"adversarial = {self.adversarial}: it must be at least 0")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate = {self.learning_rate}: it must be positive")
+        check_fields(self, TRAINING_RANGES)

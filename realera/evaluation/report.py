@@ -15,11 +15,17 @@ from torch import Tensor
 
 from ..files import writing
 from ..models import Diffusion
+from ..settings import POSITIVE_COUNT, SEED, Range, check_fields
 from .judges import Judge, Meter
 from .tasks import KINDS, Task
 
 Progress = Callable[[int, int], None]  # called with (images done, images in all)
 ENCODED = 256  # prompts encoded at once: lists of prompts may be long
+SAMPLING_RANGES = {
+    **dict.fromkeys(("steps", "batch"), POSITIVE_COUNT),
+    "guidance": Range(0),
+    "seed": SEED,
+}
 SHOWN = 12  # prompts of a survey whose first image is kept
 
 
@@ -28,12 +34,18 @@ SHOWN = 12  # prompts of a survey whose first image is kept
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn; all but `batch`, the images drawn at once, decides what they show."""
+    """How images are drawn; all but `batch`, the images drawn at once, decides what they show.
+
+    Raises ValueError for a value of another type or out of its range.
+    """
 
     steps: int = 20
     guidance: float = 7.5
     seed: int = 0
     batch: int = 16
+
+    def __post_init__(self) -> None:
+        check_fields(self, SAMPLING_RANGES)
 
 
 def draw(
