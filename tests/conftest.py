@@ -35,10 +35,11 @@ ROOT = Path(__file__).parent.parent
 # The user's cache is neither read nor written. What one test (or xdist worker) encodes, the others
 # read back; REALERA_TEST_CACHE names a folder that later runs read back too.
 CACHE = tempfile.TemporaryDirectory(prefix="realera-cache-")
-if "PYTEST_XDIST_WORKER" in os.environ:  # the controller has chosen the folder
-    torch.set_num_threads(1)
-else:
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the controller has chosen the folder
     os.environ["REALERA_CACHE"] = os.environ.get("REALERA_TEST_CACHE") or CACHE.name
+# Models are so small here that threads would only wait for each other: ten times on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},

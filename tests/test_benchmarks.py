@@ -35,6 +35,8 @@ from realera.models import CONTEXT
 from realera.readers import adapted_readers
 from realera.settings import Settings, Training
 
+pytestmark = pytest.mark.benchmarks
+
 AIRPLANE = Concept("airplane", "ground")
 RETAINED = ["a dog", "a ship", "the sea", "a red house"]
 
@@ -444,11 +446,12 @@ def test_the_plot_is_of_the_numbers_that_are_committed(script, tmp_path):
     assert (script.RESULTS / f"{name}.png").exists()
 
 
-@pytest.fixture
-def scene(tmp_path, monkeypatch):
-    monkeypatch.setattr(attacks, "STATE", tmp_path)
-    monkeypatch.setattr(attacks, "IMAGES", 2)
-    return attacks.Scene(load_model("miniature"), Concept("dog", "flower"))
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks, "STATE", tmp_path_factory.mktemp("attacks"))
+        patch.setattr(attacks, "IMAGES", 2)
+        yield attacks.Scene(load_model("miniature"), Concept("dog", "flower"))
 
 
 def test_a_prompt_that_all_latents_share_is_read_as_by_the_model(scene):
@@ -493,7 +496,11 @@ def test_an_attack_is_told_by_the_best_until_each_step_and_ends_where_all_is_rea
     assert found == {"until": [25, 75, 75, 100, 100], "step": 4, "norm": 5, "words": "step 4"}
 
 
-def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(scene, tmp_path):
+def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(
+    scene, tmp_path, monkeypatch
+):
+    some = [*scene.model.text.words()[::1000], "dog", "puppy"]
+    monkeypatch.setattr(scene.model.text, "words", lambda: sorted({*some}))
     tiny = Training(steps=1, rank=1, batch=2, adversarial=2)
     state = tmp_path / "state.safetensors"
     alone, trained = (adversarial.erased(scene, training, state) for training in (None, tiny))
