@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 from realera.checkpoints import write_checkpoint, write_lora
 from realera.closed_form import Edit
@@ -551,6 +552,69 @@ def test_a_folder_with_scales_that_diffusers_would_leave_out_does_not_load(tmp_p
     save_file(load_file(weights) | {scale: torch.tensor(2.0)}, weights)
     with pytest.raises(ValueError, match=rf"{scale}.* diffusers would leave out"):
         load_model(tmp_path / "in")
+
+
+def without(folder, destination, part, change):
+    """A copy of a folder in which the tensors of one part are changed."""
+    shutil.copytree(folder, destination)
+    (weights,) = (destination / part).glob("*.safetensors")
+    save_file(change(load_file(weights)), weights, {"format": "pt"})
+    return destination
+
+
+LACKING = {
+    "text_encoder": r"(?:text_model\.)?encoder\.layers\.1\.mlp\.fc1\.weight",
+    "text_encoder_2": r"text_projection\.weight",
+    "unet": r"mid_block\.resnets\.0\.conv1\.weight",
+    "vae": r"decoder\.conv_in\.bias",
+}
+
+
+@pytest.mark.parametrize("part", LACKING)
+def test_a_folder_that_lacks_a_tensor_is_refused_by_the_tensor(tmp_path, folders, part):
+    def less(state):
+        (key,) = (key for key in state if re.fullmatch(LACKING[part], key))
+        return {name: tensor for name, tensor in state.items() if name != key}
+
+    folder = without(folders["sdxl"], tmp_path / "in", part, less)
+    with pytest.raises(ValueError, match=rf"{part} lacks 1 of the \d+ .*'({LACKING[part]})'"):
+        load_model(folder)
+    if part.startswith("text_encoder"):
+        with pytest.raises(ValueError, match=rf"{part} lacks 1 of the"):
+            load_text(folder)
+
+
+def test_a_text_encoder_under_other_names_is_refused_and_one_is_told(tmp_path, folders):
+    def renamed(state):
+        return {f"inner.{name}": tensor for name, tensor in state.items()}
+
+    folder = without(folders["sd1"], tmp_path / "in", "text_encoder", renamed)
+    with pytest.raises(ValueError, match=r"lacks (\d+) of the \1 tensors .*'inner\..*not known"):
+        load_text(folder)
+
+
+def test_a_buffer_that_every_loader_makes_may_be_in_a_folder_or_not(tmp_path, folders):
+    own = load_text(folders["sd1"])
+    key, places = "text_model.embeddings.position_ids", torch.arange(77)[None]
+    for number, change in enumerate(
+        (
+            lambda state: state | {key: places},
+            lambda state: {k: state[k] for k in state if k != key},
+        )
+    ):
+        folder = without(folders["sd1"], tmp_path / str(number), "text_encoder", change)
+        assert torch.equal(load_text(folder).summary(["a cat"]), own.summary(["a cat"]))
+
+
+def test_a_folder_that_reads_by_bert_is_refused_as_no_clip(tmp_path, folders):
+    shutil.copytree(folders["sd1"], tmp_path / "in")
+    shutil.rmtree(tmp_path / "in" / "text_encoder")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=99, hidden_size=32, **sizes))
+    bert.save_pretrained(tmp_path / "in" / "text_encoder")
+    for load in (load_text, load_model):
+        with pytest.raises(ValueError, match=r"text_encoder is .* type 'bert' and no CLIP"):
+            load(tmp_path / "in")
 
 
 # --- LoRA files ----------------------------------------------------------------------------------

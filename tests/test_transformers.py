@@ -1,6 +1,7 @@
 """Erasing from transformers: every family on random weights of its true layout, and the bundled
 sibling, which was trained."""
 
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -370,6 +371,36 @@ def test_the_text_side_alone_gives_the_same_edit(name, folders):
     mining = mine(text, CAT, mined(name).settings)
     for stream, edit in erase(mining).edits.items():
         torch.testing.assert_close(edit.matrix, erasure_of(name).edits[stream].matrix)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("transformer", "transformer_blocks.0.attn.add_k_proj.weight"),
+        ("vae", "decoder.conv_in.weight"),
+    ],
+)
+def test_a_folder_that_lacks_a_tensor_is_refused_by_the_tensor(part, key, folders, tmp_path):
+    shutil.copytree(folders("flux1"), tmp_path / "in")
+    (weights,) = (tmp_path / "in" / part).glob("*.safetensors")
+    state = load_file(weights)
+    del state[key]
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part} lacks 1 of the \d+ tensors of .*'{key}'"):
+        load_model(tmp_path / "in")
+
+
+@pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_one_name_of_a_tied_weight_is_enough(kept, folders, tmp_path):
+    shutil.copytree(folders("flux1"), tmp_path / "in")
+    (weights,) = (tmp_path / "in" / "text_encoder_2").glob("*.safetensors")
+    state = load_file(weights)
+    (tied,) = (key for key in ("shared.weight", "encoder.embed_tokens.weight") if key in state)
+    state[kept] = state.pop(tied)
+    save_file(state, weights, {"format": "pt"})
+    own, other = load_text(folders("flux1")), load_text(tmp_path / "in")
+    assert torch.equal(own.summary(["a cat"]), other.summary(["a cat"]))
 
 
 def test_padding_does_not_own_the_sums():

@@ -16,6 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,7 +32,12 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from ..diffusers_model import DiffusersModel, DiffusersText
 from ..files import TensorFile, open_tensors
@@ -45,6 +51,7 @@ from .weights import FLOATS, is_companion, weight_of
 
 VAE = "first_stage_model."
 BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CLIP_VOCABULARY = 49408
 _PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
 
@@ -83,9 +90,9 @@ def load_model(
     _refuse_edm(path)
     if path.is_dir():
         parts = {
-            "unet": _folder_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype),
-            "vae": _folder_part(AutoencoderKL, path / "vae", torch_dtype=dtype),
             **_text_parts(_folder_text(path, dtype)),
+            "unet": _folder_part(UNet2DConditionModel, path / "unet", dtype),
+            "vae": _folder_part(AutoencoderKL, path / "vae", dtype),
         }
         pipeline = pipeline_class.from_pretrained(path, local_files_only=True, **parts, **unused)
         return DiffusersModel(pipeline.to(device))
@@ -181,21 +188,30 @@ def _transformer_text(
     return SiblingText(_on(clip, device), second)
 
 
-def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: None) -> Any:
+def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: Any) -> Any:
     """The pipeline of a folder; parts: those to leave out, as None."""
-    _, variant = weight_files(path / "transformer")
+    index = read_json((path / "model_index.json").read_bytes(), path / "model_index.json")
+    for name, entry in index.items():
+        if name not in parts and name.startswith(("text_encoder", "transformer", "vae")):
+            library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if library in _LIBRARIES:  # of a part that was left out, null
+                part_class = getattr(_LIBRARIES[library], str(kind), None)
+                if part_class is None:
+                    raise ValueError(
+                        f"{path / name} is a {kind}, which the {library} at hand has not: update it"
+                    )
+                parts[name] = _folder_part(part_class, path / name, dtype)
     return getattr(diffusers, family.pipeline["class"]).from_pretrained(
-        path,
-        torch_dtype=dtype,
-        variant=variant,
-        use_safetensors=True,
-        local_files_only=True,
-        **parts,
+        path, torch_dtype=dtype, local_files_only=True, **parts
     )
 
 
-def _folder_part(part_class: Any, folder: Path, **options: Any) -> Any:
-    """A part of a pipeline folder, in the variant that it has."""
+def _folder_part(part_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A part of a pipeline folder, in the variant that it has.
+
+    Raises ValueError when the folder lacks a tensor of it, which transformers would fill with
+    random numbers and diffusers leave without any.
+    """
     paths, variant = weight_files(folder)
     for file in map(open_tensors, paths):
         for key in file.entries:
@@ -204,11 +220,27 @@ def _folder_part(part_class: Any, folder: Path, **options: Any) -> Any:
                     f"{file.path} holds the scale {key!r}, which diffusers would leave out: use "
                     "the single file, or the folder in float16 or float32"
                 )
-    part = part_class.from_pretrained(
-        folder, variant=variant, use_safetensors=True, local_files_only=True, **options
+    of_transformers = issubclass(part_class, PreTrainedModel)
+    part, loaded = part_class.from_pretrained(
+        folder,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{"dtype" if of_transformers else "torch_dtype": dtype},
     )
-    for name, tensor in part.named_parameters():
-        if not tensor.float().isfinite().all():
+    # Buffers are made anew, and of tied weights one is enough.
+    parameters = dict(part.named_parameters())
+    missing = sorted(set(loaded["missing_keys"]) & parameters.keys())
+    if missing:
+        others = sorted(loaded["unexpected_keys"])
+        named = f"; its {others[0]!r} is under a name that is not known" if others else ""
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(parameters)} tensors of a "
+            f"{part_class.__name__}, {missing[0]!r} among them{named}: get the folder again"
+        )
+    for name, tensor in parameters.items():
+        if not tensor.isfinite().all():
             raise ValueError(
                 f"{folder}: tensor {name!r} holds numbers that are not finite: the checkpoint is "
                 "damaged, use another copy of it"
@@ -223,7 +255,14 @@ def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
         if folder.is_dir():
             if not words.is_dir():
                 raise ValueError(f"{path} is no whole pipeline folder: it lacks {words.name}/")
-            encoders.append(_folder_part(_text_class(suffix), folder).to(dtype))
+            config = folder / "config.json"
+            kind = read_json(config.read_bytes(), config).get("model_type", "clip")
+            if not str(kind).startswith("clip"):
+                raise ValueError(
+                    f"{folder} is a text encoder of type {kind!r} and no CLIP, which the models of "
+                    "this family that RealEra knows read by: it cannot be erased from"
+                )
+            encoders.append(_folder_part(_text_class(suffix), folder, dtype))
             tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
     return DiffusersText(tokenizers, encoders)
 
