@@ -37,11 +37,10 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
 def found(mining: Mined) -> str:
     """What a sampler says that it found."""
     kind = "words" if isinstance(mining.ring, WordRing) else "points"
-    named = int((mining.beyond.pair < 0).sum())
-    far = len(mining.beyond.pair) - named
+    far = int((mining.beyond.pair >= 0).sum())
     said = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
     said += [f"{far} keep their meaning"] if far else []
-    said += [f"{named} that you named keep theirs"] if named else []
+    said += [f"{len(mining.named)} that you named keep theirs"] if mining.named else []
     return ", ".join(said)
 
 
@@ -66,7 +65,7 @@ class NeighborSampler(io.ComfyNode):
                         "One 'concept -> anchor' a line: what to erase, and what to draw in its "
                         "place. Choose an anchor that the model draws surely and that is as wide "
                         "as the concept: an object's background, 'person' for a name, 'painting' "
-                        "for a style."
+                        "for a style. A line that starts with # is a comment."
                     ),
                 ),
                 io.Combo.Input(

@@ -60,6 +60,11 @@ class Mining:
     def pairs(self) -> Pairs:
         return self.ring.pairs
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The prompts to preserve and words to leave out that the user named, each once."""
+        return tuple(dict.fromkeys([*self.settings.preserve, *self.settings.exclude]))
+
 
 def mine(
     text: TextEncoder,

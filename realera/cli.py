@@ -17,7 +17,7 @@ from .concepts import (
     COLUMNS,
     STYLE_TEMPLATES,
     TEMPLATES,
-    parse_concepts,
+    concepts_in,
     read_concepts,
     read_lines,
 )
@@ -283,7 +283,7 @@ def _erase(
 ) -> "tuple[Diffusion, Erasure]":
     """Algorithm 1, and everything it leaves on disk."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
-    concepts = parse_concepts("\n".join(options.concept), templates)
+    concepts = concepts_in("\n".join(options.concept).splitlines(), templates)
     options.words = read_lines(options.words) if options.words else None
     settings = _from(Settings, options)
     training = _from(Training, options) if options.steps else None
@@ -350,6 +350,7 @@ def _erase_many(options: argparse.Namespace) -> None:
     import shutil
 
     from .cluster import aligned, import_ray, summed, text_of
+    from .doubts import doubted_names
     from .erasure_file import save_erasure
     from .families import locate
     from .files import writing
@@ -366,6 +367,8 @@ def _erase_many(options: argparse.Namespace) -> None:
     job = Job(model, options.dtype, _device(options), settings, "", state)
     text = text_of(job)
     job = replace(job, run=run_of(text, settings))
+    for doubt in doubted_names(concepts):
+        print(f"warning: {doubt}", file=sys.stderr)
     with _bar("words") as progress:
         group = whole(text, concepts, settings, progress)
     groups = group.parts(options.group)

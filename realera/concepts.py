@@ -6,6 +6,7 @@ Text only: nothing here knows a tokenizer or a tensor.
 import csv
 import re
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,14 @@ STYLE_TEMPLATES = (
     "{}",
 )
 COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV file; the first two are needed
+ARROW = "->|→|=>|－>"
+COMMAS = "[,;，、；،]"  # of any script
+# What no eye sees: soft hyphens, zero-width characters, overrides of the direction. Joiners stay
+# where scripts and emoji need them, between characters beyond ASCII.
+UNSEEN = (
+    r"[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+    r"|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
+)
 # Letters of scripts that put no space between words: Thai to Khmer, kana, Chinese.
 UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -38,8 +47,9 @@ UNSPACED = (
 class Concept:
     """A concept c, the anchor c* drawn in its place, and the prompts that name it.
 
-    Raises ValueError when a name is empty, the anchor is the concept, templates are no tuple of
-    texts, or one has not exactly one `{}`.
+    Characters that nobody sees are left out of both names, with a warning. Raises ValueError when a
+    name is empty or holds an arrow, the anchor is the concept, templates are no tuple of texts, or
+    one has not exactly one `{}`.
     """
 
     name: str
@@ -48,9 +58,25 @@ class Concept:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", texts("templates", self.templates))
-        for part in (self.name, self.anchor):
-            if not isinstance(part, str):
-                raise ValueError(f"a concept and its anchor are texts, got {part!r}")
+        for field, given in (("name", self.name), ("anchor", self.anchor)):
+            if not isinstance(given, str):
+                raise ValueError(f"a concept and its anchor are texts, got {given!r}")
+            if re.search(ARROW, given):
+                raise ValueError(
+                    f"{given!r} holds an arrow: name one concept and one anchor each, in a line or "
+                    "an option -c of their own: 'cat -> tree' and 'dog -> flower'"
+                )
+            seen = re.sub(UNSEEN, "", given)
+            if seen != given:
+                seen = seen.strip()
+                hidden = ", ".join(
+                    sorted({f"U+{ord(found):04X}" for found in re.findall(UNSEEN, given)})
+                )
+                warnings.warn(
+                    f"{seen!r} held characters that nobody sees ({hidden}): they are left out",
+                    stacklevel=3,
+                )
+                object.__setattr__(self, field, seen)
         if not self.name.strip() or not self.anchor.strip():
             raise ValueError(
                 f"a concept and its anchor need a text each, got {self.name!r} -> {self.anchor!r}"
@@ -110,33 +136,48 @@ def read_lines(path: str) -> list[str]:
 
 def listed(text: str) -> list[str]:
     """The words of a list, one a line or between commas or semicolons of any script."""
-    return lines(re.sub("[,;，、；،]", "\n", text))
+    return lines(re.sub(COMMAS, "\n", text))
 
 
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
-    """Reads `concept -> anchor` lines; blank lines and lines that start with # are skipped.
+    """`concepts_in` the lines of a text, where lines that start with # are comments."""
+    return concepts_in(
+        ["" if line.strip().startswith("#") else line for line in text.splitlines()], templates
+    )
 
-    Raises ValueError that names the line when one has no arrow, when a concept is named twice or
-    is another's anchor, or when there is none.
+
+def concepts_in(
+    written: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> tuple[Concept, ...]:
+    """Reads `concept -> anchor` lines; blank ones are skipped, and # is a character like any other.
+
+    Raises ValueError that names the line when one has no arrow or two, when a concept is named
+    twice or is another's anchor, or when there is none.
     """
     templates, concepts = texts("templates", templates), dict[str, Concept]()
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
+    for number, line in enumerate(map(str.strip, written), 1):
+        if not line:
             continue
-        name, arrow, anchor = (
-            part.strip() for part in re.sub("→|=>|－>", "->", line).partition("->")
-        )
-        if not arrow:
+        halves = [part.strip() for part in re.split(ARROW, line, maxsplit=1)]
+        if len(halves) < 2:
             raise ValueError(
                 f"line {number}, {line!r}, has no '->': write 'concept -> anchor', "
                 "for example 'airplane -> tree'"
             )
-        if name.casefold() in concepts:
-            raise ValueError(f"line {number} names {name!r} a second time; keep one anchor for it")
-        concepts[name.casefold()] = Concept(name, anchor, templates)
+        try:
+            concept = Concept(halves[0], halves[1], templates)
+        except ValueError as error:
+            raise ValueError(f"line {number}, {line!r}: {error}") from error
+        if concept.name.casefold() in concepts:
+            raise ValueError(
+                f"line {number} names {concept.name!r} a second time; keep one anchor for it"
+            )
+        concepts[concept.name.casefold()] = concept
     if not concepts:
-        raise ValueError("no concept to erase: write one 'concept -> anchor' a line")
+        raise ValueError(
+            "no concept to erase: write one 'concept -> anchor' a line; in a text, a line that "
+            "starts with # is a comment"
+        )
     for concept in concepts.values():
         if concept.anchor.casefold() in concepts:
             raise ValueError(
@@ -151,6 +192,7 @@ def read_concepts(
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     """The concepts of a CSV file with the columns COLUMNS, and the words to leave out of all rings.
 
+    Between its columns stand commas, semicolons or tabs, or what Excel's line "sep=;" names.
     Templates and words to leave out stand between bars, "a photo of {}|{}"; `templates` where a row
     has none. Raises ValueError that names the line of a wrong column, of a concept that is named
     twice, of an anchor that is another line's concept and of a word to leave out that is one.
@@ -160,22 +202,30 @@ def read_concepts(
     left_out: dict[str, int] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
+            first = file.readline()
+            named = re.fullmatch(r"sep=([,;\t|])\s*", first)
+            before_head = 1 if named else 0
+            if not named:
+                file.seek(0)
+            comma = named[1] if named else max(",;\t", key=first.count)
+            rows = csv.DictReader(file, delimiter=comma)
             head = [name.strip().casefold().replace("_", " ") for name in rows.fieldnames or ()]
+            while head and not head[-1]:  # spreadsheets fill up with empty columns
+                head.pop()
             wrong = [name for name in head if name not in COLUMNS]
             if wrong or not {"concept", "anchor"} <= set(head):
                 what = f"the column {wrong[0]!r} is unknown" if wrong else "a column is missing"
                 raise ValueError(
-                    f"{path}, line 1: {what}: the first line names the columns, "
+                    f"{path}, line {before_head + 1}: {what}: the first line names the columns, "
                     f"{', '.join(COLUMNS)}; concept and anchor are needed"
                 )
             rows.fieldnames = head
             for row in rows:
-                line = rows.line_num
-                if None in row or None in row.values():
+                line = rows.line_num + before_head
+                if any(row.pop(None, ())) or None in row.values():
                     raise ValueError(
                         f"{path}, line {line}: it has not the {len(head)} columns of the first "
-                        'line: put "quotes" around a text that holds a comma'
+                        f'line: put "quotes" around a text that holds {comma!r}'
                     )
                 cells = {name: text.strip() for name, text in row.items()}
                 if not any(cells.values()):

@@ -1,23 +1,35 @@
-"""What speaks against an anchor, told by the texts alone, before anything is drawn or trained."""
+"""What speaks against an anchor or a name, told by the texts alone, before anything is drawn or
+trained."""
 
 import json
+import re
+from collections.abc import Iterable
 
 from torch.nn.functional import cosine_similarity
 
 from .algorithm import Mining
-from .concepts import holds_name
+from .concepts import COMMAS, Concept, holds_name
 from .models import TextEncoder, whole_words
 from .words import WordRing
 
 
 def doubts(mining: Mining) -> list[str]:
-    """A sentence for each anchor that lies near what is erased, or that the bundled model does not
-    draw surely.
+    """A sentence for each name that reads like several, each word to leave out that lies in no
+    ring, and each anchor that lies near what is erased, or that the bundled model does not draw
+    surely.
 
     Nearness is known where words were mined; what another model draws is not known from its texts.
     """
-    pairs, ring, said = mining.pairs, mining.ring, []
+    pairs, ring = mining.pairs, mining.ring
+    said = doubted_names(pairs.concepts)
     if isinstance(ring, WordRing):
+        within = {word.casefold() for word, cosine in ring.cosine.items() if cosine >= ring.s2}
+        said += [
+            f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
+            "is preserved all the same"
+            for word in mining.settings.exclude
+            if word.casefold() not in within
+        ]
         own, target = pairs.summary[pairs.first], pairs.target_summary[pairs.first]
         for concept, anchor, around in zip(pairs.concepts, target, ring.centre, strict=True):
             cosines = cosine_similarity(own - around, anchor - around, dim=-1)
@@ -35,6 +47,20 @@ def doubts(mining: Mining) -> list[str]:
             for concept in pairs.concepts
             if not any(holds_name(concept.anchor, name) for name in known)
         ]
+    return said
+
+
+def doubted_names(concepts: Iterable[Concept]) -> list[str]:
+    """A sentence for each concept whose name is a list of words."""
+    said = []
+    for concept in concepts:
+        parts = [part.strip() for part in re.split(COMMAS, concept.name) if part.strip()]
+        if len(parts) > 1:
+            each = " and ".join(f"'{part} -> {concept.anchor}'" for part in parts)
+            said.append(
+                f"{concept.name!r} is one concept of that whole name: to erase each of its words, "
+                f"write {each}, in a line or an option -c of their own"
+            )
     return said
 
 

@@ -123,6 +123,7 @@ def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
     ("arguments", "reason"),
     [
         (["erase", "nowhere.safetensors", "-c", "cat -> dog"], "nowhere.safetensors"),
+        (["erase", "nowhere.safetensors", "-c", "#metoo -> tree"], "nowhere.safetensors"),
         (["erase", "miniature", "-c", "cat"], "no '->'"),
         (["erase", "miniature", "-c", "cat -> cat"], "the concept itself"),
         (["erase", "miniature", "-c", "cat -> dog", "--preserve", "a cat", *QUICK], "to be erased"),

@@ -1,11 +1,13 @@
 """What speaks against an anchor is said before anything is drawn or trained."""
 
+from dataclasses import replace
+
 import pytest
 
 from realera.algorithm import mine_neighbors
 from realera.concepts import Concept
 from realera.diffusers_model import DiffusersText
-from realera.doubts import doubts
+from realera.doubts import doubted_names, doubts
 from realera.settings import Settings
 
 RING = Settings(s2=0.4, neighbors=1)
@@ -38,3 +40,26 @@ def test_of_what_another_model_draws_nothing_is_said(pipelines):
     pipeline = pipelines["sd1"]
     text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
     assert said(text, "ground", Settings(source="isotropic", neighbors=0)) == ""
+
+
+def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
+    concepts = [
+        Concept("airplane, jet", "tree"),
+        Concept("飞机、喷气机", "tree"),
+        Concept("cat", "a, b"),
+    ]
+    several, other = doubted_names(concepts)
+    assert "write 'airplane -> tree' and 'jet -> tree'" in several
+    assert "'飞机 -> tree' and '喷气机 -> tree'" in other
+
+
+def test_a_word_to_leave_out_that_no_ring_holds_is_said(tiny_text):
+    cosines = mine_neighbors(tiny_text, [Concept("airplane", "tree")], RING).ring.cosine
+    near = max(cosines, key=cosines.get)
+    left_out = replace(RING, exclude=(near.upper(), "asdfghj"))
+    told = said(tiny_text, "tree", left_out)
+    mining = mine_neighbors(tiny_text, [Concept("airplane", "tree")], left_out)
+    assert mining.named == (near.upper(), "asdfghj")  # words, in however many templates
+    assert int((mining.beyond.pair < 0).sum()) > 2
+    assert "leave out 'asdfghj' lies in no ring" in told
+    assert f"leave out {near.upper()!r}" not in told

@@ -203,8 +203,27 @@ def test_a_csv_file_is_read_as_concepts_and_words_to_leave_out(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "concept;anchor;leave out\r\nTom Cruise;a person, any;Top|Gun\r\n",
+        "concept\tanchor\tleave out\nTom Cruise\ta person, any\tTop|Gun\n",
+        "\ufeffsep=;\nconcept;anchor;leave out\nTom Cruise;a person, any;Top|Gun\n",
+        'concept,anchor,leave out,\nTom Cruise,"a person, any",Top|Gun,\n',
+        'concept,anchor,leave out,,\nTom Cruise,"a person, any",Top|Gun\n',
+    ],
+)
+def test_what_spreadsheets_write_is_read(tmp_path, text):
+    concepts, left_out = read_concepts(csv_of(tmp_path, text))
+    assert concepts == (Concept("Tom Cruise", "a person, any"),)
+    assert left_out == ("Top", "Gun")
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("sep=;\nconcept;anker\ncat;tree\n", r"line 2: the column 'anker' is unknown"),
+        ("sep=;\nconcept;anchor\ncat\n", "line 3: it has not the 2 columns.*holds ';'"),
+        ("concept,anchor,\ncat,tree,house\n", "line 2: it has not the 2 columns"),
         ("concept,anker\ncat,tree\n", r"line 1: the column 'anker' is unknown.*concept, anchor"),
         ("concept\ncat\n", "line 1: a column is missing"),
         ("concept,anchor\ncat,tree\nCat,house\n", "line 3: 'Cat' stands in line 2 already"),

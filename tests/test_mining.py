@@ -1,6 +1,7 @@
 """Concepts, the ring around them, the bank and the scope report, on a CLIP encoder with random
 weights and the miniature's tokenizer."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, outreach
 from realera.bank import bank_prompts, encode_bank, spare_concepts
 from realera.closed_form import Edit, Sums, solve
-from realera.concepts import Concept, holds_name, listed, parse_concepts
+from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.diffusers_model import DiffusersText
 from realera.erasure import Erasure
 from realera.models import CONTEXT
@@ -80,6 +81,37 @@ def test_lines_are_read_as_concepts_and_a_wrong_line_is_named():
         parse_concepts("cat -> Dog\ndog -> tree")
     with pytest.raises(ValueError, match="no concept"):
         parse_concepts("\n")
+
+
+def test_a_sign_that_begins_a_comment_in_a_text_begins_a_name_in_a_list_of_lines():
+    assert [c.name for c in concepts_in(["#metoo -> tree"])] == ["#metoo"]
+    with pytest.raises(ValueError, match=r"no concept.*starts with # is a comment"):
+        parse_concepts("#metoo -> tree")
+
+
+@pytest.mark.parametrize("line", ["cat -> tree, dog -> flower", "cat -> dog => tree", "a→b→c"])
+def test_a_second_arrow_is_refused_with_the_way_to_write_two(line):
+    with pytest.raises(
+        ValueError, match=rf"line 2, '{line}': .* holds an arrow: .*'cat -> tree' and"
+    ):
+        parse_concepts(f"\n{line}")
+    with pytest.raises(ValueError, match="holds an arrow"):
+        Concept("cat", line)
+
+
+def test_characters_that_nobody_sees_are_left_out_of_names_with_a_warning():
+    with pytest.warns(UserWarning, match=r"'cat' held characters that nobody sees \(U\+200B\)"):
+        assert Concept("c\u200bat\u200b ", "tree").name == "cat"
+    with pytest.warns(UserWarning, match=r"U\+202C, U\+202E"):
+        assert parse_concepts("cat -> \u202etree\u202c")[0].anchor == "tree"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="a second time"):
+        parse_concepts("cat -> tree\ncat\u200d -> house")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="need a text"):
+        Concept("\ufeff", "tree")
+    seen = ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u2764\ufe0f\u200d\U0001f525")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [Concept(name, "tree").name for name in seen] == [*seen]
 
 
 @pytest.mark.parametrize(
