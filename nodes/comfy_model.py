@@ -19,6 +19,7 @@ from ..realera.models import CONTEXT, POOLED, Encoding, alike, rows_of
 from ..realera.readers import FAMILIES, adapted_readers, family_in, readers
 from .comfy_text import ComfyText
 from .comfy_transformer_text import ComfyTransformerText
+from .comfy_weights import stored_weights
 
 
 class ComfyDiffusion:
@@ -44,8 +45,11 @@ class ComfyDiffusion:
     @property
     def fingerprint(self) -> str:
         """Of the weights with their patches and of the sampling object's noise levels."""
-        patches = self.model.get_key_patches("diffusion_model.")
-        weights = {key: [weight[0], _told(added)] for key, (weight, *added) in patches.items()}
+        added = self.model.patches
+        weights = {
+            key: [weight, _told(added.get(key, []))]
+            for key, weight in stored_weights(self.model, "diffusion_model.").items()
+        }
         kinds = type(self.sampling).__mro__  # what it predicts and by which schedule
         return digest([kind.__name__ for kind in kinds], self.sampling.sigmas, weights)
 
@@ -283,19 +287,31 @@ def training(model: Any) -> Iterator[None]:
     """The MODEL loaded and its U-Net fit for autograd, inside ComfyUI's inference mode.
 
     Weights that were created in inference mode cannot take part in autograd; each is replaced by an
-    equal copy, one at a time, so memory does not grow and no value changes.
+    equal copy, one at a time, so memory does not grow and no value changes. Afterwards they are
+    inference tensors again: in that mode ComfyUI can move its quantised weights only as such.
     """
+    copied = []
     with torch.inference_mode(False), torch.enable_grad(), _told_to_train():
         # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         for module in model.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_inference():
-                    module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    module._buffers[name] = buffer.clone()
-        yield
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        tensors[name] = _copy(tensor)
+                        copied.append((tensors, name))
+        try:
+            yield
+        finally:
+            with torch.inference_mode():
+                for tensors, name in copied:
+                    tensors[name] = _copy(tensors[name])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Of the mode that torch is in: an inference tensor or one for autograd."""
+    copy = tensor.clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..realera.checkpoints import save_lora
 from ..realera.closed_form import Edit
-from ..realera.erasure import Erasure, changed, concepts_of, erased_weight
+from ..realera.erasure import Erasure, changed, concepts_of, erased_weight, refuse_misfit
 from ..realera.readers import family_in, readers
+from .comfy_weights import plain_weight
 
 
 class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
@@ -54,6 +55,7 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
         layer, _, matrix, edit_strength, a, b, lora_strength, gain = self.weights
         edit = None if matrix is None else Edit(matrix)
         lora = None if a is None else (a, b)
+        refuse_misfit(layer, weight.shape, edit, lora)
         full = weight.float()  # half precision would be rounded twice
         erased = erased_weight(layer, full, edit, lora, edit_strength, lora_strength, gain)
         return (full + function(strength * (erased - full))).to(weight.dtype)
@@ -71,13 +73,27 @@ def apply_erasure(
     refuse_partial(model, erasure)
     concepts, patches = sorted(_names(erasure)), {}
     for name, reader in changed(erasure, model.model.diffusion_model).items():
-        edit = erasure.reads(name, reader.layer.weight.shape[1])
+        layer = reader.layer
+        shape, due = tuple(layer.weight.shape), (layer.out_features, layer.in_features)
+        if shape != due:
+            raise ValueError(
+                f"the weight of {reader.path} is {list(shape)} where {list(due)} is due, so its "
+                "loader keeps it packed: load the model in float16, bfloat16 or scaled fp8 with "
+                "Load Checkpoint or Load Diffusion Model"
+            )
+        edit, lora = erasure.edits.get(reader.kind.stream), erasure.lora.get(name)
+        refuse_misfit(name, shape, edit, lora)
         matrix = None if edit is None else edit.matrix
-        a, b = erasure.lora.get(name, (None, None))
+        a, b = lora or (None, None)
         weights = (name, concepts, matrix, edit_strength, a, b, lora_strength, reader.gain)
         patches[f"diffusion_model.{reader.path}.weight"] = ErasurePatch(set(), weights)
     erased = model.clone()
-    erased.add_patches(patches)
+    # ComfyUI leaves out, without a word, what it does not find.
+    if left := patches.keys() - set(erased.add_patches(patches)):
+        raise ValueError(
+            f"ComfyUI finds no weight {min(left)} to erase: load the model with Load Checkpoint or "
+            "Load Diffusion Model"
+        )
     return erased
 
 
@@ -132,12 +148,11 @@ def write_lora(model: Any, erasure: Erasure, path: Path, tolerance: float) -> No
     refuse_partial(model, erasure)
     network, stored = model.model.diffusion_model, model.model.get_dtype()
     dtype = torch.float16 if stored.itemsize == 1 else stored
-    patches = model.get_key_patches("diffusion_model.")
     weights, gain = {}, {}
     for name, reader in changed(erasure, network).items():
         key = f"diffusion_model.{reader.path}.weight"
-        (weight, convert), *added = patches[key]
-        own = convert(weight.detach().to("cpu", torch.float32, copy=True), inplace=True)
+        added = model.patches.get(key, [])
+        own = plain_weight(model, key)
         weights[name] = comfy.lora.calculate_weight(added, own, key).to(dtype)
         if reader.gain is not None:
             gain[name] = reader.gain

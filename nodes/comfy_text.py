@@ -16,6 +16,7 @@ from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, whole_words
 from ..realera.packing import Packed, last_rows
 from ..realera.readers import FAMILIES, SUPPORTED
 from ..realera.spans import summaries
+from .comfy_weights import stored_weights
 
 # The encoders of U-Nets by ComfyUI's names, and their families'.
 ENCODERS = {frozenset("l"): "sd1", frozenset("h"): "sd2", frozenset("lg"): "sdxl"}
@@ -114,12 +115,11 @@ def fingerprint(
     clip: Any, vocabulary: Mapping[str, int], encode: Callable[[Sequence[str]], Encoding]
 ) -> str:
     """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
-    digest, patched = hashlib.blake2b(repr(clip.layer_idx).encode(), digest_size=16), False
-    for key, (weight, *patches) in sorted(clip.get_key_patches().items()):
+    digest = hashlib.blake2b(repr(clip.layer_idx).encode(), digest_size=16)
+    for key, weight in sorted(stored_weights(clip.patcher).items()):
         digest.update(key.encode())
-        digest.update(raw_bytes(weight[0]))
-        patched = patched or bool(patches)
-    if patched:  # a LoRA that is loaded anew is a new object, what it does is the same
+        digest.update(raw_bytes(weight))
+    if clip.patcher.patches:  # a LoRA that is loaded anew is a new object, what it does is the same
         for rows in encode(["a photo of a dog"]).values():
             digest.update(raw_bytes(rows))
     digest.update(repr(sorted(vocabulary.items())).encode())

@@ -43,7 +43,8 @@ def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    paths = {name: reader.path for name, reader in adapted_readers(network).items()}
+    found = adapted_readers(network)
+    paths = {name: reader.path for name, reader in found.items()}
     if tuners(network):
         raise ValueError(
             "the U-Net carries peft adapters already: fuse them into its weights first "
@@ -52,6 +53,9 @@ def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     trained = {name: p.requires_grad for name, p in network.named_parameters()}
     had_config = hasattr(network, "peft_config")
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths.values()))
+    # ComfyUI's quantised layers, which peft does not know.
+    kinds = {type(r.layer) for r in found.values() if not isinstance(r.layer, nn.Linear)}
+    config._register_custom_module(dict.fromkeys(kinds, peft.tuners.lora.Linear))
     try:
         with torch.random.fork_rng(devices=[]):
             peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .erasure import Erasure
+from .erasure import Erasure, refuse_misfit
 from .families import family_like, family_of, gains, locate, network_files, read_json
 from .families.weights import stored, weight_of
 from .files import (
@@ -212,8 +212,10 @@ def lora_tensors(
     tensors: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         weight = weights[name]
-        if erasure.reads(name, weight.shape[1]) is None:
+        edit = erasure.reads(name)
+        if edit is None:
             continue
+        refuse_misfit(name, weight.shape, edit, erasure.lora.get(name))
         down, up, _ = factors[kind.stream]
         dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype
         weight = weight.float().cpu()

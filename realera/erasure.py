@@ -56,19 +56,10 @@ class Erasure:
         provenance = {**self.provenance, "training": dict(training)}
         return replace(self, lora=joined(self.lora, lora), provenance=provenance)
 
-    def reads(self, name: str, columns: int) -> Edit | None:
-        """T of what this layer of so many columns reads, or None where it stays.
-
-        Raises ValueError when it misfits.
-        """
+    def reads(self, name: str) -> Edit | None:
+        """T of what the layer with this canonical name reads, or None where it stays."""
         kind = kind_of(name)
-        edit = None if kind is None else self.edits.get(kind.stream)
-        if kind is not None and edit is not None and not kind.fits(columns, edit.dim):
-            raise ValueError(
-                f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
-                f"{columns}: use a checkpoint of the erasure's own family"
-            )
-        return edit
+        return None if kind is None else self.edits.get(kind.stream)
 
     def erased(
         self,
@@ -82,8 +73,8 @@ class Erasure:
 
         As `erased_weight`; raises ValueError, too, when the erasure does not fit the layer.
         """
-        edit = self.reads(name, weight.shape[1])
-        lora = self.lora.get(name)
+        edit, lora = self.reads(name), self.lora.get(name)
+        refuse_misfit(name, weight.shape, edit, lora)
         return erased_weight(name, weight, edit, lora, edit_strength, lora_strength, gain)
 
     @staticmethod
@@ -136,8 +127,7 @@ def erased_weight(
 
     gain: of the RMS norm in front, [in]: W_org diag(gain) is what reads the rows that T is of.
     Computed in float32 and rounded once to the weight's dtype. Raises ValueError when a strength
-    is not finite, when the LoRA does not fit, when the weight is not finite before, and when it is
-    not after.
+    is not finite, when the weight is not finite before, and when it is not after.
     """
     STRENGTHS.check("edit_strength", edit_strength)
     STRENGTHS.check("lora_strength", lora_strength)
@@ -152,11 +142,6 @@ def erased_weight(
         full = torch.cat([edited, full[:, edit.dim :]], dim=1)
     if lora is not None:
         a, b = (factor.to(full) for factor in lora)
-        if (len(b), a.shape[1]) != tuple(full.shape):
-            raise ValueError(
-                f"the LoRA of {name} is {len(b)} x {a.shape[1]} and the layer {full.shape[0]} x "
-                f"{full.shape[1]}: use a checkpoint of its own family"
-            )
         full = full + lora_strength * (b @ a)
     rounded = full.to(weight.dtype)
     if not rounded.float().isfinite().all():
@@ -167,6 +152,28 @@ def erased_weight(
             )
         raise ValueError(f"{name} would not be finite in {weight.dtype}: the erasure is broken")
     return rounded
+
+
+def refuse_misfit(
+    name: str, shape: Sequence[int], edit: Edit | None, lora: tuple[Tensor, Tensor] | None
+) -> None:
+    """Raises ValueError when T or the LoRA does not fit the layer whose weight has this shape."""
+    kind = kind_of(name)
+    if len(shape) != 2:
+        raise ValueError(
+            f"the weight of {name} is {list(shape)} and no matrix: load the model in float16, "
+            "bfloat16 or float32"
+        )
+    if kind is not None and edit is not None and not kind.fits(shape[1], edit.dim):
+        raise ValueError(
+            f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
+            f"{shape[1]}: use a checkpoint of the erasure's own family"
+        )
+    if lora is not None and (len(lora[1]), lora[0].shape[1]) != tuple(shape):
+        raise ValueError(
+            f"the LoRA of {name} is {len(lora[1])} x {lora[0].shape[1]} and the layer {shape[0]} x "
+            f"{shape[1]}: use a checkpoint of its own family"
+        )
 
 
 def joined(lora: Lora, other: Lora) -> Lora:

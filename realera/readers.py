@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def readers(network: nn.Module) -> dict[str, Reader]:
     """Every layer that reads the text, canonical name -> layer, in the network's order.
 
     Looks through peft's wrappers to the layer that holds the weight. Raises ValueError when no
-    layer reads a context.
+    layer reads a context, or one that reads the text is no linear layer.
     """
     layers = {
         path.removeprefix("base_model.model."): getattr(layer, "base_layer", layer)
@@ -119,18 +119,31 @@ def readers(network: nn.Module) -> dict[str, Reader]:
     }
     names = canonical([*layers, *(name for name, _ in network.named_parameters(recurse=False))])
     paths = {name: path for path, name in names.items()}
-    found = {}
+    found, other = {}, []
     for path, layer in layers.items():
         kind = kind_of(names[path])
-        if kind is not None and isinstance(layer, nn.Linear):
+        if kind is not None and _is_linear(layer):
             norm = layers[paths[kind.norm]] if kind.norm in paths else None
             found[names[path]] = Reader(names[path], path, layer, kind, norm)
+        elif kind is not None:
+            other.append(path)
     if not any(reader.kind.stream == CONTEXT for reader in found.values()):
         raise ValueError(
             f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
             f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
         )
+    if other:
+        raise ValueError(
+            f"{other[0]}, which reads the text, is a {type(layers[other[0]]).__name__} and no "
+            "linear layer with a weight: it would stay unerased. Load the model in float16, "
+            "bfloat16 or float32"
+        )
     return found
+
+
+def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """ComfyUI's quantised layers have the attributes of an nn.Linear and are none."""
+    return all(hasattr(layer, name) for name in ("in_features", "out_features", "weight"))
 
 
 def adapted_readers(network: nn.Module) -> dict[str, Reader]:

@@ -56,6 +56,7 @@ import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
 import RealEra.realera.models
 import torch
+from comfyui_transformers import loaded_by_comfyui, quantised_flux_text
 from conformance import check_diffusion, check_text_encoder, check_transformer_text
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
@@ -64,6 +65,7 @@ from RealEra.nodes.comfy_model import ComfyDiffusion
 from RealEra.nodes.comfy_patch import ErasurePatch, write_lora
 from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
+from RealEra.nodes.comfy_weights import plain_weight
 from RealEra.realera import algorithm
 from RealEra.realera.checkpoints import write_checkpoint
 from RealEra.realera.closed_form import Edit
@@ -785,6 +787,109 @@ def claim_a_second_way_for_the_text_that_is_left_as_it_was_shows():
             for e in (erasure, left)
         )
         assert (both - one).abs().max() > 1e-3 * both.abs().max(), family
+
+
+def quantised_flux():
+    """FLUX as ComfyUI quantises it, and the same numbers in float32; by the kind of file."""
+    if not hasattr(comfy.ops, "mixed_precision_ops"):
+        raise Skipped("this ComfyUI has no layers of that kind")
+    for kind in ("float8_e4m3fn", "scaled_fp8", "int8_tensorwise", "mxfp8", "nvfp4"):
+        torch.manual_seed(0)
+        whole = random_model(*NETWORKS["flux1"], torch.float32)
+        network = whole.model.diffusion_model
+        small = loaded_by_comfyui("flux1", network, kind, HOME / f"flux {kind}.safetensors")
+        for name, layer in small.model.diffusion_model.named_modules():
+            if isinstance(getattr(layer, "weight", None), comfy.quant_ops.QuantizedTensor):
+                network.get_submodule(name).weight.data = layer.weight.dequantize()
+        yield kind, small, whole
+
+
+def claim_a_quantised_transformer_is_erased_as_the_one_that_it_stands_for():
+    for kind, small, whole in quantised_flux():
+        with naming(kind):
+            erasure, encoding = random_erasure(whole.model), random_encoding(whole.model)
+            weights = {n: r.layer.weight for n, r in readers(whole.model.diffusion_model).items()}
+            due = {name: erasure.erased(name, weight) for name, weight in weights.items()}
+            z, sigma = torch.randn(2, 16, 16, 16), whole.model.model_sampling.sigmas[[100, 800]]
+
+            def drawn(patcher, z=z, sigma=sigma, rows=encoding):
+                return ComfyDiffusion(patcher, None).predict(z, sigma, rows)
+
+            before, exact = drawn(loaded(small)), drawn(loaded(whole))
+            own = float((before - exact).norm())  # of inputs that are quantised, too
+            fingerprint = ComfyDiffusion(small, None).fingerprint
+            exact_erased = drawn(loaded(apply_erasure(whole, erasure)))
+            changed = float((exact_erased - exact).norm())
+
+            erased_small = loaded(apply_erasure(small, erasure))
+            assert ComfyDiffusion(small, None).fingerprint == fingerprint
+            assert ComfyDiffusion(erased_small, None).fingerprint != fingerprint
+            for name, reader in readers(erased_small.model.diffusion_model).items():
+                key = f"diffusion_model.{reader.path}.weight"
+                # ComfyUI rounds at random, by a seed of the key.
+                rounded = reader.layer.weight.requantize_from_float(
+                    due[name].clone(),
+                    scale="recalculate",
+                    stochastic_rounding=comfy.utils.string_to_seed(key),
+                )
+                made = reader.layer.weight.dequantize()
+                assert (made - rounded.dequantize()).norm() < 1e-3 * due[name].norm(), name
+                assert (made - weights[name]).norm() > 0.03 * due[name].norm(), name
+                assert torch.equal(plain_weight(small, key), weights[name]), name
+            erased_small.unpatch_model(CPU)
+            comfy.model_management.unload_all_models()
+            erased_small.patch_model(CPU, lowvram_model_memory=1)
+            assert (drawn(erased_small) - exact_erased).norm() < 1e-3 * changed + 2 * own
+            erased_small.unpatch_model(CPU)
+
+
+def claim_every_node_works_on_a_quantised_model_and_clip():
+    for kind, small, whole in quantised_flux():
+        with naming(kind):
+            clip = quantised_flux_text(fill, kind)
+            asked = {"concepts": NAMED, "source": "isotropic", "count": 2}
+            (found, *_) = run(mining.NeighborSampler, clip=clip, **asked)
+            (found, _) = run(mining.BeyondSampler, mining=found, count=1)
+            asked = {"mining": found, "bank": False, "check": 1}
+            edited, erasure, *_ = run(edit.ClosedFormEdit, model=small, **asked)
+            assert patches_of(edited)
+            aligned = short(model=small, erasure=erasure, mining=found)
+            assert all(b.any() for _, b in aligned.lora.values())
+            (applied,) = run(edit.ApplyErasure, model=small, erasure=aligned)
+            assert patches_of(applied).keys() == patches_of(edited).keys()
+            rows, sigma = found.text.encode(["a dog"]), small.model.model_sampling.sigmas[[500]]
+            z = torch.randn(1, 16, 16, 16)
+            before, after = (
+                ComfyDiffusion(loaded(patcher), None).predict(z, sigma, rows)
+                for patcher in (small, applied)
+            )
+            assert after.isfinite().all() and not torch.equal(before, after)
+            given = {"erasure": aligned, "filename": kind, "tolerance": 1e-6}
+            name, _ = run(files.SaveErasure, model=small, **given)
+            other, _ = run(files.SaveErasure, model=whole, **given)
+            made, due = (load_file(HOME / "output/loras" / n) for n in (name, other))
+            assert made.keys() == due.keys()
+            for key, tensor in due.items():
+                assert torch.allclose(made[key].float(), tensor, atol=1e-2), key
+
+
+def claim_an_erasure_that_comfyui_would_leave_out_is_refused():
+    patcher, erasure = random_sd1()
+    reader = next(iter(readers(patcher.model.diffusion_model).values()))
+    layer, weight = reader.layer, reader.layer.weight
+    packed = torch.nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), False)
+    with replaced(layer, "weight", packed), refused("its loader keeps it packed"):
+        apply_erasure(patcher, erasure)
+    with (
+        replaced(patcher.model, "state_dict", lambda *_, **__: {}),
+        refused("ComfyUI finds no weight diffusion_model."),
+    ):
+        apply_erasure(patcher, erasure)
+    key, patch = next(iter(patches_of(apply_erasure(patcher, erasure)).items()))
+    for wrong in (weight.detach()[:, :-1], weight.detach()[..., None, None]):
+        for given in (patch, ErasurePatch(set(), (*patch.weights[:4], None, None, 1.0, None))):
+            with refused("attn2.to_"):
+                given.calculate_weight(wrong, key, 1.0, 1.0, None, lambda x: x)
 
 
 def loaded(patcher):

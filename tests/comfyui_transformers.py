@@ -5,12 +5,19 @@ ComfyUI lets them be: it pads SD 3's rows to 4096 whatever the encoders are.
 """
 
 import io
+import json
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
+import comfy.model_detection
+import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.text_encoders.qwen_vl
+import comfy.text_encoders.t5
+import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.text_encoders import flux, lumina2, pixart_t5, qwen_image, sd3_clip
@@ -131,6 +138,7 @@ if z_image is not None:
 CLIP = {"num_attention_heads": 4, "num_hidden_layers": 3}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
 CLIP_G = CLIP | {"hidden_size": 48, "intermediate_size": 64, "projection_dim": 48}
+WORDS = 4000  # a table of all, 4096 wide, would fill half a gigabyte
 T5 = {"d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2}
 LLM = {
     "hidden_size": WIDTH,
@@ -173,10 +181,8 @@ def tiny_text(family, fill, **encoders):
     torch.manual_seed(0)
     options = {"clip_l_model_config": CLIP_L, "clip_g_model_config": CLIP_G}
     width = 4096 if family == "sd3" else WIDTH
-    # Ids are taken modulo this many words: a table of all, 4096 wide, would fill half a gigabyte.
-    words = 4000
-    options["t5xxl_model_config"] = T5 | {"d_model": width, "vocab_size": words}
-    llm = LLM | {"vocab_size": words}
+    options["t5xxl_model_config"] = T5 | {"d_model": width, "vocab_size": WORDS}
+    llm = LLM | {"vocab_size": WORDS}
     options |= {f"{name}_model_config": llm for name in ("qwen25_7b", "qwen3_4b", "gemma2_2b")}
     kinds = {
         "sd3": (sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(**encoders)),
@@ -201,14 +207,19 @@ def tiny_text(family, fill, **encoders):
     finally:
         comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer = eyes
     fill(clip.cond_stage_model, torch.float32)
-    for module in clip.cond_stage_model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == words:
-            module.forward = partial(_wrapped, module.forward, words)
+    wrap(clip.cond_stage_model)
     return clip
 
 
-def _wrapped(forward, words, ids, **how):
-    return forward(ids % words, **how)
+def wrap(encoders):
+    """Takes ids modulo the words that there are."""
+    for module in encoders.modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == WORDS:
+            module.forward = partial(_wrapped, module.forward)
+
+
+def _wrapped(forward, ids, **how):
+    return forward(ids % WORDS, **how)
 
 
 def liven(network):
@@ -228,3 +239,55 @@ SD3_ENCODERS = {
     "sd3 with T5 alone": {"clip_l": False, "clip_g": False},
     "sd3 with CLIP-G alone": {"clip_l": False, "t5": False},
 }
+
+
+def quantised(network, kind):
+    """Tensors and metadata of a network whose linear layers are as ComfyUI quantises them.
+
+    kind: of ComfyUI's QUANT_ALGOS; or "scaled_fp8", as its files had them until 2025
+    """
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    algorithm = "float8_e4m3fn" if kind == "scaled_fp8" else kind
+    layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+    tensors, layers = dict(network.state_dict()), {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            scale = {} if algorithm == "mxfp8" else {"scale": "recalculate"}
+            weight = QuantizedTensor.from_float(layer.weight.detach().float(), layout, **scale)
+            tensors |= weight.state_dict(f"{name}.weight")
+            layers[name] = {"format": algorithm}
+            if kind == "scaled_fp8":
+                tensors[f"{name}.scale_weight"] = tensors.pop(f"{name}.weight_scale")
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    if kind == "scaled_fp8":
+        return tensors | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    return tensors, {"_quantization_metadata": json.dumps({"layers": layers})}
+
+
+def loaded_by_comfyui(family, network, kind, path):
+    """A MODEL of the network quantised, by ComfyUI's own loader, which is told a tiny layout."""
+    tensors, metadata = quantised(network, kind)
+    comfy.utils.save_torch_file(tensors, str(path), metadata=metadata)
+    layout = dict(NETWORKS[family][1])
+    with mock.patch.object(comfy.model_detection, "detect_unet_config", lambda *_, **__: layout):
+        patcher = comfy.sd.load_diffusion_model(str(path))
+    patcher.model.model_config.latent_size = 16
+    return patcher
+
+
+def quantised_flux_text(fill, kind):
+    """FLUX's CLIP with its T5 quantised as ComfyUI loads it."""
+    clip = tiny_text("flux1", fill)
+    encoder = clip.cond_stage_model.t5xxl
+    tensors, metadata = quantised(encoder.transformer, kind)
+    tensors, _ = comfy.utils.convert_old_quants(tensors, metadata=metadata)
+    config = json.loads(
+        Path(comfy.text_encoders.t5.__file__).with_name("t5_config_xxl.json").read_text()
+    )
+    config |= T5 | {"d_model": WIDTH, "vocab_size": WORDS}
+    operations = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True)
+    encoder.transformer = comfy.text_encoders.t5.T5(config, torch.float32, CPU, operations)
+    encoder.transformer.load_state_dict(tensors)
+    wrap(encoder)
+    return clip
