@@ -5,6 +5,7 @@ W_org T e is W_org applied to T e, and its LoRA through peft.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,8 @@ def adapted(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     kinds = {type(r.layer) for r in found.values() if not isinstance(r.layer, nn.Linear)}
     config._register_custom_module(dict.fromkeys(kinds, peft.tuners.lora.Linear))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")
             peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)
         generator = torch.Generator().manual_seed(seed)
         layers: Lora = {}

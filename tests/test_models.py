@@ -10,6 +10,7 @@ from torch import nn
 import realera
 import realera.adapters
 import realera.spans
+from realera.adapters import adapted
 from realera.diffusers_model import DiffusersModel, DiffusersText
 from realera.models import CONTEXT, POOLED, Encoding
 from realera.packing import last_rows
@@ -236,6 +237,34 @@ def test_readers_look_through_peft(models):
     finally:
         wrapped.unload()
     assert readers(network) == before
+
+
+class Quantised(nn.Module):
+    """As ComfyUI and others build theirs: with a linear layer's attributes, and no nn.Linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.forward = linear.forward
+
+
+def test_a_linear_layer_of_another_class_is_a_reader_and_is_adapted(models):
+    network = models["sd1 one layer"].network
+    before = readers(network)
+    path = next(iter(before.values())).path
+    parent, _, child = path.rpartition(".")
+    holder, layer = network.get_submodule(parent), network.get_submodule(path)
+    try:
+        setattr(holder, child, Quantised(layer))
+        assert readers(network).keys() == before.keys()
+        with adapted(network, 2, 0) as lora:
+            assert lora.keys() == adapted_readers(network).keys()
+        setattr(holder, child, nn.Sequential(layer))
+        with pytest.raises(ValueError, match=rf"{path}, which reads the text, is a Sequential"):
+            readers(network)
+    finally:
+        setattr(holder, child, layer)
 
 
 def test_a_model_without_cross_attention_is_refused_by_name():
