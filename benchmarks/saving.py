@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,20 +104,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     options.folder.mkdir(parents=True, exist_ok=True)
-    source, target = options.folder / "sdxl.safetensors", options.folder / "written.safetensors"
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    source, target = folder / "sdxl.safetensors", folder / "written.safetensors"
     operations = write_random("sdxl", source)
     size, rate = source.stat().st_size, rates_here()["float32"]
     found: dict[str, dict[str, float]] = {}
     for _ in range(options.repeats):
         for way in ("copy", "copy, hashed", "erased"):
-            command = [sys.executable, "-m", "benchmarks.saving", "--folder", str(options.folder)]
+            command = [sys.executable, "-m", "benchmarks.saving", "--folder", str(folder)]
             command += ["--one", way, str(source), str(target)]
             said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             row = found.setdefault(way, {})
             for unit, value in json.loads(said.splitlines()[-1]).items():
                 row[unit] = min(value, row.get(unit, value))
             print(way, row, flush=True)
-    source.unlink()
     for row in found.values():
         row |= {"GB/s": size / 1e9 / row["s"], "share of a copy": found["copy"]["s"] / row["s"]}
     found["erased"]["least core s of W T"] = operations / rate

@@ -11,13 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .adapters import adapted, checkpointed, edited, original, tuners
 from .adversary import Contexts, draw_contexts, draw_kept, seek, sifted
 from .erasure import Lora, changed
-from .files import digest, open_tensors, writing
+from .files import digest, keep_tensors, open_tensors
 from .lessons import Lesson, Student, draw_step
 from .models import Diffusion
 from .settings import Training
@@ -137,8 +135,8 @@ def _save(
             tensors[f"{name}.{letter}"] = weight.detach().cpu().contiguous()
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{letter}.{moment}"] = optimizer.state[weight][moment].cpu()
-    with writing(path, overwrite=True) as part:
-        save_file(tensors, part, metadata={"run": run, "step": str(step)})
+    without = "if this run is interrupted, it starts afresh"
+    keep_tensors(path, tensors, {"run": run, "step": str(step)}, without)
 
 
 def _resume(
@@ -150,25 +148,23 @@ def _resume(
     """
     if path is None or not path.exists():
         return 0, None
-    open_tensors(path)  # raises, and names the file, when it is damaged
-    with safe_open(path, "pt") as stored:
-        metadata = stored.metadata() or {}
-        if metadata.get("run") != run:
-            raise ValueError(
-                f"{path} is the state of another run (other concepts, ranges, model or training "
-                "settings): remove it or name another file to start afresh"
-            )
-        step = int(metadata["step"])
-        for name, pair in layers.items():
-            for letter, weight in zip("AB", pair, strict=True):
-                key = f"{name}.{letter}"
-                weight.data = stored.get_tensor(key).to(weight, copy=True)
-                optimizer.state[weight] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": stored.get_tensor(f"{key}.exp_avg").to(weight, copy=True),
-                    "exp_avg_sq": stored.get_tensor(f"{key}.exp_avg_sq").to(weight, copy=True),
-                }
-        parts = [field.name for field in fields(Contexts)]
-        if f"contexts.{parts[0]}" not in stored.keys():  # noqa: SIM118 - no mapping
-            return step, None
-        return step, Contexts(**{part: stored.get_tensor(f"contexts.{part}") for part in parts})
+    stored = open_tensors(path)  # raises, and names the file, when it is damaged
+    if stored.metadata.get("run") != run:
+        raise ValueError(
+            f"{path} is the state of another run (other concepts, ranges, model or training "
+            "settings): remove it or name another file to start afresh"
+        )
+    step = int(stored.metadata["step"])
+    for name, pair in layers.items():
+        for letter, weight in zip("AB", pair, strict=True):
+            key = f"{name}.{letter}"
+            weight.data = stored.read(key).to(weight)
+            optimizer.state[weight] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": stored.read(f"{key}.exp_avg").to(weight),
+                "exp_avg_sq": stored.read(f"{key}.exp_avg_sq").to(weight),
+            }
+    parts = [field.name for field in fields(Contexts)]
+    if f"contexts.{parts[0]}" not in stored.entries:
+        return step, None
+    return step, Contexts(**{part: stored.read(f"contexts.{part}") for part in parts})

@@ -4,8 +4,10 @@ Torch is imported where a tensor is read or written: to list the files takes non
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LIMIT = 8 << 30  # bytes; what was used longest ago goes first
+KINDS = ("anchors", "bank", "drawn", "tails", "vocabulary")
 
 
 def cache_folder() -> Path:
     """$REALERA_CACHE, else ~/.cache/realera."""
-    return Path(os.environ.get("REALERA_CACHE") or Path.home() / ".cache" / "realera")
+    return Path(os.environ.get("REALERA_CACHE") or "~/.cache/realera").expanduser()
 
 
 def cached(
@@ -25,41 +28,46 @@ def cached(
 ) -> "dict[str, Tensor]":
     """What `make` gives, read back where it was made before from the same.
 
-    kind: how the file's name begins; decided_by: everything that decides the tensors, as
-    `files.digest` takes it. A damaged file is made anew; a folder that cannot be written to is a
-    warning, and the work goes on.
+    kind: one of KINDS, with which the file's name begins; decided_by: everything that decides the
+    tensors, as `files.digest` takes it. A damaged file is made anew; where no file can be written
+    there is a warning, and the work goes on.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from .files import digest, keep_tensors, open_tensors
 
-    from .files import digest, writing
-
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of cached file; they are {', '.join(KINDS)}")
     path = cache_folder() / f"{kind}-{digest(*decided_by)[:24]}.safetensors"
-    try:
-        if path.exists():
-            with safe_open(path, "pt") as stored:
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            os.utime(path)
+    if path.exists():
+        try:
+            file = open_tensors(path)
+            tensors = {key: file.read(key) for key in file.entries}
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} cannot be used and is made anew: {error}", stacklevel=2)
+        else:
+            with suppress(OSError):  # another user's, or on a disk that is only read
+                os.utime(path)
             return tensors
-    except (OSError, SafetensorError) as error:
-        warnings.warn(f"{path} cannot be used and is made anew: {error}", stacklevel=2)
     tensors = {key: tensor.cpu().contiguous() for key, tensor in make().items()}
-    try:
-        with writing(path, overwrite=True) as part:
-            save_file(tensors, part)
-        _make_room(path)
-    except OSError as error:
-        warnings.warn(
-            f"{path.parent} cannot be written to ({error}): this is worked out anew each time. "
-            "REALERA_CACHE names another folder",
-            stacklevel=2,
+    if not path.is_symlink():  # whose target is not the cache's to replace
+        keep_tensors(
+            path,
+            tensors,
+            {},
+            "this is computed anew each time. REALERA_CACHE names another folder",
         )
+        _make_room(path)
     return tensors
 
 
 def cached_files() -> list[Path]:
-    """The files of the cache, the one used longest ago first."""
-    return sorted(cache_folder().glob("*-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    """The files that `cached` wrote, the one used longest ago first; no links, no other files."""
+    name = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{24}}\.safetensors")
+    found = [
+        path
+        for path in cache_folder().glob("*-*.safetensors")
+        if name.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def _make_room(newest: Path) -> None:
@@ -69,4 +77,7 @@ def _make_room(newest: Path) -> None:
         if size <= LIMIT or path == newest:
             return
         size -= path.stat().st_size
-        path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"{path} cannot be removed to make room: {error}", stacklevel=3)

@@ -21,9 +21,14 @@ from .families.weights import stored, weight_of
 from .files import (
     DTYPES,
     TensorFile,
+    abandoned,
+    beside,
     header_bytes,
     raw_bytes,
+    readable,
     refuse_pickle_name,
+    refuse_source,
+    replaced_file,
     write_tensors,
     writing,
 )
@@ -73,8 +78,7 @@ def write_checkpoint(
     is full. Nothing is left behind.
     """
     path, target = locate(source), Path(destination)
-    if target.resolve() == path.resolve() or path.resolve() in target.resolve().parents:
-        raise ValueError(f"{target} is the source or lies in it: choose another destination")
+    refuse_source(target, path)
     files = network_files(path)
     _check_fit(erasure, {name for _, keys in files for name in keys.values()}, path)
     gain = gains(file for file, _ in files)
@@ -141,8 +145,8 @@ def write_lora(
 ) -> dict[str, Cut]:
     """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
     path = locate(source)
-    if Path(destination).resolve() == path.resolve():
-        raise ValueError(f"{destination} is the source: choose another destination")
+    refuse_source(destination, path)
+    replaced_file(destination, overwrite)  # raises before the work
     files, weights = network_files(path), {}
     for file, keys in files:
         for key, name in keys.items():
@@ -344,30 +348,52 @@ def _check_space(destination: Path, size: int) -> None:
     if free < size:
         raise OSError(
             errno.ENOSPC,
-            f"the disk has {free / 1e9:.1f} GB left and {size / 1e9:.1f} GB are to be written",
+            f"the disk has {readable(free)} left and {readable(size)} are to be written: free at "
+            f"least {readable(size - free)}",
             str(destination.parent),
         )
+
+
+def replaced_folder(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The path that a diffusers folder for `destination` is written to: its links followed.
+
+    A folder that a killed process had moved away gets its name back. Raises FileExistsError when
+    there is one and `overwrite` is false, and always for what is no diffusers folder.
+    """
+    path = Path(os.path.realpath(destination))
+    for old in abandoned(path, "old"):
+        if os.path.lexists(path):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+    if os.path.lexists(path) and not (overwrite and (path / "model_index.json").is_file()):
+        raise FileExistsError(
+            f"{destination} exists: choose another name"
+            + (
+                ", it is no diffusers folder"
+                if overwrite
+                else ", or ask to overwrite it (--overwrite)"
+            )
+        )
+    return path
 
 
 @contextmanager
 def _writing_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
     """As `files.writing`, for a diffusers folder; only such a folder is ever overwritten."""
-    if destination.exists() and not (overwrite and (destination / "model_index.json").is_file()):
-        raise FileExistsError(
-            f"{destination} exists: choose another name"
-            + (", it is no diffusers folder" if overwrite else ", or ask to overwrite it")
-        )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    replaced = destination.with_name(f".{destination.name}.{os.getpid()}.old")
+    path = replaced_folder(destination, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(path, "tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary, replaced = beside(path, "tmp"), beside(path, "old")
     try:
         yield temporary
-        if destination.exists():
-            os.replace(destination, replaced)
-        os.replace(temporary, destination)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not destination.exists():
-            os.replace(replaced, destination)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)

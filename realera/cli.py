@@ -130,7 +130,9 @@ def run_erase(options: argparse.Namespace) -> None:
 def run_apply(options: argparse.Namespace) -> None:
     from .checkpoints import write_checkpoint, write_lora
     from .erasure_file import load_erasure
+    from .files import refuse_source
 
+    refuse_source(options.out, options.erasure)
     erasure = load_erasure(options.erasure)
     strengths = options.edit_strength, options.lora_strength
     if options.lora:
@@ -147,7 +149,9 @@ def run_apply(options: argparse.Namespace) -> None:
 def run_merge(options: argparse.Namespace) -> None:
     from .erasure import Erasure
     from .erasure_file import load_erasure, save_erasure
+    from .files import refuse_source
 
+    refuse_source(options.out, *options.erasures)
     merged = Erasure.merge([load_erasure(path) for path in options.erasures])
     save_erasure(merged, options.out, options.overwrite)
     print(options.out)
@@ -157,8 +161,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from .erasure_file import load_erasure
     from .evaluation.choices import asked_by, judge_of
     from .evaluation.tasks import Task
-    from .outputs import leave_evaluation
+    from .files import refuse_source
+    from .outputs import EVALUATION, leave_evaluation
 
+    if Path(options.asked).is_file():
+        for name in EVALUATION:
+            refuse_source(Path(options.out, name), options.asked)
     bundled = options.model in BUNDLED
     asked = asked_by(options.asked, bundled)
     judge = judge_of(asked, options.judge, options.clip, bundled, _device(options))
@@ -284,19 +292,17 @@ def _erase(
     """Algorithm 1, and everything it leaves on disk."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts = concepts_in("\n".join(options.concept).splitlines(), templates)
+    read = [options.words] if options.words else []
     options.words = read_lines(options.words) if options.words else None
     settings = _from(Settings, options)
     training = _from(Training, options) if options.steps else None
 
     from .algorithm import align_erasure, erase, mine
     from .doubts import doubts
-    from .families import locate
     from .outputs import Folder, make_writable
 
     folder = Folder(Path(options.out), str(options.model), options.overwrite)
-    folder.refuse_existing(more_outputs)
-    if locate(options.model).resolve() in (folder.path / folder.checkpoint).resolve().parents:
-        raise ValueError(f"{options.out} lies in the model's own folder: choose another --out")
+    folder.refuse_existing(more_outputs, read)
     model = _model(options)
     with _bar("text") as progress:
         mining = mine(model.text, concepts, settings, progress)
@@ -342,26 +348,25 @@ def _erase_many(options: argparse.Namespace) -> None:
         )
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     concepts, left_out = read_concepts(options.concepts, templates)
+    read = [path for path in (options.concepts, options.words) if path]
     options.words = read_lines(options.words) if options.words else None
     options.exclude = [*(options.exclude or ()), *left_out]
     settings = _from(Settings, options)
     training = _from(Training, options) if options.steps else None
-
-    import shutil
 
     from .cluster import aligned, import_ray, summed, text_of
     from .doubts import doubted_names
     from .erasure_file import save_erasure
     from .families import locate
     from .files import writing
-    from .groups import Job, erase_groups, run_of, whole
+    from .groups import FOLDER, Job, clear, erase_groups, run_of, whole
     from .outputs import Folder
 
     folder = Folder(Path(options.out), str(options.model), options.overwrite)
-    folder.refuse_existing()
+    folder.refuse_existing(read=read)
     if options.engine == "ray":
         import_ray()
-    state = folder.path.resolve() / "groups"
+    state = folder.path.resolve() / FOLDER
     # Workers run in folders of their own.
     model = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
     job = Job(model, options.dtype, _device(options), settings, "", state)
@@ -395,7 +400,7 @@ def _erase_many(options: argparse.Namespace) -> None:
             f"left out of every ring and preserved: {', '.join(settings.exclude)}",
         ]
         unfinished.write_text("\n".join(rows) + "\n", "utf-8")
-    shutil.rmtree(state)
+    clear(state)
     print(f"{len(concepts)} concepts in {len(groups)} groups; {told}")
     print(f"in {folder.path}: {', '.join(folder.files)}, the last with the words of every concept")
 

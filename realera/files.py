@@ -4,12 +4,16 @@ A file's header is checked whole against the file before a byte of a tensor is u
 written appears under its name only when it is complete.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import platform
+import re
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +64,9 @@ DTYPES: dict[str, torch.dtype] = {  # those whose numbers we read; the others ar
 }
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Tells machines that share a folder apart, where one process number means different processes.
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -104,14 +111,15 @@ class TensorFile:
                 f"{self.path}: tensor {key!r} is {entry.dtype}, which can only be copied; read are "
                 f"{', '.join(DTYPES)}"
             )
+        data = bytearray(entry.end - entry.begin)
         with self.path.open("rb") as file:
             file.seek(self.start + entry.begin)
-            data = file.read(entry.end - entry.begin)
-        if len(data) != entry.end - entry.begin:
+            found = file.readinto(data)
+        if found != len(data):
             raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
         if not data:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype]).view(entry.shape)
+        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> TensorFile:
@@ -253,25 +261,116 @@ def refuse_pickle_name(destination: str | os.PathLike[str]) -> None:
         )
 
 
+def keep_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], without: str
+) -> None:
+    """`write_tensors` of what can be computed again, over a file that may be there.
+
+    Where it cannot be written, as on a full disk, there is a warning and the work goes on.
+    without: what is to be expected then, as a sentence of the warning
+    """
+    try:
+        with writing(path, overwrite=True) as part:
+            write_tensors(part, tensors, metadata)
+    except OSError as error:
+        reason = error.strerror or error
+        warnings.warn(f"{path} cannot be written to ({reason}): {without}", stacklevel=2)
+
+
+def readable(size: float) -> str:
+    """A number of bytes, in the largest unit that is not more than it."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.2f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def refuse_source(destination: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raises ValueError when `destination` is a source, lies in one or contains one."""
+    target = Path(os.path.realpath(destination))
+    for source in sources:
+        path = Path(os.path.realpath(source))
+        same = target.exists() and path.exists() and target.samefile(path)
+        if same or path in target.parents or target in path.parents:
+            raise ValueError(
+                f"{destination} is the source {source}, or one lies in the other: choose another "
+                "destination"
+            )
+
+
+def replaced_file(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The path that a file for `destination` is written to: its links followed.
+
+    Raises FileExistsError when a file is there and `overwrite` is false, and always for a folder
+    and for what is no regular file: a device, a pipe, a socket.
+    """
+    path = Path(os.path.realpath(destination))
+    if path.is_dir():
+        raise FileExistsError(f"{destination} is a folder: name a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise FileExistsError(
+            f"{destination} is no regular file but a device, pipe, socket or circular link, which "
+            "is never replaced: name a file"
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{destination} exists: choose another name, or ask to overwrite it (--overwrite)"
+        )
+    return path
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The hidden name beside `path` that this process alone gives."""
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.realera-{ending}")
+
+
+def abandoned(path: Path, ending: str) -> list[Path]:
+    """What `beside` named for processes of this machine that were killed. No links."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{HOST}-([1-9]\d{{0,8}})\.realera-{ending}")
+    return [
+        left
+        for left in path.parent.glob(f".*.realera-{ending}")
+        if (match := name.fullmatch(left.name))
+        and not left.is_symlink()
+        and not _running(int(match[1]))
+    ]
+
+
+def _running(process: int) -> bool:
+    if process == os.getpid():  # whose number an earlier process had
+        return False
+    if os.name == "nt":  # where os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 @contextmanager
 def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yields a path beside `destination` to write a file to, which takes its name when complete.
 
-    Whatever interrupts the block, nothing is left behind and a file that was there stays.
-    Raises FileExistsError when there is one and `overwrite` is false.
+    Whatever interrupts the block, nothing is left behind and a file that was there stays; what a
+    killed process left, the next one that writes to `destination` removes. A link stays a link, and
+    the file that it leads to is replaced. Raises FileExistsError as `replaced_file`.
     """
-    destination = Path(destination)
-    if destination.is_dir():
-        raise FileExistsError(f"{destination} is a folder: name a file")
-    if destination.exists() and not overwrite:
-        raise FileExistsError(f"{destination} exists: choose another name, or ask to overwrite it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    path = replaced_file(destination, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(path, "tmp"):
+        with suppress(OSError):
+            left.unlink()
+    temporary = beside(path, "tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, destination)
-    except BaseException:
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            error.filename = str(destination)
         raise

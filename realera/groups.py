@@ -6,8 +6,10 @@ which word is nearest to which concept, and which words are drawn. So the sums, 
 a joint fit but for rounding.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .algorithm import Mining, collect, fit, lesson_of, preserved_prompts, quiet, version_of
@@ -24,7 +25,7 @@ from .bank import bank_prompts
 from .closed_form import Sums
 from .concepts import Concept
 from .erasure import Erasure, Lora
-from .files import digest, open_tensors, writing
+from .files import digest, keep_tensors, open_tensors
 from .models import BATCH, Diffusion, TextEncoder
 from .pairs import encode_pairs
 from .settings import Settings, Training
@@ -33,6 +34,11 @@ from .words import Choice, choose_words, drawn, ring_of
 
 AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
 PARTS = ("erase", "moved", "preserve", "concepts")
+FOLDER = ".realera-groups"  # in the output folder, for what a run that was stopped goes on from
+FILE = re.compile(  # whole, or hidden and unfinished as `files.beside` names it
+    r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
+    r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
+)
 
 Progress = Callable[[int, int], None]
 Words = tuple[tuple[int, str], ...]
@@ -182,9 +188,17 @@ def part_of(text: TextEncoder, job: Job, number: int, group: Group) -> Part:
     tensors = {"summary": part.summary.contiguous()}
     for stream, sums in part.sums.items():
         tensors |= {f"{stream}.{name}": getattr(sums, name) for name in PARTS}
-    with writing(path, overwrite=True) as whole_or_nothing:
-        save_file(tensors, whole_or_nothing, {"run": made_by})
+    keep_tensors(path, tensors, {"run": made_by}, "if this run is interrupted, it is summed again")
     return part
+
+
+def clear(state: Path) -> None:
+    """Removes the files of a job from its folder, and the folder unless something else is there."""
+    for path in state.iterdir():
+        if FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+    with suppress(OSError):
+        state.rmdir()
 
 
 def _read_part(path: Path, made_by: str) -> Part:

@@ -12,14 +12,15 @@ from PIL import Image
 
 from . import pictures
 from .algorithm import Mining, outreach
-from .checkpoints import write_checkpoint, write_lora
+from .checkpoints import replaced_folder, write_checkpoint, write_lora
 from .erasure import Erasure, applied
 from .erasure_file import save_erasure
 from .evaluation.judges import Classifier, Judge, Meter, NudeNet
 from .evaluation.report import Sampling, draw, evaluate, survey, table, write
 from .evaluation.tasks import Task
 from .evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
-from .files import writing
+from .families import locate
+from .files import refuse_source, replaced_file, writing
 from .models import CONTEXT, Diffusion
 from .pairs import Pairs
 from .readers import guidance_of
@@ -58,13 +59,17 @@ class Folder:
         """Where a run that is interrupted is gone on from."""
         return self.path / STATE
 
-    def refuse_existing(self, names: Sequence[str] = ()) -> None:
-        """Before any work is done: raises FileExistsError for what may not be overwritten."""
+    def refuse_existing(self, names: Sequence[str] = (), read: Sequence[str] = ()) -> None:
+        """Before any work is done: raises FileExistsError for what may not be overwritten.
+
+        names: of more files to write; read: files that the run reads beside the model. Raises
+        ValueError when the model or one of them would be replaced.
+        """
+        model = locate(self.source)
         for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
-            if (self.path / name).exists() and not self.overwrite:
-                raise FileExistsError(
-                    f"{self.path / name} exists: choose another --out or add --overwrite"
-                )
+            path = self.path / name
+            refuse_source(path, model, *read)
+            (replaced_folder if name == "checkpoint" else replaced_file)(path, self.overwrite)
 
     def leave(
         self,
@@ -102,7 +107,8 @@ class Folder:
         for name, picture in drawn.items():
             with writing(self.path / f"{name}.png", overwrite=True) as part:
                 picture.save(part, "PNG")
-        self.state.unlink(missing_ok=True)
+        if erasure.lora:  # trained, so the state is this run's
+            self.state.unlink(missing_ok=True)
         names = [*self.files, *(f"{name}.png" for name in drawn)]
         return f"{text}\n{told}\nin {self.path}: {', '.join(names)}"
 
@@ -243,8 +249,7 @@ def _refuse(
     """Before anything is drawn: files that exist, erasures that do not fit the model, and a folder
     that cannot be written to."""
     for name in names:
-        if (folder / name).exists() and not overwrite:
-            raise FileExistsError(f"{folder / name} exists: choose another --out or --overwrite")
+        replaced_file(folder / name, overwrite)
     for erasure in erasures.values():
         with applied(erasure, model.network):
             pass

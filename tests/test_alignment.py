@@ -1,5 +1,6 @@
 """Eq. 8-9 on a small U-Net with random weights: what is trained, and what is left as it was."""
 
+import errno
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -57,6 +58,22 @@ def same(first, second) -> bool:
 
 def run(model, job, training=SHORT, **options):
     return align(model, job, training, **options)
+
+
+def test_a_full_disk_under_the_state_is_a_warning_and_the_training_goes_on(
+    model, job, tmp_path, monkeypatch
+):
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("realera.files.write_tensors", full)
+    with pytest.warns(UserWarning, match=r"state.* \(No space left on device\).* starts afresh"):
+        lora = run(model, job, state=tmp_path / "state")
+    assert same(
+        {k: b for k, (_, b) in lora.items()}, {k: b for k, (_, b) in run(model, job).items()}
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job):

@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_written_to_is_a_warning(tmp_path, monkeypatch, c
     (tmp_path / "file").touch()  # nothing can be made below it, whoever asks
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match=r"cannot be written to .* REALERA_CACHE names another"):
-        made = cached("words", ["x"], lambda: {"rows": torch.ones(2)})
+        made = cached("bank", ["x"], lambda: {"rows": torch.ones(2)})
     assert torch.equal(made["rows"], torch.ones(2))
     assert main(["cache"]) == 0 and "file" in capsys.readouterr().out
 
@@ -198,7 +198,7 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
 def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["erase", ".", "-c", "cat -> dog"]) == 1
-    assert "lies in the model's own folder" in capsys.readouterr().err
+    assert "is the source ., or one lies in the other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

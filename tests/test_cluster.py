@@ -41,7 +41,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
     monkeypatch.setattr(cluster, "part_of", stopped)
     assert main([*start, "--concepts", str(names)]) == 130
     assert "goes on from the groups that are done" in capsys.readouterr().err
-    left = tmp_path / "many" / "groups"
+    left = tmp_path / "many" / ".realera-groups"
     assert [path.name for path in sorted(left.iterdir())] == [
         "group-00000.safetensors",
         "group-00001.safetensors",

@@ -146,10 +146,10 @@ def test_a_part_that_is_done_is_read_back_and_another_runs_is_refused(
 
 def test_a_part_is_written_whole_or_not_at_all(texts, concepts, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
-        arguments[1].write_bytes(b"half")
+        arguments[0].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("realera.groups.save_file", interrupted)
+    monkeypatch.setattr("realera.files.write_tensors", interrupted)
     group = whole(texts["sd1"], concepts[:1], SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         part_of(texts["sd1"], job_of(texts["sd1"], tmp_path), 0, group)

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..cache import cached
-from ..files import digest, writing
+from ..files import digest, keep_tensors, open_tensors
 from ..models import Diffusion
 from ..sketch import from_one_noise
 from .judges import Classifier, Judge, Meter
@@ -67,7 +65,8 @@ def drawn_words(
     """How likely each class is in what each word draws: float32 [words, classes].
 
     All words are drawn from one noise, and once for a model and settings: what was drawn is cached.
-    state: where a run that is interrupted is gone on from
+    state: where a run that is interrupted is gone on from. Raises ValueError when another file is
+        there.
     """
     # What the judge sees in nothing tells decoders and judges of one name apart.
     with torch.no_grad():
@@ -76,9 +75,10 @@ def drawn_words(
     how += [blank.cpu().float().round(decimals=2), template, list(words)]
     how += [sampling.steps, sampling.guidance, sampling.seed]
     key = digest(*how)[:24]
+    begun = _stored(state, key)
 
     def draw() -> dict[str, Tensor]:
-        found = _stored(state, key)
+        found = begun
         drawn = from_one_noise(
             model,
             [template.replace("{}", word) for word in words[len(found) :]],
@@ -92,8 +92,8 @@ def drawn_words(
                 seen = judge.logits(model.decode(latents)).softmax(-1).float().cpu()
             found = torch.cat([found.reshape(-1, seen.shape[1]), seen])
             if state is not None and number % SAVED == 0:
-                with writing(state, overwrite=True) as part:
-                    save_file({"seen": found}, part, {"of": key})
+                without = "if this run is interrupted, it starts afresh"
+                keep_tensors(state, {"seen": found}, {"of": key}, without)
             progress(len(found), len(words))
         return {"seen": found}
 
@@ -104,12 +104,19 @@ def drawn_words(
 
 
 def _stored(state: Path | None, key: str) -> Tensor:
-    """What was drawn of the same words before the run was interrupted."""
+    """What was drawn of the same words before the run was interrupted.
+
+    Raises ValueError when the file is no such state: it would be replaced and then removed.
+    """
     if state is None or not state.exists():
         return torch.empty(0)
-    with safe_open(state, "pt") as file:
-        known = (file.metadata() or {}).get("of") == key
-        return file.get_tensor("seen") if known else torch.empty(0)
+    file = open_tensors(state)
+    if "of" not in file.metadata or set(file.entries) != {"seen"}:
+        raise ValueError(
+            f"{state} is not what an interrupted run leaves there: move it away, or choose another "
+            "folder"
+        )
+    return file.read("seen") if file.metadata["of"] == key else torch.empty(0)
 
 
 @dataclass(frozen=True)
