@@ -32,24 +32,35 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.tables import markdown_table
-from realera import adapters, alignment, anchors, ring, words
-from realera.algorithm import Mining, erase, mine
-from realera.alignment import Lesson, align
-from realera.anchors import draw_anchors
-from realera.bank import bank_prompts
+from realera.algorithm import MiningResult, erase, mine
+from realera.checkpoints.loading import load_model
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
-from realera.erasure import Erasure, apply
+from realera.edit.erasure import Erasure, erase_in_place
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import NOTHING, Report, Sampling, Score, evaluate
 from realera.evaluation.tasks import KINDS, bundled_task
-from realera.families.loading import load_model
-from realera.files import digest, writing
 from realera.miniature import CLASSIFIER, STYLES
-from realera.models import CONTEXT, Diffusion
-from realera.pairs import Ring
-from realera.pictures import grid, to_pil
-from realera.ring import noise_ring
+from realera.mining import noise as ring
+from realera.mining import vocabulary as words
+from realera.mining.noise import gaussian_neighbourhood
+from realera.mining.pairs import Neighbourhood
+from realera.mining.preservation_bank import bank_prompts
+from realera.pipelines.interface import Diffusion
+from realera.report.plots import grid, to_pil
 from realera.settings import BUNDLED, Settings, Training
+from realera.storage.safetensors_file import digest, writing
+from realera.text.encoding import CONTEXT
+from realera.training import (
+    anchor_latents as anchors,
+)
+from realera.training import (
+    loop as alignment,
+)
+from realera.training import (
+    student_teacher as adapters,
+)
+from realera.training.anchor_latents import draw_anchors
+from realera.training.loop import TrainingInputs, align
 
 STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 
@@ -245,7 +256,7 @@ class Closed:
     """Alg. 1, l. 1-24, and how long it took."""
 
     erasure: Erasure
-    mining: Mining
+    mining: MiningResult
     seconds: float
 
 
@@ -271,13 +282,15 @@ def change(
     closed = forget(row.asked(concept), row.settings)
     erasure, mining = closed.erasure, closed.mining
     if row.aligned:
-        around: Ring = mining.ring
+        around: Neighbourhood = mining.ring
         if row.aligned == "pairs":  # a ring so thin that Eq. 9 becomes Eq. 8
-            around = noise_ring(mining.pairs, Settings(source="isotropic", s1=1.0, s2=0.9999))
+            around = gaussian_neighbourhood(
+                mining.pairs, Settings(source="isotropic", s1=1.0, s2=0.9999)
+            )
         images = draw_anchors(model, mining.pairs, 8, seed=training.seed)
-        lesson = Lesson(around, row.aligned == "neighbors and beyond", erasure, images)
+        lesson = TrainingInputs(around, row.aligned == "neighbors and beyond", erasure, images)
         erasure = erasure.with_lora(align(model, lesson, training), asdict(training))
-    apply(erasure, model.network)
+    erase_in_place(erasure, model.network)
 
 
 @dataclass(frozen=True)

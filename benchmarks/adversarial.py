@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from benchmarks import attacks, frontier
 from benchmarks.ablation import RESULTS, concept_of
-from benchmarks.attacks import ATTACKS, Scene, attacked
+from benchmarks.attacks import ATTACKS, AdversarialInputs, attacked
 from benchmarks.frontier import Pen, weights_of
 from benchmarks.tables import markdown_table
 from realera.algorithm import align_erasure, erase, mine
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import apply
-from realera.families.loading import load_model
-from realera.files import writing
+from realera.checkpoints.loading import load_model
+from realera.edit.erasure import erase_in_place
+from realera.pipelines.unet import DiffusersModel
 from realera.settings import Training
+from realera.storage.safetensors_file import writing
 
 STATE = Path(".state/adversarial")
 ADVERSARIAL = Training(steps=120, rank=16, learning_rate=5e-4, batch=12, adversarial=12)
@@ -46,7 +46,7 @@ ROWS: dict[str, Training | None] = {
 }
 
 
-def erased(scene: Scene, training: Training | None, state: Path) -> nn.Module:
+def erased(scene: AdversarialInputs, training: Training | None, state: Path) -> nn.Module:
     """The network to attack, with the erasure in its weights; what is trained is kept in state."""
     model = scene.model
     mining = mine(model.text, [scene.concept])
@@ -57,15 +57,17 @@ def erased(scene: Scene, training: Training | None, state: Path) -> nn.Module:
             model, erasure, mining, training, on_step=lambda *_: steps.update(), state=state
         )
     network = attacks.erased("original", model, scene.concept)
-    apply(erasure, network)
+    erase_in_place(erasure, network)
     return network
 
 
-def model_class(scene: Scene) -> int:
+def model_class(scene: AdversarialInputs) -> int:
     return scene.judge.classes.index(scene.concept.name)
 
 
-def words_kept(scene: Scene, network: nn.Module, pen: Pen, before: Tensor) -> list[float]:
+def words_kept(
+    scene: AdversarialInputs, network: nn.Module, pen: Pen, before: Tensor
+) -> list[float]:
     """Residue and kept in percent."""
     k, words = model_class(scene), scene.model.text.words()
     asked = [words[i] for i in torch.cat(frontier.asked(before, k)).tolist()]
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = frontier.drawn_before(pen, model.text.words())
     found: dict[str, dict[str, Any]] = {}
     for concept in options.concepts.split(","):
-        scene = Scene(model, concept_of(concept, "drawn"))
+        scene = AdversarialInputs(model, concept_of(concept, "drawn"))
         for name, training in ROWS.items():
             if training is ADVERSARIAL:
                 training = replace(training, steps=options.steps)

@@ -29,19 +29,19 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.growth import peak
 from benchmarks.plots import bars
-from benchmarks.speed import ring_of
+from benchmarks.speed import neighbourhood_of
 from benchmarks.tables import markdown_table
-from realera.alignment import align
-from realera.closed_form import Edit
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure, apply
-from realera.families import FAMILIES
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.lessons import Lesson, draw_step
-from realera.models import CONTEXT
-from realera.readers import adapted_readers
+from realera.checkpoints.families import FAMILIES
+from realera.checkpoints.loading import load_model
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure, erase_in_place
+from realera.edit.text_layers import trained_layers
+from realera.pipelines.unet import DiffusersModel
 from realera.settings import Training
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
+from realera.training.loop import align
+from realera.training.objective import TrainingInputs, draw_step
 
 RESULTS = Path("benchmarks/results")
 
@@ -84,32 +84,32 @@ def model_of(name: str, side: int) -> DiffusersModel:
     return DiffusersModel(SimpleNamespace(unet=unet, vae=vae, scheduler=scheduler))
 
 
-def lesson_for(model: DiffusersModel, name: str) -> Lesson:
+def lesson_for(model: DiffusersModel, name: str) -> TrainingInputs:
     """Random rows around a concept of the model's own shapes, and an edit that is not nothing."""
     config: Any = model.network.config
     dim = int(config.cross_attention_dim)
-    ring = ring_of(dim=dim)
+    ring = neighbourhood_of(dim=dim)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
     anchors = torch.randn(1, 4, *model.latent_shape, generator=generator)
-    return Lesson(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
+    return TrainingInputs(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
 
 
-def ours(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
+def ours(model: DiffusersModel, lesson: TrainingInputs, training: Training) -> float:
     """Processor seconds of all steps but the first two, which warm up."""
     ends: list[float] = []
     align(model, lesson, training, on_step=lambda *_: ends.append(time.process_time()))
     return ends[-1] - ends[1]
 
 
-def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
+def bare(model: DiffusersModel, lesson: TrainingInputs, training: Training) -> float:
     """The same of a loop that does what Eq. 8 and 9 need and nothing else."""
     steps = [draw_step(model, lesson, training, n + 1) for n in range(training.steps)]
     student: Any = copy.copy(model)
     student.network = copy.deepcopy(model.network).requires_grad_(False)
-    apply(lesson.erasure, student.network)
+    erase_in_place(lesson.erasure, student.network)
     weights: list[nn.Parameter] = []
-    for reader in adapted_readers(student.network).values():
+    for reader in trained_layers(student.network).values():
         parent, _, child = reader.path.rpartition(".")
         layer = Bare(reader.layer, training.rank)
         weights += [layer.a, layer.b]
@@ -127,7 +127,7 @@ def bare(model: DiffusersModel, lesson: Lesson, training: Training) -> float:
     return ends[-1] - ends[1]
 
 
-LOOPS: dict[str, Callable[[Any, Lesson, Training], float]] = {"ours": ours, "bare": bare}
+LOOPS: dict[str, Callable[[Any, TrainingInputs, Training], float]] = {"ours": ours, "bare": bare}
 
 
 def draw(found: dict[str, dict[str, float]], path: Path) -> None:

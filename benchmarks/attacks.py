@@ -42,15 +42,15 @@ from benchmarks.frontier import GUIDANCE, STEPS
 from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import align_erasure, erase, mine
+from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import apply
+from realera.edit.erasure import erase_in_place
+from realera.edit.text_layers import text_layers
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.tasks import OBJECT
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.models import CONTEXT
-from realera.readers import readers
+from realera.pipelines.unet import DiffusersModel
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 STATE = Path(".state/attacks")
 IMAGES = 32  # of the concept that an attack has, and as many that it is judged by
@@ -64,12 +64,12 @@ NAMED = OBJECT.replace("{}", "NAME")
 
 
 def ours(model: DiffusersModel, concept: Concept) -> None:
-    apply(erase(mine(model.text, [concept])), model.network)
+    erase_in_place(erase(mine(model.text, [concept])), model.network)
 
 
 def aligned(model: DiffusersModel, concept: Concept) -> None:
     mining = mine(model.text, [concept])
-    apply(align_erasure(model, erase(mining), mining), model.network)
+    erase_in_place(align_erasure(model, erase(mining), mining), model.network)
 
 
 # Each erases in the network's own weights, whichever they are.
@@ -119,7 +119,7 @@ def erased(name: str, model: DiffusersModel, concept: Concept) -> nn.Module:
 Batch = tuple[Tensor, Tensor, Tensor]  # z_t, t and what the original predicts there
 
 
-class Scene:
+class AdversarialInputs:
     """One concept: its images, what the original predicts on them, and who judges."""
 
     def __init__(self, model: DiffusersModel, concept: Concept) -> None:
@@ -196,9 +196,9 @@ class Scene:
 Found = Iterator[tuple[Tensor, str]]
 
 
-def inverse(scene: Scene, network: nn.Module) -> Found:
+def inverse(scene: AdversarialInputs, network: nn.Module) -> Found:
     """x = argmin Σ_layers |W x - W_org e|²."""
-    layers = zip(readers(network).values(), readers(scene.original).values(), strict=True)
+    layers = zip(text_layers(network).values(), text_layers(scene.original).values(), strict=True)
     pairs = [(new.layer.weight.double(), old.layer.weight.double()) for new, old in layers]
     new, old = (torch.cat(side) for side in zip(*pairs, strict=True))
     yield scene.own, ""
@@ -206,7 +206,9 @@ def inverse(scene: Scene, network: nn.Module) -> Found:
     yield x.T.float()[None], ""
 
 
-def adam(scene: Scene, network: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]) -> Found:
+def adam(
+    scene: AdversarialInputs, network: nn.Module, x: Tensor, rows: Callable[[Tensor], Tensor]
+) -> Found:
     """Adam on x, of which rows() are what the network reads."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=RATE)
@@ -218,16 +220,16 @@ def adam(scene: Scene, network: nn.Module, x: Tensor, rows: Callable[[Tensor], T
         optimizer.step()
 
 
-def free(scene: Scene, network: nn.Module) -> Found:
+def free(scene: AdversarialInputs, network: nn.Module) -> Found:
     return adam(scene, network, scene.own, lambda x: x)
 
 
-def inversion(scene: Scene, network: nn.Module, count: int) -> Found:
+def inversion(scene: AdversarialInputs, network: nn.Module, count: int) -> Found:
     words = [scene.concept.name] * count
     return adam(scene, network, scene.known(words)[None], partial(scene.read, OBJECT, words))
 
 
-def search(scene: Scene, network: nn.Module, form: str, count: int = 4) -> Found:
+def search(scene: AdversarialInputs, network: nn.Module, form: str, count: int = 4) -> Found:
     """GCG: words whose embeddings the gradient favours are tried, and the best prompt is kept."""
     form = form.replace("NAME", scene.concept.name)
     text = scene.model.text
@@ -252,7 +254,7 @@ def search(scene: Scene, network: nn.Module, form: str, count: int = 4) -> Found
         chosen = tried[losses.argmin()]
 
 
-Attack = Callable[[Scene, nn.Module], Found]
+Attack = Callable[[AdversarialInputs, nn.Module], Found]
 LONG, SHORT = (0, 5, 10, 20, 50, 100, 200), (0, 5, 10, 20, 40)
 # attack -> the steps at which images are drawn, and what is done
 ATTACKS: dict[str, tuple[tuple[int, ...], Attack]] = {
@@ -265,7 +267,9 @@ ATTACKS: dict[str, tuple[tuple[int, ...], Attack]] = {
 }
 
 
-def attacked(scene: Scene, network: nn.Module, at: Sequence[int], attack: Attack) -> dict[str, Any]:
+def attacked(
+    scene: AdversarialInputs, network: nn.Module, at: Sequence[int], attack: Attack
+) -> dict[str, Any]:
     """The best percent until each step, and of the best rows the length in that of the concept's
     own and the words that say them."""
     until: list[float] = []
@@ -370,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     results: Any = {name: {attack: {} for attack in ATTACKS} for name in options.erasures}
     for number, concept in enumerate(concepts, 1):
-        scene = Scene(model, concept_of(concept, "drawn"))
+        scene = AdversarialInputs(model, concept_of(concept, "drawn"))
         for name in tqdm(options.erasures, desc=concept):
             network = erased(name, model, scene.concept)
             for attack, (at, run) in ATTACKS.items():

@@ -34,9 +34,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from realera.bank import bank_prompts
-from realera.families import FAMILIES
-from realera.files import writing
+from realera.checkpoints.families import FAMILIES
+from realera.mining.preservation_bank import bank_prompts
+from realera.storage.safetensors_file import writing
 from tools.comfyui import Server, comfyui
 from tools.layout import to_ldm
 

@@ -4,7 +4,8 @@
 
 CLIP of the true sizes of SD 1.5 and SDXL, random, on one thread, in float32: whole prompts with
 their padding, as pairs and bank need them, and words of the vocabulary in a template, of which only
-the last row is asked for, a prompt a sequence and packed (`realera.packing`). *share*: processor
+the last row is asked for, a prompt a sequence and packed (`realera.text.packed_encoding`).
+*share*: processor
 seconds of the products of all linear layers with as many rows, over those of the encoder. The least
 of `--repeats` runs, in turn.
 """
@@ -21,9 +22,9 @@ from torch.nn.functional import linear
 from benchmarks.plots import bars
 from benchmarks.second_concept import text_of, worked
 from benchmarks.tables import markdown_table
-from realera.diffusers_model import DiffusersText
-from realera.files import writing
-from realera.packing import Packed, last_rows
+from realera.pipelines.unet import DiffusersText
+from realera.storage.safetensors_file import writing
+from realera.text.packed_encoding import PackedPrompts, last_rows
 
 RESULTS = Path("benchmarks/results")
 TEMPLATE = "a photo of the {}"
@@ -59,7 +60,7 @@ def measured(size: str, repeats: int) -> dict[str, dict[str, float]]:
     prompts = [TEMPLATE.replace("{}", word) for word in words]
     whole, ids, packed = prompts[: PROMPTS[size]], text.tokenize(prompts), []
 
-    def count(some: Packed) -> torch.Tensor:
+    def count(some: PackedPrompts) -> torch.Tensor:
         packed.append(some.ids.numel())
         return torch.zeros(*some.ids.shape, 1)
 

@@ -33,17 +33,17 @@ from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import align_erasure, erase, mine
+from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import applied
+from realera.edit.erasure import temporarily_erased
+from realera.edit.text_layers import trained_layers
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.models import CONTEXT
-from realera.readers import adapted_readers
+from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 STATE = Path(".state/frontier")
 OWN, OTHERS = 160, 320  # words of each kind that are drawn, at most
@@ -82,7 +82,7 @@ class Pen:
         for name, part in self.network.named_modules():
             if name.endswith(("attn1", "attn2")):
                 part.processor = Given()
-        self.readers = adapted_readers(model.network)
+        self.readers = trained_layers(model.network)
         self.original = {n: r.layer.weight.detach() for n, r in self.readers.items()}
         self.empty = model.text.encode([""])[CONTEXT]
 
@@ -166,19 +166,19 @@ def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> Weights:
 def aligned(model: DiffusersModel, concept: Concept, value: float) -> Weights:
     mining = mine(model.text, [concept])
     erasure = align_erasure(model, erase(mining), mining, Training(steps=int(value)))
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         return weights_of(model.network)
 
 
 def weights_of(network: nn.Module) -> Weights:
     """All weights of a network, as a `Pen` takes them."""
-    names = {f"{reader.path}.weight": name for name, reader in adapted_readers(network).items()}
+    names = {f"{reader.path}.weight": name for name, reader in trained_layers(network).items()}
     return {names.get(n, n): w.detach().clone() for n, w in network.state_dict().items()}
 
 
 def put(weights: Weights, network: nn.Module) -> None:
     """Weights as a `Pen` takes them into a network."""
-    paths = {name: f"{reader.path}.weight" for name, reader in adapted_readers(network).items()}
+    paths = {name: f"{reader.path}.weight" for name, reader in trained_layers(network).items()}
     own = network.state_dict()
     network.load_state_dict({**own, **{paths.get(n, n): w for n, w in weights.items()}})
 

@@ -26,13 +26,13 @@ import torch
 from benchmarks.plots import BLUE, GREY, RED, new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
-from realera.closed_form import Sums, solve
+from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
-from realera.families.loading import load_text
-from realera.files import writing
+from realera.edit.closed_form import Sums, solve
 from realera.groups import erase_groups, sum_group, whole
+from realera.mining.vocabulary import assign_words
 from realera.settings import Settings
-from realera.words import choose_words
+from realera.storage.safetensors_file import writing
 
 RESULTS = Path("benchmarks/results")
 GROUP = 16
@@ -133,8 +133,8 @@ def choosing(count: int) -> float:
     text: Any = Words(count)
     concepts, own = [Concept(f"c{n}", "tree") for n in range(16)], torch.randn(16, 768)
     settings = Settings(s2=0.5)
-    choose_words(text, concepts, own, settings)  # fills the cache
-    return worked(lambda: choose_words(text, concepts, own, settings))
+    assign_words(text, concepts, own, settings)  # fills the cache
+    return worked(lambda: assign_words(text, concepts, own, settings))
 
 
 def line(x: Sequence[float], y: Sequence[float], power: int = 1) -> tuple[float, float]:

@@ -18,13 +18,20 @@ import diffusers
 import torch
 
 from benchmarks.tables import markdown_table
-from realera.checkpoints import write_checkpoint, write_lora
-from realera.closed_form import Edit
-from realera.erasure import Erasure
-from realera.families import network_files
-from realera.files import DTYPES, Entry, header_bytes, open_tensors, raw_bytes, writing
-from realera.models import CONTEXT
-from realera.readers import kind_of, readers
+from realera.checkpoints.families import network_files
+from realera.checkpoints.writing import write_checkpoint, write_lora
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.edit.text_layers import text_layer_kind, text_layers
+from realera.storage.safetensors_file import (
+    DTYPES,
+    Entry,
+    header_bytes,
+    open_tensors,
+    raw_bytes,
+    writing,
+)
+from realera.text.encoding import CONTEXT
 
 RESULTS = Path(__file__).parent / "results"
 # title -> class in diffusers, whose defaults are the true sizes, and the type of the weights
@@ -41,11 +48,11 @@ def sparse_file(title: str, path: Path) -> int:
     kind, dtype = MODELS[title]
     with torch.device("meta"):
         network = getattr(diffusers, kind)()
-    live = {reader.path + ".weight" for reader in readers(network).values()}
+    live = {reader.path + ".weight" for reader in text_layers(network).values()}
     live |= {
         f"{name}.weight"
         for name, module in network.named_modules()
-        if any(module is reader.norm for reader in readers(network).values())
+        if any(module is reader.norm for reader in text_layers(network).values())
     }
     entries, values, place = {}, {}, 0
     state = {key: (tuple(tensor.shape), dtype) for key, tensor in network.state_dict().items()}
@@ -76,7 +83,7 @@ def erasure_for(path: Path) -> Erasure:
     ((file, keys),) = network_files(path)
     edits = {}
     for key, name in keys.items():
-        kind, width = kind_of(name), file.entries[key].shape[1]
+        kind, width = text_layer_kind(name), file.entries[key].shape[1]
         assert kind is not None
         generator = torch.Generator().manual_seed(width)
         a, b = (torch.randn(width, 32, generator=generator) / width**0.5 for _ in range(2))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from realera.concepts import Concept, holds_name
-from realera.models import CONTEXT, Diffusion, TextEncoder
-from realera.readers import adapted_readers, family_in, readers
+from realera.edit.text_layers import family_in, text_layers, trained_layers
+from realera.pipelines.interface import Diffusion
+from realera.text.encoding import CONTEXT, TextEncoder
 
 Weights = dict[str, Tensor]  # canonical name of a K or V projection -> its weight [out, dim]
 
@@ -45,7 +46,7 @@ WORDINGS_STYLES = tuple(
 
 def write(weights: Weights, network: nn.Module) -> None:
     """Puts the weights into the network."""
-    layers = readers(network)
+    layers = text_layers(network)
     with torch.no_grad():
         for name, weight in weights.items():
             layers[name].layer.weight.copy_(weight)
@@ -53,7 +54,7 @@ def write(weights: Weights, network: nn.Module) -> None:
 
 def projections(model: Diffusion) -> dict[str, Tensor]:
     """Every K and V projection of the model, float64 [out, dim] on the CPU."""
-    layers = adapted_readers(model.network).items()
+    layers = trained_layers(model.network).items()
     return {name: reader.layer.weight.detach().double().cpu() for name, reader in layers}
 
 
@@ -117,7 +118,7 @@ def _uce_transformer(
     the context, the pooled embedding in the one that reads it. Their targets hold the bias twice,
     which costs them one bias an edited row; here they do not."""
     weights = {}
-    for name, reader in readers(model.network).items():
+    for name, reader in text_layers(model.network).items():
         e, target = (_said(model.text, prompts, reader.kind.stream) for prompts in (own, anchors))
         weights[name] = reader.layer.weight.detach().double().cpu() @ solved(e, target, ridge)
     return weights

@@ -27,8 +27,8 @@ from benchmarks.growth import peak
 from benchmarks.plots import BLUE, GREY, RED, new_figure, save
 from benchmarks.speed import SIZES, Size
 from benchmarks.tables import markdown_table
-from realera.closed_form import Sums, solve
-from realera.files import writing
+from realera.edit.closed_form import Sums, solve
+from realera.storage.safetensors_file import writing
 
 RESULTS = Path("benchmarks/results")
 RIDGE = {"UCE": 0.5, "MACE": 10.0}  # of their own configurations

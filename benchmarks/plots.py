@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from realera.files import writing
+from realera.storage.safetensors_file import writing
 
 BLUE, RED, GREY = "#3b7dc4", "#c44e3b", "#666666"
 

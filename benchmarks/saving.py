@@ -25,11 +25,11 @@ from benchmarks.comfyui_sizes import parts
 from benchmarks.growth import peak, rates_here
 from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
-from realera.checkpoints import CHUNK, write_checkpoint
-from realera.closed_form import Edit
-from realera.erasure import Erasure
-from realera.files import Entry, header_bytes, writing
-from realera.models import CONTEXT, POOLED
+from realera.checkpoints.writing import CHUNK, write_checkpoint
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.storage.safetensors_file import Entry, header_bytes, writing
+from realera.text.encoding import CONTEXT, POOLED
 from tools.layout import to_ldm
 
 RESULTS = Path("benchmarks/results")

@@ -26,15 +26,15 @@ from tqdm import tqdm
 from benchmarks.ablation import REPORTING, RESULTS, concept_of
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
-from realera.erasure import applied
+from realera.checkpoints.loading import load_model
+from realera.edit.erasure import temporarily_erased
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import Sampling, draw
 from realera.evaluation.tasks import OBJECT
-from realera.families.loading import load_model
-from realera.files import writing
 from realera.miniature.vocabulary import CONCEPTS
-from realera.models import Diffusion
-from realera.scope import scope
+from realera.pipelines.interface import Diffusion
+from realera.report.scope import scope
+from realera.storage.safetensors_file import writing
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -116,16 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             anchors[concept.anchor] = see(model, [concept.anchor] * len(words), options)
         mining = mine(model.text, [concept])
         erasure = erase(mining)
-        with applied(erasure, model.network):
+        with temporarily_erased(erasure, model.network):
             after = see(model, words, options)
         distance, share, fall = shown(before, after, anchors[concept.anchor])
-        reaches = {r.word: r for r in scope(erasure, model.text, mining.pairs, words)}
-        moved = torch.tensor([reaches[word].moved for word in words])
-        toward = torch.tensor([reaches[word].toward for word in words])
+        effects = {r.word: r for r in scope(erasure, model.text, mining.pairs, words)}
+        moved = torch.tensor([effects[word].moved for word in words])
+        share_to_anchor = torch.tensor([effects[word].share_to_anchor for word in words])
         found[name] = {
             "moved, distance of the images": spearman(moved, distance),
-            "toward, share of the way": spearman(toward, share),
-            "toward, fall of probability": spearman(toward, fall),
+            "toward, share of the way": spearman(share_to_anchor, share),
+            "toward, fall of probability": spearman(share_to_anchor, fall),
         }
 
     heads = list(next(iter(found.values())))

@@ -8,7 +8,7 @@ and 100 others. Foretold by
   the rows e what the original draws, fitted once for a model on its drawn words and never on an
   erasure: the fall of its own log probability from e to T e
 - the first 1, 2, 4, 6 of 8 steps of drawing from one noise, before and after, and all of them:
-  how far apart the latents are then. `realera.scope.check` takes all
+  how far apart the latents are then. `realera.report.scope.check` takes all
 
 Spearman's rank correlation with what is found when the words are drawn to the end:
 - 8 steps: the distance of the latents after the 8 steps that the looks are parts of
@@ -35,14 +35,14 @@ from benchmarks.frontier import STEPS, Pen
 from benchmarks.scope_correlation import spearman
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
-from realera.cache import cached
-from realera.diffusers_model import DiffusersModel
+from realera.checkpoints.loading import load_model
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.models import CONTEXT, TextEncoder
-from realera.scope import CHANGED, scope
+from realera.pipelines.unet import DiffusersModel
+from realera.report.scope import CHANGED, scope
+from realera.storage.cache import cached
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT, TextEncoder
 
 NETWORKS, EPOCHS = 3, 40
 OWN, OTHERS = 40, 100  # words of each kind, at most
@@ -143,12 +143,12 @@ def measured(
         "other noise": distances(STEPS, 1)[0][:, -1],
         "fall": (seen - after).gather(1, shown)[:, 0].double(),
     }
-    reaches = {r.word: r for r in scope(erasure, model.text, mining.pairs, some, OBJECT)}
+    effects = {r.word: r for r in scope(erasure, model.text, mining.pairs, some, OBJECT)}
     e = rows.rows[chosen]
     falls = (rows.read(e) - rows.read(e @ matrix.double().T)).gather(1, shown)[:, 0]
     foretold = {
-        "moved": torch.tensor([reaches[word].moved for word in some]).double(),
-        "toward": torch.tensor([reaches[word].toward for word in some]).double(),
+        "moved": torch.tensor([effects[word].moved for word in some]).double(),
+        "toward": torch.tensor([effects[word].share_to_anchor for word in some]).double(),
         "small network": falls.double(),
         **{f"{k} of {STEPS} steps": far[:, k - 1] for k in LOOKS},
         ALL: far[:, -1],

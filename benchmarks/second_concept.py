@@ -22,16 +22,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
-from realera import words
 from realera.algorithm import erase, mine
-from realera.bank import bank_prompts
-from realera.cache import cached
+from realera.checkpoints.families import FAMILIES
+from realera.checkpoints.loading import _tokenizer
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersText
-from realera.families import FAMILIES
-from realera.families.loading import _tokenizer
-from realera.files import writing
-from realera.models import CONTEXT
+from realera.mining import vocabulary as words
+from realera.mining.preservation_bank import bank_prompts
+from realera.pipelines.unet import DiffusersText
+from realera.storage.cache import cached
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 RESULTS = Path("benchmarks/results")
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
-from realera.closed_form import Sums, solve
 from realera.concepts import Concept
-from realera.files import writing
-from realera.models import CONTEXT, Encoding
-from realera.pairs import Pairs
-from realera.ring import NoiseRing, noise_ring
+from realera.edit.closed_form import Sums, solve
+from realera.mining.noise import GaussianNeighbourhood, gaussian_neighbourhood
+from realera.mining.pairs import Pairs
 from realera.settings import Settings
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT, Encoding
 
 RESULTS = Path("benchmarks/results")
 SETTINGS = Settings(source="isotropic")
@@ -132,7 +132,9 @@ def closed_form(size: Size, rows: int, rates: dict[str, float], repeats: int) ->
     }
 
 
-def one_by_one(ring: NoiseRing, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
+def one_by_one(
+    ring: GaussianNeighbourhood, count: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
     """Alg. 1, l. 4-12 as printed: draw one, look, keep or draw again.
 
     Returns e_c and e*_c of every accepted draw, [2, draws, rows, dim], and how many were drawn.
@@ -155,7 +157,7 @@ def one_by_one(ring: NoiseRing, count: int, generator: torch.Generator) -> tuple
     return torch.stack(found, dim=1), drawn
 
 
-def ring_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> NoiseRing:
+def neighbourhood_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> GaussianNeighbourhood:
     """A ring around random rows of a text encoder's size, spans from row 5 on."""
     generator = torch.Generator().manual_seed(0)
     context, target = torch.randn(2, prompts, tokens, dim, generator=generator)
@@ -166,7 +168,7 @@ def ring_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> NoiseRing:
     e, anchor = Encoding({CONTEXT: context}), Encoding({CONTEXT: target})
     where, whose = {CONTEXT: span}, torch.zeros(prompts, dtype=torch.int64)
     ends = context[:, 6], target[:, 6]
-    return noise_ring(
+    return gaussian_neighbourhood(
         Pairs((concept,), names, names, whose, e, anchor, anchor, where, *ends), SETTINGS
     )
 
@@ -176,7 +178,7 @@ def mining(count: int, repeats: int) -> dict[str, float]:
 
     The noise of as many draws as Alg. 1 takes is what any way needs at least.
     """
-    ring = ring_of()
+    ring = neighbourhood_of()
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(0)

@@ -22,12 +22,12 @@ import torch
 
 from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
-from realera.closed_form import Edit, Sums
-from realera.erasure import Erasure
-from realera.erasure_file import save_erasure
-from realera.files import writing
+from realera.edit.closed_form import Edit, Sums
+from realera.edit.erasure import Erasure
+from realera.edit.erasure_file import save_erasure
 from realera.miniature import CHECKPOINT
-from realera.models import CONTEXT
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")

@@ -30,16 +30,16 @@ from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, pooled, 
 from benchmarks.frontier import Pen, Weights, drawn_before, edited, esd_x, kept, put
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
+from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure
+from realera.edit.erasure import Erasure
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import Sampling, evaluate, harmonic_mean
 from realera.evaluation.tasks import bundled_task
 from realera.evaluation.vocabulary import SURE
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.models import CONTEXT
+from realera.pipelines.unet import DiffusersModel
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 STATE = Path(".state/together")
 OWN, OTHERS = 40, 200  # words of an erased concept and of all that stays, at most

@@ -20,17 +20,17 @@ from torch import Tensor
 from benchmarks.plots import new_figure, save
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
-from realera.checkpoints import lora_tensors
-from realera.closed_form import Edit
+from realera.checkpoints.loading import load_model
+from realera.checkpoints.writing import lora_tensors
 from realera.concepts import parse_concepts
-from realera.erasure import Erasure, applied
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure, temporarily_erased
+from realera.edit.text_layers import text_layers
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import Report, Sampling, evaluate
 from realera.evaluation.tasks import miniature_task
-from realera.families.loading import load_model
-from realera.files import writing
-from realera.models import CONTEXT
-from realera.readers import readers
+from realera.storage.safetensors_file import writing
+from realera.text.encoding import CONTEXT
 
 RESULTS = Path("benchmarks/results")
 CONCEPTS = ("airplane -> tree", "bird -> tree", "ship -> tree")
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, judge = load_model("miniature"), miniature_classifier()
     sampling = Sampling(options.steps, batch=options.batch)
     weights = {
-        name: reader.layer.weight.detach().half() for name, reader in readers(model.network).items()
+        name: reader.layer.weight.detach().half()
+        for name, reader in text_layers(model.network).items()
     }
     found: dict[str, dict[str, dict[str, float]]] = {}
     for text in CONCEPTS:
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = found[concept.name] = {}
         for tolerance in TOLERANCES:
             erasure, rank = cut(whole, tolerance)
-            with applied(erasure, model.network):
+            with temporarily_erased(erasure, model.network):
                 report, images = drawn()
             exact = exact or images
             tensors, _ = lora_tensors(weights, whole, tolerance or 1e-9)

@@ -7,17 +7,17 @@ from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
-from ..realera import pictures
-from ..realera.algorithm import lesson_of, refuse_foreign
-from ..realera.alignment import align
+from ..realera.algorithm import refuse_foreign, training_inputs
+from ..realera.report import plots
 from ..realera.settings import Training
+from ..realera.training.loop import align
 from .comfy_model import ComfyDiffusion, refuse_noiseless, training, whole_clone
 from .comfy_patch import refuse_edited
 from .files import state_path
 from .page import to_image
 from .preview import previewer, sketch
 from .progress import reporter, tell
-from .schema import Erasure, Mining, advanced, schema, seed_input
+from .schema import Erasure, MiningWire, advanced, schema, seed_input
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,7 +44,7 @@ class LoraAlign(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The original MODEL, not the edited one."),
                 Erasure.Input("erasure", tooltip="From Closed-Form Edit."),
-                Mining.Input(
+                MiningWire.Input(
                     "mining",
                     tooltip=(
                         "What the erasure was made from. Without Beyond Sampler in it Eq. 9 keeps "
@@ -217,7 +217,7 @@ class LoraAlign(io.ComfyNode):
         if latents is None or adversarial:
             tell(node, "drawing images to train on")
         # Before the U-Net is loaded to be trained: what draws and encodes may take it out again.
-        lesson = lesson_of(diffusion, mining, erasure, run, anchors, images)
+        lesson = training_inputs(diffusion, mining, erasure, run, anchors, images)
 
         losses: dict[int, float] = {}
         report = reporter(node, "aligning")
@@ -241,7 +241,7 @@ class LoraAlign(io.ComfyNode):
         state = state_path(resume) if resume else None
         with training(model):
             lora = align(diffusion, lesson, run, on_step=on_step, state=state)
-        picture = to_image(pictures.loss_curve(losses))
+        picture = to_image(plots.loss_curve(losses))
         last = list(losses.values())[-MEANED:]
         said = f"{steps} steps, the last {len(last)} with a loss of {sum(last) / len(last):.4f}"
         shown = {"realera_loss": list(losses.items()), "text": [said]}

@@ -13,10 +13,10 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
 
-from ..realera.adapters import differentiable
-from ..realera.files import digest
-from ..realera.models import CONTEXT, POOLED, Encoding, alike, rows_of
-from ..realera.readers import FAMILIES, adapted_readers, family_in, readers
+from ..realera.edit.text_layers import FAMILIES, family_in, text_layers, trained_layers
+from ..realera.storage.safetensors_file import digest
+from ..realera.text.encoding import CONTEXT, POOLED, Encoding, alike, rows_of
+from ..realera.training.student_teacher import differentiable
 from .comfy_text import ComfyText
 from .comfy_transformer_text import ComfyTransformerText
 from .comfy_weights import stored_weights
@@ -37,7 +37,7 @@ class ComfyDiffusion:
         self.text = text
         self.vae = vae
         self.network: nn.Module = model.model.diffusion_model
-        readers(self.network)  # raises where no layer reads a context
+        text_layers(self.network)  # raises where no layer reads a context
         self.family = family_in(self.network)
         if text is not None:
             refuse_other_family(text.family, self.family)
@@ -60,7 +60,7 @@ class ComfyDiffusion:
             size = 1024 // getattr(layout, "spacial_downscale_ratio", 8)
         if size is None:
             size = 128 if self.model.model.adm_channels else 64
-            wide = next(iter(adapted_readers(self.network).values())).layer.in_features == 1024
+            wide = next(iter(trained_layers(self.network).values())).layer.in_features == 1024
             if wide and self.model.model.model_type == ModelType.V_PREDICTION:
                 size = 96  # SD 2.x for 768 pixels
         return (layout.latent_channels, size, size)

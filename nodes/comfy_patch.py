@@ -9,10 +9,16 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor
 
-from ..realera.checkpoints import save_lora
-from ..realera.closed_form import Edit
-from ..realera.erasure import Erasure, changed, concepts_of, erased_weight, refuse_misfit
-from ..realera.readers import family_in, readers
+from ..realera.checkpoints.writing import save_lora
+from ..realera.edit.closed_form import Edit
+from ..realera.edit.erasure import (
+    Erasure,
+    affected_layers,
+    concepts_of,
+    erased_weight,
+    refuse_misfit,
+)
+from ..realera.edit.text_layers import family_in, text_layers
 from .comfy_weights import plain_weight
 
 
@@ -72,7 +78,7 @@ def apply_erasure(
     refuse_edited(model, erasure)
     refuse_partial(model, erasure)
     concepts, patches = sorted(_names(erasure)), {}
-    for name, reader in changed(erasure, model.model.diffusion_model).items():
+    for name, reader in affected_layers(erasure, model.model.diffusion_model).items():
         layer = reader.layer
         shape, due = tuple(layer.weight.shape), (layer.out_features, layer.in_features)
         if shape != due:
@@ -99,7 +105,7 @@ def apply_erasure(
 
 def refuse_partial(model: Any, erasure: Erasure) -> None:
     """Raises ValueError when a transformer reads the text by a stream that the erasure lacks."""
-    for reader in readers(model.model.diffusion_model).values():
+    for reader in text_layers(model.model.diffusion_model).values():
         stream = reader.kind.stream
         if reader.kind.whole and stream not in erasure.edits:
             raise ValueError(
@@ -142,14 +148,14 @@ def _names(erasure: Erasure) -> set[str]:
 def write_lora(model: Any, erasure: Erasure, path: Path, tolerance: float) -> None:
     """The erasure as a LoRA file for the MODEL with the LoRAs that it carries.
 
-    Of its weights in the type that it is stored in; as `checkpoints.save_lora`.
+    Of its weights in the type that it is stored in; as `writing.save_lora`.
     """
     refuse_edited(model, erasure)
     refuse_partial(model, erasure)
     network, stored = model.model.diffusion_model, model.model.get_dtype()
     dtype = torch.float16 if stored.itemsize == 1 else stored
     weights, gain = {}, {}
-    for name, reader in changed(erasure, network).items():
+    for name, reader in affected_layers(erasure, network).items():
         key = f"diffusion_model.{reader.path}.weight"
         added = model.patches.get(key, [])
         own = plain_weight(model, key)

@@ -11,11 +11,11 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ..realera.files import raw_bytes
-from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, whole_words
-from ..realera.packing import Packed, last_rows
-from ..realera.readers import FAMILIES, SUPPORTED
-from ..realera.spans import summaries
+from ..realera.edit.text_layers import FAMILIES, SUPPORTED
+from ..realera.storage.safetensors_file import raw_bytes
+from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
+from ..realera.text.packed_encoding import PackedPrompts, last_rows
+from ..realera.text.token_alignment import prompt_summaries
 from .comfy_weights import stored_weights
 
 # The encoders of U-Nets by ComfyUI's names, and their families'.
@@ -48,8 +48,8 @@ class ComfyText:
         return getattr(tokenizer, getattr(tokenizer, "clip", "clip_l"), None)
 
     @property
-    def parts(self) -> Sequence[Part]:
-        return [Part(self.tokenize, int(self._tokenizer.max_length))]
+    def parts(self) -> Sequence[EncoderPart]:
+        return [EncoderPart(self.tokenize, int(self._tokenizer.max_length))]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,7 +97,7 @@ class ComfyText:
         """The end-of-text row of every prompt, [prompts, dim], on the CPU."""
         ids = self.tokenize(prompts)
         if any(token < 0 for row in ids for token in row):  # vectors that no id stands for
-            return summaries(self, prompts, self.encode(prompts)).cpu()
+            return prompt_summaries(self, prompts, self.encode(prompts)).cpu()
         model = self.clip.cond_stage_model
         names = [name for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)]
         return clip_summaries(self.clip, names, ids, self.parts[0].length)
@@ -158,14 +158,14 @@ def clip_summaries(
     device = clip.patcher.load_device
     encoders = [getattr(clip.cond_stage_model, name) for name in names]
 
-    def read(packed: Packed) -> Tensor:
+    def read(packed: PackedPrompts) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return torch.cat([_rows(encoder, packed, device) for encoder in encoders], dim=-1).cpu()
 
     return last_rows(ids, length, read)
 
 
-def _rows(encoder: Any, packed: Packed, device: torch.device) -> Tensor:
+def _rows(encoder: Any, packed: PackedPrompts, device: torch.device) -> Tensor:
     """What an SDClipModel gives for packed prompts, [sequences, tokens, dim]."""
     text = encoder.transformer.text_model
     x = encoder.transformer.get_input_embeddings()(packed.ids.to(device), out_dtype=torch.float32)

@@ -13,9 +13,9 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..realera.models import BATCH, CONTEXT, POOLED, Encoding, Part, whole_words
-from ..realera.readers import FAMILIES, TRANSFORMERS
-from ..realera.spans import row_weights, summaries, unit
+from ..realera.edit.text_layers import FAMILIES, TRANSFORMERS
+from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
+from ..realera.text.token_alignment import prompt_summaries, row_weights, unit
 from .comfy_text import PLAIN, ComfyText, clip_summaries, fingerprint, ids_of, ready, tokens_of
 
 
@@ -50,11 +50,11 @@ class ComfyTransformerText:
         ]
 
     @cached_property
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[EncoderPart]:
         parts, first = [], 0
         for part in self.present:
             read, rows = partial(self._tokenize, part), part.get("rows")
-            parts.append(Part(read, part["reads"], part["causal"], first, rows))
+            parts.append(EncoderPart(read, part["reads"], part["causal"], first, rows))
             first += rows or 0
         return parts
 
@@ -80,7 +80,7 @@ class ComfyTransformerText:
         self._load()
         if vectors or names[0] != part["encoders"][0]:
             # What no id stands for; and how many columns are zeros in front is ComfyUI's to say.
-            return torch.cat([summaries(self, [p], self._encode(p)).cpu() for p in prompts])
+            return torch.cat([prompt_summaries(self, [p], self._encode(p)).cpu() for p in prompts])
         rows = clip_summaries(self.clip, names, sections, part["reads"])
         return torch.nn.functional.pad(rows, (0, self._rows("")[0].shape[2] - rows.shape[1]))
 
@@ -99,7 +99,8 @@ class ComfyTransformerText:
                 batch = [[(token, 1.0) for token in sections[i]] for i in some]
                 rows = encoder.encode_token_weights(batch)[0].float()  # one prompt after the other
                 rows = self._normed(rows.unflatten(1, (len(some), -1))[0])
-                # As `spans.summaries` has it: the last row, or the mean of all but end-of-text.
+                # As `token_alignment.prompt_summaries` has it: the last row, or the mean of all
+                # but end-of-text.
                 own = rows[:, -1] if part["causal"] else rows[:, : max(1, length - 1)].mean(1)
                 for i, row in zip(some, own.cpu(), strict=True):
                     found[i] = row

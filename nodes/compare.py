@@ -11,7 +11,7 @@ from torch import Tensor
 from ..realera.concepts import lines
 from ..realera.evaluation.judges import Clip, ClipScore, NudeNet, clip_classifier
 from ..realera.evaluation.tasks import CIFAR10, OBJECT
-from ..realera.pictures import grid
+from ..realera.report.plots import grid
 from .comfy_model import ComfyDiffusion
 from .comfy_transformer_text import text_of
 from .page import to_image

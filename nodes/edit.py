@@ -6,19 +6,19 @@ from functools import partial
 import comfyui_version
 from comfy_api.latest import io
 
-from ..realera import pictures
-from ..realera.algorithm import erase, outreach
-from ..realera.erasure import Erasure as ErasureOf
-from ..realera.readers import family_in
-from ..realera.scope import GONE
-from ..realera.scope import check as checked
+from ..realera.algorithm import erase, scope_report
+from ..realera.edit.erasure import Erasure as ErasureOf
+from ..realera.edit.text_layers import family_in
+from ..realera.evaluation.coarse_samples import coarse_samples
+from ..realera.report import plots
+from ..realera.report.scope import GONE
+from ..realera.report.scope import check as checked
 from ..realera.settings import MOST_AWAY, Settings
-from ..realera.sketch import sketches
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
-from .schema import Erasure, Mining, advanced, growing, schema, strength_input
+from .schema import Erasure, MiningWire, advanced, growing, schema, strength_input
 
 DEFAULTS = Settings()
 MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
@@ -38,7 +38,7 @@ class ClosedFormEdit(io.ComfyNode):
             search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that is to forget; it stays as it is."),
-                Mining.Input(
+                MiningWire.Input(
                     "mining",
                     tooltip="From Neighbor Sampler, or from Beyond Sampler after it.",
                 ),
@@ -140,38 +140,38 @@ class ClosedFormEdit(io.ComfyNode):
         report = reporter(cls.hidden.unique_id, "reading everyday prompts")
         erasure = erase(replace(mining, settings=settings), source, report)
         edited = apply_erasure(model, erasure)
-        reaches = outreach(erasure, mining)
+        effects = scope_report(erasure, mining)
         if check:
             report = reporter(cls.hidden.unique_id, "drawing words")
             before, after = (
-                partial(sketches, ComfyDiffusion(of, mining.text), progress=report)
+                partial(coarse_samples, ComfyDiffusion(of, mining.text), progress=report)
                 for of in (model, edited)
             )
-            reaches = checked(reaches, mining.pairs, check, before, after)
-        gone = sum(reach.toward >= GONE for reach in reaches)
+            effects = checked(effects, mining.pairs, check, before, after)
+        gone = sum(reach.share_to_anchor >= GONE for reach in effects)
         told = f"{gone} words go more than half the way to the anchor"
-        drawn = [reach for reach in reaches if reach.drawn is not None]
+        drawn = [reach for reach in effects if reach.drawn is not None]
         if drawn:
             changed = sum(reach.gone for reach in drawn)
             told += f"; of {len(drawn)} that were drawn (✓), {changed} change much"
-        picture = to_image(pictures.scope_picture(reaches))
+        picture = to_image(plots.scope_picture(effects))
         listed = "\n".join(
-            f"{reach.word}: {100 * reach.toward:.0f} % toward {reach.concept}'s anchor, "
+            f"{reach.word}: {100 * reach.share_to_anchor:.0f} % toward {reach.concept}'s anchor, "
             f"{100 * reach.moved:.0f} % moved"
             + ("" if reach.drawn is None else f", {100 * reach.drawn:.0f} % when drawn")
-            for reach in reaches
+            for reach in effects
         )
         shown = {
             "realera_scope": [
                 [
                     r.word,
                     r.concept,
-                    round(r.toward, 3),
+                    round(r.share_to_anchor, 3),
                     round(r.moved, 3),
                     None if r.drawn is None else round(r.drawn, 3),
                     r.gone,
                 ]
-                for r in reaches
+                for r in effects
             ],
             "text": [told],
         }

@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..realera.checkpoints import write_checkpoint
-from ..realera.erasure_file import load_erasure, save_erasure
-from ..realera.names import portable
+from ..realera.checkpoints.writing import write_checkpoint
+from ..realera.edit.erasure_file import load_erasure, save_erasure
 from ..realera.settings import TOLERANCE
+from ..realera.storage.file_names import portable
 from .comfy_patch import write_lora
 from .progress import tell
 from .schema import BUNDLED, BUNDLED_MODELS, Erasure, advanced, schema, strength_input

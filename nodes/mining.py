@@ -2,13 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..realera import pictures
-from ..realera.algorithm import Mining as Mined
-from ..realera.algorithm import mine_beyond, mine_neighbors
+from ..realera.algorithm import MiningResult, mine_beyond, mine_neighbors
+from ..realera.anchor_warnings import anchor_warnings
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
-from ..realera.doubts import doubts
+from ..realera.mining.vocabulary import VocabularyNeighbourhood
+from ..realera.report import plots
 from ..realera.settings import SOURCES, Settings
-from ..realera.words import WordRing
 from .comfy_transformer_text import text_of
 from .page import geometry, to_image
 from .progress import reporter
@@ -16,7 +15,7 @@ from .schema import (
     AUTO_COSINE,
     AUTO_DISTANCE,
     AUTO_SEED,
-    Mining,
+    MiningWire,
     advanced,
     auto_input,
     schema,
@@ -34,9 +33,9 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
     return auto_input(name, display_name, tooltip, AUTO_DISTANCE, 1000.0, 0.1)
 
 
-def found(mining: Mined) -> str:
+def found(mining: MiningResult) -> str:
     """What a sampler says that it found."""
-    kind = "words" if isinstance(mining.ring, WordRing) else "points"
+    kind = "words" if isinstance(mining.ring, VocabularyNeighbourhood) else "points"
     far = int((mining.beyond.pair >= 0).sum())
     said = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
     said += [f"{far} keep their meaning"] if far else []
@@ -154,7 +153,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Mining.Output(display_name="mining", tooltip="For the nodes that follow."),
+                MiningWire.Output(display_name="mining", tooltip="For the nodes that follow."),
                 io.Image.Output(display_name="geometry", tooltip="The neighbourhood as a picture."),
                 io.String.Output(display_name="words", tooltip="The mined words, nearest first."),
             ],
@@ -192,10 +191,10 @@ class NeighborSampler(io.ComfyNode):
         text = text_of(clip)
         mining = mine_neighbors(text, asked, settings, reporter(cls.hidden.unique_id, "mining"))
         ring = mining.ring
-        named = ring.listed(mining.neighbors) if isinstance(ring, WordRing) else []
+        named = ring.listed(mining.neighbors) if isinstance(ring, VocabularyNeighbourhood) else []
         told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
-        said = [f"{found(mining)}; the CLIP is that of {text.title}", *doubts(mining)]
-        picture = to_image(pictures.geometry(ring, mining.neighbors, mining.beyond))
+        said = [f"{found(mining)}; the CLIP is that of {text.title}", *anchor_warnings(mining)]
+        picture = to_image(plots.geometry(ring, mining.neighbors, mining.beyond))
         shown = {"realera_geometry": [geometry(mining)], "text": said}
         return io.NodeOutput(mining, picture, told, ui=shown)
 
@@ -212,7 +211,7 @@ class BeyondSampler(io.ComfyNode):
             ),
             search_aliases=["preserve concept", "regularisation", "specificity", "beyond"],
             inputs=[
-                Mining.Input("mining", tooltip="From Neighbor Sampler."),
+                MiningWire.Input("mining", tooltip="From Neighbor Sampler."),
                 io.Int.Input(
                     "count",
                     display_name="N",
@@ -255,7 +254,7 @@ class BeyondSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Mining.Output(display_name="mining", tooltip="For the nodes that follow."),
+                MiningWire.Output(display_name="mining", tooltip="For the nodes that follow."),
                 io.Image.Output(display_name="geometry", tooltip="Neighbours and beyond points."),
             ],
             view=True,
@@ -280,6 +279,6 @@ class BeyondSampler(io.ComfyNode):
             d2=d2 or None,
             beyond_seed=None if seed == AUTO_SEED else seed,
         )
-        picture = to_image(pictures.geometry(mining.ring, mining.neighbors, mining.beyond))
+        picture = to_image(plots.geometry(mining.ring, mining.neighbors, mining.beyond))
         shown = {"realera_geometry": [geometry(mining)], "text": [found(mining)]}
         return io.NodeOutput(mining, picture, ui=shown)

@@ -7,11 +7,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..realera.algorithm import Mining
-from ..realera.models import CONTEXT
-from ..realera.pairs import Mined
-from ..realera.ring import NoiseRing
-from ..realera.words import WordRing
+from ..realera.algorithm import MiningResult
+from ..realera.mining.noise import GaussianNeighbourhood
+from ..realera.mining.pairs import MinedRows
+from ..realera.mining.vocabulary import VocabularyNeighbourhood
+from ..realera.text.encoding import CONTEXT
 
 
 def to_image(picture: Image) -> Tensor:
@@ -19,7 +19,7 @@ def to_image(picture: Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def geometry(mining: Mining) -> dict[str, Any]:
+def geometry(mining: MiningResult) -> dict[str, Any]:
     """The rings and the points or words of a neighbourhood, as JSON."""
     ring, pairs, settings = mining.ring, mining.pairs, mining.settings
     told: dict[str, Any] = {
@@ -32,9 +32,9 @@ def geometry(mining: Mining) -> dict[str, Any]:
         "neighbors": [],
         "beyond": [],
     }
-    if isinstance(ring, WordRing):
+    if isinstance(ring, VocabularyNeighbourhood):
         told["words"] = [[w, round(cosine, 3), m] for w, cosine, m in ring.listed(mining.neighbors)]
-    elif isinstance(ring, NoiseRing):
+    elif isinstance(ring, GaussianNeighbourhood):
         shell, e = ring.shells[CONTEXT], pairs.e[CONTEXT]
         radius = (e - shell.centre).norm(dim=-1)[pairs.span[CONTEXT]].mean()
         told |= {"radius": float(radius), "d1": shell.d1, "d2": shell.d2}
@@ -43,7 +43,7 @@ def geometry(mining: Mining) -> dict[str, Any]:
     return told
 
 
-def _points(ring: NoiseRing, mined: Mined) -> list[list[float]]:
+def _points(ring: GaussianNeighbourhood, mined: MinedRows) -> list[list[float]]:
     """Each draw in the plane of its concept: its step along e and across it, mean over the span."""
     centre, points = ring.shells[CONTEXT].centre, []
     for row, pair in enumerate(mined.pair.tolist()):

@@ -9,9 +9,9 @@ import torch
 from comfy.k_diffusion.sampling import sample_euler
 from torch import Tensor
 
-from ..realera.adapters import edited
-from ..realera.erasure import Erasure
-from ..realera.models import Encoding
+from ..realera.edit.erasure import Erasure
+from ..realera.text.encoding import Encoding
+from ..realera.training.student_teacher import student_mode
 from .comfy_model import ComfyDiffusion
 
 STEPS, GUIDANCE = 8, 5.0
@@ -40,7 +40,7 @@ def sketch(
     sigmas = sigmas.to(diffusion.model.load_device)
     start = noise.to(sigmas).repeat(asked.prompts, 1, 1, 1)
     start = sampling.noise_scaling(sigmas[0], start, torch.zeros_like(start), max_denoise=True)
-    with edited(diffusion.network, erasure):
+    with student_mode(diffusion.network, erasure):
         return sample_euler(denoised, start, sigmas, disable=True)
 
 

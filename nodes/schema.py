@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..realera import miniature
 
-Mining = io.Custom("REALERA_MINING")
+MiningWire = io.Custom("REALERA_MINING")
 Erasure = io.Custom("REALERA_ERASURE")
 Classifier = io.Custom("REALERA_CLASSIFIER")
 

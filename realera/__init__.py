@@ -4,35 +4,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .algorithm import Mining, align_erasure, erase, mine, outreach
-    from .checkpoints import write_checkpoint, write_lora
+    from .algorithm import MiningResult, align_erasure, erase, mine, scope_report
+    from .checkpoints.loading import load_model
+    from .checkpoints.writing import write_checkpoint, write_lora
     from .concepts import Concept, parse_concepts
-    from .erasure import Erasure
-    from .erasure_file import load_erasure, save_erasure
-    from .families.loading import load_model
+    from .edit.erasure import Erasure
+    from .edit.erasure_file import load_erasure, save_erasure
     from .settings import Settings, Training
 
 _HOME = {
     "Concept": "concepts",
-    "Erasure": "erasure",
-    "Mining": "algorithm",
+    "Erasure": "edit.erasure",
+    "MiningResult": "algorithm",
     "Settings": "settings",
     "Training": "settings",
     "align_erasure": "algorithm",
     "erase": "algorithm",
-    "load_erasure": "erasure_file",
-    "load_model": "families.loading",
+    "load_erasure": "edit.erasure_file",
+    "load_model": "checkpoints.loading",
     "mine": "algorithm",
-    "outreach": "algorithm",
     "parse_concepts": "concepts",
-    "save_erasure": "erasure_file",
-    "write_checkpoint": "checkpoints",
-    "write_lora": "checkpoints",
+    "save_erasure": "edit.erasure_file",
+    "scope_report": "algorithm",
+    "write_checkpoint": "checkpoints.writing",
+    "write_lora": "checkpoints.writing",
 }
 __all__ = [
     "Concept",
     "Erasure",
-    "Mining",
+    "MiningResult",
     "Settings",
     "Training",
     "align_erasure",
@@ -40,9 +40,9 @@ __all__ = [
     "load_erasure",
     "load_model",
     "mine",
-    "outreach",
     "parse_concepts",
     "save_erasure",
+    "scope_report",
     "write_checkpoint",
     "write_lora",
 ]

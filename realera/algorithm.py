@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adversary import scene_of
-from .alignment import align
-from .anchors import draw_anchors
-from .bank import Bank, bank_prompts, encode_bank, spare_concepts
-from .closed_form import Sums
 from .concepts import Concept, holds_name
-from .erasure import Erasure, concepts_of, notes_of
-from .lessons import Lesson
-from .models import BATCH, Diffusion, Encoding, TextEncoder, longer
-from .pairs import Mined, Pairs, Ring, encode_pairs
-from .ring import noise_ring
-from .scope import Reach, scope
+from .edit.closed_form import Sums
+from .edit.erasure import Erasure, concepts_of, notes_of
+from .mining.noise import gaussian_neighbourhood
+from .mining.pairs import MinedRows, Neighbourhood, Pairs, encode_pairs
+from .mining.preservation_bank import Bank, bank_prompts, drop_related_prompts, encode_bank
+from .mining.vocabulary import VocabularyNeighbourhood, vocabulary_neighbourhood
+from .pipelines.interface import Diffusion
+from .report.scope import WordEffect, scope
 from .settings import Settings, Training
-from .spans import refuse_long, wholes
-from .words import WordRing, word_ring
+from .text.encoding import BATCH, Encoding, TextEncoder, longer
+from .text.token_alignment import prompt_embeddings, refuse_long_prompts
+from .training.adversarial import adversarial_inputs
+from .training.anchor_latents import draw_anchors
+from .training.loop import align
+from .training.objective import TrainingInputs
 
 EVERY = 4  # one in so many bank prompts is stepped towards
 DEFAULTS = Settings()
@@ -42,7 +43,7 @@ def quiet(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Mining:
+class MiningResult:
     """What Alg. 1, l. 1-23 found: the ring around the pairs and what was drawn from it.
 
     text: the encoder it was found with; settings: all that it was found by
@@ -50,9 +51,9 @@ class Mining:
     """
 
     text: TextEncoder
-    ring: Ring
-    neighbors: Mined
-    beyond: Mined
+    ring: Neighbourhood
+    neighbors: MinedRows
+    beyond: MinedRows
     settings: Settings
     drawn: Tensor
 
@@ -71,7 +72,7 @@ def mine(
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
     progress: Progress = quiet,
-) -> Mining:
+) -> MiningResult:
     """Alg. 1, l. 1-23. progress is called with (done, in all) of each of its long parts."""
     mining = mine_neighbors(text, concepts, settings, progress)
     return mine_beyond(mining, progress, **{name: getattr(settings, name) for name in BEYOND})
@@ -82,7 +83,7 @@ def mine_neighbors(
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
     progress: Progress = quiet,
-) -> Mining:
+) -> MiningResult:
     """Alg. 1, l. 1-12: the pairs and their neighbours, and nothing beyond yet."""
     pairs = encode_pairs(text, concepts)
     for word in settings.exclude:
@@ -94,12 +95,12 @@ def mine_neighbors(
     neighbors = ring.neighbors(settings.neighbors, generator)
     drawn = generator.get_state()
     nothing = ring.beyond(0, generator)
-    return Mining(
+    return MiningResult(
         text, ring, neighbors, _preserving(nothing, text, pairs, settings), settings, drawn
     )
 
 
-def mine_beyond(mining: Mining, progress: Progress = quiet, **beyond: Any) -> Mining:
+def mine_beyond(mining: MiningResult, progress: Progress = quiet, **beyond: Any) -> MiningResult:
     """Alg. 1, l. 13-23: with beyond points and the prompts to preserve.
 
     beyond: those of the settings that BEYOND names; the others are the mining's. Raises ValueError
@@ -120,7 +121,7 @@ def mine_beyond(mining: Mining, progress: Progress = quiet, **beyond: Any) -> Mi
 
 
 def erase(
-    mining: Mining, source: Mapping[str, Any] | None = None, progress: Progress = quiet
+    mining: MiningResult, source: Mapping[str, Any] | None = None, progress: Progress = quiet
 ) -> Erasure:
     """The closed form (l. 24) of every stream.
 
@@ -151,7 +152,7 @@ def fit(
     kept = None
     if settings.bank:
         bank = encode_bank(text, progress=progress)
-        kept = spare_concepts(bank, text, concepts, summary, settings.bank_limit).kept
+        kept = drop_related_prompts(bank, text, concepts, summary, settings.bank_limit).kept
     provenance = {
         "concepts": [asdict(concept) for concept in concepts],
         "settings": asdict(settings),
@@ -168,11 +169,11 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def collect(mining: Mining) -> dict[str, Sums]:
+def collect(mining: MiningResult) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     weight, sums = mining.settings.pair_weight, {}
-    stand = standing(mining)
+    stand = concept_representatives(mining)
     for stream, e in pairs.e.items():
         own = replace(Sums.zeros(e.shape[-1]), concepts=stand[stream])
         for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
@@ -187,7 +188,7 @@ def collect(mining: Mining) -> dict[str, Sums]:
     return sums
 
 
-def standing(mining: Mining) -> dict[str, Tensor]:
+def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
     """stream -> what stands for the concepts as a whole, [rows, dim] on the CPU.
 
     Of each its prompt in its first template; where words were mined, then of each the mean of all
@@ -195,23 +196,23 @@ def standing(mining: Mining) -> dict[str, Tensor]:
     """
     pairs, ring = mining.pairs, mining.ring
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
-    names = wholes(mining.text, first, pairs.e.take(pairs.first))
+    names = prompt_embeddings(mining.text, first, pairs.e.take(pairs.first))
     stand = [{stream: rows.flatten(0, 1) for stream, rows in names.items()}]
-    if isinstance(ring, WordRing) and mining.neighbors.words:
+    if isinstance(ring, VocabularyNeighbourhood) and mining.neighbors.words:
         near, sizes = ring.near, torch.bincount(pairs.concept[ring.near.pair]).tolist()
         for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
             around = [
-                wholes(mining.text, near.prompts(some.tolist()), near.take(some)[0])
+                prompt_embeddings(mining.text, near.prompts(some.tolist()), near.take(some)[0])
                 for some in own.split(BATCH)
             ]
             stand.append({s: torch.cat([rows[s] for rows in around]).mean(0) for s in names})
     return {stream: torch.cat([rows[stream].cpu() for rows in stand]) for stream in names}
 
 
-def outreach(erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
+def scope_report(erasure: Erasure, mining: MiningResult) -> tuple[WordEffect, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
-    if isinstance(mining.ring, WordRing):
+    if isinstance(mining.ring, VocabularyNeighbourhood):
         words, centre = list(mining.ring.cosine), mining.ring.centre
         return scope(erasure, mining.text, mining.pairs, words, centre=centre)
     return scope(erasure, mining.text, mining.pairs, bank_prompts(), "{}")
@@ -220,7 +221,7 @@ def outreach(erasure: Erasure, mining: Mining) -> tuple[Reach, ...]:
 def align_erasure(
     model: Diffusion,
     erasure: Erasure,
-    mining: Mining,
+    mining: MiningResult,
     training: Training = Training(),
     *,
     anchors: Tensor | None = None,
@@ -232,23 +233,23 @@ def align_erasure(
 
     anchors: latents of images of the anchors, [concepts, images, channels, height, width]; unless
     given, the original model draws `images` of each. Without beyond points in the mining Eq. 9
-    keeps its first term only. on_step, state: as in `alignment.align`. Raises ValueError when the
+    keeps its first term only. on_step, state: as in `loop.align`. Raises ValueError when the
     erasure is not of what was mined.
     """
     refuse_foreign(erasure, mining)
-    lesson = lesson_of(model, mining, erasure, training, anchors, images)
+    lesson = training_inputs(model, mining, erasure, training, anchors, images)
     lora = align(model, lesson, training, on_step=on_step, state=state)
     return erasure.with_lora(lora, asdict(training))
 
 
-def lesson_of(
+def training_inputs(
     model: Diffusion,
-    mining: Mining,
+    mining: MiningResult,
     erasure: Erasure,
     training: Training,
     anchors: Tensor | None = None,
     images: int = 8,
-) -> Lesson:
+) -> TrainingInputs:
     """What a LoRA is trained on to go on top of an erasure of what was mined, among others.
 
     All that is to be encoded and drawn for it is. anchors, images: as in `align_erasure`.
@@ -256,7 +257,7 @@ def lesson_of(
     ring, beyond, seed = mining.ring, mining.settings.beyond > 0, training.seed
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, seed=seed)
-    if isinstance(ring, WordRing):
+    if isinstance(ring, VocabularyNeighbourhood):
         # A concept among thousands may have no word outside that is not nearer to another one.
         beyond = beyond and set(ring.far.pair.tolist()) == set(mining.pairs.first.tolist())
         ring.encode_all()
@@ -265,19 +266,19 @@ def lesson_of(
         drawn = draw_anchors(model, mining.pairs, images, seed=seed, concepts=True)
         prompts = preserved_prompts(mining.text, mining.pairs.concepts, mining.settings)
         limit = mining.settings.bank_limit
-        scene = scene_of(mining.text, ring, drawn, prompts, limit, seed)
-    return Lesson(ring, beyond, erasure, anchors, scene)
+        scene = adversarial_inputs(mining.text, ring, drawn, prompts, limit, seed)
+    return TrainingInputs(ring, beyond, erasure, anchors, scene)
 
 
-def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Ring:
+def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Neighbourhood:
     """The neighbourhood of the source that the settings name."""
     if settings.source == "vocabulary":
-        return word_ring(text, pairs, settings, progress)
+        return vocabulary_neighbourhood(text, pairs, settings, progress)
     if settings.source == "isotropic":
-        return noise_ring(pairs, settings)
+        return gaussian_neighbourhood(pairs, settings)
     bank = encode_bank(text, progress=progress)
-    bank = spare_concepts(bank, text, pairs.concepts, pairs.summary, settings.bank_limit)
-    return noise_ring(pairs, settings, candidates(text, bank))
+    bank = drop_related_prompts(bank, text, pairs.concepts, pairs.summary, settings.bank_limit)
+    return gaussian_neighbourhood(pairs, settings, candidates(text, bank))
 
 
 def candidates(text: TextEncoder, bank: Bank) -> Encoding:
@@ -285,7 +286,9 @@ def candidates(text: TextEncoder, bank: Bank) -> Encoding:
     return text.encode([p for p in bank.prompts[::EVERY] if p not in bank.dropped])
 
 
-def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settings) -> Mined:
+def _preserving(
+    beyond: MinedRows, text: TextEncoder, pairs: Pairs, settings: Settings
+) -> MinedRows:
     """Beyond points, and the prompts to preserve, whose every row keeps its outputs."""
     prompts = preserved_prompts(text, pairs.concepts, settings)
     if not prompts:
@@ -297,7 +300,7 @@ def _preserving(beyond: Mined, text: TextEncoder, pairs: Pairs, settings: Settin
         for s, own in beyond.span.items()
     }
     pair = torch.cat([beyond.pair, torch.full((len(prompts),), -1)])
-    return Mined(e, e, span, pair, (*beyond.words, *prompts))
+    return MinedRows(e, e, span, pair, (*beyond.words, *prompts))
 
 
 def preserved_prompts(
@@ -316,7 +319,7 @@ def preserved_prompts(
     left_out = [template.replace("{}", word) for word in settings.exclude for template in templates]
     prompts = tuple(dict.fromkeys([*settings.preserve, *left_out]))
     if prompts:
-        refuse_long(text, prompts)
+        refuse_long_prompts(text, prompts)
     return prompts
 
 
@@ -329,7 +332,7 @@ def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
             )
 
 
-def refuse_foreign(erasure: Erasure, mining: Mining) -> None:
+def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:
     """Raises ValueError when the erasure is not of what was mined.
 
     Eq. 9's neighbours must be those of what was erased, else the provenance would lie.

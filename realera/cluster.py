@@ -12,19 +12,20 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from .erasure import Lora, joined
-from .erasure_file import load_erasure
-from .families.loading import load_model, load_text
-from .groups import Group, Job, Part, align_group, part_of
-from .models import Diffusion, TextEncoder
+from .checkpoints.loading import load_model, load_text
+from .edit.erasure import Lora, joined
+from .edit.erasure_file import load_erasure
+from .groups import Group, Job, PartialSums, align_group, part_of
+from .pipelines.interface import Diffusion
 from .settings import Training
+from .text.encoding import TextEncoder
 
 RETRIES = 5  # of a part whose worker was lost
 
 Progress = Callable[[int, int], None]
 
 
-def summed(engine: str, job: Job, groups: Sequence[Group], progress: Progress) -> Part:
+def summed(engine: str, job: Job, groups: Sequence[Group], progress: Progress) -> PartialSums:
     """The parts of all groups, added. progress is called with (groups done, in all).
 
     Raises ImportError that says how to install Ray, and ValueError as `groups.part_of`.
@@ -32,7 +33,7 @@ def summed(engine: str, job: Job, groups: Sequence[Group], progress: Progress) -
     if engine == "ray":
         return _on_ray(job, _part, [(n, group) for n, group in enumerate(groups)], progress)
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[PartialSums]:
         for n, group in enumerate(groups):
             yield part_of(text_of(job), job, n, group)
             progress(n + 1, len(groups))
@@ -69,7 +70,7 @@ class _Learned:
         return _Learned(joined(self.lora, other.lora))
 
 
-def _part(job: Job, number: int, group: Group) -> Part:
+def _part(job: Job, number: int, group: Group) -> PartialSums:
     return part_of(text_of(job), job, number, group)
 
 

@@ -19,23 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithm import Mining, collect, fit, lesson_of, preserved_prompts, quiet, version_of
-from .alignment import align
-from .bank import bank_prompts
-from .closed_form import Sums
+from .algorithm import (
+    MiningResult,
+    collect,
+    fit,
+    preserved_prompts,
+    quiet,
+    training_inputs,
+    version_of,
+)
 from .concepts import Concept
-from .erasure import Erasure, Lora
-from .files import digest, keep_tensors, open_tensors
-from .models import BATCH, Diffusion, TextEncoder
-from .pairs import encode_pairs
+from .edit.closed_form import Sums
+from .edit.erasure import Erasure, Lora
+from .mining.pairs import encode_pairs
+from .mining.preservation_bank import bank_prompts
+from .mining.vocabulary import WordAssignment, assign_words, drawn, neighbourhood_of
+from .pipelines.interface import Diffusion
 from .settings import Settings, Training
-from .spans import summaries
-from .words import Choice, choose_words, drawn, ring_of
+from .storage.safetensors_file import digest, keep_tensors, open_tensors
+from .text.encoding import BATCH, TextEncoder
+from .text.token_alignment import prompt_summaries
+from .training.loop import align
 
 AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
 PARTS = ("erase", "moved", "preserve", "concepts")
 FOLDER = ".realera-groups"  # in the output folder, for what a run that was stopped goes on from
-FILE = re.compile(  # whole, or hidden and unfinished as `files.beside` names it
+FILE = re.compile(  # whole, or hidden and unfinished as `safetensors_file.beside` names it
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
 )
@@ -48,7 +57,8 @@ Words = tuple[tuple[int, str], ...]
 class Group:
     """Some concepts, and the words that are theirs in a joint fit; names alone, so that it travels.
 
-    near, far, outside: number of a concept and a word, concept by concept, as `words.Choice` has
+    near, far, outside: number of a concept and a word, concept by concept, as
+    `vocabulary.WordAssignment` has
         them
     neighbors, beyond: which of them were drawn, concept by concept
     contested: words inside the rings of several concepts of the whole, which went to the nearest
@@ -82,7 +92,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialSums:
     """What a group gives to the whole; parts add up.
 
     sums: stream -> its sums; summary: of its prompts, [prompts, dim], as `Pairs` has it
@@ -91,9 +101,9 @@ class Part:
     sums: Mapping[str, Sums]
     summary: Tensor
 
-    def __add__(self, other: "Part") -> "Part":
+    def __add__(self, other: "PartialSums") -> "PartialSums":
         sums = {stream: own + other.sums[stream] for stream, own in self.sums.items()}
-        return Part(sums, torch.cat([self.summary, other.summary]))
+        return PartialSums(sums, torch.cat([self.summary, other.summary]))
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,10 @@ def whole(
     preserved_prompts(text, concepts, settings)  # raises before anything slow
     firsts = [concept.templates[0].replace("{}", concept.name) for concept in concepts]
     some = (firsts[n : n + BATCH] for n in range(0, len(firsts), BATCH))
-    own = torch.cat([summaries(text, prompts, text.encode(prompts)).cpu() for prompts in some])
-    choice = choose_words(text, concepts, own, settings, progress)
+    own = torch.cat(
+        [prompt_summaries(text, prompts, text.encode(prompts)).cpu() for prompts in some]
+    )
+    choice = assign_words(text, concepts, own, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed)
     numbers = range(len(concepts))
 
@@ -152,24 +164,24 @@ def whole(
     return Group(tuple(concepts), *found, neighbors, beyond, choice.contested)
 
 
-def mine_group(text: TextEncoder, group: Group, settings: Settings) -> Mining:
+def mine_group(text: TextEncoder, group: Group, settings: Settings) -> MiningResult:
     """The group's share of a joint mining; the prompts to preserve are nobody's."""
     pairs = encode_pairs(text, group.concepts)
     nowhere = torch.zeros_like(pairs.summary[pairs.first])
-    choice = Choice(group.near, group.far, group.outside, {}, nowhere)
-    ring = ring_of(text, pairs, settings, choice)
+    choice = WordAssignment(group.near, group.far, group.outside, {}, nowhere)
+    ring = neighbourhood_of(text, pairs, settings, choice)
     near = ring.mined(ring.near, torch.tensor(group.neighbors, dtype=torch.int64))
     far = ring.mined(ring.far, torch.tensor(group.beyond, dtype=torch.int64))
-    return Mining(text, ring, near, replace(far, target=far.e), settings, torch.empty(0))
+    return MiningResult(text, ring, near, replace(far, target=far.e), settings, torch.empty(0))
 
 
-def sum_group(text: TextEncoder, group: Group, settings: Settings) -> Part:
+def sum_group(text: TextEncoder, group: Group, settings: Settings) -> PartialSums:
     """Alg. 1, l. 1-23 of a group: encoded, summed and dropped AT_ONCE concepts at a time."""
     minings = (mine_group(text, some, settings) for some in group.parts(AT_ONCE))
-    return reduce(add, (Part(collect(mining), mining.pairs.summary) for mining in minings))
+    return reduce(add, (PartialSums(collect(mining), mining.pairs.summary) for mining in minings))
 
 
-def part_of(text: TextEncoder, job: Job, number: int, group: Group) -> Part:
+def part_of(text: TextEncoder, job: Job, number: int, group: Group) -> PartialSums:
     """`sum_group`, read back from the job's folder where it was done before.
 
     Raises ValueError when this process, or the file that lies there, is of another run.
@@ -201,7 +213,7 @@ def clear(state: Path) -> None:
         state.rmdir()
 
 
-def _read_part(path: Path, made_by: str) -> Part:
+def _read_part(path: Path, made_by: str) -> PartialSums:
     file = open_tensors(path)
     if file.metadata.get("run") != made_by:
         raise ValueError(
@@ -210,13 +222,13 @@ def _read_part(path: Path, made_by: str) -> Part:
         )
     streams = dict.fromkeys(key.rpartition(".")[0] for key in file.entries if key != "summary")
     sums = {s: Sums(*(file.read(f"{s}.{name}") for name in PARTS)) for s in streams}
-    return Part(sums, file.read("summary"))
+    return PartialSums(sums, file.read("summary"))
 
 
 def erase_groups(
     text: TextEncoder,
     group: Group,
-    part: Part,
+    part: PartialSums,
     settings: Settings,
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
@@ -246,5 +258,5 @@ def align_group(
     The LoRAs of all groups, each trained without the others, go onto the erasure together.
     """
     mining = mine_group(model.text, group, settings)
-    lesson = lesson_of(model, mining, erasure, training)
+    lesson = training_inputs(model, mining, erasure, training)
     return align(model, lesson, training, on_step=on_step, state=state)

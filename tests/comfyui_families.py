@@ -46,12 +46,12 @@ from RealEra.nodes.comfy_patch import apply_erasure
 from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
-from RealEra.realera import adapters as adapters_module
-from RealEra.realera.adapters import adapted, checkpointed, edited
-from RealEra.realera.closed_form import Edit
-from RealEra.realera.erasure import Erasure
-from RealEra.realera.models import CONTEXT, POOLED, Encoding
-from RealEra.realera.readers import readers
+from RealEra.realera.edit.closed_form import Edit
+from RealEra.realera.edit.erasure import Erasure
+from RealEra.realera.edit.text_layers import text_layers
+from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
+from RealEra.realera.training import student_teacher as adapters_module
+from RealEra.realera.training.student_teacher import checkpointed, student_mode, with_lora
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -182,11 +182,11 @@ def random_edit(dim):
 
 def random_erasure(model, rank=2):
     """An edit of every stream that the model reads and a LoRA on its projections."""
-    found, edits, lora = readers(model.diffusion_model), {}, {}
+    found, edits, lora = text_layers(model.diffusion_model), {}, {}
     for name, reader in found.items():
         wide = reader.layer.in_features if reader.kind.whole else 1280
         edits.setdefault(reader.kind.stream, random_edit(wide))
-        if reader.kind.adapted:
+        if reader.kind.trained:
             a = 0.01 * torch.randn(rank, reader.layer.in_features)
             lora[name] = (a, 0.01 * torch.randn(reader.layer.out_features, rank))
     return Erasure(edits, lora)
@@ -194,7 +194,7 @@ def random_erasure(model, rank=2):
 
 def random_encoding(model, prompts=2):
     streams = {}
-    for reader in readers(model.diffusion_model).values():
+    for reader in text_layers(model.diffusion_model).values():
         wide = reader.layer.in_features if reader.kind.whole else 1280
         rows = 77 if reader.kind.stream == CONTEXT else 1
         if reader.kind.stream not in streams:
@@ -235,7 +235,7 @@ def sketch_differs(patcher, erasure, encoding, noise):
     empty = Encoding({stream: torch.zeros_like(rows[:1]) for stream, rows in encoding.items()})
     diffusion = ComfyDiffusion(patcher, None)
     unaligned = Erasure(erasure.edits)
-    with training(patcher), adapted(diffusion.network, 2, 0), torch.no_grad():
+    with training(patcher), with_lora(diffusion.network, 2, 0), torch.no_grad():
         ours = sketch(diffusion, unaligned, encoding, empty, noise)
     closed_form = ComfyDiffusion(apply_erasure(patcher, erasure, 1.0, 0.0), None)
     both = noise.repeat(encoding.prompts, 1, 1, 1)
@@ -260,7 +260,7 @@ def check(family, layout, dtype):
     erasure = random_erasure(model)
     erased = apply_erasure(patcher, erasure, 1.0, 0.5)
     wrong = 0.0
-    for name, reader in readers(model.diffusion_model).items():
+    for name, reader in text_layers(model.diffusion_model).items():
         before, after = weight_of(patcher, reader.path), weight_of(erased, reader.path)
         due = erasure.erased(name, before, 1.0, 0.5, reader.gain)
         wrong = max(wrong, float((after - due).abs().max()))
@@ -277,8 +277,8 @@ def check(family, layout, dtype):
     gradients, kept_bytes = [], []
     for saving in (nullcontext(), checkpointed(diffusion.network)):
         saved = {}
-        with training(patcher), saving, adapted(diffusion.network, 2, 0) as adapters:
-            with edited(diffusion.network, Erasure(erasure.edits)):
+        with training(patcher), saving, with_lora(diffusion.network, 2, 0) as adapters:
+            with student_mode(diffusion.network, Erasure(erasure.edits)):
                 own = Encoding({stream: rows.clone() for stream, rows in encoding.items()})
                 counting = saved_bytes(saved)
                 with (

@@ -54,7 +54,7 @@ import comfy.supported_models
 import comfy.text_encoders.t5
 import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
-import RealEra.realera.models
+import RealEra.realera.text.encoding
 import torch
 from comfyui_transformers import loaded_by_comfyui, quantised_flux_text
 from conformance import check_diffusion, check_text_encoder, check_transformer_text
@@ -67,18 +67,18 @@ from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.comfy_weights import plain_weight
 from RealEra.realera import algorithm
-from RealEra.realera.checkpoints import write_checkpoint
-from RealEra.realera.closed_form import Edit
+from RealEra.realera.checkpoints.loading import load_model
+from RealEra.realera.checkpoints.writing import write_checkpoint
+from RealEra.realera.cli.output_folder import checked
 from RealEra.realera.concepts import parse_concepts
-from RealEra.realera.erasure_file import load_erasure, save_erasure
-from RealEra.realera.families.loading import load_model
+from RealEra.realera.edit.closed_form import Edit
+from RealEra.realera.edit.erasure_file import load_erasure, save_erasure
+from RealEra.realera.edit.text_layers import text_layers
+from RealEra.realera.evaluation.coarse_samples import coarse_samples
 from RealEra.realera.miniature import T5, TRANSFORMER
-from RealEra.realera.models import CONTEXT, POOLED, Encoding
-from RealEra.realera.outputs import checked
-from RealEra.realera.readers import readers
 from RealEra.realera.settings import Settings
-from RealEra.realera.sketch import sketches
-from RealEra.realera.spans import place_rows
+from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
+from RealEra.realera.text.token_alignment import map_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from server import PromptServer
@@ -206,7 +206,7 @@ def claim_a_patch_is_prepared_for_dynamic_vram_and_gives_the_same_weight():
         raise Skipped("this ComfyUI does not prepare patches")
     patcher, erasure = random_sd1()
     made = apply_erasure(patcher, erasure, 1.0, 0.5)
-    for name, reader in readers(patcher.model.diffusion_model).items():
+    for name, reader in text_layers(patcher.model.diffusion_model).items():
         key = f"diffusion_model.{reader.path}.weight"
         patch = low_vram(key, made.patches)
         size = patch.memory_required()
@@ -231,7 +231,7 @@ def claim_the_gain_of_a_norm_in_front_goes_where_dynamic_vram_moves_a_patch():
     patcher = random_model(*NETWORKS["z_image"], torch.float32)
     erasure = random_erasure(patcher.model)
     made = apply_erasure(patcher, erasure)
-    ((name, reader),) = readers(patcher.model.diffusion_model).items()
+    ((name, reader),) = text_layers(patcher.model.diffusion_model).items()
     patch = low_vram(f"diffusion_model.{reader.path}.weight", made.patches)
     room = torch.zeros(patch.memory_required(), dtype=torch.uint8)
     patch.prepare(room, None, copy=True, commit=True)
@@ -250,7 +250,7 @@ def claim_a_layer_computes_with_a_prepared_patch_as_comfyui_casts_it():
         raise Skipped("this ComfyUI does not prepare patches")
     patcher, erasure = random_sd1()
     made = apply_erasure(patcher, erasure)
-    (name, reader), *_ = readers(patcher.model.diffusion_model).items()
+    (name, reader), *_ = text_layers(patcher.model.diffusion_model).items()
     rows = torch.randn(2, 5, reader.layer.in_features)
     due = torch.nn.functional.linear(rows, erasure.erased(name, reader.layer.weight))
     patch = low_vram(f"diffusion_model.{reader.path}.weight", made.patches)
@@ -294,8 +294,8 @@ def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
     assert told[-2:] == [(3 + 2, 3 + 2), (3, 3)]
     lines = listed.splitlines()
     assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
-    reaches = algorithm.outreach(erasure, found)
-    due = checked(load_model("miniature"), erasure, found.pairs, reaches, 3)[:3]
+    effects = algorithm.outreach(erasure, found)
+    due = checked(load_model("miniature"), erasure, found.pairs, effects, 3)[:3]
     for line, reach in zip(lines, due, strict=False):
         assert line.startswith(f"{reach.word}: ")
         shown = float(line.rsplit(", ", 1)[1].split(" %")[0])
@@ -314,7 +314,7 @@ def claim_a_check_hears_cancel():
     with replaced(comfy.model_management, management, cancelled):
         diffusion = ComfyDiffusion(miniature().model, mined().text)
         try:
-            sketches(diffusion, ["a photo of the dog"])
+            coarse_samples(diffusion, ["a photo of the dog"])
         except comfy.model_management.InterruptProcessingException:
             return
     raise AssertionError("it drew on")
@@ -378,7 +378,7 @@ def claim_escaped_brackets_are_counted_as_they_are_read():
             assert ids == [token for token, _, _ in section][: end + 1], prompt
     named = (r"saber \(fate\)", "knight", "a photo of the {}")
     encoded = text.encode([named[2].replace("{}", named[0])])
-    place = place_rows(text, [named], encoded).streams[CONTEXT][0]
+    place = map_rows(text, [named], encoded).streams[CONTEXT][0]
     # The row of end-of-text meets the anchor's, and what follows it goes on one by one.
     _, end = read_by_comfyui(text.clip, named[2].replace("{}", named[0]))
     _, its = read_by_comfyui(text.clip, named[2].replace("{}", named[1]))
@@ -759,7 +759,7 @@ def claim_a_transformer_on_comfyui_is_erased_alike_by_patches_file_lora_and_rows
         assert len(by_lora.patches) == len(erasure.edits), family
 
         ways = {"file": drawn(file), "LoRA": drawn(by_lora)}
-        if not any(reader.norm for reader in readers(patcher.model.diffusion_model).values()):
+        if not any(reader.norm for reader in text_layers(patcher.model.diffusion_model).values()):
             rows = {s: edit(encoding[s]) for s, edit in erasure.edits.items()}
             bare = replace(erasure, lora={})
             ways["rows"] = (
@@ -808,7 +808,9 @@ def claim_a_quantised_transformer_is_erased_as_the_one_that_it_stands_for():
     for kind, small, whole in quantised_flux():
         with naming(kind):
             erasure, encoding = random_erasure(whole.model), random_encoding(whole.model)
-            weights = {n: r.layer.weight for n, r in readers(whole.model.diffusion_model).items()}
+            weights = {
+                n: r.layer.weight for n, r in text_layers(whole.model.diffusion_model).items()
+            }
             due = {name: erasure.erased(name, weight) for name, weight in weights.items()}
             z, sigma = torch.randn(2, 16, 16, 16), whole.model.model_sampling.sigmas[[100, 800]]
 
@@ -824,7 +826,7 @@ def claim_a_quantised_transformer_is_erased_as_the_one_that_it_stands_for():
             erased_small = loaded(apply_erasure(small, erasure))
             assert ComfyDiffusion(small, None).fingerprint == fingerprint
             assert ComfyDiffusion(erased_small, None).fingerprint != fingerprint
-            for name, reader in readers(erased_small.model.diffusion_model).items():
+            for name, reader in text_layers(erased_small.model.diffusion_model).items():
                 key = f"diffusion_model.{reader.path}.weight"
                 # ComfyUI rounds at random, by a seed of the key.
                 rounded = reader.layer.weight.requantize_from_float(
@@ -875,7 +877,7 @@ def claim_every_node_works_on_a_quantised_model_and_clip():
 
 def claim_an_erasure_that_comfyui_would_leave_out_is_refused():
     patcher, erasure = random_sd1()
-    reader = next(iter(readers(patcher.model.diffusion_model).values()))
+    reader = next(iter(text_layers(patcher.model.diffusion_model).values()))
     layer, weight = reader.layer, reader.layer.weight
     packed = torch.nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), False)
     with replaced(layer, "weight", packed), refused("its loader keeps it packed"):

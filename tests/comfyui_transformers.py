@@ -159,7 +159,7 @@ class Blind(torch.nn.Module):
 def sentence_pieces():
     """A small sentencepiece model with Gemma's marks: its own does not ship with ComfyUI."""
     import sentencepiece
-    from RealEra.realera.bank import bank_prompts
+    from RealEra.realera.mining.preservation_bank import bank_prompts
 
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

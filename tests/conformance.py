@@ -33,12 +33,12 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
     assert len({row[0] for row in ids}) == 1 and len({row[-1] for row in ids}) == 1
     assert ids[2] == [ids[0][0], ids[0][-1]], "the empty prompt is start and end-of-text"
     assert len(ids[-1]) > part.length, "token ids are not cut off"
-    own = spans.summaries(text, PROMPTS, encoding).cpu()
+    own = spans.prompt_summaries(text, PROMPTS, encoding).cpu()
     summary = text.summary(PROMPTS)
     assert torch.allclose(summary.cpu(), own, atol=1e-3, rtol=1e-3), "summary is a row of encode"
-    spans.refuse_long(text, PROMPTS[:-1])
+    spans.refuse_long_prompts(text, PROMPTS[:-1])
     try:
-        spans.refuse_long(text, PROMPTS)
+        spans.refuse_long_prompts(text, PROMPTS)
     except ValueError as error:
         assert str(part.length) in str(error)
     else:
@@ -81,7 +81,7 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
     named = ("a photo of the cat", "a photo of the dog")
     rows = [("cat", "dog", "a photo of the {}")]
     encoded, anchor = text.encode(named[:1]), text.encode(named[1:])
-    places = spans.place_rows(text, rows, encoded)
+    places = spans.map_rows(text, rows, encoded)
     moved = places.target(encoded, anchor)
     for part in text.parts:
         one, other = (part.tokenize([prompt])[0] for prompt in named)
@@ -101,12 +101,12 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
     summary = text.summary(many)
     assert summary.shape == (4, encoding[models.CONTEXT].shape[2])
     if part.causal:  # else padding, which others attend to, is left out of it
-        due = spans.summaries(text, many, text.encode(many)).cpu()
+        due = spans.prompt_summaries(text, many, text.encode(many)).cpu()
         assert torch.allclose(summary, due, atol=1e-3, rtol=1e-3), "summary is a row of encode"
     assert not torch.allclose(summary[0], summary[1], atol=1e-2), "words mean different things"
-    spans.refuse_long(text, prompts)
+    spans.refuse_long_prompts(text, prompts)
     try:
-        spans.refuse_long(text, ["word " * 1100])
+        spans.refuse_long_prompts(text, ["word " * 1100])
     except ValueError as error:
         assert str(part.length) in str(error)
     else:

@@ -24,10 +24,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from realera.diffusers_model import DiffusersModel, DiffusersText
-from realera.families import FAMILIES
-from realera.families.loading import _tokenizer
+from realera.checkpoints.families import FAMILIES
+from realera.checkpoints.loading import _tokenizer
 from realera.miniature import TOKENIZER
+from realera.pipelines.unet import DiffusersModel, DiffusersText
 from tools.comfyui import comfyui
 from tools.layout import to_ldm
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from realera.algorithm import erase, mine, mine_beyond, mine_neighbors, standing
+from realera.algorithm import concept_representatives, erase, mine, mine_beyond, mine_neighbors
+from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersText
-from realera.erasure import Erasure
-from realera.families.loading import load_text
-from realera.models import CONTEXT, POOLED
-from realera.pairs import encode_pairs
-from realera.ring import noise_ring
+from realera.edit.erasure import Erasure
+from realera.mining.noise import gaussian_neighbourhood
+from realera.mining.pairs import encode_pairs
+from realera.pipelines.unet import DiffusersText
 from realera.settings import SOURCES, Settings
-from realera.spans import wholes
+from realera.text.encoding import CONTEXT, POOLED
+from realera.text.token_alignment import prompt_embeddings
 
 ROOT = Path(__file__).parent.parent
 OLD = str(ROOT / "tests/data/erasure-1.safetensors")
@@ -84,13 +84,13 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
 def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, name):
     text, concepts = texts[name], [AIRPLANE, Concept("dog", "ground", ("an old {}", "{}"))]
     mining = mine(text, concepts, settings_of("vocabulary"))  # draws two of the ring
-    found = standing(mining)
+    found = concept_representatives(mining)
     ring = [word for word, _, _ in mining.ring.near.rows]
     split = ring.index("dog")  # its ring begins with the concept itself
     names, means = [], []
     for concept, words in zip(concepts, (ring[:split], ring[split:]), strict=True):
         prompts = [concept.templates[0].replace("{}", word) for word in words]
-        rows = wholes(text, prompts, text.encode(prompts))
+        rows = prompt_embeddings(text, prompts, text.encode(prompts))
         names.append({stream: rows[stream][0] for stream in found})
         means.append({stream: rows[stream].mean(0) for stream in found})
     assert len(mining.neighbors.words) < len(ring)
@@ -98,7 +98,7 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, n
         expected = torch.cat([own[stream] for own in names + means])
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
     for settings in (settings_of("vocabulary", neighbors=0), settings_of("isotropic")):
-        alone = standing(mine(text, concepts, settings))
+        alone = concept_representatives(mine(text, concepts, settings))
         for stream, rows in alone.items():
             assert torch.equal(rows, found[stream][: len(rows)]) and len(rows) == 2
 
@@ -145,9 +145,11 @@ def test_the_bank_is_read_where_it_is_used_and_nowhere_else(texts, monkeypatch):
 
 def test_radii_that_a_user_names_reach_as_far_in_every_stream(texts):
     pairs = encode_pairs(texts["sdxl"], [AIRPLANE])
-    auto = noise_ring(pairs, Settings(source="isotropic")).shells
+    auto = gaussian_neighbourhood(pairs, Settings(source="isotropic")).shells
     d1, d2 = 1.1 * auto[CONTEXT].d1, 1.2 * auto[CONTEXT].d2
-    wider = noise_ring(pairs, Settings(source="isotropic", d1=d1, d1_anchor=0.5, d2=d2)).shells
+    wider = gaussian_neighbourhood(
+        pairs, Settings(source="isotropic", d1=d1, d1_anchor=0.5, d2=d2)
+    ).shells
     assert wider[CONTEXT].d1 == d1 and wider[CONTEXT].d1_anchor == 0.5
     scale = auto[POOLED].d1 / auto[CONTEXT].d1
     assert wider[POOLED].d1 == pytest.approx(1.1 * auto[POOLED].d1)

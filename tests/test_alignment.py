@@ -7,19 +7,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from realera.adapters import adapted, checkpointed, edited, original, tuners
-from realera.adversary import draw_contexts, likeness, scene_of, seek, sifted, started
 from realera.algorithm import align_erasure, erase, mine
-from realera.alignment import align
-from realera.anchors import draw_anchors
-from realera.closed_form import Edit
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure, applied
-from realera.lessons import Lesson, Scene, Student, draw_step
-from realera.models import CONTEXT, POOLED, Encoding
-from realera.readers import adapted_readers
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure, temporarily_erased
+from realera.edit.text_layers import trained_layers
+from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
+from realera.text.encoding import CONTEXT, POOLED, Encoding
+from realera.training.adversarial import (
+    adversarial_inputs,
+    draw_contexts,
+    filter_words,
+    init_contexts,
+    likeness,
+    pgd_step,
+)
+from realera.training.anchor_latents import draw_anchors
+from realera.training.loop import align
+from realera.training.objective import AdversarialInputs, Student, TrainingInputs, draw_step
+from realera.training.student_teacher import (
+    checkpointed,
+    student_mode,
+    teacher_mode,
+    tuners,
+    with_lora,
+)
 
 OF_JOB = Settings(source="isotropic", neighbors=2, beyond=1, bank=False)
 SHORT = Training(steps=6, rank=2, learning_rate=1e-3, batch=2, save_every=2)
@@ -36,7 +49,7 @@ def job(model):
     settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
     mining = mine(model.text, [Concept("airplane", "ground")], settings)
     anchors = draw_anchors(model, mining.pairs, 3, steps=2)
-    return Lesson(mining.ring, True, erase(mining), anchors)
+    return TrainingInputs(mining.ring, True, erase(mining), anchors)
 
 
 def with_edit(job, matrix):
@@ -67,7 +80,7 @@ def test_a_full_disk_under_the_state_is_a_warning_and_the_training_goes_on(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("realera.files.write_tensors", full)
+    monkeypatch.setattr("realera.storage.safetensors_file.write_tensors", full)
     with pytest.warns(UserWarning, match=r"state.* \(No space left on device\).* starts afresh"):
         lora = run(model, job, state=tmp_path / "state")
     assert same(
@@ -83,7 +96,7 @@ def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job
         seen = losses[rate] = []
         long = replace(SHORT, steps=40, learning_rate=rate, batch=4)
         lora = run(model, untouched, long, on_step=lambda step, loss, seen=seen: seen.append(loss))
-        assert lora.keys() == adapted_readers(model.network).keys()
+        assert lora.keys() == trained_layers(model.network).keys()
     assert sum(losses[3e-2][-10:]) < 0.9 * sum(losses[1e-12][-10:])
 
 
@@ -109,12 +122,12 @@ def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
 
 
 def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, job, monkeypatch):
-    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1.0,))
+    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1.0,))
     plain = run(model, job)
-    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1e40, 1.0))
+    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40, 1.0))
     again = run(model, job)
     assert all(torch.equal(a, again[name][0]) for name, (a, _) in plain.items())
-    monkeypatch.setattr("realera.lessons.LOSS_SCALES", (1e40,))
+    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40,))
     with pytest.raises(FloatingPointError, match="gradient at step 1 is not finite"):
         run(model, job)
 
@@ -174,7 +187,11 @@ def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(mo
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         saving = checkpointed(model.network) if thrifty else nullcontext()
-        with saving, adapted(model.network, 2, 0) as layers, edited(model.network, job.erasure):
+        with (
+            saving,
+            with_lora(model.network, 2, 0) as layers,
+            student_mode(model.network, job.erasure),
+        ):
             with hooks:
                 loss = model.predict(z, t, encoding).square().mean()
             kept.append(sum(saved.values()))
@@ -192,7 +209,7 @@ def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model
 
     def sketch(step: int, loss: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad(), edited(model.network, job.erasure):
+        with torch.no_grad(), student_mode(model.network, job.erasure):
             drawn.append(model.sample(first, first, generator, 2, 1.0))
 
     plain, watched = run(model, job), run(model, job, on_step=sketch)
@@ -210,17 +227,17 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
         on_edited_context = model.predict(
             z, t, replace(encoding, streams={CONTEXT: edit(encoding[CONTEXT])})
         )
-        with adapted(network, 2, 0) as layers:
+        with with_lora(network, 2, 0) as layers:
             for _, b in layers.values():
                 b.data = torch.ones_like(b)
             lora = {name: (a.clone(), b.clone()) for name, (a, b) in layers.items()}
-            with original(tuners(network)):
+            with teacher_mode(tuners(network)):
                 teacher = model.predict(z, t, encoding)
-                with edited(network, job.erasure):
+                with student_mode(network, job.erasure):
                     edit_alone = model.predict(z, t, encoding)
-            with edited(network, job.erasure):
+            with student_mode(network, job.erasure):
                 student = model.predict(z, t, encoding)
-        with applied(job.erasure.with_lora(lora, {}), network):
+        with temporarily_erased(job.erasure.with_lora(lora, {}), network):
             erased = model.predict(z, t, encoding)
     assert torch.equal(teacher, plain)
     assert torch.allclose(edit_alone, on_edited_context, atol=1e-5)
@@ -232,8 +249,8 @@ def test_the_edit_is_computed_once_a_pass_and_anew_for_other_rows(model, job, mo
     network, calls, real = model.network, [], Edit.__call__
     monkeypatch.setattr(Edit, "__call__", lambda edit, rows: calls.append(1) or real(edit, rows))
     z, t = torch.zeros(1, 4, 8, 8), torch.tensor([500])
-    assert len(adapted_readers(network)) > 2
-    with torch.no_grad(), edited(network, job.erasure):
+    assert len(trained_layers(network)) > 2
+    with torch.no_grad(), student_mode(network, job.erasure):
         for n in range(3):
             model.predict(z, t, job.ring.pairs.e.take(torch.tensor([n])))
     assert len(calls) == 3
@@ -253,14 +270,14 @@ def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name)
             torch.randn(2, reader.layer.in_features, generator=g),
             torch.randn(reader.layer.out_features, 2, generator=g),
         )
-        for layer, reader in adapted_readers(model.network).items()
+        for layer, reader in trained_layers(model.network).items()
     }
     z, t = torch.randn(2, *model.latent_shape, generator=g), torch.tensor([500])
     with torch.no_grad():
         for erasure in (Erasure(edits), Erasure(edits, lora)):
-            with edited(model.network, erasure):
+            with student_mode(model.network, erasure):
                 read = model.predict(z, t, encoding)
-            with applied(erasure, model.network):
+            with temporarily_erased(erasure, model.network):
                 written = model.predict(z, t, encoding)
             torch.testing.assert_close(read, written, atol=1e-4, rtol=1e-4)
 
@@ -378,7 +395,7 @@ def against(model, job):
     """The same lesson with an adversary."""
     images = draw_anchors(model, job.ring.pairs, 2, steps=2, concepts=True)
     words, kept = (model.text.encode(p) for p in (["a jet"], ["", "a dog", "a ship", "the sea"]))
-    return replace(job, scene=Scene(images, words, torch.tensor([0]), kept))
+    return replace(job, scene=AdversarialInputs(images, words, torch.tensor([0]), kept))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -407,7 +424,7 @@ def test_without_an_adversary_its_scene_changes_nothing(model, job, against):
 
 
 def student_of(model, job) -> Student:
-    return Student(model, lambda: edited(model.network, job.erasure), nullcontext)
+    return Student(model, lambda: student_mode(model.network, job.erasure), nullcontext)
 
 
 def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
@@ -416,9 +433,9 @@ def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
     training = replace(SOUGHT, adversarial=4, batch=4)
     for number in range(12):
         generator = torch.Generator().manual_seed(number)
-        found = seek(student, against, against.scene, found, training, generator)
+        found = pgd_step(student, against, against.scene, found, training, generator)
     errors = []
-    for contexts in (started(pairs, found.pair), found):
+    for contexts in (init_contexts(pairs, found.pair), found):
         steps = [
             step
             for n in range(100, 108)
@@ -432,7 +449,7 @@ def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
                 torch.Generator().manual_seed(n),
             )
         ]
-        with torch.no_grad(), edited(model.network, against.erasure):
+        with torch.no_grad(), student_mode(model.network, against.erasure):
             predicted = [model.predict(step.z_t, step.t, step.student) for step in steps]
         with torch.no_grad():
             wanted = [model.predict(step.z_t, step.t, step.teacher) for step in steps]
@@ -502,13 +519,13 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     inside = {word for word in mining.ring.near.words if word in words}
     outside = [word for _, word in mining.ring.outside]
     assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
-    scene = scene_of(model.text, mining.ring, job.anchors, ["a red rocket"], 0.55, 0)
+    scene = adversarial_inputs(model.text, mining.ring, job.anchors, ["a red rocket"], 0.55, 0)
     asked = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]
     assert {str(row) for row in asked} == {str(row) for row in scene.words[CONTEXT]}
     assert scene.pair.tolist() == [0] * len(outside)
     first = model.text.encode(["", "a red rocket"])[CONTEXT]
     assert torch.equal(scene.kept[CONTEXT][:2], first) and scene.kept.prompts == 2 + 512
-    noise = scene_of(model.text, job.ring, job.anchors, [], 0.55, 0)
+    noise = adversarial_inputs(model.text, job.ring, job.anchors, [], 0.55, 0)
     assert noise.words.prompts == 0 and noise.kept.prompts == 1 + 512
 
 
@@ -520,7 +537,7 @@ def test_words_are_kept_by_which_the_original_does_not_predict_the_concept(model
     like = likeness(model, pairs, scene, torch.arange(3), 0)
     torch.testing.assert_close(like[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
     assert (like[2] - 1).abs() > 0.01 and like[2].abs() > 0.01
-    after = sifted(student_of(model, against), against, scene, SOUGHT)
+    after = filter_words(student_of(model, against), against, scene, SOUGHT)
     kept = [*after.kept[CONTEXT][4:]]
     assert torch.equal(kept[0], words[CONTEXT][1])
     assert not any(torch.equal(row, words[CONTEXT][0]) for row in kept)

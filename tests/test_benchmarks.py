@@ -26,14 +26,14 @@ from benchmarks import (
     unchanged,
 )
 from benchmarks.tables import markdown_table
+from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
+from realera.edit.text_layers import trained_layers
 from realera.evaluation.report import Report, Score, harmonic_mean
 from realera.evaluation.tasks import miniature_task
-from realera.families.loading import load_model
-from realera.models import CONTEXT
-from realera.readers import adapted_readers
+from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
+from realera.text.encoding import CONTEXT
 
 pytestmark = pytest.mark.benchmarks
 
@@ -63,7 +63,7 @@ def test_the_last_row_is_that_of_the_last_word_before_the_end(model):
 def test_what_is_written_is_what_the_network_reads_with(model):
     weights = peers.uce(model, [AIRPLANE])
     peers.write(weights, model.network)
-    layers = adapted_readers(model.network)
+    layers = trained_layers(model.network)
     assert weights.keys() == layers.keys()
     for name, reader in layers.items():
         assert torch.equal(reader.layer.weight, weights[name].float())
@@ -324,12 +324,12 @@ def test_a_word_is_seen_alike_in_every_call(model):
 def test_the_sizes_are_those_of_the_real_families(size):
     from diffusers import UNet2DConditionModel
 
-    from realera.families import FAMILIES
+    from realera.checkpoints.families import FAMILIES
 
     config = FAMILIES[{"SD 1.5": "sd1", "SDXL": "sdxl"}[size.name]]["unet"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    layers = [reader.layer for reader in adapted_readers(unet).values()]
+    layers = [reader.layer for reader in trained_layers(unet).values()]
     assert sorted(size.outputs) == sorted(layer.out_features for layer in layers)
     assert {layer.in_features for layer in layers} == {size.dim}
 
@@ -343,7 +343,7 @@ def test_the_two_ways_whose_times_are_compared_give_the_same_weights():
 
 
 def test_the_loop_of_the_paper_and_our_blocks_accept_the_same_ring():
-    ring = speed.ring_of(tokens=12, dim=128)
+    ring = speed.neighbourhood_of(tokens=12, dim=128)
     (one, _), drawn = speed.one_by_one(ring, 40, torch.Generator().manual_seed(0))
     assert drawn > len(one) == 200
     blocks = ring.neighbors(40, torch.Generator().manual_seed(0)).e[CONTEXT][:, 5:]
@@ -451,7 +451,7 @@ def scene(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attacks, "STATE", tmp_path_factory.mktemp("attacks"))
         patch.setattr(attacks, "IMAGES", 2)
-        yield attacks.Scene(load_model("miniature"), Concept("dog", "flower"))
+        yield attacks.AdversarialInputs(load_model("miniature"), Concept("dog", "flower"))
 
 
 def test_a_prompt_that_all_latents_share_is_read_as_by_the_model(scene):
@@ -506,4 +506,4 @@ def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(
     alone, trained = (adversarial.erased(scene, training, state) for training in (None, tiny))
     pairs = zip(trained.named_parameters(), alone.parameters(), strict=True)
     changed = {name for (name, new), old in pairs if not torch.equal(new, old)}
-    assert changed == {f"{r.path}.weight" for r in adapted_readers(scene.model.network).values()}
+    assert changed == {f"{r.path}.weight" for r in trained_layers(scene.model.network).values()}

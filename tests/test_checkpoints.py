@@ -18,16 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from realera.checkpoints import lora_tensors, write_checkpoint, write_lora
-from realera.closed_form import Edit
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure, applied
-from realera.erasure_file import load_erasure, save_erasure
-from realera.families import FAMILIES, family_of, loading
-from realera.families.loading import _explained, load_model, load_text
-from realera.files import open_tensors, raw_bytes, writing
-from realera.models import CONTEXT, POOLED
-from realera.readers import adapted_readers, readers
+from realera.checkpoints import loading
+from realera.checkpoints.families import FAMILIES, family_of
+from realera.checkpoints.loading import _explained, load_model, load_text
+from realera.checkpoints.writing import lora_tensors, write_checkpoint, write_lora
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure, temporarily_erased
+from realera.edit.erasure_file import load_erasure, save_erasure
+from realera.edit.text_layers import text_layers, trained_layers
+from realera.pipelines.unet import DiffusersModel
+from realera.storage.safetensors_file import open_tensors, raw_bytes, writing
+from realera.text.encoding import CONTEXT, POOLED
 
 DIMS = {"sd1": 32, "sd1 one layer": 32, "sd1 inpainting": 32, "sd2": 64, "sdxl": 96}
 
@@ -56,7 +57,7 @@ def make_erasure(pipeline, name, lora=True):
             torch.randn(2, reader.layer.in_features, generator=g) / 10,
             torch.randn(reader.layer.out_features, 2, generator=g) / 10,
         )
-        for key, reader in adapted_readers(pipeline.unet).items()
+        for key, reader in trained_layers(pipeline.unet).items()
     }
     edits = {CONTEXT: low_rank_edit(DIMS[name], 3, 1)}
     if name == "sdxl":
@@ -353,7 +354,7 @@ def test_an_erased_checkpoint_differs_in_the_erased_tensors_alone(
 ):
     layer = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     average = "model_ema." + layer.removeprefix("model.").replace(".", "")
-    own = readers(pipelines[name].unet)["middle_block.1.transformer_blocks.0.attn2.to_k"]
+    own = text_layers(pipelines[name].unet)["middle_block.1.transformer_blocks.0.attn2.to_k"]
     extra = {average: own.layer.weight * 2, "step": torch.tensor(3), "none": torch.zeros(0, 4)}
     source = make_single(
         pipelines[name], tmp_path / "in.safetensors", dtype, extra, {"by": "a person, café"}
@@ -412,20 +413,20 @@ def test_checkpoint_and_erasure_both_give_the_images_of_the_model_in_memory(
 ):
     model, erasure = DiffusersModel(pipelines[name]), make_erasure(pipelines[name], name)
     original = images(model)
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         expected = images(model)
     assert (expected - original).abs().max() > 0.01
     write_checkpoint(singles[name], erasure, tmp_path / "out.safetensors")
     assert_same_images(images(load_model(tmp_path / "out.safetensors")), expected)
     save_erasure(erasure, tmp_path / "erasure.safetensors")
-    with applied(load_erasure(tmp_path / "erasure.safetensors"), model.network):
+    with temporarily_erased(load_erasure(tmp_path / "erasure.safetensors"), model.network):
         assert_same_images(images(model), expected)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_folder_gives_a_folder(tmp_path, pipelines, folders, name):
     model, erasure = DiffusersModel(pipelines[name]), make_erasure(pipelines[name], name)
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         expected = images(model)
     source = tmp_path / "in"
     shutil.copytree(folders[name], source)
@@ -452,7 +453,7 @@ def test_a_sharded_half_precision_folder_is_erased_in_every_shard(tmp_path, pipe
     pipeline.unet.save_pretrained(tmp_path / "in" / "unet", max_shard_size="400KB", variant="fp16")
     assert len(list((tmp_path / "in" / "unet").glob("*.safetensors"))) > 2
     model, erasure = DiffusersModel(pipeline), make_erasure(pipeline, "sd1")
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         expected = images(model)
     write_checkpoint(tmp_path / "in", erasure, tmp_path / "out")
     assert_same_images(images(load_model(tmp_path / "out")), expected)
@@ -681,7 +682,7 @@ def test_a_file_and_a_folder_and_the_model_in_memory_give_the_same_lora(
     tmp_path, pipelines, singles, folders
 ):
     erasure = make_erasure(pipelines["sdxl"], "sdxl")
-    layers = readers(pipelines["sdxl"].unet)
+    layers = text_layers(pipelines["sdxl"].unet)
     weights = {key: reader.layer.weight.detach() for key, reader in layers.items()}
     expected, report = lora_tensors(weights, erasure)
     for number, source in enumerate((singles["sdxl"], folders["sdxl"])):

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from realera.cache import cached
 from realera.cli import main
-from realera.closed_form import Edit
-from realera.erasure import Erasure
-from realera.erasure_file import load_erasure, save_erasure
-from realera.files import open_tensors
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.miniature import CHECKPOINT
-from realera.models import CONTEXT
+from realera.storage.cache import cached
+from realera.storage.safetensors_file import open_tensors
+from realera.text.encoding import CONTEXT
 
 QUICK = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1"]
 ERASURE = Path(__file__).parent / "data" / "erasure-1.safetensors"  # of another family
@@ -190,7 +190,7 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
     arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK]
     assert main([*arguments, "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
-    monkeypatch.setattr("realera.outputs.evaluate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("realera.cli.output_folder.evaluate", lambda *_: pytest.fail("too late"))
     assert main(["evaluate", "miniature", "airplane", "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
 

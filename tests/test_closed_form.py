@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realera.closed_form import FIRM, SHARED, WIDE, Edit, Kept, Sums, solve
+from realera.edit.closed_form import (
+    MEAN_SHIFT,
+    MEAN_WEIGHT,
+    SHIFT_RIDGE,
+    BankGram,
+    Edit,
+    Sums,
+    solve,
+)
 
 seeds = st.integers(0, 10_000)
 QUICK = settings(max_examples=25, deadline=None)
@@ -128,7 +136,7 @@ def test_banks_that_differ_by_rounding_add_up_and_by_a_prompt_do_not():
 
     mean = rows.mean(0, keepdim=True)
     one, same = (
-        Kept(gram, mean, dropped)
+        BankGram(gram, mean, dropped)
         for gram, dropped in (
             (bank, {"a cat": rows[:1]}),
             (bank * (1 + 1e-8), {"a dog": rows[1:2]}),
@@ -137,7 +145,7 @@ def test_banks_that_differ_by_rounding_add_up_and_by_a_prompt_do_not():
     assert torch.equal((one | same).gram, bank)
     assert (one | same).dropped.keys() == {"a cat", "a dog"}
     with pytest.raises(ValueError, match="different preservation banks"):
-        one | Kept(bank + rows[:1].T.double() @ rows[:1].double(), mean)
+        one | BankGram(bank + rows[:1].T.double() @ rows[:1].double(), mean)
 
 
 def test_sums_of_two_families_are_not_merged():
@@ -221,7 +229,7 @@ def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_a
     sums = problem(seed)[-1]
     bank, dropped = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 3)
     whole = torch.cat([bank, dropped])
-    kept = Kept(whole.T @ whole, whole[:1], {"a cat": dropped.float()})
+    kept = BankGram(whole.T @ whole, whole[:1], {"a cat": dropped.float()})
     by_gram = solve(sums, kept, 0.3, 0.1)
     by_rows = solve(sums.preserving(bank), None, 0.3, 0.1)
     torch.testing.assert_close(by_gram.matrix, by_rows.matrix, rtol=1e-4, atol=1e-5)
@@ -236,13 +244,13 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
     e, target, preserved, sums = problem(seed)
     bank, mean = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 2)
     v = rows_of(seed + 6, 7, 4)  # of two concepts
-    kept = Kept(bank.T @ bank, mean)
+    kept = BankGram(bank.T @ bank, mean)
     matrix = solve(replace(sums, concepts=v), kept, lambda1, 0.1, away).matrix.double()
 
     way = torch.cat([mean, mean]) - v
-    unit, root = torch.eye(7, dtype=torch.float64), (WIDE * way.square().sum()).sqrt()
-    firm = FIRM * (way.square().sum() / mean.square().sum()).sqrt()
-    little = mean + away * SHARED * (way[:2] + way[2:]) / 2
+    unit, root = torch.eye(7, dtype=torch.float64), (SHIFT_RIDGE * way.square().sum()).sqrt()
+    firm = MEAN_WEIGHT * (way.square().sum() / mean.square().sum()).sqrt()
+    little = mean + away * MEAN_SHIFT * (way[:2] + way[2:]) / 2
     rows = torch.cat([v, firm * mean, root * unit])
     t1 = brute(rows, torch.cat([v + away * way, firm * little, root * unit]))
     system = 2.0 * e.T @ e + lambda1 * (preserved.T @ preserved + bank.T @ bank)

@@ -8,10 +8,10 @@ import torch
 
 from realera import cluster
 from realera.cli import main
-from realera.erasure_file import load_erasure
-from realera.groups import Job, Part, part_of, run_of, whole
-from realera.models import CONTEXT
+from realera.edit.erasure_file import load_erasure
+from realera.groups import Job, PartialSums, part_of, run_of, whole
 from realera.settings import Settings
+from realera.text.encoding import CONTEXT
 
 NAMES = ("airplane", "dog", "ship", "horse", "truck")
 SETTINGS = Settings(neighbors=6, beyond=3)
@@ -32,7 +32,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
     start = ["erase", "miniature", *FEW, "-o", str(tmp_path / "many")]
     done: list[int] = []
 
-    def stopped(text, job, number, group) -> Part:
+    def stopped(text, job, number, group) -> PartialSums:
         if number == 2 and len(done) == 2:
             raise KeyboardInterrupt
         done.append(number)
@@ -48,7 +48,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
     ]
     before = {path: path.stat().st_mtime_ns for path in left.iterdir()}
 
-    def going_on(text, job, number, group) -> Part:
+    def going_on(text, job, number, group) -> PartialSums:
         part = part_of(text, job, number, group)
         assert before == {path: path.stat().st_mtime_ns for path in before}
         return part
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_replaced_and_the_sums_are_those_of_one_process(tmp_p
     single = cluster.summed("local", alone, groups, lambda done, total: None)
     killed, told = tmp_path / "killed", []
 
-    def fragile(job, number, group) -> Part:
+    def fragile(job, number, group) -> PartialSums:
         """The part, but the first worker that comes to the third group dies of it."""
         if number == 2 and not killed.exists():
             killed.touch()

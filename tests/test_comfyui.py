@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from realera.erasure_file import load_erasure
+from realera.edit.erasure_file import load_erasure
 from realera.evaluation.judges import Clip
 from realera.miniature import TRANSFORMER
 

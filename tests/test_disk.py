@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from realera import cache, cluster
-from realera.cache import cached, cached_files
-from realera.checkpoints import replaced_folder, write_checkpoint
+from realera import cluster
+from realera.checkpoints.writing import replaced_folder, write_checkpoint
 from realera.cli import main
-from realera.closed_form import Edit
-from realera.erasure import Erasure
-from realera.erasure_file import save_erasure
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
 from realera.evaluation.judges import miniature_classifier
 from realera.evaluation.report import Sampling
 from realera.evaluation.vocabulary import drawn_words
-from realera.files import HOST, readable, write_tensors, writing
 from realera.groups import part_of
 from realera.miniature import CHECKPOINT
-from realera.models import CONTEXT
+from realera.storage import cache
+from realera.storage.cache import cached, cached_files
+from realera.storage.safetensors_file import HOST, readable, write_tensors, writing
+from realera.text.encoding import CONTEXT
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--neighbors", "2", "--beyond", "2", "--steps", "0"]

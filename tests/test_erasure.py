@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realera.closed_form import Edit, Kept, Sums, solve
-from realera.erasure import Erasure, applied, apply, concepts_of
-from realera.erasure_file import load_erasure, save_erasure
-from realera.models import CONTEXT, POOLED
-from realera.readers import adapted_readers, canonical, diffusers_names, readers
+from realera.edit.closed_form import BankGram, Edit, Sums, solve
+from realera.edit.erasure import Erasure, concepts_of, erase_in_place, temporarily_erased
+from realera.edit.erasure_file import load_erasure, save_erasure
+from realera.edit.text_layers import canonical, diffusers_names, text_layers, trained_layers
+from realera.text.encoding import CONTEXT, POOLED
 
 DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
 NAME, ADDED = "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0"
@@ -28,7 +28,7 @@ def random_sums(dim, seed):
 def random_bank(seed, dim=DIM):
     rows = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     dropped = torch.randn(7, dim, generator=torch.Generator().manual_seed(seed)) / 10
-    return Kept(rows.T @ rows, rows[:1].float(), {f"a prompt about {seed}": dropped})
+    return BankGram(rows.T @ rows, rows[:1].float(), {f"a prompt about {seed}": dropped})
 
 
 def random_erasure(seed=0, names=()):
@@ -43,7 +43,7 @@ def random_erasure(seed=0, names=()):
 
 @pytest.fixture
 def saved(tmp_path, pipelines):
-    names = list(adapted_readers(pipelines["sdxl"].unet))
+    names = list(trained_layers(pipelines["sdxl"].unet))
     path = tmp_path / "erasure.safetensors"
     erasure = random_erasure(0, names[:4])
     save_erasure(erasure, path)
@@ -94,9 +94,9 @@ def test_a_result_that_is_not_finite_is_refused():
 def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipelines):
     unet = copy.deepcopy(pipelines["sdxl"].unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    layers = readers(unet)
-    erasure = random_erasure(0, list(adapted_readers(unet)))
-    with applied(erasure, unet, 0.5, 2.0):
+    layers = text_layers(unet)
+    erasure = random_erasure(0, list(trained_layers(unet)))
+    with temporarily_erased(erasure, unet, 0.5, 2.0):
         changed = {
             n for n, tensor in unet.state_dict().items() if not torch.equal(tensor, before[n])
         }
@@ -106,7 +106,7 @@ def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipel
     assert changed == {reader.path + ".weight" for reader in layers.values()}
     assert "add_embedding.linear_1.weight" in changed
     assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
-    apply(erasure, unet)
+    erase_in_place(erasure, unet)
     assert not torch.equal(unet.state_dict()[next(iter(changed))], before[next(iter(changed))])
 
 
@@ -114,18 +114,18 @@ def test_a_refused_apply_leaves_the_unet_as_it_was(pipelines):
     unet = copy.deepcopy(pipelines["sd1"].unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with pytest.raises(ValueError, match="edit of the pooled embedding, which this model does not"):
-        apply(random_erasure(), unet)
+        erase_in_place(random_erasure(), unet)
     stray = {"input_blocks.9.1.transformer_blocks.0.attn2.to_k": (torch.ones(1, 32),) * 2}
     with pytest.raises(ValueError, match=r"LoRA for input_blocks\.9"):
-        apply(Erasure({CONTEXT: Edit(torch.eye(32) * 2)}, stray), unet)
+        erase_in_place(Erasure({CONTEXT: Edit(torch.eye(32) * 2)}, stray), unet)
     with pytest.raises(ValueError, match="reads 32"):
-        apply(Erasure({CONTEXT: Edit(torch.eye(48))}), unet)
+        erase_in_place(Erasure({CONTEXT: Edit(torch.eye(48))}), unet)
     assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd1 one layer", "sd2", "sdxl"])
 def test_canonical_names_are_those_of_the_single_file(pipelines, singles, name):
-    layers, stored = readers(pipelines[name].unet), load_file(singles[name])
+    layers, stored = text_layers(pipelines[name].unet), load_file(singles[name])
     for own, reader in layers.items():
         assert torch.equal(stored[f"model.diffusion_model.{own}.weight"], reader.layer.weight)
     assert canonical(layers) == {name: name for name in layers}

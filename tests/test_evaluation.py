@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from realera.diffusers_model import DiffusersModel
+from realera.checkpoints.loading import load_model
 from realera.evaluation import report as report_module
 from realera.evaluation.judges import (
     EXPOSED,
@@ -44,9 +44,9 @@ from realera.evaluation.tasks import (
     style_task,
     task_of,
 )
-from realera.families.loading import load_model
 from realera.miniature.vocabulary import CONCEPTS, STYLES
-from realera.pictures import to_pil
+from realera.pipelines.unet import DiffusersModel
+from realera.report.plots import to_pil
 
 # Acc_e, Acc_s, Acc_g, H_o as printed: Table 1 (CIFAR-10), Table 3 (ablation), appendix 1, 3 and 4
 PRINTED = """

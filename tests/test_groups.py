@@ -17,8 +17,8 @@ from realera.groups import (
     sum_group,
     whole,
 )
-from realera.models import CONTEXT, POOLED
 from realera.settings import Settings, Training
+from realera.text.encoding import CONTEXT, POOLED
 
 NAMES = ("airplane", "dog", "cat", "horse", "ship")
 # A random encoder knows no meaning: a low limit for words nearest to anything.
@@ -73,7 +73,7 @@ def test_groups_of_any_size_add_up_to_the_joint_fit(texts, concepts, name, size)
 
 def test_a_bank_loses_the_prompts_that_any_group_erases(texts, concepts, monkeypatch):
     text, prompts = texts["sd1"], ("a photo of the dog", "a ship at sea", "a red kite")
-    monkeypatch.setattr("realera.bank.bank_prompts", lambda: prompts)
+    monkeypatch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: prompts)
     settings = replace(SETTINGS, bank=True, bank_limit=1.01)
     group = whole(text, concepts, settings)
     one, two = (sum_group(text, part, settings) for part in group.parts(3))
@@ -149,7 +149,7 @@ def test_a_part_is_written_whole_or_not_at_all(texts, concepts, tmp_path, monkey
         arguments[0].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("realera.files.write_tensors", interrupted)
+    monkeypatch.setattr("realera.storage.safetensors_file.write_tensors", interrupted)
     group = whole(texts["sd1"], concepts[:1], SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         part_of(texts["sd1"], job_of(texts["sd1"], tmp_path), 0, group)

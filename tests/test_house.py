@@ -1,4 +1,4 @@
-"""The floor plan of CONTRIBUTING.md, kept: who may import whom."""
+"""The architecture of CONTRIBUTING.md, enforced: which part may import which."""
 
 import ast
 import re

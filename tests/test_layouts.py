@@ -11,15 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from realera.checkpoints import write_checkpoint, write_lora
-from realera.closed_form import Edit
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure
-from realera.families import FAMILIES, family_of, network_files
-from realera.families.loading import load_model, load_text
-from realera.families.weights import weight_of
-from realera.files import Entry, header_bytes, open_tensors, raw_bytes, write_tensors
-from realera.models import CONTEXT
+from realera.checkpoints.families import FAMILIES, family_of, network_files
+from realera.checkpoints.fp8_scales import weight_of
+from realera.checkpoints.loading import load_model, load_text
+from realera.checkpoints.writing import write_checkpoint, write_lora
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.pipelines.unet import DiffusersModel
+from realera.storage.safetensors_file import (
+    Entry,
+    header_bytes,
+    open_tensors,
+    raw_bytes,
+    write_tensors,
+)
+from realera.text.encoding import CONTEXT
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
 TO_K = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from realera.families.loading import load_model
+from realera.checkpoints.loading import load_model
 from realera.miniature import (
     CHECKPOINT,
     CLASSIFIER,
@@ -24,7 +24,7 @@ from realera.miniature import (
     TRANSFORMER,
     load_classifier,
 )
-from realera.miniature.sibling import load_t5
+from realera.miniature.transformer_text import load_t5
 from tools.layout import UNET, sd3_transformer
 from tools.miniature import captions, models, t5, tokens
 from tools.miniature.evaluate import draw

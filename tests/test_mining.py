@@ -11,18 +11,18 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, outreach
-from realera.bank import bank_prompts, encode_bank, spare_concepts
-from realera.closed_form import Edit, Sums, solve
+from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, scope_report
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
-from realera.diffusers_model import DiffusersText
-from realera.erasure import Erasure
-from realera.models import CONTEXT
-from realera.pairs import Pairs, encode_pairs
-from realera.ring import noise_ring
-from realera.scope import scope
+from realera.edit.closed_form import Edit, Sums, solve
+from realera.edit.erasure import Erasure
+from realera.mining.noise import gaussian_neighbourhood
+from realera.mining.pairs import Pairs, encode_pairs
+from realera.mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
+from realera.mining.vocabulary import vocabulary_neighbourhood
+from realera.pipelines.unet import DiffusersText
+from realera.report.scope import scope
 from realera.settings import Settings
-from realera.words import word_ring
+from realera.text.encoding import CONTEXT
 
 DIM = 64
 
@@ -136,10 +136,10 @@ def test_a_prompt_that_does_not_fit_is_refused(text):
 # ---------------------------------------------------------------- neighbours and beyond points
 
 
-def ring_of(text, pairs, bank=None, **options):
+def neighbourhood_of(text, pairs, bank=None, **options):
     """A ring of random steps; `bank` gives the prompts to step towards."""
     settings = Settings(**{"source": "isotropic", **options})
-    return noise_ring(pairs, settings, None if bank is None else candidates(text, bank))
+    return gaussian_neighbourhood(pairs, settings, None if bank is None else candidates(text, bank))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def ring_of(text, pairs, bank=None, **options):
 )
 def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shared_noise):
     given = bank if source == "bank" else None
-    ring = ring_of(text, pairs, given, source=source, shared_noise=shared_noise)
+    ring = neighbourhood_of(text, pairs, given, source=source, shared_noise=shared_noise)
     near, far = ring.neighbors(12, drawn()), ring.beyond(12, drawn())
     shell, e, target = ring.shells[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
     for mined, low, high in ((near, ring.s2, ring.s1), (far, -1.0, ring.s2)):
@@ -170,7 +170,7 @@ def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shar
 @trials(max_examples=4, deadline=None)
 @given(st.integers(0, 1000))
 def test_the_same_seed_draws_the_same_and_another_one_does_not(text, pairs, seed):
-    ring = ring_of(text, pairs)
+    ring = neighbourhood_of(text, pairs)
     first, second = (ring.neighbors(2, drawn(seed)).e[CONTEXT] for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, ring.neighbors(2, drawn(seed + 1)).e[CONTEXT])
@@ -179,7 +179,7 @@ def test_the_same_seed_draws_the_same_and_another_one_does_not(text, pairs, seed
 @trials(max_examples=10, deadline=None)
 @given(st.floats(0.05, 0.6), st.floats(0.05, 0.3), st.floats(0.0, 0.5))
 def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, lower):
-    ring = ring_of(text, pairs, s2=s2, s1=s2 + width, beyond_s2=s2 - lower)
+    ring = neighbourhood_of(text, pairs, s2=s2, s1=s2 + width, beyond_s2=s2 - lower)
     assert len(ring.neighbors(1, drawn()).pair) == len(pairs.prompts)
     assert len(ring.beyond(1, drawn()).pair) == len(pairs.prompts)
 
@@ -205,12 +205,12 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
 )
 def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(text, pairs, ranges, reason):
     with pytest.raises(ValueError, match=reason):
-        ring_of(text, pairs, **ranges)
+        neighbourhood_of(text, pairs, **ranges)
 
 
 def test_many_neighbours_have_the_moments_that_geometry_predicts(text, pairs):
     """A neighbour is (R - c r) ê + s r u, with c, s the cosine and sine between -e and v̂."""
-    ring = ring_of(text, pairs)
+    ring = neighbourhood_of(text, pairs)
     shell, e, span = ring.shells[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
     near = ring.neighbors(3000, drawn(), of=[0]).e[CONTEXT]
     own = e[span]
@@ -239,7 +239,7 @@ def two(text) -> Pairs:
 
 @pytest.fixture(scope="module")
 def words(text, two):
-    return word_ring(text, two, Settings(s2=0.4))
+    return vocabulary_neighbourhood(text, two, Settings(s2=0.4))
 
 
 def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, words):
@@ -285,7 +285,7 @@ def test_prompts_of_one_concept_get_words_of_their_own(two, words):
 
 def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, words):
     phrase = "dog dog dog in the garden"
-    ring = word_ring(text, two, Settings(s2=0.4, words=(phrase, "Airplane", "a")))
+    ring = vocabulary_neighbourhood(text, two, Settings(s2=0.4, words=(phrase, "Airplane", "a")))
     assert ring.cosine.keys() - words.cosine.keys() == {phrase}
     assert phrase in ring.neighbors(10_000, drawn()).words
     for word, cosine in words.cosine.items():
@@ -293,9 +293,9 @@ def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text,
 
 
 def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, monkeypatch):
-    monkeypatch.setattr("realera.words.NEAR_WORDS", 3)
-    monkeypatch.setattr("realera.words.FAR_WORDS", 2)
-    few = word_ring(text, two, Settings(s2=0.4))
+    monkeypatch.setattr("realera.mining.vocabulary.NEAR_WORDS", 3)
+    monkeypatch.setattr("realera.mining.vocabulary.FAR_WORDS", 2)
+    few = vocabulary_neighbourhood(text, two, Settings(s2=0.4))
     assert len(few.near.rows) == 3 * len(two.concepts)
     assert len(few.far.rows) == 2 * len(two.concepts)
     for first in two.first.tolist():
@@ -307,20 +307,20 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
 
 
 def test_beyond_words_lie_below_their_own_limit(text, two, words):
-    ring = word_ring(text, two, Settings(s2=0.4, beyond_s2=0.3))
+    ring = vocabulary_neighbourhood(text, two, Settings(s2=0.4, beyond_s2=0.3))
     assert set(ring.near.words) == set(words.near.words)
     assert max(ring.cosine[word] for word in ring.far.words) < 0.3
     assert max(words.cosine[word] for word in words.far.words) > 0.3
 
 
 def test_the_vocabulary_is_encoded_once_for_an_encoder_and_a_template(text, two, monkeypatch):
-    word_ring(text, two, Settings(s2=0.4))
+    vocabulary_neighbourhood(text, two, Settings(s2=0.4))
 
     def refuse(prompts):
         raise AssertionError(f"{len(prompts)} words were encoded again")
 
     monkeypatch.setattr(text, "summary", refuse)
-    word_ring(text, two, Settings(s2=0.5, exclude=("jet",)))
+    vocabulary_neighbourhood(text, two, Settings(s2=0.5, exclude=("jet",)))
 
 
 def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
@@ -392,7 +392,7 @@ def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text
 
 def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
     prompts = ["an airplane in the clouds", "a wooden chair", "two bowls of soup"]
-    bank = spare_concepts(
+    bank = drop_related_prompts(
         encode_bank(text, prompts), text, pairs.concepts, pairs.summary, limit=1.01
     )
     assert bank.dropped == ("an airplane in the clouds",)
@@ -420,7 +420,7 @@ def pair_sums(pairs) -> Sums:
 def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(text, pairs, bank):
     span = pairs.span[CONTEXT]
     e, target = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
-    spared = spare_concepts(bank, text, pairs.concepts, pairs.summary, 0.9)
+    spared = drop_related_prompts(bank, text, pairs.concepts, pairs.summary, 0.9)
     kept = text.encode([p for p in spared.prompts if p not in spared.dropped][:40])[CONTEXT]
     moved = []
     for own in (None, spared.kept[CONTEXT]):
@@ -438,12 +438,14 @@ def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_
 ):
     erasure = Erasure({CONTEXT: solve(pair_sums(pairs), None, 0.1, 1e-8)})
     words = ["airplane", "house", "dog", "apple"]
-    reaches = {reach.word: reach for reach in scope(erasure, text, pairs, words)}
-    assert reaches["airplane"].toward == pytest.approx(1.0, abs=0.1)
-    assert reaches["airplane"].closeness == pytest.approx(1.0, abs=1e-4)
-    assert all(reaches[word].toward < reaches["airplane"].toward for word in words[1:])
+    effects = {reach.word: reach for reach in scope(erasure, text, pairs, words)}
+    assert effects["airplane"].share_to_anchor == pytest.approx(1.0, abs=0.1)
+    assert effects["airplane"].closeness == pytest.approx(1.0, abs=1e-4)
+    assert all(
+        effects[word].share_to_anchor < effects["airplane"].share_to_anchor for word in words[1:]
+    )
     still = Erasure({CONTEXT: Edit(torch.eye(DIM))})
-    assert all(abs(r.toward) + r.moved < 1e-5 for r in scope(still, text, pairs, words))
+    assert all(abs(r.share_to_anchor) + r.moved < 1e-5 for r in scope(still, text, pairs, words))
     with pytest.raises(ValueError, match="give at least one word"):
         scope(still, text, pairs, [])
     with pytest.raises(ValueError, match="made for text embeddings of 3 numbers"):
@@ -452,7 +454,7 @@ def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_
 
 def test_every_concept_is_measured_around_its_own_mean(text, two, words):
     mining = mine(text, two.concepts, Settings(s2=0.4, neighbors=1, beyond=1, bank=False))
-    reaches = outreach(erase(mining), mining)
-    assert {reach.concept for reach in reaches} == {"airplane", "dog"}
-    for reach in reaches:
+    effects = scope_report(erase(mining), mining)
+    assert {reach.concept for reach in effects} == {"airplane", "dog"}
+    for reach in effects:
         assert reach.closeness == pytest.approx(words.cosine[reach.word], abs=1e-5)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import realera
-import realera.adapters
-import realera.spans
-from realera.adapters import adapted
-from realera.diffusers_model import DiffusersModel, DiffusersText
-from realera.models import CONTEXT, POOLED, Encoding
-from realera.packing import last_rows
-from realera.readers import adapted_readers, readers
+import realera.text.token_alignment
+import realera.training.student_teacher
+from realera.edit.text_layers import text_layers, trained_layers
+from realera.pipelines.unet import DiffusersModel, DiffusersText
+from realera.text.encoding import CONTEXT, POOLED, Encoding
+from realera.text.packed_encoding import last_rows
+from realera.training.student_teacher import with_lora
 
 PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
 FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
@@ -92,7 +92,7 @@ def test_a_packed_prompt_is_read_as_if_it_stood_alone():
 def test_encoding_in_batches_changes_nothing(models, monkeypatch):
     text = models["sdxl"].text
     whole = text.encode(PROMPTS)
-    monkeypatch.setattr("realera.diffusers_model.BATCH", 2)
+    monkeypatch.setattr("realera.pipelines.unet.BATCH", 2)
     parts = text.encode(PROMPTS)
     for stream, rows in whole.items():
         torch.testing.assert_close(parts[stream], rows)
@@ -215,13 +215,13 @@ def test_half_precision_pipelines_take_and_give_float32(make_pipeline, dtype):
 def test_readers_are_the_cross_attention_keys_and_values_and_what_reads_the_pooled_embedding(
     models, name, count
 ):
-    found, encoding = readers(models[name].network), models[name].text.encode(["a"])
+    found, encoding = text_layers(models[name].network), models[name].text.encode(["a"])
     assert all(isinstance(reader.layer, nn.Linear) for reader in found.values())
     assert {reader.kind.stream for reader in found.values()} == set(encoding)
     for reader in found.values():
         assert reader.kind.fits(reader.layer.in_features, encoding[reader.kind.stream].shape[-1])
         assert models[name].network.get_submodule(reader.path) is reader.layer
-    assert len(adapted_readers(models[name].network)) == count
+    assert len(trained_layers(models[name].network)) == count
     assert len(found) - count == len(encoding) - 1
 
 
@@ -229,14 +229,14 @@ def test_readers_look_through_peft(models):
     import peft
 
     network = models["sd1 one layer"].network
-    before = readers(network)
+    before = text_layers(network)
     paths = [reader.path for reader in before.values()]
     wrapped = peft.PeftModel(network, peft.LoraConfig(r=1, target_modules=paths))
     try:
-        assert readers(wrapped) == before
+        assert text_layers(wrapped) == before
     finally:
         wrapped.unload()
-    assert readers(network) == before
+    assert text_layers(network) == before
 
 
 class Quantised(nn.Module):
@@ -251,25 +251,25 @@ class Quantised(nn.Module):
 
 def test_a_linear_layer_of_another_class_is_a_reader_and_is_adapted(models):
     network = models["sd1 one layer"].network
-    before = readers(network)
+    before = text_layers(network)
     path = next(iter(before.values())).path
     parent, _, child = path.rpartition(".")
     holder, layer = network.get_submodule(parent), network.get_submodule(path)
     try:
         setattr(holder, child, Quantised(layer))
-        assert readers(network).keys() == before.keys()
-        with adapted(network, 2, 0) as lora:
-            assert lora.keys() == adapted_readers(network).keys()
+        assert text_layers(network).keys() == before.keys()
+        with with_lora(network, 2, 0) as lora:
+            assert lora.keys() == trained_layers(network).keys()
         setattr(holder, child, nn.Sequential(layer))
         with pytest.raises(ValueError, match=rf"{path}, which reads the text, is a Sequential"):
-            readers(network)
+            text_layers(network)
     finally:
         setattr(holder, child, layer)
 
 
 def test_a_model_without_cross_attention_is_refused_by_name():
     with pytest.raises(ValueError, match=r"Sequential has no cross-attention.*Stable Diffusion XL"):
-        readers(nn.Sequential(nn.Linear(2, 2)))
+        text_layers(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="has no U-Net"):
         DiffusersModel(object())
 

@@ -235,9 +235,14 @@ def test_the_api_form_of_a_workflow_is_the_same_graph(path):
 def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
     """ComfyUI imports the pack at every start; these take up to seconds."""
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "nodes").glob("*.py"))
-    names = re.findall(r"^from \.\.realera\.(\w+) import", sources, re.M)
-    names += re.findall(r"^from \.\.realera import (\w+)", sources, re.M)
-    modules = {f"realera.{name}" for name in names}
+    modules = {
+        f"realera{folder}"
+        for folder in re.findall(r"^from \.\.realera([\w.]+) import", sources, re.M)
+    }
+    for folder, names in re.findall(
+        r"^from \.\.realera(\.report|) import ([\w, ]+)", sources, re.M
+    ):
+        modules |= {f"realera{folder}.{name}" for name in names.split(", ")}
     assert len(modules) > 8
     script = f"import sys, {', '.join(sorted(modules))}; print(*sys.modules)"
     done = subprocess.run(

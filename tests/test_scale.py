@@ -5,9 +5,9 @@ import torch
 
 from benchmarks import growth, peers_speed, start, tolerance
 from benchmarks.speed import Size
-from realera.closed_form import Edit
-from realera.erasure import Erasure
-from realera.models import CONTEXT
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.text.encoding import CONTEXT
 
 SMALL = Size("small", 24, (8, 8, 16))
 

@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-import realera.sketch
+import realera.evaluation.coarse_samples
 from realera.algorithm import erase, mine
-from realera.closed_form import Edit
+from realera.cli.output_folder import checked, scope_text
 from realera.concepts import Concept
-from realera.diffusers_model import DiffusersModel
-from realera.erasure import Erasure, applied
-from realera.models import CONTEXT
-from realera.outputs import checked, scope_text
-from realera.pairs import encode_pairs
-from realera.pictures import scope_picture
-from realera.scope import Reach, by_loss, check, scope
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure, temporarily_erased
+from realera.evaluation.coarse_samples import STEPS, coarse_samples
+from realera.mining.pairs import encode_pairs
+from realera.pipelines.transformer import TransformerModel
+from realera.pipelines.unet import DiffusersModel
+from realera.report.plots import scope_picture
+from realera.report.scope import WordEffect, by_loss, check, scope
 from realera.settings import Settings
-from realera.sketch import STEPS, sketches
-from realera.transformer_model import TransformerModel
+from realera.text.encoding import CONTEXT
 from tests.tiny_transformers import tiny
 
 CONCEPTS = (
@@ -34,8 +34,10 @@ def pairs(tiny_model):
     return encode_pairs(tiny_model.text, CONCEPTS)
 
 
-def reach(word, toward, drawn=None, concept="airplane"):
-    return Reach(word, concept, 0.5, toward + 0.1, toward, f"a photo of the {word}", drawn)
+def reach(word, share_to_anchor, drawn=None, concept="airplane"):
+    return WordEffect(
+        word, concept, 0.5, share_to_anchor + 0.1, share_to_anchor, f"a photo of the {word}", drawn
+    )
 
 
 def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away(pairs):
@@ -46,8 +48,8 @@ def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away(pairs):
     def latents(of):
         return lambda prompts: torch.tensor([of[prompt] for prompt in prompts])[:, None]
 
-    reaches = [reach("plane", 0.9), reach("boat", 0.8, concept="ship"), reach("dog", 0.7)]
-    found = check(reaches, pairs, 2, latents(places), latents(moved))
+    effects = [reach("plane", 0.9), reach("boat", 0.8, concept="ship"), reach("dog", 0.7)]
+    found = check(effects, pairs, 2, latents(places), latents(moved))
     assert [(r.word, r.drawn) for r in found] == [
         ("plane", pytest.approx(2 / 4)),
         ("boat", pytest.approx(2 / 10)),
@@ -79,13 +81,13 @@ def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model, pairs):
 def test_a_sketch_is_a_coarse_drawing_and_every_word_has_the_same_noise(tiny_model, monkeypatch):
     done = []
     torch.manual_seed(1)
-    found = sketches(tiny_model, WORDS, lambda *at: done.append(at))
+    found = coarse_samples(tiny_model, WORDS, lambda *at: done.append(at))
     assert done == [(4, 4)] and found.shape == (4, *tiny_model.latent_shape)
     torch.manual_seed(2)
-    assert torch.equal(found, sketches(tiny_model, WORDS)), "nothing random"
+    assert torch.equal(found, coarse_samples(tiny_model, WORDS)), "nothing random"
     for batch in (1, 3):
-        monkeypatch.setattr(realera.sketch, "AREA", batch * 8 * 8)
-        assert torch.allclose(found, sketches(tiny_model, WORDS), atol=1e-4), "a word alone"
+        monkeypatch.setattr(realera.evaluation.coarse_samples, "AREA", batch * 8 * 8)
+        assert torch.allclose(found, coarse_samples(tiny_model, WORDS), atol=1e-4), "a word alone"
     encoding, empty = tiny_model.text.encode(WORDS), tiny_model.text.encode([""])
     generator = torch.Generator().manual_seed(0)
     due = tiny_model.sample(encoding, empty, generator, STEPS, 7.5, one_noise=True)
@@ -96,7 +98,7 @@ def test_a_model_that_draws_nothing_finite_is_named(tiny_model, monkeypatch):
     broken = torch.full((1, 4, 8, 8), float("nan"))
     monkeypatch.setattr(tiny_model, "sample", lambda *_, **__: broken, raising=False)
     with pytest.raises(FloatingPointError, match="float32 or bfloat16"):
-        sketches(tiny_model, ["dog"])
+        coarse_samples(tiny_model, ["dog"])
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux1"])
@@ -107,23 +109,23 @@ def test_a_check_leaves_the_model_as_it_was_and_sees_what_an_erasure_does(name, 
     settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
     mining = mine(model.text, CONCEPTS[:1], settings)
     erasure = erase(mining)
-    reaches = scope(erasure, model.text, mining.pairs, [*WORDS, "airplane"])
-    found = checked(model, erasure, mining.pairs, reaches, 3)
+    effects = scope(erasure, model.text, mining.pairs, [*WORDS, "airplane"])
+    found = checked(model, erasure, mining.pairs, effects, 3)
     assert model.fingerprint == before
     assert [r.drawn is not None for r in found] == [True] * 3 + [False] * 2
-    assert {r.word for r in found[:3]} == {r.word for r in reaches[:3]}
+    assert {r.word for r in found[:3]} == {r.word for r in effects[:3]}
     assert all(r.drawn > 1e-3 for r in found[:3])
-    assert found == checked(model, erasure, mining.pairs, reaches, 3)
+    assert found == checked(model, erasure, mining.pairs, effects, 3)
     still = replace(erasure, edits={s: Edit(torch.eye(e.dim)) for s, e in erasure.edits.items()})
-    same = checked(model, still, mining.pairs, reaches, 3)
+    same = checked(model, still, mining.pairs, effects, 3)
     assert all(r.drawn == pytest.approx(0, abs=1e-3) for r in same[:3])
 
 
 def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model, pairs):
     before = tiny_model.fingerprint
     erasure = Erasure({CONTEXT: Edit(2 * torch.eye(32))})
-    reaches = scope(erasure, tiny_model.text, pairs, WORDS)
-    with applied(erasure, tiny_model.network):
+    effects = scope(erasure, tiny_model.text, pairs, WORDS)
+    with temporarily_erased(erasure, tiny_model.network):
         assert tiny_model.fingerprint != before
     calls = []
 
@@ -134,5 +136,5 @@ def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model, pairs):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checked(tiny_model, erasure, pairs, reaches, 2, interrupted)
+        checked(tiny_model, erasure, pairs, effects, 2, interrupted)
     assert calls == [4 + 2, 2] and tiny_model.fingerprint == before

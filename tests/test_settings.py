@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from realera.checkpoints import lora_tensors
+from realera.checkpoints.writing import lora_tensors
 from realera.cli import main
 from realera.concepts import Concept, parse_concepts, read_concepts
-from realera.erasure import Erasure, erased_weight
+from realera.edit.erasure import Erasure, erased_weight
 from realera.evaluation.report import Sampling
 from realera.settings import Settings, Training
 

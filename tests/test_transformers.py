@@ -9,21 +9,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realera.adapters import edited
 from realera.algorithm import align_erasure, collect, erase, mine
-from realera.bank import bank_prompts
-from realera.checkpoints import write_checkpoint, write_lora
+from realera.checkpoints.families import family_of, locate
+from realera.checkpoints.loading import load_model, load_text
+from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.concepts import Concept
-from realera.erasure import Erasure, applied
-from realera.erasure_file import load_erasure, save_erasure
-from realera.families import family_of, locate
-from realera.families.loading import load_model, load_text
+from realera.edit.erasure import Erasure, temporarily_erased
+from realera.edit.erasure_file import load_erasure, save_erasure
+from realera.edit.text_layers import TRANSFORMERS, guidance_of, text_layers, transformer_of
 from realera.miniature import CONCEPTS, load_classifier
-from realera.models import CONTEXT, POOLED, Encoding
-from realera.readers import TRANSFORMERS, guidance_of, readers, transformer_of
+from realera.mining.preservation_bank import bank_prompts
+from realera.pipelines.transformer import TransformerModel
 from realera.settings import Settings, Training
-from realera.spans import place_rows, refuse_long, summaries, unit, wholes
-from realera.transformer_model import TransformerModel
+from realera.text.encoding import CONTEXT, POOLED, Encoding
+from realera.text.token_alignment import (
+    map_rows,
+    prompt_embeddings,
+    prompt_summaries,
+    refuse_long_prompts,
+    unit,
+)
+from realera.training.student_teacher import student_mode
 from tests.tiny_transformers import FAMILIES, tiny
 
 CAT = (Concept("black cat", "dog", ("a photo of the {}", "{} in the park")),)
@@ -36,7 +42,7 @@ NORMED = ("qwen_image", "z_image", "lumina2")
 def small_bank():
     """Sixty prompts of the bank are enough for random weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("realera.bank.bank_prompts", lambda: bank_prompts()[:60])
+        patch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: bank_prompts()[:60])
         yield
 
 
@@ -82,7 +88,7 @@ def test_every_family_that_is_data_has_a_tiny_model():
 def test_a_network_is_known_and_its_readers_are_those_of_the_family(name):
     network = model_of(name).network
     assert transformer_of(n for n, _ in network.named_modules())[0] == name
-    found, known = readers(network), TRANSFORMERS[name]["readers"]
+    found, known = text_layers(network), TRANSFORMERS[name]["readers"]
     assert found.keys() == {reader["single"] for reader in known}
     streams = model_of(name).text.encode(ASKED)
     for reader in found.values():
@@ -99,7 +105,7 @@ def test_rows_are_what_the_readers_read(name):
         reader.layer.register_forward_pre_hook(
             lambda _, given, reader=reader: seen.setdefault(reader.kind.stream, given[0])
         )
-        for reader in readers(model.network).values()
+        for reader in text_layers(model.network).values()
     ]
     try:
         model.pipeline(
@@ -108,7 +114,7 @@ def test_rows_are_what_the_readers_read(name):
     finally:
         for handle in handles:
             handle.remove()
-    for reader in readers(model.network).values():
+    for reader in text_layers(model.network).values():
         rows = seen[reader.kind.stream].float()
         rows = rows[-1:] if rows.ndim > 1 and len(rows) == 2 and rows.ndim == 3 else rows
         if rows.ndim == 2 and reader.kind.stream == CONTEXT:
@@ -125,7 +131,7 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(name):
     """As of prompts that are encoded alone, however long the others are."""
     text, mining = model_of(name).text, mined(name)
     prompts = [template.replace("{}", word) for word, _, template in mining.ring.near.rows]
-    alone = [wholes(text, [prompt], text.encode([prompt])) for prompt in prompts]
+    alone = [prompt_embeddings(text, [prompt], text.encode([prompt])) for prompt in prompts]
     assert prompts[0] == ASKED[0] and len(prompts) > 1
     for stream, sums in collect(mining).items():
         each = torch.cat([own[stream] for own in alone])
@@ -149,9 +155,9 @@ def test_the_text_side(name):
     if counted and weights is not None:  # one row for all of the padding, where there is one
         assert weights.sum().item() == pytest.approx(counted + padded, abs=1e-3)
     assert text.summary(["cat", "dog"]).shape == (2, encoding[CONTEXT].shape[-1])
-    refuse_long(text, ASKED)
+    refuse_long_prompts(text, ASKED)
     with pytest.raises(ValueError, match="shorten"):
-        refuse_long(text, ["word " * 2000])
+        refuse_long_prompts(text, ["word " * 2000])
     words = text.words()
     assert words == sorted(set(words)) and "art" in words
 
@@ -193,9 +199,9 @@ def test_what_stands_for_a_prompt_is_of_every_part(name):
     """End of text of an encoder that sees what stands before, the mean of words of another one."""
     text = model_of(name).text
     encoding = text.encode(ASKED)
-    whole = wholes(text, ASKED, encoding)
+    whole = prompt_embeddings(text, ASKED, encoding)
     assert whole.keys() == encoding.keys()
-    assert torch.equal(whole[CONTEXT][:, 0], summaries(text, ASKED, encoding))
+    assert torch.equal(whole[CONTEXT][:, 0], prompt_summaries(text, ASKED, encoding))
     for n, part in enumerate(text.parts):
         ids = part.tokenize(ASKED)
         for k, rows in enumerate(encoding[CONTEXT]):
@@ -212,7 +218,7 @@ def test_a_long_anchor_is_met_by_the_rows_of_a_short_word(name):
     text, template = model_of(name).text, "a photo of a {} in the park"
     anchor = "very long way of saying a cat and a house"
     own, its = template.replace("{}", "cat"), template.replace("{}", anchor)
-    places = place_rows(text, [("cat", anchor, template)], text.encode([own]))
+    places = map_rows(text, [("cat", anchor, template)], text.encode([own]))
     part = text.parts[-1]
     last, due = (part.first + len(part.tokenize([prompt])[0]) - 1 for prompt in (own, its))
     assert places.streams[CONTEXT][0, last] == due
@@ -222,9 +228,9 @@ def test_a_long_anchor_is_met_by_the_rows_of_a_short_word(name):
 def test_an_edit_is_the_same_in_the_hooks_and_in_the_weights(name):
     model, erasure = model_of(name), erasure_of(name)
     before = prediction(model)
-    with edited(model.network, erasure):
+    with student_mode(model.network, erasure):
         hooked = prediction(model)
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         baked = prediction(model)
     torch.testing.assert_close(hooked, baked, atol=1e-5, rtol=1e-4)
     assert torch.equal(prediction(model), before), "the weights came back"
@@ -240,7 +246,7 @@ def test_an_edit_is_the_same_in_the_hooks_and_in_the_weights(name):
 @pytest.mark.parametrize("name", NORMED)
 def test_behind_a_norm_the_gain_belongs_to_the_reader(name):
     """W' of what the norm gives is W of the gain times T of unit rows; the bias stays."""
-    ((_, reader),) = readers(model_of(name).network).items()
+    ((_, reader),) = text_layers(model_of(name).network).items()
     erasure, rows = erasure_of(name), unit(torch.randn(5, 32))
     edit, weight = erasure.edits[CONTEXT], reader.layer.weight.detach()
     new = erasure.erased(reader.name, weight, gain=reader.gain)
@@ -253,10 +259,10 @@ def test_a_second_way_of_the_text_is_edited_too(name):
     """With the context alone edited, the pooled embedding still says what the concept's did."""
     model, erasure = model_of(name), erasure_of(name)
     assert erasure.edits.keys() == {CONTEXT, POOLED}
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         both = prediction(model)
     half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]}, sums={}, kept={})
-    with applied(half, model.network):
+    with temporarily_erased(half, model.network):
         assert not torch.allclose(prediction(model)[:1], both[:1], atol=1e-4)
 
 
@@ -267,7 +273,7 @@ def test_alignment_trains_a_lora_on_what_reads_the_context(name):
     training = Training(steps=3, batch=2, rank=2)
     aligned = align_erasure(model, erasure, mining, training, images=1)
     (layer,) = aligned.lora
-    assert readers(model.network)[layer].kind.stream == CONTEXT
+    assert text_layers(model.network)[layer].kind.stream == CONTEXT
     assert aligned.lora[layer][1].any()
     again = align_erasure(model, erasure, mining, training, images=1)
     assert torch.equal(aligned.lora[layer][1], again.lora[layer][1])
@@ -322,13 +328,13 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
     family = family_of(source)
     assert (family.name, family.title) == (name, TRANSFORMERS[name]["title"])
     generator = torch.Generator().manual_seed(3)
-    (layer,) = (n for n, r in readers(model.network).items() if r.kind.stream == CONTEXT)
-    width, wide = readers(model.network)[layer].layer.weight.shape
+    (layer,) = (n for n, r in text_layers(model.network).items() if r.kind.stream == CONTEXT)
+    width, wide = text_layers(model.network)[layer].layer.weight.shape
     factors = (0.1 * torch.randn(size, generator=generator) for size in ((2, wide), (width, 2)))
     erasure = erasure_of(name).with_lora({layer: tuple(factors)}, {})
     save_erasure(erasure, tmp_path / "erasure.safetensors")
     erasure = load_erasure(tmp_path / "erasure.safetensors")
-    with applied(erasure, model.network):
+    with temporarily_erased(erasure, model.network):
         expected = prediction(model)
 
     write_checkpoint(source, erasure, tmp_path / "erased")
@@ -343,7 +349,7 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
         for home in (source, tmp_path / "erased")
     )
     changed = {key for key in old if not torch.equal(old[key], new[key])}
-    assert changed == {r.path + ".weight" for r in readers(model.network).values()}
+    assert changed == {r.path + ".weight" for r in text_layers(model.network).values()}
 
     write_lora(source, erasure, tmp_path / "lora.safetensors", tolerance=1e-6)
     lora = load_file(tmp_path / "lora.safetensors")
@@ -351,7 +357,7 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
     assert all(key.startswith(told) for key in lora)
     fresh = load_model(source)
     network = fresh.network
-    layers = readers(network)
+    layers = text_layers(network)
     with torch.no_grad():
         for reader in layers.values():
             own = {r["single"]: r for r in TRANSFORMERS[name]["readers"]}[reader.name]
@@ -447,11 +453,11 @@ def test_the_sibling_forgets_in_both_channels_and_in_neither_alone(sibling):
     asked = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
     others = ["a photo of the dog", "a photo of the ship", "a photo of the flower"]
     assert seen(sibling, asked) == ["airplane"] * 3
-    with applied(erasure, sibling.network):
+    with temporarily_erased(erasure, sibling.network):
         assert "airplane" not in seen(sibling, asked)
         assert seen(sibling, others) == ["dog", "ship", "flower"]
     half = Erasure({CONTEXT: erasure.edits[CONTEXT]})
-    with applied(half, sibling.network):
+    with temporarily_erased(half, sibling.network):
         assert "airplane" in seen(sibling, asked)
 
 
@@ -459,7 +465,7 @@ def test_the_siblings_erased_file_draws_as_the_erasure(sibling, tmp_path):
     mining = mine(sibling.text, (Concept("cat", "dog", ("a photo of the {}",)),), Settings())
     erasure = erase(mining)
     write_checkpoint("miniature-dit", erasure, tmp_path / "erased.safetensors")
-    with applied(erasure, sibling.network):
+    with temporarily_erased(erasure, sibling.network):
         expected = prediction(sibling)
     erased = load_model(tmp_path / "erased.safetensors")
     torch.testing.assert_close(prediction(erased), expected, atol=2e-3, rtol=1e-2)  # float16

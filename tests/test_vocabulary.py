@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from realera.cli import main
-from realera.erasure_file import save_erasure
+from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
 from realera.evaluation.judges import Classifier, NudeNet
 from realera.evaluation.report import Sampling
@@ -129,8 +129,8 @@ def test_a_judge_that_does_not_know_the_concept_is_refused_with_what_it_knows(ju
 @pytest.fixture(scope="module")
 def erased(tmp_path_factory):
     from realera.algorithm import erase, mine
+    from realera.checkpoints.loading import load_text
     from realera.concepts import parse_concepts
-    from realera.families.loading import load_text
     from realera.settings import Settings
 
     path = tmp_path_factory.mktemp("erasure") / "erasure.safetensors"

@@ -37,8 +37,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from realera.bank import bank_prompts
-from realera.families.loading import _tokenizer
+from realera.checkpoints.loading import _tokenizer
+from realera.mining.preservation_bank import bank_prompts
 
 WIDTH = 32  # of every text encoder's rows but CLIP's
 AXES = (4, 6, 6)

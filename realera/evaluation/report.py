@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import writing
-from ..models import Diffusion
+from ..pipelines.interface import Diffusion
 from ..settings import POSITIVE_COUNT, SEED, Range, check_fields
+from ..storage.safetensors_file import writing
 from .judges import Judge, Meter
 from .tasks import KINDS, Task
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import cached
-from ..files import digest, keep_tensors, open_tensors
-from ..models import Diffusion
-from ..sketch import from_one_noise
+from ..pipelines.interface import Diffusion
+from ..storage.cache import cached
+from ..storage.safetensors_file import digest, keep_tensors, open_tensors
+from .coarse_samples import from_one_noise
 from .judges import Classifier, Judge, Meter
 from .report import Sampling
 from .tasks import OBJECT

@@ -2,7 +2,7 @@
 
 It has a sibling that draws by a transformer of SD 3's layout, from the same text and latents.
 MODEL_CARD.md says what it draws and what it was made from; tools/miniature makes it again.
-`realera.families.loading.load_model("miniature")` loads it.
+`realera.checkpoints.loading.load_model("miniature")` loads it.
 """
 
 import json

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera.families.loading import load_model
+from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, load_classifier
-from realera.miniature.sibling import load_t5
+from realera.miniature.transformer_text import load_t5
 
 from . import data, tokens
 from .transformer import Sibling, load_sibling

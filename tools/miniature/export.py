@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from realera.families.loading import load_model
+from realera.checkpoints.loading import load_model
 from realera.miniature import (
     CHECKPOINT,
     CLASSIFIER,

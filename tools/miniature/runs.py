@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera.files import write_tensors, writing
+from realera.storage.safetensors_file import write_tensors, writing
 
 SAVE_SECONDS = 120
 

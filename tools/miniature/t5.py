@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel
 
 from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES
-from realera.miniature.sibling import load_t5
+from realera.miniature.transformer_text import load_t5
 
 from . import captions, models, tokens
 from .optimizers import Optimizers

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from realera import families
-from realera.bank import bank_prompts
+from realera.checkpoints import families
+from realera.mining.preservation_bank import bank_prompts
 
 from .captions import required_words
 from .data import FETCH

@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from realera.families.loading import load_model
+from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, TRANSFORMER
 from tools.layout import UNET
 

@@ -1,0 +1,77 @@
+"""What speaks against an anchor or a name, told by the texts alone, before anything is drawn or
+trained."""
+
+import json
+import re
+from collections.abc import Iterable
+
+from torch.nn.functional import cosine_similarity
+
+from .algorithm import MiningResult
+from .concepts import COMMAS, Concept, holds_name
+from .mining.vocabulary import VocabularyNeighbourhood
+from .text.encoding import TextEncoder, whole_words
+
+
+def anchor_warnings(mining: MiningResult) -> list[str]:
+    """A sentence for each name that reads like several, each word to leave out that lies in no
+    ring, and each anchor that lies near what is erased, or that the bundled model does not draw
+    surely.
+
+    Nearness is known where words were mined; what another model draws is not known from its texts.
+    """
+    pairs, ring = mining.pairs, mining.ring
+    said = doubted_names(pairs.concepts)
+    if isinstance(ring, VocabularyNeighbourhood):
+        within = {word.casefold() for word, cosine in ring.cosine.items() if cosine >= ring.s2}
+        said += [
+            f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
+            "is preserved all the same"
+            for word in mining.settings.exclude
+            if word.casefold() not in within
+        ]
+        own, target = pairs.summary[pairs.first], pairs.target_summary[pairs.first]
+        for concept, anchor, around in zip(pairs.concepts, target, ring.centre, strict=True):
+            cosines = cosine_similarity(own - around, anchor - around, dim=-1)
+            cosine, nearest = float(cosines.max()), pairs.concepts[int(cosines.argmax())].name
+            if cosine >= ring.s2:
+                said.append(
+                    f"the anchor {concept.anchor!r} is itself a neighbour of {nearest!r} (cosine "
+                    f"{cosine:.2f}, S2 {ring.s2:g}): what becomes it may still show {nearest!r}; "
+                    "choose an anchor farther away"
+                )
+    if known := _drawn(mining.text):
+        said += [
+            f"the bundled model does not draw the anchor {concept.anchor!r} surely, so that "
+            f"{concept.name!r} may still be seen; it draws a tree, a flower, a house, ..."
+            for concept in pairs.concepts
+            if not any(holds_name(concept.anchor, name) for name in known)
+        ]
+    return said
+
+
+def doubted_names(concepts: Iterable[Concept]) -> list[str]:
+    """A sentence for each concept whose name is a list of words."""
+    said = []
+    for concept in concepts:
+        parts = [part.strip() for part in re.split(COMMAS, concept.name) if part.strip()]
+        if len(parts) > 1:
+            each = " and ".join(f"'{part} -> {concept.anchor}'" for part in parts)
+            said.append(
+                f"{concept.name!r} is one concept of that whole name: to erase each of its words, "
+                f"write {each}, in a line or an option -c of their own"
+            )
+    return said
+
+
+def _drawn(text: TextEncoder) -> set[str]:
+    """What the bundled model was taught to draw; nothing where the encoder is another's."""
+    from . import miniature  # which needs a moment
+
+    vocabulary = json.loads((miniature.TOKENIZER / "vocab.json").read_text("utf-8"))
+    if text.words() != whole_words(vocabulary):
+        return set()
+    taught = miniature.CONCEPTS.values()
+    return {name for words in taught for name in (words.name, *words.synonyms)} | {
+        *miniature.STYLES
+    }

@@ -1,0 +1,447 @@
+"""Loading a model from a single file or a diffusers folder, with no hub and no network.
+
+Apart from the families, since diffusers takes seconds to import and an erasure needs none of it.
+"""
+
+import gzip
+import inspect
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    create_diffusers_clip_model_from_ldm,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
+
+from ..edit.text_layers import TRANSFORMERS
+from ..miniature import T5
+from ..miniature.transformer_text import SiblingText, load_t5
+from ..pipelines.interface import Diffusion
+from ..pipelines.transformer import TransformerModel, TransformerText
+from ..pipelines.unet import DiffusersModel, DiffusersText
+from ..storage.safetensors_file import TensorFile, open_tensors
+from ..text.encoding import TextEncoder
+from .families import FAMILIES, PARTS, UNET, Family, family_of, locate, read_json, weight_files
+from .fp8_scales import FLOATS, is_companion, weight_of
+
+VAE = "first_stage_model."
+BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+CLIP_VOCABULARY = 49408
+_PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Diffusion:
+    """The whole model, with no hub and no network.
+
+    source: a single file, a diffusers folder, or "miniature"; dtype: None is float32 on the CPU and
+    the file's own elsewhere. Raises ValueError when the file is incomplete or of no family we know.
+    """
+    path, family = locate(source), family_of(source)
+    if family.name in TRANSFORMERS:
+        return _transformer_model(source, family, dtype, device)
+    if family.in_channels not in (4, 9):
+        raise ValueError(
+            f"the U-Net of {path} reads {family.in_channels} channels; RealEra runs text-to-image "
+            "models (4) and inpainting ones (9)"
+        )
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else family.dtype
+        dtype = torch.float16 if dtype.itemsize == 1 else dtype
+    xl, inpainting = family.pooled is not None, family.in_channels == 9
+    pipeline_class: Any = {
+        (False, False): StableDiffusionPipeline,
+        (False, True): StableDiffusionInpaintPipeline,
+        (True, False): StableDiffusionXLPipeline,
+        (True, True): StableDiffusionXLInpaintPipeline,
+    }[xl, inpainting]
+    unused: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+    if not xl:
+        unused |= {"safety_checker": None, "requires_safety_checker": False}
+    _refuse_edm(path)
+    if path.is_dir():
+        parts = {
+            **_text_parts(_folder_text(path, dtype)),
+            "unet": _folder_part(UNet2DConditionModel, path / "unet", dtype),
+            "vae": _folder_part(AutoencoderKL, path / "vae", dtype),
+        }
+        pipeline = pipeline_class.from_pretrained(path, local_files_only=True, **parts, **unused)
+        return DiffusersModel(pipeline.to(device))
+
+    file = open_tensors(path)
+    text, states = _text(file, family, dtype), [_state(file, part, dtype) for part in (UNET, VAE)]
+    with _configuration_folder(family) as folder, _explained(file, family):
+        options: dict[str, Any] = {"config": folder, "local_files_only": True}
+        if dtype != torch.float32:  # the converters' own default, and they warn of a needless cast
+            options["torch_dtype"] = dtype
+        unet = UNet2DConditionModel.from_single_file(states[0], subfolder="unet", **options)
+        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
+    for part in (unet, vae):
+        _check_complete(part, file)
+    scheduler, sample_size = _prediction(file, family)
+    unet.register_to_config(sample_size=sample_size)
+    parts = {"unet": unet, "vae": vae, "scheduler": DDIMScheduler.from_config(scheduler)}
+    return DiffusersModel(pipeline_class(**parts, **_text_parts(text), **unused).to(device))
+
+
+def load_text(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """The text side alone: the closed form needs no more, and no U-Net is ever built."""
+    path, family = locate(source), family_of(source)
+    if family.name in TRANSFORMERS:
+        return _transformer_text(source, family, dtype, device)
+    text = _folder_text(path, dtype) if path.is_dir() else _text(open_tensors(path), family, dtype)
+    return _on(text, device)
+
+
+def _on(text: DiffusersText, device: str | torch.device) -> DiffusersText:
+    for encoder in text.encoders:
+        encoder.to(device)
+    return text
+
+
+def _transformer_model(
+    source: str | os.PathLike[str],
+    family: Family,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> TransformerModel:
+    path = locate(source)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    if path.is_dir():
+        return TransformerModel(_transformer_pipeline(path, family, dtype).to(device))
+    text, config = _transformer_text(source, family, dtype, device), family.config
+    file = open_tensors(path)
+    states = [_state(file, part, dtype) for part in (UNET, VAE)]
+    kind = getattr(diffusers, family.pipeline["transformer"])
+    with _configuration_folder(family) as folder, _explained(file, family):
+        options: dict[str, Any] = {"config": folder, "local_files_only": True}
+        if dtype != torch.float32:  # as above
+            options["torch_dtype"] = dtype
+        transformer = kind.from_single_file(states[0], subfolder="transformer", **options)
+        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
+    for part in (transformer, vae):
+        _check_complete(part, file)
+    pipeline_class = getattr(diffusers, family.pipeline["class"])
+    takes = inspect.signature(pipeline_class).parameters
+    pipeline = pipeline_class(
+        **{name: None for name in takes if name.startswith(("text_encoder", "tokenizer"))},
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**config["scheduler"]),
+    )
+    return TransformerModel(pipeline.to(device), text)
+
+
+def _transformer_text(
+    source: str | os.PathLike[str],
+    family: Family,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> TransformerText | SiblingText:
+    path = locate(source)
+    if path.is_dir():
+        pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
+        return TransformerText(pipeline.to(device), family.name)
+    if not {"transformer", "vae", "text_encoder", "scheduler"} <= family.config.keys():
+        raise ValueError(
+            f"{path} is a {family.title} transformer without its text encoders: make the erasure "
+            "in ComfyUI, or from the diffusers folder of the model; `realera apply` writes it into "
+            "this file"
+        )
+    # The bundled transformer reads by the encoder of the miniature, which its file leaves out.
+    clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
+    second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
+    return SiblingText(_on(clip, device), second)
+
+
+def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: Any) -> Any:
+    """The pipeline of a folder; parts: those to leave out, as None."""
+    index = read_json((path / "model_index.json").read_bytes(), path / "model_index.json")
+    for name, entry in index.items():
+        if name not in parts and name.startswith(("text_encoder", "transformer", "vae")):
+            library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if library in _LIBRARIES:  # of a part that was left out, null
+                part_class = getattr(_LIBRARIES[library], str(kind), None)
+                if part_class is None:
+                    raise ValueError(
+                        f"{path / name} is a {kind}, which the {library} at hand has not: update it"
+                    )
+                parts[name] = _folder_part(part_class, path / name, dtype)
+    return getattr(diffusers, family.pipeline["class"]).from_pretrained(
+        path, torch_dtype=dtype, local_files_only=True, **parts
+    )
+
+
+def _folder_part(part_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A part of a pipeline folder, in the variant that it has.
+
+    Raises ValueError when the folder lacks a tensor of it, which transformers would fill with
+    random numbers and diffusers leave without any.
+    """
+    paths, variant = weight_files(folder)
+    for file in map(open_tensors, paths):
+        for key in file.entries:
+            if is_companion(key):
+                raise ValueError(
+                    f"{file.path} holds the scale {key!r}, which diffusers would leave out: use "
+                    "the single file, or the folder in float16 or float32"
+                )
+    of_transformers = issubclass(part_class, PreTrainedModel)
+    part, loaded = part_class.from_pretrained(
+        folder,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{"dtype" if of_transformers else "torch_dtype": dtype},
+    )
+    # Buffers are made anew, and of tied weights one is enough.
+    parameters = dict(part.named_parameters())
+    missing = sorted(set(loaded["missing_keys"]) & parameters.keys())
+    if missing:
+        others = sorted(loaded["unexpected_keys"])
+        named = f"; its {others[0]!r} is under a name that is not known" if others else ""
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(parameters)} tensors of a "
+            f"{part_class.__name__}, {missing[0]!r} among them{named}: get the folder again"
+        )
+    for name, tensor in parameters.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder}: tensor {name!r} holds numbers that are not finite: the checkpoint is "
+                "damaged, use another copy of it"
+            )
+    return part
+
+
+def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
+    encoders, tokenizers = [], []
+    for suffix in ("", "_2"):
+        folder, words = path / f"text_encoder{suffix}", path / f"tokenizer{suffix}"
+        if folder.is_dir():
+            if not words.is_dir():
+                raise ValueError(f"{path} is no whole pipeline folder: it lacks {words.name}/")
+            config = folder / "config.json"
+            kind = read_json(config.read_bytes(), config).get("model_type", "clip")
+            if not str(kind).startswith("clip"):
+                raise ValueError(
+                    f"{folder} is a text encoder of type {kind!r} and no CLIP, which the models of "
+                    "this family that RealEra knows read by: it cannot be erased from"
+                )
+            encoders.append(_folder_part(_text_class(suffix), folder, dtype))
+            tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
+    return DiffusersText(tokenizers, encoders)
+
+
+def _text_parts(text: DiffusersText) -> dict[str, Any]:
+    """The text side as a pipeline names it."""
+    parts = {}
+    for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
+        parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, encoder
+    return parts
+
+
+def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText:
+    encoders, tokenizers = [], []
+    for suffix in ("", "_2"):
+        config = family.config.get("text_encoder" + suffix)
+        if config is None:
+            continue
+        state = _text_state(file, family, suffix, dtype)
+        with _configuration_folder(family) as folder, _explained(file, family):
+            encoder = create_diffusers_clip_model_from_ldm(
+                _text_class(suffix),
+                state,
+                subfolder="text_encoder" + suffix,
+                config=folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+            )
+            tokenizers.append(_tokenizer(config["vocab_size"], config["pad_token_id"]))
+        _check_complete(encoder, file)
+        encoders.append(encoder)
+    return DiffusersText(tokenizers, encoders)
+
+
+def _text_state(
+    file: TensorFile, family: Family, suffix: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A text encoder's tensors, in one of the two layouts that diffusers converts.
+
+    Files have more, and ComfyUI reads them: names as in transformers with or without "text_model."
+    or below "model.", OpenCLIP's below "conditioner." in SD 2, the projection either way around.
+    """
+    homes = ["conditioner.embedders.1." if suffix else "conditioner.embedders.0."]
+    if family.pooled is None:
+        homes.append("cond_stage_model.")
+    found = {
+        key.removeprefix(home): tensor
+        for home in homes
+        for key, tensor in _state(file, home, dtype).items()
+    }
+    plain, open_clip = "cond_stage_model.transformer.", f"{homes[-1]}model."
+    state, projection = {}, None  # [width, pooled width]
+    for name, tensor in found.items():
+        if name.endswith(("text_projection", "text_projection.weight")):
+            projection = tensor.T if name.endswith("weight") else tensor
+        elif match := re.fullmatch(_PLAIN_TEXT, name):
+            state[f"{plain}text_model.{match[1]}"] = tensor
+        else:
+            state[open_clip + name.removeprefix("model.")] = tensor
+    if projection is not None:
+        if any(key.startswith(plain) for key in state):
+            state[plain + "text_projection.weight"] = projection.T.contiguous()
+        else:
+            state[open_clip + "text_projection"] = projection.contiguous()
+    return state
+
+
+def _text_class(suffix: str) -> Any:
+    return CLIPTextModelWithProjection if suffix else CLIPTextModel
+
+
+def _tokenizer(vocabulary: int, pad: int) -> Any:
+    """CLIP's own tokenizer, from its merges; the miniature has another vocabulary."""
+    if vocabulary != CLIP_VOCABULARY:
+        from ..miniature import TOKENIZER
+
+        return CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+    with gzip.open(Path(__file__).parent / "merges.txt.gz", "rt", encoding="utf-8") as merges:
+        text = merges.read()
+    # Every byte is a printable character: itself, or one from 256 on (as in GPT-2).
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]
+    tokens = [*characters, *(c + "</w>" for c in characters)]
+    tokens += ["".join(line.split()) for line in text.splitlines()]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        ids = {token: number for number, token in enumerate(tokens)}
+        (Path(folder) / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + text, encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(
+            folder, model_max_length=77, pad_token=tokens[pad], local_files_only=True
+        )
+
+
+def _refuse_edm(path: Path) -> None:
+    """Playground 2.5 and CosXL: their U-Nets are fed by Karras' rule, which DDIM does not know."""
+    if path.is_dir():
+        config = path / "scheduler" / "scheduler_config.json"
+        name = read_json(config.read_bytes(), config).get("_class_name") if config.is_file() else ""
+        edm = str(name).startswith("EDM")
+    else:
+        edm = not open_tensors(path).entries.keys().isdisjoint(("edm_mean", "edm_vpred.sigma_max"))
+    if edm:
+        raise ValueError(
+            f"{path} predicts by the EDM rule, which RealEra cannot sample or train with: make the "
+            "erasure on another model of its family, without alignment, and apply it to this one"
+        )
+
+
+def _prediction(file: TensorFile, family: Family) -> tuple[dict[str, Any], int]:
+    """Scheduler configuration and latent size, as far as only the weights can tell them."""
+    scheduler, size = dict(family.config["scheduler"]), family.config["unet"]["sample_size"]
+    # SD 2.x does not say whether it predicts epsilon or v. As ComfyUI does, we tell the two apart
+    # by a norm's bias, which the v-prediction training left far wider.
+    bias = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    wide = (
+        family.name == "sd2"
+        and family.in_channels == 4
+        and bias in file.entries
+        and float(file.read(bias).float().std(correction=0)) > 0.09
+    )
+    if wide or "v_pred" in file.entries or file.metadata.get("modelspec.prediction_type") == "v":
+        scheduler["prediction_type"] = "v_prediction"
+        size = 96 if family.config is FAMILIES["sd2"] else size
+    if "ztsnr" in file.entries:
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return scheduler, size
+
+
+def _state(file: TensorFile, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters below a prefix. Raises ValueError when one cannot be read (`weight_of`)."""
+    return {
+        key: weight_of(file, key).to(dtype)
+        for key, entry in file.entries.items()
+        if key.startswith(prefix)
+        and (entry.dtype in FLOATS or key.endswith("weight"))
+        and not is_companion(key)
+        and not key.endswith(BUFFERS)
+    }
+
+
+@contextmanager
+def _configuration_folder(family: Family) -> Iterator[str]:
+    """The configurations as the folder that diffusers' converters read."""
+    with tempfile.TemporaryDirectory() as folder:
+        # The names may be a stranger's: only those of parts are written.
+        for name in (*PARTS, "text_encoder_2", "transformer"):
+            part = family.config.get(name)
+            if isinstance(part, dict):
+                if name == "unet":
+                    part = {**part, "in_channels": family.in_channels}
+                if name == "vae" and "scaling_factor" in family.config:
+                    part = {"scaling_factor": family.config["scaling_factor"], **part}
+                if name.startswith("text_encoder"):
+                    part = {"model_type": "clip_text_model", **part}
+                target = Path(folder) / name / "config.json"
+                target.parent.mkdir(exist_ok=True)
+                target.write_text(json.dumps(part))
+        yield folder
+
+
+@contextmanager
+def _explained(file: TensorFile, family: Family) -> Iterator[None]:
+    """What a converter trips over in a file that lacks a part or does not fit its family."""
+    try:
+        yield
+    # Not Exception: no memory, a full disk or a missing package is not the file's fault.
+    except (ValueError, LookupError, NotImplementedError, SingleFileComponentError) as error:
+        raise ValueError(
+            f"{file.path} does not fit {family.title} and cannot be loaded: it may lack its text "
+            f"encoder or VAE, or be a variant of another shape ({error})"
+        ) from error
+
+
+def _check_complete(part: nn.Module, file: TensorFile) -> None:
+    missing = [name for name, tensor in part.named_parameters() if tensor.is_meta]
+    if missing:
+        raise ValueError(
+            f"{file.path} lacks {len(missing)} tensors of {type(part).__name__}, {missing[0]} "
+            "among them: get the full checkpoint"
+        )

@@ -1,0 +1,407 @@
+"""What an erasure leaves on disk: an erased checkpoint, and a LoRA that carries it all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..edit.erasure import Erasure, refuse_misfit
+from ..edit.text_layers import (
+    FAMILIES,
+    LAYOUTS,
+    TRANSFORMERS,
+    TextLayerKind,
+    diffusers_names,
+    text_layer_kind,
+)
+from ..settings import TOLERANCE, TOLERANCES
+from ..storage.safetensors_file import (
+    DTYPES,
+    TensorFile,
+    abandoned,
+    beside,
+    header_bytes,
+    raw_bytes,
+    readable,
+    refuse_pickle_name,
+    refuse_source,
+    replaced_file,
+    write_tensors,
+    writing,
+)
+from ..text.encoding import POOLED
+from .families import family_like, family_of, gains, locate, network_files, read_json
+from .fp8_scales import stored, weight_of
+
+DOWN = ".lora_down.weight"
+NOTHING: Mapping[str, Tensor] = {}
+CHUNK = 16 << 20  # bytes copied at once
+# Of the weights as they were: tools that look a file up by them would take it for the unerased one.
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+NETWORKS = ("unet", "transformer")
+DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without
+WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How well a LoRA file carries T - I: its rank and the Frobenius norm of what was cut.
+
+    relative: `cut` over the norm of T - I
+    """
+
+    rank: int
+    cut: float
+    relative: float
+
+
+def write_checkpoint(
+    source: str | os.PathLike[str],
+    erasure: Erasure,
+    destination: str | os.PathLike[str],
+    overwrite: bool = False,
+    edit_strength: float = 1.0,
+    lora_strength: float = 1.0,
+) -> None:
+    """The source with the layers that read its text erased, all else as it was.
+
+    A file gives a file, a diffusers folder a folder; dtypes, metadata and the order of the header
+    are kept, and the erasure's provenance is added under "realera". One tensor is in memory at a
+    time. A scaled fp8 weight stays one, with a new scale where it no longer fits under its own.
+    A folder's other parts are copied as they are, pickles unopened; what else may hold the unerased
+    U-Net (its own folder's other files, whole checkpoints beside the parts) is left out.
+    Raises ValueError when the erasure does not fit the source, the source is not whole or holds
+    numbers that are not finite; FileExistsError when the destination exists; OSError when the disk
+    is full. Nothing is left behind.
+    """
+    path, target = locate(source), Path(destination)
+    refuse_source(target, path)
+    files = network_files(path)
+    _check_fit(erasure, {name for _, keys in files for name in keys.values()}, path)
+    gain = gains(file for file, _ in files)
+    note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
+
+    def erased(name: str, weight: Tensor) -> Tensor:
+        return erasure.erased(name, weight, edit_strength, lora_strength, gain.get(name))
+
+    if not path.is_dir():
+        refuse_pickle_name(target)
+        with writing(target, overwrite) as temporary:
+            _check_space(temporary, path.stat().st_size)
+            _stream(*files[0], erased, note, temporary)
+        return
+
+    copied = _copied(path)
+    with _writing_folder(target, overwrite) as temporary:
+        written = [*copied, *(file.path for file, _ in files)]
+        _check_space(temporary, sum(part.stat().st_size for part in written))
+        for part in copied:
+            copy = temporary / part.relative_to(path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(part, copy)
+        for file, keys in files:
+            with writing(temporary / file.path.parent.name / file.path.name) as part:
+                _stream(file, keys, erased, note, part)
+
+
+def _copied(path: Path) -> list[Path]:
+    """The files of a diffusers folder that its erased copy shares with it.
+
+    All of a part that the pipeline names, whatever its format; elsewhere only what cannot hold
+    weights, for the U-Net's folder, the top and folders of any other name may hold the unerased
+    model once more. Raises ValueError when a part that the pipeline names is not there.
+    """
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{path} is no whole pipeline folder: it lacks model_index.json")
+    named = {
+        name: kind
+        for name, kind in read_json(index.read_bytes(), index).items()
+        if isinstance(kind, list) and name not in NETWORKS and "UNet" not in str(kind)
+    }
+    for name, kind in named.items():
+        if all(kind) and name not in DISPENSABLE and not (path / name).is_dir():
+            raise ValueError(f"{path} is no whole pipeline folder: it lacks {name}/")
+    found = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # git's, the hub's
+        inside = Path(folder).relative_to(path).parts
+        for name in names:
+            weightless = Path(name).suffix.lower() in WEIGHTLESS and ".bin.index" not in name
+            if weightless or (inside and inside[0] in named):
+                found.append(Path(folder, name))
+    return found
+
+
+def write_lora(
+    source: str | os.PathLike[str],
+    erasure: Erasure,
+    destination: str | os.PathLike[str],
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+) -> dict[str, Cut]:
+    """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
+    path = locate(source)
+    refuse_source(destination, path)
+    replaced_file(destination, overwrite)  # raises before the work
+    files, weights = network_files(path), {}
+    for file, keys in files:
+        for key, name in keys.items():
+            if not key.startswith("model_ema."):  # the running average, which no loader draws with
+                weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
+                weights[name] = weight.half() if fp8 else weight
+    _check_fit(erasure, weights.keys(), path)
+    kind, gain = family_of(path).name, gains(file for file, _ in files)
+    return save_lora(weights, erasure, destination, tolerance, overwrite, kind, gain)
+
+
+def save_lora(
+    weights: Mapping[str, Tensor],
+    erasure: Erasure,
+    destination: str | os.PathLike[str],
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+    family: str | None = None,
+    gain: Mapping[str, Tensor] = NOTHING,
+) -> dict[str, Cut]:
+    """The whole erasure as a LoRA file for these weights, as `lora_tensors` lays it out.
+
+    Its metadata name the family, by which A1111 and Forge tell whether it fits; unless given, a
+    U-Net's is told by its shapes. Returns what was cut of every stream's edit.
+    """
+    refuse_pickle_name(destination)
+    tensors, cuts = lora_tensors(weights, erasure, tolerance, family, gain)
+    rank = max(len(t) for key, t in tensors.items() if key.endswith((DOWN, "lora_A.weight")))
+    if family not in FAMILIES:
+        family = family_like({name: tuple(weight.shape) for name, weight in weights.items()})
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": FAMILIES[family]["lora_base"] if family else "",
+        "realera": json.dumps(erasure.provenance),
+    }
+    with writing(destination, overwrite) as temporary:
+        write_tensors(temporary, tensors, metadata)
+    return cuts
+
+
+def lora_tensors(
+    weights: Mapping[str, Tensor],
+    erasure: Erasure,
+    tolerance: float = TOLERANCE,
+    family: str | None = None,
+    gain: Mapping[str, Tensor] = NOTHING,
+) -> tuple[dict[str, Tensor], dict[str, Cut]]:
+    """The whole erasure as a LoRA for these weights, and what it leaves out.
+
+    W_org (T - I) + B A = [W_org up, B] [down; A], with T - I = up down up to the relative Frobenius
+    norm `tolerance`. Its strength, where it is loaded, scales T - I and the trained part alike.
+    U-Nets in kohya's layout, which ComfyUI, A1111/Forge and diffusers load; a transformer in the
+    layout of its family.
+
+    weights: canonical name -> W_org [out, in] of every layer that reads a stream
+    gain: of the norms in front of them, as `families.gains`
+    Raises ValueError when the erasure does not fit them, or the tolerance is not between 0 and 1.
+    """
+    TOLERANCES.check("tolerance", tolerance)
+    factors = {stream: edit.factors(tolerance) for stream, edit in erasure.edits.items()}
+    kinds = {name: kind for name in weights if (kind := text_layer_kind(name)) is not None}
+    prefixes = _prefixes(kinds, family)
+    tensors: dict[str, Tensor] = {}
+    for name, kind in kinds.items():
+        weight = weights[name]
+        edit = erasure.reads(name)
+        if edit is None:
+            continue
+        refuse_misfit(name, weight.shape, edit, erasure.lora.get(name))
+        down, up, _ = factors[kind.stream]
+        dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype
+        weight = weight.float().cpu()
+        narrow = nn.functional.pad(down, (0, weight.shape[1] - down.shape[1]))
+        if name in gain:
+            weight, narrow = weight * gain[name].cpu(), narrow / gain[name].cpu()
+        wide = weight[:, : len(up)] @ up
+        if name in erasure.lora:
+            a, b = erasure.lora[name]
+            narrow, wide = torch.cat([narrow, a.float()]), torch.cat([wide, b.float()], dim=1)
+        prefix = prefixes[name]
+        if family in TRANSFORMERS:
+            tensors[prefix + ".lora_A.weight"] = narrow.to(dtype)
+            tensors[prefix + ".lora_B.weight"] = wide.to(dtype)
+        else:
+            tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
+            tensors[prefix + DOWN] = narrow.to(dtype)
+            tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
+        for factor in (narrow.to(dtype), wide.to(dtype)):
+            if not factor.isfinite().all():
+                raise ValueError(
+                    f"the LoRA of {name} would not be finite in {dtype}: the model's weight is "
+                    "broken, or too large for that type"
+                )
+    cuts = {}
+    for stream, (down, _, cut) in factors.items():
+        matrix = erasure.edits[stream].matrix
+        change = float(torch.linalg.norm(matrix - torch.eye(len(matrix))))
+        cuts[stream] = Cut(len(down), cut, cut / change if change else 0.0)
+    return tensors, cuts
+
+
+def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[str, str]:
+    """What a LoRA file calls the layers with these canonical names."""
+    if family in TRANSFORMERS:
+        known = TRANSFORMERS[family]
+        return {
+            reader["single"]: known["lora"].format(**{k: reader[k] for k in LAYOUTS})
+            for reader in known["readers"]
+        }
+    # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
+    xl = POOLED in {kind.stream for kind in kinds.values()}
+    names = {name: name for name in kinds} if xl else diffusers_names(kinds)
+    return {name: "lora_unet_" + own.replace(".", "_") for name, own in names.items()}
+
+
+def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:
+    names = set(names)
+    streams = {kind.stream for name in names if (kind := text_layer_kind(name)) is not None}
+    unknown = [*sorted(erasure.lora.keys() - names), *sorted(erasure.edits.keys() - streams)]
+    if unknown:
+        raise ValueError(
+            f"the erasure changes {unknown[0]}, which {path} lacks: use a checkpoint of the "
+            "erasure's own family"
+        )
+
+
+def _stream(
+    file: TensorFile,
+    erasable: Mapping[str, str],
+    erased: Callable[[str, Tensor], Tensor],
+    note: Mapping[str, Any],
+    destination: Path,
+) -> None:
+    """Copies a file tensor by tensor, passing what is erasable through `erased(name, weight)`.
+
+    weight: in float32; every tensor keeps its place, type and shape
+    """
+    digest = hashlib.sha256()
+
+    def header() -> bytes:
+        source = {"file": file.path.name, "sha256": digest.hexdigest()}
+        notes = [*_notes(file), {**note, "from": source}]
+        kept = {k: v for k, v in file.metadata.items() if k not in HASHES}
+        return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
+
+    scales: dict[int, bytes] = {}  # place in the data -> what stands there in the end
+    with (
+        file.path.open("rb") as source,
+        destination.open("wb") as out,
+        ThreadPoolExecutor(1) as beside,  # hashes while this thread reads, multiplies and writes
+    ):
+        start = len(header())
+        out.seek(start)  # the header comes last: it holds the hash of all that is read here
+        hashed = beside.submit(digest.update, source.read(file.start))
+
+        def read(size: int) -> bytes:
+            nonlocal hashed
+            data = source.read(size)
+            hashed.result()  # one piece in memory behind this one, never more
+            hashed = beside.submit(digest.update, data)
+            return data
+
+        for key, entry in sorted(file.entries.items(), key=lambda item: item[1].begin):
+            if key in erasable:
+                read(entry.end - entry.begin)
+                new = stored(file, key, erased(erasable[key], weight_of(file, key).float()))
+                out.write(raw_bytes(new.pop(key)))
+                # A scale may come before its weight or after.
+                scales |= {file.entries[k].begin: raw_bytes(scale) for k, scale in new.items()}
+                continue
+            for position in range(entry.begin, entry.end, CHUNK):
+                out.write(read(min(CHUNK, entry.end - position)))
+        hashed.result()
+        for place, data in scales.items():
+            out.seek(start + place)
+            out.write(data)
+        out.seek(0)
+        out.write(header())
+    if destination.stat().st_size != start + file.path.stat().st_size - file.start:
+        raise ValueError(f"{file.path} changed while it was read: try again")
+
+
+def _notes(file: TensorFile) -> list[Any]:
+    """What was erased from the file before; whatever else stands in its place is kept as it is."""
+    text = file.metadata.get("realera", "[]")
+    try:
+        earlier = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    return earlier if isinstance(earlier, list) else [earlier]
+
+
+def _check_space(destination: Path, size: int) -> None:
+    free = shutil.disk_usage(destination.parent).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk has {readable(free)} left and {readable(size)} are to be written: free at "
+            f"least {readable(size - free)}",
+            str(destination.parent),
+        )
+
+
+def replaced_folder(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The path that a diffusers folder for `destination` is written to: its links followed.
+
+    A folder that a killed process had moved away gets its name back. Raises FileExistsError when
+    there is one and `overwrite` is false, and always for what is no diffusers folder.
+    """
+    path = Path(os.path.realpath(destination))
+    for old in abandoned(path, "old"):
+        if os.path.lexists(path):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+    if os.path.lexists(path) and not (overwrite and (path / "model_index.json").is_file()):
+        raise FileExistsError(
+            f"{destination} exists: choose another name"
+            + (
+                ", it is no diffusers folder"
+                if overwrite
+                else ", or ask to overwrite it (--overwrite)"
+            )
+        )
+    return path
+
+
+@contextmanager
+def _writing_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """As `safetensors_file.writing`, for a diffusers folder; only such a folder is ever
+    overwritten."""
+    path = replaced_folder(destination, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(path, "tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary, replaced = beside(path, "tmp"), beside(path, "old")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,283 @@
+"""What travels: the edits, the LoRA, the sums they came from, and where it all came from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..concepts import Concept, holds_name
+from ..settings import STRENGTHS, Settings
+from .closed_form import BankGram, Edit, Sums, solve
+from .text_layers import TextLayer, text_layer_kind, text_layers
+
+Lora = dict[str, tuple[Tensor, Tensor]]
+DEFAULTS = Settings()
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """One erasure: W becomes W_org T + B A (Alg. 1, l. 31).
+
+    edits: stream -> T
+    lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
+    sums, kept: stream -> what Eq. 7 was solved from with lambda1, lambda2 and away, for merging
+    provenance: JSON: concepts, settings, versions, source, scope
+    """
+
+    edits: Mapping[str, Edit]
+    lora: Lora = field(default_factory=dict)
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    kept: Mapping[str, BankGram] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    lambda1: float = DEFAULTS.lambda1
+    lambda2: float = DEFAULTS.lambda2
+    away: float = DEFAULTS.away
+
+    @staticmethod
+    def fit(
+        sums: Mapping[str, Sums],
+        kept: Mapping[str, BankGram] | None = None,
+        lambda1: float = DEFAULTS.lambda1,
+        lambda2: float = DEFAULTS.lambda2,
+        provenance: Mapping[str, Any] | None = None,
+        away: float = DEFAULTS.away,
+    ) -> "Erasure":
+        """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
+        kept = kept or {}
+        away = away if kept else 0.0  # nothing is there that could go
+        edits = {s: solve(own, kept.get(s), lambda1, lambda2, away) for s, own in sums.items()}
+        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, away)
+
+    def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
+        """With a LoRA trained on top of the edit and of the LoRA that it had."""
+        provenance = {**self.provenance, "training": dict(training)}
+        return replace(self, lora=joined(self.lora, lora), provenance=provenance)
+
+    def reads(self, name: str) -> Edit | None:
+        """T of what the layer with this canonical name reads, or None where it stays."""
+        kind = text_layer_kind(name)
+        return None if kind is None else self.edits.get(kind.stream)
+
+    def erased(
+        self,
+        name: str,
+        weight: Tensor,
+        edit_strength: float = 1.0,
+        lora_strength: float = 1.0,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """The weight [out, in] of the layer with this canonical name after the erasure.
+
+        As `erased_weight`; raises ValueError, too, when the erasure does not fit the layer.
+        """
+        edit, lora = self.reads(name), self.lora.get(name)
+        refuse_misfit(name, weight.shape, edit, lora)
+        return erased_weight(name, weight, edit, lora, edit_strength, lora_strength, gain)
+
+    @staticmethod
+    def merge(erasures: Sequence["Erasure"]) -> "Erasure":
+        """One erasure of all their concepts: the closed form of their joint sums; LoRAs add up.
+
+        Raises ValueError when one was saved without its sums or with other λ, banks or families,
+        and when one preserves what another erases.
+        """
+        if not erasures:
+            raise ValueError("nothing to merge: give at least one erasure")
+        first, *others = erasures
+        for one in erasures:
+            if one.sums.keys() != one.edits.keys():
+                raise ValueError("an erasure without its sums cannot be merged: make it again")
+            if one.edits.keys() != first.edits.keys():
+                raise ValueError("erasures of different model families cannot be merged")
+            if one.kept.keys() != first.kept.keys():
+                raise ValueError(
+                    "the sums were made with different preservation banks or text encoders, one "
+                    "with a bank and one without: fit both with the same bank before merging"
+                )
+            here, there = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
+            if here != there:
+                raise ValueError(
+                    f"λ1, λ2 and away are {here} in one erasure and {there} in another: fit all "
+                    "with the same ones"
+                )
+        _refuse_contradictions([note for one in erasures for note in notes_of(one)])
+        sums, kept, lora = dict(first.sums), dict(first.kept), first.lora
+        for other in others:
+            sums = {stream: own + other.sums[stream] for stream, own in sums.items()}
+            kept = {stream: own | other.kept[stream] for stream, own in kept.items()}
+            lora = joined(lora, other.lora)
+        provenance = {"merged": [one.provenance for one in erasures]}
+        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance, first.away)
+        return replace(merged, lora=lora)
+
+
+def erased_weight(
+    name: str,
+    weight: Tensor,
+    edit: Edit | None,
+    lora: tuple[Tensor, Tensor] | None,
+    edit_strength: float = 1.0,
+    lora_strength: float = 1.0,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """W_org (I + s (T - I)) + s' B A of a layer [out, in], T in its first columns.
+
+    gain: of the RMS norm in front, [in]: W_org diag(gain) is what reads the rows that T is of.
+    Computed in float32 and rounded once to the weight's dtype. Raises ValueError when a strength
+    is not finite, when the weight is not finite before, and when it is not after.
+    """
+    STRENGTHS.check("edit_strength", edit_strength)
+    STRENGTHS.check("lora_strength", lora_strength)
+    full = weight.float()
+    if edit is not None:
+        own = full[:, : edit.dim]
+        if gain is None:
+            edited = edit.on_weight(own, edit_strength)
+        else:
+            gain = gain.to(own)
+            edited = edit.on_weight(own * gain, edit_strength) / gain
+        full = torch.cat([edited, full[:, edit.dim :]], dim=1)
+    if lora is not None:
+        a, b = (factor.to(full) for factor in lora)
+        full = full + lora_strength * (b @ a)
+    rounded = full.to(weight.dtype)
+    if not rounded.float().isfinite().all():
+        if not weight.float().isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite before anything is erased: the model is "
+                "broken, get it again"
+            )
+        raise ValueError(f"{name} would not be finite in {weight.dtype}: the erasure is broken")
+    return rounded
+
+
+def refuse_misfit(
+    name: str, shape: Sequence[int], edit: Edit | None, lora: tuple[Tensor, Tensor] | None
+) -> None:
+    """Raises ValueError when T or the LoRA does not fit the layer whose weight has this shape."""
+    kind = text_layer_kind(name)
+    if len(shape) != 2:
+        raise ValueError(
+            f"the weight of {name} is {list(shape)} and no matrix: load the model in float16, "
+            "bfloat16 or float32"
+        )
+    if kind is not None and edit is not None and not kind.fits(shape[1], edit.dim):
+        raise ValueError(
+            f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
+            f"{shape[1]}: use a checkpoint of the erasure's own family"
+        )
+    if lora is not None and (len(lora[1]), lora[0].shape[1]) != tuple(shape):
+        raise ValueError(
+            f"the LoRA of {name} is {len(lora[1])} x {lora[0].shape[1]} and the layer {shape[0]} x "
+            f"{shape[1]}: use a checkpoint of its own family"
+        )
+
+
+def joined(lora: Lora, other: Lora) -> Lora:
+    """Both LoRAs as one: B A + B' A' = [B, B'] [A; A']."""
+    both = dict(lora)
+    for name, (a, b) in other.items():
+        if name in both:
+            a, b = torch.cat([both[name][0], a]), torch.cat([both[name][1], b], dim=1)
+        both[name] = (a, b)
+    return both
+
+
+def notes_of(erasure: Erasure) -> list[Mapping[str, Any]]:
+    """The provenance of the single erasures that this one was merged from, or its own.
+
+    Raises ValueError when a stranger's file holds something else there.
+    """
+    left, found = [erasure.provenance], []
+    while left:
+        note = left.pop()
+        if not isinstance(note, Mapping):
+            raise ValueError(f"the erasure's provenance holds {note!r} where an object is due")
+        if isinstance(note.get("merged"), list):
+            left += note["merged"][::-1]
+        else:
+            found.append(note)
+    return found
+
+
+def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
+    """What it erases, by its provenance. Raises ValueError when that cannot be read."""
+    try:
+        return tuple(
+            Concept(str(c["name"]), str(c["anchor"]), tuple(map(str, c["templates"])))
+            for note in notes_of(erasure)
+            for c in note.get("concepts", ())
+        )
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"the erasure does not say what it erases: {error!r}") from error
+
+
+def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
+    def listed(note: Any, key: str) -> list[Any]:
+        """A list in a note that a stranger may have written."""
+        found = note.get(key) if isinstance(note, Mapping) else None
+        return list(found) if isinstance(found, list | tuple) else []
+
+    concepts = [c for note in notes for c in listed(note, "concepts") if isinstance(c, Mapping)]
+    erased = [str(concept["name"]) for concept in concepts if concept.get("name")]
+    for note in notes:
+        settings = note.get("settings")
+        for prompt in (*listed(settings, "preserve"), *listed(settings, "exclude")):
+            for name in erased:
+                if holds_name(str(prompt), name):
+                    raise ValueError(
+                        f"one erasure preserves {prompt!r} and another erases {name!r}: make the "
+                        "first again without it"
+                    )
+
+
+def affected_layers(erasure: Erasure, network: nn.Module) -> dict[str, TextLayer]:
+    """The layers of a network that an erasure changes, by canonical name.
+
+    Raises ValueError when the network lacks one: it is of another family.
+    """
+    found = {n: r for n, r in text_layers(network).items() if r.kind.stream in erasure.edits}
+    missing = erasure.edits.keys() - {reader.kind.stream for reader in found.values()}
+    unknown = sorted(erasure.lora.keys() - found.keys())
+    if missing or unknown:
+        what = f"a LoRA for {unknown[0]}" if unknown else f"an edit of the {min(missing)} embedding"
+        raise ValueError(
+            f"the erasure has {what}, which this model does not read: use a model of the erasure's "
+            "own family"
+        )
+    return found
+
+
+def erase_in_place(
+    erasure: Erasure, network: nn.Module, edit_strength: float = 1.0, lora_strength: float = 1.0
+) -> None:
+    """Erases in the network's own weights. Raises ValueError, with the network as it was."""
+    layers = affected_layers(erasure, network)
+    with torch.no_grad():
+        erased = {
+            name: erasure.erased(
+                name, reader.layer.weight, edit_strength, lora_strength, reader.gain
+            )
+            for name, reader in layers.items()
+        }
+        for name, reader in layers.items():
+            reader.layer.weight.copy_(erased[name])
+
+
+@contextmanager
+def temporarily_erased(
+    erasure: Erasure, network: nn.Module, edit_strength: float = 1.0, lora_strength: float = 1.0
+) -> Iterator[None]:
+    """`apply` within the block; the network's own weights come back afterwards."""
+    layers = [reader.layer for reader in affected_layers(erasure, network).values()]
+    kept = [layer.weight.detach().clone() for layer in layers]
+    try:
+        erase_in_place(erasure, network, edit_strength, lora_strength)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.weight.copy_(weight)

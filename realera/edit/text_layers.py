@@ -1,0 +1,248 @@
+"""Which layers of a network read which stream of the text, and what every layout calls them.
+
+Where text reaches the image only through layers that are linear in its rows, W T e is W applied to
+T e: an erasure is one T a stream, and the layers that read it are listed here and nowhere else.
+Names are *canonical* in the single-file layout, which is ComfyUI's too.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..text.encoding import CONTEXT, POOLED
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text("utf-8"))
+    for path in sorted(Path(__file__).parents[1].glob("families/*.json"))
+}
+SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
+# Transformers, those first that are told apart by most of their layers.
+TRANSFORMERS = dict(
+    sorted(
+        ((name, family) for name, family in FAMILIES.items() if "readers" in family),
+        key=lambda item: -len(item[1]["marks"]["single"]),
+    )
+)
+LAYOUTS = ("single", "diffusers")
+GUIDANCE = 7.5  # unless the family says otherwise
+
+
+@dataclass(frozen=True)
+class TextLayerKind:
+    """A kind of layers that read a stream.
+
+    pattern: of their canonical names
+    whole: they read nothing else; else the stream's columns come first and the others stay
+    trained: alignment trains a LoRA on them
+    norm: the canonical name of the RMS norm in front, where there may be one
+    """
+
+    stream: str
+    pattern: str
+    whole: bool = True
+    trained: bool = True
+    norm: str | None = None
+
+    def fits(self, columns: int, dim: int) -> bool:
+        """Whether a layer of that many columns can read a stream of `dim` numbers."""
+        return columns == dim if self.whole else columns >= dim
+
+
+def _transformer_kinds() -> Iterable[TextLayerKind]:
+    known = [reader for family in TRANSFORMERS.values() for reader in family["readers"]]
+    norms = {r["single"]: r["norm"]["single"] for r in known if "norm" in r}
+    for name, stream in {reader["single"]: reader["stream"] for reader in known}.items():
+        yield TextLayerKind(
+            stream, re.escape(name), trained=stream == CONTEXT, norm=norms.get(name)
+        )
+
+
+KINDS = (
+    TextLayerKind(
+        CONTEXT,
+        (
+            r"(?:(?:in|out)put_blocks\.\d{1,2}\.1|middle_block\.1)"
+            r"\.transformer_blocks\.\d{1,2}\.attn2\.to_[kv]"
+        ),
+    ),
+    # SDXL's pooled embedding is followed by the size embeddings.
+    TextLayerKind(POOLED, r"label_emb\.0\.0", whole=False, trained=False),
+    *_transformer_kinds(),
+)
+_DIFFUSERS = (
+    r"(?P<block>down_blocks\.\d+|up_blocks\.\d+|mid_block)"
+    r"\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)"
+)
+
+
+@dataclass(frozen=True)
+class TextLayer:
+    """A layer of a network, by its canonical name and the network's own.
+
+    norm: the RMS norm in front, if there is one
+    """
+
+    name: str
+    path: str
+    layer: nn.Linear
+    kind: TextLayerKind
+    norm: nn.Module | None = None
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What the norm in front multiplies its unit rows with, as `gain_of`."""
+        return None if self.norm is None else gain_of(self.norm.get_parameter("weight"))
+
+
+def gain_of(weight: Tensor) -> Tensor:
+    """An RMS norm's gain, float32 [in], by which a reader behind it can be divided.
+
+    Where it is 0 nothing is read, whatever the layer's column says.
+    """
+    gain = weight.detach().float()
+    return torch.where(gain == 0, 1.0, gain)
+
+
+def text_layers(network: nn.Module) -> dict[str, TextLayer]:
+    """Every layer that reads the text, canonical name -> layer, in the network's order.
+
+    Looks through peft's wrappers to the layer that holds the weight. Raises ValueError when no
+    layer reads a context, or one that reads the text is no linear layer.
+    """
+    layers = {
+        path.removeprefix("base_model.model."): getattr(layer, "base_layer", layer)
+        for path, layer in network.named_modules()
+    }
+    names = canonical([*layers, *(name for name, _ in network.named_parameters(recurse=False))])
+    paths = {name: path for path, name in names.items()}
+    found, other = {}, []
+    for path, layer in layers.items():
+        kind = text_layer_kind(names[path])
+        if kind is not None and _is_linear(layer):
+            norm = layers[paths[kind.norm]] if kind.norm in paths else None
+            found[names[path]] = TextLayer(names[path], path, layer, kind, norm)
+        elif kind is not None:
+            other.append(path)
+    if not any(reader.kind.stream == CONTEXT for reader in found.values()):
+        raise ValueError(
+            f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
+            f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
+        )
+    if other:
+        raise ValueError(
+            f"{other[0]}, which reads the text, is a {type(layers[other[0]]).__name__} and no "
+            "linear layer with a weight: it would stay unerased. Load the model in float16, "
+            "bfloat16 or float32"
+        )
+    return found
+
+
+def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """ComfyUI's quantised layers have the attributes of an nn.Linear and are none."""
+    return all(hasattr(layer, name) for name in ("in_features", "out_features", "weight"))
+
+
+def trained_layers(network: nn.Module) -> dict[str, TextLayer]:
+    """The readers that a LoRA is trained on: those of the context."""
+    return {name: reader for name, reader in text_layers(network).items() if reader.kind.trained}
+
+
+def text_layer_kind(name: str) -> TextLayerKind | None:
+    """What the layer with this canonical name reads, or None when it reads no text."""
+    return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
+
+
+def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """The family and layout of a transformer with these layers, or None when it is none we know."""
+    names = set(names)
+    for family, known in TRANSFORMERS.items():
+        for layout in LAYOUTS:
+            if names.issuperset(known["marks"][layout]):
+                return family, layout
+    return None
+
+
+def family_in(network: nn.Module) -> str | None:
+    """The family of a transformer, by its layers; None of a U-Net."""
+    layers = (name for name, _ in network.named_modules())
+    found = transformer_of(
+        [*layers, *(name for name, _ in network.named_parameters(recurse=False))]
+    )
+    return None if found is None else found[0]
+
+
+def guidance_of(network: nn.Module) -> float:
+    """The classifier-free guidance that images are drawn with; 1 where the network is told it
+    (FLUX.1 dev) or was made to need none (Z-Image Turbo)."""
+    family = family_in(network)
+    return float(FAMILIES[family].get("guidance", GUIDANCE) if family else GUIDANCE)
+
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Layer names of a network, of either layout, as the single-file layout calls them.
+
+    down_blocks.1.attentions.0.X -> input_blocks.4.1.X (two layers a block); names of layers that
+    read no text are left as they are. Give all layers at once: they tell what the network is.
+    """
+    names = list(names)
+    transformer = transformer_of(names)
+    if transformer is not None:
+        own = renamed(*transformer)
+        return {name: own.get(name, name) for name in names}
+    found = [re.fullmatch(_DIFFUSERS, name) for name in names]
+    downs = [int(m["layer"]) for m in found if m and m["block"].startswith("down")]
+    stride = max(downs, default=1) + 2  # the layers of a block and its down- or upsampler
+
+    def rename(name: str, match: re.Match[str] | None) -> str:
+        if name == "add_embedding.linear_1":
+            return "label_emb.0.0"
+        if match is None:
+            return name
+        block, layer, rest = match["block"], int(match["layer"]), match["rest"]
+        side, _, number = block.rpartition(".")
+        if side == "down_blocks":
+            return f"input_blocks.{int(number) * stride + layer + 1}.1.{rest}"
+        if side == "up_blocks":
+            return f"output_blocks.{int(number) * stride + layer}.1.{rest}"
+        return f"middle_block.1.{rest}"
+
+    return {name: rename(name, match) for name, match in zip(names, found, strict=True)}
+
+
+def renamed(family: str, layout: str) -> dict[str, str]:
+    """What a transformer's layout calls its readers and the norms in front -> canonical name."""
+    text_layers = TRANSFORMERS[family]["readers"]
+    names = [*text_layers, *(reader["norm"] for reader in text_layers if "norm" in reader)]
+    return {name[layout]: name["single"] for name in names}
+
+
+def diffusers_names(names: Iterable[str]) -> dict[str, str]:
+    """The inverse of `canonical`, for all readers of a U-Net."""
+    names = list(names)
+    blocks = {int(n.split(".")[1]) for n in names if n.startswith("input_blocks")}
+    # Layers with attention follow each other; a downsampler's number is the gap between blocks.
+    run, stride = 0, 2
+    for number in range(max(blocks, default=0) + 1):
+        run = run + 1 if number in blocks else 0
+        stride = max(stride, run + 1)
+
+    def rename(name: str) -> str:
+        side, number, _, rest = name.split(".", 3)
+        if side == "input_blocks":
+            block, layer = divmod(int(number) - 1, stride)
+            return f"down_blocks.{block}.attentions.{layer}.{rest}"
+        if side == "output_blocks":
+            block, layer = divmod(int(number), stride)
+            return f"up_blocks.{block}.attentions.{layer}.{rest}"
+        return "mid_block.attentions.0." + name.split(".", 2)[2]
+
+    return {
+        name: "add_embedding.linear_1" if name == "label_emb.0.0" else rename(name)
+        for name in names
+    }

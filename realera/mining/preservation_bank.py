@@ -1,0 +1,123 @@
+"""The preservation bank: what everyday prompts mean, as one Gram matrix a stream of an encoder.
+
+Beyond points preserve directions, the bank preserves meanings: on the manifold of real prompts the
+edit keeps all but what they have of a concept (`closed_form`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..concepts import Concept, holds_name
+from ..edit.closed_form import BankGram
+from ..storage.cache import cached
+from ..text.encoding import CONTEXT, TextEncoder
+from ..text.token_alignment import prompt_embeddings
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Running sums over the rows of every bank prompt, as one text encoder reads them.
+
+    prompts: the prompts, the empty one first (classifier-free guidance draws with it)
+    grams: stream -> Σ w e eᵀ over all rows of all prompts, float64 [dim, dim]
+    means: stream -> the mean of what stands for a prompt (`token_alignment.prompt_embeddings`),
+    float32 [parts, dim]
+    summary: of every prompt, the context row that has seen all of it, [prompts, dim]
+    dropped: the prompts that are not counted; their rows: as encoded, times their weights' roots
+    """
+
+    prompts: tuple[str, ...]
+    grams: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    summary: Tensor
+    dropped: tuple[str, ...] = ()
+    rows: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def kept(self) -> dict[str, BankGram]:
+        """stream -> what Eq. 7 preserves of it."""
+        return {
+            stream: BankGram(
+                gram,
+                self.means[stream],
+                dict(zip(self.dropped, self.rows.get(stream, ()), strict=True)),
+            )
+            for stream, gram in self.grams.items()
+        }
+
+
+def bank_prompts() -> tuple[str, ...]:
+    """The prompts that ship with the project, about a thousand everyday things."""
+    lines = Path(__file__).with_name("preservation_bank.txt").read_text("utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def encode_bank(
+    text: TextEncoder,
+    prompts: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Bank:
+    """Encodes the bank once per text encoder; later calls read it from the cache.
+
+    prompts: the project's own bank unless given. progress is called with (prompts done, in all).
+    """
+    given = bank_prompts() if prompts is None else prompts
+    prompts = ("", *dict.fromkeys(p for p in given if p))
+
+    def encode() -> dict[str, Tensor]:
+        grams: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
+        summary = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            encoding = text.encode(batch)
+            for stream in encoding:
+                rows = encoding.weighed(stream).cpu().double().flatten(0, 1)
+                grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
+            whole = prompt_embeddings(text, batch, encoding)
+            for stream, rows in whole.items():
+                means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
+            summary.append(whole[CONTEXT][:, 0].float().cpu())
+            progress(start + len(batch), len(prompts))
+        named = {f"gram.{stream}": gram for stream, gram in grams.items()}
+        named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
+        return {"summary": torch.cat(summary), **named}
+
+    made = cached("bank", [text.fingerprint, prompts, "means"], encode)
+    grams, means = (
+        {key.removeprefix(kind): tensor for key, tensor in made.items() if key.startswith(kind)}
+        for kind in ("gram.", "mean.")
+    )
+    return Bank(prompts, grams, means, made["summary"])
+
+
+def drop_related_prompts(
+    bank: Bank, text: TextEncoder, concepts: Sequence[Concept], summary: Tensor, limit: float
+) -> Bank:
+    """The bank without the prompts that mean what is to be erased.
+
+    A prompt is dropped when it names a concept, or when the centred cosine between its summary row
+    and that of any concept prompt is at least `limit`.
+
+    summary: of the concepts' prompts, [prompts, dim], as `Pairs` has it
+    """
+    centre = bank.summary.mean(0)
+    own, all_rows = (normalize(rows - centre, dim=-1) for rows in (summary, bank.summary))
+    close = ((all_rows @ own.T).amax(1) >= limit).tolist()  # of [bank prompts, prompts]
+    dropped = tuple(
+        prompt
+        for prompt, near in zip(bank.prompts, close, strict=True)
+        if prompt and (near or any(holds_name(prompt, c.name) for c in concepts))
+    )
+    if not dropped:
+        return bank
+    encoded = text.encode(dropped)
+    rows = {stream: encoded.weighed(stream).cpu() for stream in encoded}
+    return replace(bank, dropped=dropped, rows=rows)

@@ -1,0 +1,324 @@
+"""The ring of words around every concept: Sec. 4.1-4.2 with what prompts can say in place of noise.
+
+Every word of the tokenizer's vocabulary is put in the concept's template and compared with it on
+the row that has seen the whole prompt, around the vocabulary's mean, since the rows of one encoder
+share a large common part. The words inside the ring are neighbours, those just outside beyond
+points; nothing is random but their choice, and a user can read them and strike one out. Where
+Alg. 1 makes a neighbour the anchor (l. 8), a word goes the way of its concept: "runway" becomes
+what it is beside an airplane, and the anchor.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..concepts import Concept
+from ..settings import Settings
+from ..storage.cache import cached
+from ..text.encoding import Encoding, TextEncoder
+from ..text.token_alignment import RowMap, map_rows
+from .pairs import MinedRows, Pairs
+
+# Words inside the ring, the concept's name among them, and just outside it that may be drawn, a
+# concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
+NEAR_WORDS = FAR_WORDS = 64
+WORDS_AT_ONCE = 1024  # between two calls of progress
+CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WordAssignment:
+    """Which words lie around which concept, as names: none is encoded in full yet.
+
+    near: number of a concept and a word inside its ring, the concept's own name first, then nearest
+        first; far: those just outside, outside: all that lie in no ring, of the vocabulary and of
+        the user's words; each concept by concept
+    cosine: word -> cosine with its concept, of near, far and the struck ones
+    centre: the vocabulary's mean, [concepts, dim]
+    contested: words inside the rings of several concepts, which went to the nearest
+    """
+
+    near: tuple[tuple[int, str], ...]
+    far: tuple[tuple[int, str], ...]
+    outside: tuple[tuple[int, str], ...]
+    cosine: dict[str, float]
+    centre: Tensor
+    contested: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LazyPrompts:
+    """Words in the first template of the concept each is nearest to, encoded when they are drawn.
+
+    rows: word, concept and template of each; pair: int64 [n], the pair of that concept and template
+    """
+
+    text: TextEncoder = field(repr=False)
+    rows: tuple[tuple[str, Concept, str], ...]
+    pair: Tensor
+    read: dict[int, tuple[Encoding, RowMap, RowMap]] = field(default_factory=dict, repr=False)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(word for word, _, _ in self.rows)
+
+    def prompts(self, index: Sequence[int]) -> list[str]:
+        """The words of `index` in their templates."""
+        return [self.rows[k][2].replace("{}", self.rows[k][0]) for k in index]
+
+    def take(self, index: Tensor) -> tuple[Encoding, RowMap, RowMap]:
+        """The words of int64 `index` [n > 0] as encoded, and as `token_alignment.map_rows` places
+        them in
+        their concept's prompt and in the anchor's."""
+        new = sorted(set(index.tolist()) - self.read.keys())
+        if new:
+            rows = [self.rows[k] for k in new]
+            e = self.text.encode(self.prompts(new))
+            concept = map_rows(self.text, [(w, c.name, t) for w, c, t in rows], e)
+            anchor = map_rows(self.text, [(w, c.anchor, t) for w, c, t in rows], e)
+            for n, k in enumerate(new):
+                one = torch.tensor([n])
+                self.read[k] = e.take(one), concept.take(one), anchor.take(one)
+        found = [self.read[k] for k in index.tolist()]
+        return (
+            Encoding.cat([e for e, _, _ in found]),
+            RowMap.cat([concept for _, concept, _ in found]),
+            RowMap.cat([anchor for _, _, anchor in found]),
+        )
+
+
+@dataclass(frozen=True)
+class VocabularyNeighbourhood:
+    """As `pairs.Neighbourhood`, of words.
+
+    near: the words inside the ring, nearest first; far: those just outside, nearest first
+    outside, cosine, centre: as `WordAssignment` has them
+    """
+
+    pairs: Pairs
+    s1: float
+    s2: float
+    beyond_s2: float
+    near: LazyPrompts
+    far: LazyPrompts
+    outside: tuple[tuple[int, str], ...] = field(repr=False)
+    cosine: dict[str, float]
+    centre: Tensor
+
+    def neighbors(
+        self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
+    ) -> MinedRows:
+        """`count` words of each prompt's concept, or all where the ring holds fewer.
+
+        of: pairs, one a concept unless given; their words stand in the concept's first template
+        """
+        return self._draw(self.near, count, generator, of)
+
+    def beyond(
+        self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
+    ) -> MinedRows:
+        """As `neighbors`, of the words just outside; they keep their outputs."""
+        far = self._draw(self.far, count, generator, of)
+        return MinedRows(far.e, far.e, far.span, far.pair, far.words)
+
+    def listed(self, neighbors: MinedRows) -> list[tuple[str, float, bool]]:
+        """The words in the ring and just outside, nearest first: cosine, and whether mined."""
+        mined = set(neighbors.words)
+        words = sorted(self.cosine.items(), key=lambda item: -item[1])
+        return [(word, cosine, word in mined) for word, cosine in words]
+
+    def encode_all(self) -> None:
+        """Encodes the words that were not drawn yet: while a network trains is no time for it."""
+        for words in (self.near, self.far):
+            if len(words.pair):
+                words.take(torch.arange(len(words.pair)))
+
+    def mined(self, words: LazyPrompts, take: Tensor) -> MinedRows:
+        """The neighbours of int64 `take`, of near or far words.
+
+        A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
+        the concept it keeps.
+        """
+        pair = words.pair[take]
+        if not len(take):
+            nothing = self.pairs.e.take(take)
+            span = {s: rows[take.to(rows.device)] for s, rows in self.pairs.span.items()}
+            return MinedRows(nothing, nothing, span, pair)
+        e, concept, anchor = words.take(take)
+        own = concept.target(e, self.pairs.e.take(pair))
+        its = anchor.target(e, self.pairs.anchor.take(pair))
+        target = Encoding({s: e[s] + its[s] - own[s] for s in e}, e.weights)
+        return MinedRows(
+            e, target, anchor.span, pair, tuple(words.rows[k][0] for k in take.tolist())
+        )
+
+    def _draw(
+        self, words: LazyPrompts, count: int, generator: torch.Generator, of: Sequence[int] | None
+    ) -> MinedRows:
+        concept = self.pairs.concept
+        asked = (self.pairs.first.tolist()) if of is None else of
+        whose = concept[words.pair]
+        return self.mined(words, drawn(whose, count, generator, concept[list(asked)].tolist()))
+
+
+def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
+    """`count` words at random of each of the concepts `of`, or all where there are fewer: int64.
+
+    In the order of `of`; as long as there are enough, a concept that is asked for again gets other
+    words. whose: the number of every word's concept, int64 [words]
+    """
+    shuffled = torch.randperm(len(whose), generator=generator)
+    by_concept = shuffled[whose[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(whose, minlength=max(of, default=0) + 1)
+    own = by_concept.split(sizes.tolist())
+    asked: Counter[int] = Counter()  # how often each concept was
+    parts = [shuffled[:0]]
+    for n in of:
+        parts.append(own[n].roll(-count * asked[n])[:count])
+        asked[n] += 1
+    return torch.cat(parts)
+
+
+def vocabulary_neighbourhood(
+    text: TextEncoder,
+    pairs: Pairs,
+    settings: Settings,
+    progress: Progress = lambda done, total: None,
+) -> VocabularyNeighbourhood:
+    """Compares the vocabulary and the user's words with every concept in its first template.
+
+    Raises ValueError as `assign_words`.
+    """
+    own = pairs.summary[pairs.first]
+    choice = assign_words(text, pairs.concepts, own, settings, progress)
+    return neighbourhood_of(text, pairs, settings, choice)
+
+
+def neighbourhood_of(
+    text: TextEncoder, pairs: Pairs, settings: Settings, choice: WordAssignment
+) -> VocabularyNeighbourhood:
+    """The ring of the words that were chosen around these pairs' concepts."""
+    first = pairs.first.tolist()
+
+    def phrases(chosen: Sequence[tuple[int, str]]) -> LazyPrompts:
+        concepts = [pairs.concepts[number] for number, _ in chosen]
+        rows = [(word, c, c.templates[0]) for (_, word), c in zip(chosen, concepts, strict=True)]
+        pair = torch.tensor([first[number] for number, _ in chosen], dtype=torch.int64)
+        return LazyPrompts(text, tuple(rows), pair)
+
+    (s2, s1), outer = settings.cosines, settings.farthest
+    near, far = phrases(choice.near), phrases(choice.far)
+    outside, cosine, centre = choice.outside, choice.cosine, choice.centre
+    return VocabularyNeighbourhood(pairs, s1, s2, outer, near, far, outside, cosine, centre)
+
+
+def assign_words(
+    text: TextEncoder,
+    concepts: Sequence[Concept],
+    own: Tensor,
+    settings: Settings,
+    progress: Progress = lambda done, total: None,
+) -> WordAssignment:
+    """The words around every concept; each belongs to the concept that it is nearest to.
+
+    own: the summary row of every concept in its first template, [concepts, dim]. Words whose
+    centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless the user
+    struck them out; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when no
+    word is left outside of the rings.
+    """
+    (s2, s1), outer = settings.cosines, settings.farthest
+    struck = {word.casefold() for word in settings.exclude}
+    names = {concept.name.casefold() for concept in concepts}
+    vocabulary = text.words()
+    known = torch.tensor([word.casefold() not in names for word in vocabulary], dtype=torch.bool)
+    listed = {word for word, keep in zip(vocabulary, known.tolist(), strict=True) if keep}
+    added = [w for w in dict.fromkeys(settings.words) if w.casefold() not in names | listed]
+    words = [word for word in vocabulary if word in listed] + added
+
+    templates = [concept.templates[0] for concept in concepts]
+    middles = torch.empty_like(own)
+    cosine = torch.full((len(words),), -2.0)
+    nearest, rings = torch.zeros(2, len(words), dtype=torch.int64)
+    for template in dict.fromkeys(templates):
+        rows = vocabulary_rows(text, template, progress)[known]
+        # Around the vocabulary alone: what the user adds does not move the words that are there.
+        centre = rows.mean(0)
+        if added:
+            rows = torch.cat([rows, word_rows(text, template, added)])
+        around = normalize(rows - centre, dim=-1)
+        for numbers in torch.tensor([n for n, t in enumerate(templates) if t == template]).split(
+            CONCEPTS_AT_ONCE
+        ):
+            middles[numbers] = centre
+            cosines = around @ normalize(own[numbers] - centre, dim=-1).T  # [words, concepts]
+            rings += ((cosines >= s2) & (cosines <= s1)).sum(1)
+            closest, which = cosines.max(1)
+            closer = closest > cosine  # of two alike, the concept that comes first
+            cosine[closer], nearest[closer] = closest[closer], numbers[which[closer]]
+    order = cosine.argsort(descending=True, stable=True)
+
+    inside: list[list[int]] = [[] for _ in concepts]
+    below: list[list[int]] = [[] for _ in concepts]
+    triples = zip(order.tolist(), nearest[order].tolist(), cosine[order].tolist(), strict=True)
+    for k, number, closeness in triples:
+        if closeness <= s1:
+            if closeness >= s2 and len(inside[number]) < NEAR_WORDS - 1:
+                inside[number].append(k)
+            if closeness < outer and len(below[number]) < FAR_WORDS:
+                below[number].append(k)
+    near: list[tuple[int, str]] = []
+    far: list[tuple[int, str]] = []
+    found: dict[str, float] = {}
+    for number, concept in enumerate(concepts):
+        found |= {words[k]: float(cosine[k]) for k in inside[number] + below[number]}
+        kept = [words[k] for k in inside[number] if words[k].casefold() not in struck]
+        # The concept is its own first neighbour, so that no ring is ever empty.
+        near += [(number, word) for word in (concept.name, *kept)]
+        far += [(number, words[k]) for k in below[number]]
+    if not far:
+        raise ValueError(
+            f"every word lies within S2 = {outer} of {concepts[0].name!r} or another concept, none "
+            "is left as a beyond point: raise S2 or give more words"
+        )
+    apart = (cosine < outer).nonzero()[:, 0]
+    apart = apart[nearest[apart].argsort(stable=True)]
+    outside = tuple(zip(nearest[apart].tolist(), (words[k] for k in apart.tolist()), strict=True))
+    contested = tuple(words[k] for k in (rings > 1).nonzero()[:, 0].tolist())
+    return WordAssignment(tuple(near), tuple(far), outside, found, middles, contested)
+
+
+def word_rows(
+    text: TextEncoder,
+    template: str,
+    words: Sequence[str],
+    progress: Progress = lambda done, total: None,
+) -> Tensor:
+    """The summary rows of words in a template, [words, dim], float32 on the CPU.
+
+    progress is called with (words done, words in all).
+    """
+    parts = []
+    for start in range(0, len(words), WORDS_AT_ONCE):
+        some = [template.replace("{}", word) for word in words[start : start + WORDS_AT_ONCE]]
+        parts.append(text.summary(some).cpu().float())
+        progress(start + len(some), len(words))
+    return torch.cat(parts)
+
+
+def vocabulary_rows(
+    text: TextEncoder, template: str, progress: Progress = lambda done, total: None
+) -> Tensor:
+    """`word_rows` of the whole vocabulary, encoded once for an encoder and template."""
+    words = text.words()
+    made = cached(
+        "vocabulary",
+        [text.fingerprint, template, words],
+        lambda: {"rows": word_rows(text, template, words, progress)},
+    )
+    return made["rows"]

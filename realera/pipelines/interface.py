@@ -1,0 +1,54 @@
+"""The interface that a text-to-image diffusion model must implement."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..text.encoding import Encoding, TextEncoder
+
+
+class Diffusion(Protocol):
+    """A text-to-image latent diffusion model."""
+
+    @property
+    def text(self) -> TextEncoder:
+        """The encoder of its prompts."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module whose layers `readers` finds."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the network's weights and of the forward process."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent, as `sample` draws it."""
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random times of the forward process, [count], drawn as the model was trained."""
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """z_t of the forward process: float32 [n, channels, h, w]."""
+
+    def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
+        """The network's own prediction (epsilon, v or a flow's velocity), float32 [n, c, h, w]."""
+
+    def sample(
+        self,
+        encoding: Encoding,
+        negative: Encoding,
+        generator: torch.Generator,
+        steps: int,
+        guidance: float,
+        one_noise: bool = False,
+    ) -> Tensor:
+        """One latent per prompt of `encoding` by deterministic DDIM or Euler: float32 [n, c, h, w].
+
+        negative: of as many prompts, or of one for all; one_noise: all begin at the same noise
+        """
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 in [0, 1], [n, 3, height, width], on the CPU."""

@@ -1,0 +1,227 @@
+"""Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope.
+
+matplotlib and the letters that are its own are imported where one is drawn: ComfyUI imports this
+file at every start.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..mining.noise import GaussianNeighbourhood
+from ..mining.pairs import MinedRows, Neighbourhood
+from ..mining.vocabulary import VocabularyNeighbourhood
+from ..text.encoding import CONTEXT
+from .scope import WordEffect, by_loss
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3, height, width] in [0, 1]."""
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def grid(
+    rows: Sequence[Sequence[Tensor | None]],
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    size: int = 128,
+) -> Image.Image:
+    """Images [3, h, w] in [0, 1] as labelled rows, for example before and after by prompt.
+
+    size: side of a cell in pixels; None leaves a cell empty; long names are broken or shortened.
+    Raises ValueError when the names do not fit the cells.
+    """
+    from .fonts import Letters
+
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        raise ValueError("a grid needs at least one image")
+    if row_names and len(row_names) != len(rows):
+        raise ValueError(f"{len(row_names)} row names for {len(rows)} rows")
+    if column_names and len(column_names) != columns:
+        raise ValueError(f"{len(column_names)} column names for {columns} columns")
+    letters = Letters([*row_names, *column_names, "…"], max(11, size // 10))
+    gap = max(2, size // 32)
+    heads = [letters.broken(name, size) for name in column_names]
+    row_names = [letters.spelled(name) for name in row_names]
+    top = gap + letters.line * max(map(len, heads)) if heads else 0
+    left = gap + int(max(map(letters.length, row_names))) + gap if row_names else 0
+    width = left + columns * (size + gap) + gap
+    height = top + len(rows) * (size + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, head in enumerate(heads):
+        middle = left + gap + k * (size + gap) + size // 2
+        for n, text in enumerate(head):
+            letters.write(pen, middle, gap + n * letters.line, text, "ma")
+    for j, row in enumerate(rows):
+        y = top + gap + j * (size + gap)
+        if row_names:
+            letters.write(pen, left - gap, y + size // 2, row_names[j], "rm")
+        for k, image in enumerate(row):
+            if image is not None:
+                # Enlarged drawings keep their pixels, photographs are reduced smoothly.
+                small = image.shape[-1] <= size
+                how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+                cell = to_pil(image).resize((size, size), how)
+                sheet.paste(cell, (left + gap + k * (size + gap), y))
+    return sheet
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: it keeps global state, and these run inside ComfyUI's threads.
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _picture(figure: "Figure") -> Image.Image:
+    from .fonts import letter
+
+    letter(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def loss_curve(
+    losses: Mapping[int, float], title: str = "Prediction-noise alignment"
+) -> Image.Image:
+    """The loss of every step and its running mean; Eq. 8 on odd steps, Eq. 9 on even ones.
+
+    losses: step, from 1, -> loss; a run that was resumed has the steps since then, maybe none
+    """
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    for odd, name, colour in ((1, "Eq. 8", KEPT), (0, "Eq. 9", ERASED)):
+        steps = [step for step in losses if step % 2 == odd]
+        chosen = [losses[step] for step in steps]
+        axes.plot(steps, chosen, ".", ms=3, alpha=0.4, color=colour)
+        window = max(1, len(chosen) // 10)
+        if len(chosen) >= window > 1:
+            values = torch.tensor(chosen, dtype=torch.float64)
+            mean = values.unfold(0, window, 1).mean(-1)
+            axes.plot(steps[window - 1 :], mean, color=colour, label=name)
+        else:
+            axes.plot([], [], color=colour, label=name)
+    if losses and min(losses.values()) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="loss", title=title if losses else "no step was left to make")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def geometry(ring: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
+    """The ring around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
+
+    Distances are means over the span's rows, cosines are measured where the ring measures them.
+    For mined words, which are not drawn at a distance, the words with their cosines instead.
+    """
+    if isinstance(ring, VocabularyNeighbourhood):
+        return _words(ring.s2, ring.listed(neighbors)[:48])
+    if not isinstance(ring, GaussianNeighbourhood):
+        raise ValueError(
+            f"no picture shows a {type(ring).__name__}: give a ring of noise or of words"
+        )
+    shell, pairs = ring.shells[CONTEXT], ring.pairs.e[CONTEXT]
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    drawn = (
+        (neighbors, f"neighbours, {len(neighbors.pair)}: are erased too", ERASED),
+        (beyond, f"beyond, {int((beyond.pair >= 0).sum())}: keep their meaning", KEPT),
+    )
+    for mined, name, colour in drawn:
+        chosen = (mined.pair >= 0).to(
+            pairs.device
+        )  # the others are prompts that the user preserves
+        e, span = pairs[mined.pair.to(pairs.device)[chosen]], mined.span[CONTEXT][chosen]
+        point = mined.e[CONTEXT][chosen]
+        count = span.sum(-1).clamp(min=1)
+        distance = ((point - e).norm(dim=-1) * span).sum(-1) / count
+        cosine = cosine_similarity(e - shell.centre, point - shell.centre, dim=-1)
+        cosine = (cosine * span).sum(-1) / count
+        axes.plot(distance.cpu(), cosine.cpu(), ".", ms=4, alpha=0.6, color=colour, label=name)
+    for value, name in ((ring.s1, "S1"), (ring.s2, "S2")):
+        axes.axhline(value, color=PLAIN, lw=0.8, ls="--")
+        axes.annotate(name, (1.005, value), xycoords=("axes fraction", "data"), va="center")
+    for value, name in ((shell.d1, "D1"), (shell.d2, "D2")):
+        axes.axvline(value, color=PLAIN, lw=0.8, ls=":")
+        axes.annotate(name, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
+    axes.set(xlabel="distance from e", ylabel="cosine with e", xlim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
+    """words: as `WordRing.listed` gives them"""
+    figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
+    axes = figure.subplots()
+    colours = [ERASED if mined else KEPT for _, _, mined in words]
+    axes.barh(range(len(words)), [cosine for _, cosine, _ in words], color=colours, height=0.7)
+    _name_rows(axes, [word for word, _, _ in words])
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.axvline(s2, color=PLAIN, lw=0.8, ls="--")
+    axes.set(
+        xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
+        title="words that are erased too (red), others near it (blue)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)
+
+
+def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    """Words as they are, a dollar sign too, which would start a formula."""
+    from .fonts import legible
+
+    axes.set_yticks(range(len(names)), legible(names), fontsize=8, parse_math=False)
+
+
+def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image:
+    """What goes with the concept: the words that lose most, and how far they go.
+
+    The bar is the share of the way from concept to anchor, the dot how much moved in any direction,
+    the diamond how far the drawing of a word went that was drawn.
+    Raises ValueError when the report is empty.
+    """
+    if not effects:
+        raise ValueError("an empty scope report: give some words to look at")
+    shown = by_loss(effects)[:count]
+    figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
+    axes = figure.subplots()
+    places = range(len(shown))
+    several = len({reach.concept for reach in effects}) > 1
+    names = [f"{r.word} ({r.concept})" if several else r.word for r in shown]
+    share_to_anchor = [100 * reach.share_to_anchor for reach in shown]
+    colours = [ERASED if reach.gone else KEPT for reach in shown]
+    axes.barh(places, share_to_anchor, color=colours, height=0.7, label="toward the anchor")
+    axes.plot([100 * r.moved for r in shown], places, "o", ms=3.5, color="black", label="moved")
+    drawn = [(100 * r.drawn, n) for n, r in enumerate(shown) if r.drawn is not None]
+    if drawn:
+        axes.plot(*zip(*drawn, strict=True), "D", ms=4.5, mfc="white", mec="black", label="drawn")
+    _name_rows(axes, names)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.axvline(0, color=PLAIN, lw=0.8)
+    axes.set(xlabel="percent", title="what the erasure takes along")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _picture(figure)

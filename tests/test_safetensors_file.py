@@ -1,0 +1,101 @@
+"""Safetensors files of every data type, and which adapter a file holds."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from realera.checkpoints.lora_kinds import adapter_of
+from realera.storage.safetensors_file import BITS, DTYPES, open_tensors, write_tensors
+
+
+def hand_made(path, dtype, shape, size):
+    """A file of one tensor as any tool might write it."""
+    header = {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize("dtype", list(BITS))
+def test_every_data_type_that_safetensors_knows_opens(tmp_path, dtype):
+    path = hand_made(tmp_path / "x", dtype, [2, 4], BITS[dtype])
+    with safe_open(path, "np") as theirs:  # their own reader agrees on the size
+        assert list(theirs.keys()) == ["x"]
+    file = open_tensors(path)
+    assert file.entries["x"].dtype == dtype
+    if dtype in DTYPES:
+        assert file.read("x").shape == (2, 4)
+    else:
+        with pytest.raises(ValueError, match=f"'x' is {dtype}, which can only be copied"):
+            file.read("x")
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F4", [3], 1), ("F6_E2M3", [2], 1)])
+def test_a_tensor_that_ends_within_a_byte_is_refused(tmp_path, dtype, shape, size):
+    with pytest.raises(ValueError, match="does not fit"):
+        open_tensors(hand_made(tmp_path / "x", dtype, shape, size))
+
+
+def test_a_data_type_that_the_format_lacks_is_refused_with_those_it_has(tmp_path):
+    with pytest.raises(ValueError, match=r"data type 'F3'; known are .*U16.*"):
+        open_tensors(hand_made(tmp_path / "x", "F3", [8], 3))
+
+
+@given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3))
+def test_what_is_written_is_read(tmp_path_factory, dtype, shape):
+    path = tmp_path_factory.mktemp("x") / "x"
+    tensor = torch.randint(0, 2, shape).to(DTYPES[dtype])
+    write_tensors(path, {"a.x": tensor, "a.y": tensor, "b": tensor}, {"by": "me"})
+    file = open_tensors(path)
+    assert torch.equal(file.read("a.x").float(), tensor.float())
+    assert file.read("b").dtype == DTYPES[dtype]
+    assert file.modules == {"a": ("x", "y"), "": ("b",)}
+
+
+K = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "layers", "rank"),
+    [
+        (
+            ["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"],
+            "LoRA",
+            1,
+            4,
+        ),
+        (["lora_te_a.lora_down.weight", "lora_te_b.lora_down.weight"], "LoRA", 2, 4),
+        ([f"{K}.lora_A.weight", f"{K}.lora_B.weight"], "LoRA", 1, 4),
+        (["base_model.model.to_k.lora_A.default.weight"], "LoRA", 1, 4),
+        ([f"{K}_lora.down.weight", f"{K}_lora.up.weight"], "LoRA", 1, 4),
+        ([f"{K}.lora.down.weight"], "LoRA", 1, 4),
+        (["text_encoder.a.to_k.lora_linear_layer.down.weight"], "LoRA", 1, 4),
+        (
+            ["transformer.blocks.0.attn.lora_A.weight", "transformer.blocks.0.dora_scale"],
+            "LoRA",
+            1,
+            4,
+        ),
+        (["lora_unet_a.hada_w1_a", "lora_unet_a.hada_w1_b"], "LoHa", 1, 4),
+        (["lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2"], "LoKr", 1, None),
+        (["lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2_a", "lora_unet_a.lokr_w2_b"], "LoKr", 1, 4),
+        (["lora_unet_a.oft_blocks"], "OFT", 1, None),
+        (["lora_unet_a.diff", "lora_unet_a.diff_b"], "difference of weights", 1, None),
+        (["a.lora_down.weight", "b.lora_down.weight", "norm.diff"], "LoRA", 2, 4),
+        (["first_stage_model.encoder.conv_in.weight"], None, 0, None),
+        (["cond_stage_model.logit_scale", "a.weight", "a.weight_scale"], None, 0, None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_the_adapters_of_every_tool_are_told_from_checkpoints(tmp_path, names, kind, layers, rank):
+    save_file({name: torch.zeros(4, 6) for name in names}, tmp_path / "x")
+    adapter = adapter_of(open_tensors(tmp_path / "x"))
+    if kind is None:
+        assert adapter is None
+    else:
+        assert (adapter.kind, adapter.layers, adapter.rank) == (kind, layers, rank)
