@@ -204,12 +204,12 @@ class ComfyDiffusion:
 
     def encoded(self, samples: Tensor) -> Tensor:
         """What ComfyUI's LATENT holds as the network has it, float32 [n, channels, h, w]."""
-        return self._without_frame(self.latents.process_in(samples))
+        return self._without_frame(self.latents.process_in(samples.float()))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [n, 3, height, width] in [0, 1], on the CPU."""
         images = self.vae.decode(self.latents.process_out(self._with_frame(latents)))
-        return images.reshape(len(latents), *images.shape[-3:]).movedim(-1, 1).cpu()
+        return images.reshape(len(latents), *images.shape[-3:]).movedim(-1, 1).cpu().float()
 
     @property
     def sampling(self) -> Any:
@@ -276,7 +276,23 @@ def _told(patches: Any) -> Any:
 
 
 def whole_clone(model: Any) -> Any:
-    """A clone that training can load whole; a dynamic patcher's weights stay where they are."""
+    """A clone that training can load whole; a dynamic patcher's weights stay where they are.
+
+    Raises ValueError where ComfyUI cannot make one, or was told to load no model.
+    """
+    management = comfy.model_management
+    low = management.vram_state == management.VRAMState.NO_VRAM
+    if low and not management.is_device_cpu(model.load_device):
+        raise ValueError(
+            "ComfyUI runs with --novram, by which no model is loaded whole, and training needs "
+            "that: start it without --novram"
+        )
+    if getattr(model, "cached_patcher_init", ()) is None and model.is_dynamic():
+        raise ValueError(
+            "the loader of this MODEL does not tell ComfyUI how to load it again, which training "
+            "needs: load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "--disable-dynamic-vram"
+        )
     if "disable_dynamic" in inspect.signature(model.clone).parameters:
         return model.clone(disable_dynamic=True)
     return model.clone()
@@ -290,10 +306,16 @@ def training(model: Any) -> Iterator[None]:
     equal copy, one at a time, so memory does not grow and no value changes. Afterwards they are
     inference tensors again: in that mode ComfyUI can move its quantised weights only as such.
     """
-    copied = []
+    copied, device = [], model.load_device
     with torch.inference_mode(False), torch.enable_grad(), _told_to_train():
         # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+        left = [n for n, p in model.model.named_parameters() if p.device.type != device.type]
+        if left:
+            raise ValueError(
+                f"ComfyUI left {left[0]} and {len(left) - 1} other weights of the MODEL outside of "
+                f"{device}, and training needs it there whole: free memory, or use a smaller model"
+            )
         for module in model.model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():

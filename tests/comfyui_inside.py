@@ -61,7 +61,7 @@ from conformance import check_diffusion, check_text_encoder, check_transformer_t
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from RealEra.nodes import align, bundled, compare, edit, files, mining
-from RealEra.nodes.comfy_model import ComfyDiffusion
+from RealEra.nodes.comfy_model import ComfyDiffusion, training
 from RealEra.nodes.comfy_patch import ErasurePatch, write_lora
 from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
@@ -557,6 +557,28 @@ def claim_an_adversary_trains_another_lora_and_the_same_one_again():
 # ------------------------------------------------------------------------ the MODEL's own sampling
 
 
+def claim_a_model_that_cannot_be_loaded_whole_is_refused():
+    model, management = miniature().model, comfy.model_management
+    elsewhere = torch.device("meta")
+    given = {"model": model, "erasure": erased().erasure, "mining": erased().mining}
+    with replaced(model, "load_device", elsewhere):
+        with (
+            replaced(management, "vram_state", management.VRAMState.NO_VRAM),
+            refused("start it without --novram"),
+        ):
+            run(align.LoraAlign, **given)
+        with (
+            replaced(management, "load_models_gpu", lambda *_, **__: None),
+            refused("training needs it there whole"),
+            training(model),
+        ):
+            pass
+    if not hasattr(model, "cached_patcher_init"):
+        raise Skipped("this ComfyUI has no dynamic patcher")
+    with replaced(model, "is_dynamic", lambda: True), refused("load it with Load Checkpoint"):
+        run(align.LoraAlign, **given)
+
+
 def sampled_otherwise(patcher, kind, sampling, *range_of_sigmas):
     (made,) = getattr(advanced, kind)().patch(patcher, sampling, *range_of_sigmas)
     return made
@@ -964,6 +986,18 @@ def claim_compare_reads_each_prompt_once_whatever_the_number_of_seeds():
     ):
         run(compare.Compare, before=one.model, after=one.model, clip=one.clip, vae=one.vae, **given)
     assert read == [*asked, ""]
+
+
+def claim_images_and_latents_are_float32_where_comfyui_passes_half_precision():
+    one = miniature()
+    images = torch.rand(2, 64, 64, 3, dtype=torch.float16)
+    vae = SimpleNamespace(decode=lambda latents: images)
+    diffusion = ComfyDiffusion(one.model, ComfyText(one.clip), vae)
+    decoded = diffusion.decode(torch.zeros(2, *diffusion.latent_shape))
+    assert decoded.dtype == torch.float32 and decoded.shape == (2, 3, 64, 64)
+    assert diffusion.encoded(torch.zeros(1, 4, 8, 8).half()).dtype == torch.float32
+    for judge in run(bundled.BundledModel)[3:]:
+        assert len(judge.verdicts(decoded, ["a dog"] * 2)) == 2
 
 
 class Shown:

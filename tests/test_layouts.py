@@ -206,6 +206,33 @@ def test_scales_that_are_not_understood_are_refused_by_name(tmp_path, singles, b
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
+@pytest.mark.parametrize("other", ["weight._data", "qweight", "base_layer.weight"])
+def test_one_layer_under_other_names_is_refused_and_not_left_as_it_was(tmp_path, singles, other):
+    state, source = load_file(singles["sd1 one layer"]), tmp_path / "in.safetensors"
+    weight = state.pop(f"{TO_K}.weight")
+    save_file(
+        state | {f"{TO_K}.{other}": weight.to(torch.int8)},
+        source,
+        metadata_of(singles["sd1 one layer"]),
+    )
+    for act in (
+        lambda: write_checkpoint(source, make_erasure(), tmp_path / "out"),
+        lambda: write_lora(source, make_erasure(), tmp_path / "out"),
+        lambda: family_of(source),
+    ):
+        with pytest.raises(ValueError, match=rf"attn2\.to_k reads the text and has .*{other}'"):
+            act()
+
+
+def test_attention_by_convolutions_is_called_that_and_not_quantised(tmp_path, singles):
+    state, source = load_file(singles["sd1 one layer"]), tmp_path / "in.safetensors"
+    state[f"{TO_K}.weight"] = state[f"{TO_K}.weight"][..., None, None].clone()
+    save_file(state, source, metadata_of(singles["sd1 one layer"]))
+    with pytest.raises(ValueError, match=r", 1, 1\], a convolution") as refusal:
+        family_of(source)
+    assert "quantised" not in str(refusal.value)
+
+
 def test_two_scales_of_one_weight_and_scales_of_nothing_are_refused(tmp_path, singles):
     state, source = load_file(singles["sd1 one layer"]), tmp_path / "in"
     save_file(state | {f"{TO_K}.{s}": torch.tensor(1.0) for s in SCALES}, source)

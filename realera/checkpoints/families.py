@@ -237,6 +237,7 @@ def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
             f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v) "
             f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
         )
+    _refuse_without_weight(path, layers)
     erasable: list[dict[str, str]] = [{} for _ in files]
     for (n, key), layer in layers.items():
         if layer not in names or not key.endswith(".weight"):
@@ -247,14 +248,40 @@ def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
             entry = files[n].entries.get(stored)
             if entry is None:
                 continue
-            if len(entry.shape) != 2 or entry.dtype not in FLOATS:
+            if entry.dtype not in FLOATS:
                 raise ValueError(
                     f"{stored!r} in {path} is {entry.dtype} {list(entry.shape)}: quantised "
                     "checkpoints cannot be erased, use the float16 or float32 one"
                 )
+            if len(entry.shape) != 2:
+                raise ValueError(
+                    f"{stored!r} in {path} is {list(entry.shape)}, a convolution or another layer "
+                    "than the linear one that belongs there, [out, in]: use the checkpoint in the "
+                    "layout of ComfyUI or diffusers"
+                )
             scale_of(files[n], stored)  # raises where the numbers mean something unknown
             erasable[n][stored] = names[layer]
     return list(zip(files, erasable, strict=True))
+
+
+def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) -> None:
+    """Raises ValueError when a layer that reads the text has tensors and none is its weight.
+
+    Tools that quantise keep a weight under other names: quanto's `weight._data`, GPTQ's `qweight`.
+    """
+    weighty = {layer for (_, key), layer in layers.items() if key.endswith(".weight")}
+    inside = {
+        layer[:end]: key
+        for (_, key), layer in layers.items()
+        for end in (place for place, letter in enumerate(layer) if letter == ".")
+    }
+    for layer, name in canonical([*layers.values(), *inside]).items():
+        if layer in inside and layer not in weighty and kind_of(name) is not None:
+            raise ValueError(
+                f"{path}: {layer} reads the text and has {inside[layer]!r} in place of a weight, "
+                "so it is quantised or wrapped, and would stay unerased: use the float16 or "
+                "float32 checkpoint"
+            )
 
 
 def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
