@@ -319,7 +319,7 @@ def test_a_folder_that_holds_the_erasure_is_not_replaced(tmp_path, folders, caps
 def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
     target = tmp_path / "x.safetensors"
     code = (
-        "import os, signal, sys\nfrom realera.storage.files import writing\n"
+        "import os, signal, sys\nfrom realera.storage.safetensors_file import writing\n"
         "with writing(sys.argv[1]) as part:\n"
         "    part.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
