@@ -276,7 +276,7 @@ def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) ->
         for end in (place for place, letter in enumerate(layer) if letter == ".")
     }
     for layer, name in canonical([*layers.values(), *inside]).items():
-        if layer in inside and layer not in weighty and kind_of(name) is not None:
+        if layer in inside and layer not in weighty and text_layer_kind(name) is not None:
             raise ValueError(
                 f"{path}: {layer} reads the text and has {inside[layer]!r} in place of a weight, "
                 "so it is quantised or wrapped, and would stay unerased: use the float16 or "
