@@ -1,4 +1,4 @@
-"""A MODEL as the core's Diffusion (`realera/models.py`)."""
+"""A MODEL as the core's Diffusion (`realera/pipelines/interface.py`)."""
 
 import inspect
 from collections.abc import Iterator, Mapping

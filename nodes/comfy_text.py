@@ -1,4 +1,4 @@
-"""A CLIP as the core's TextEncoder (`realera/models.py`)."""
+"""A CLIP as the core's TextEncoder (`realera/text/encoding.py`)."""
 
 import hashlib
 import zlib

@@ -1,4 +1,4 @@
-"""A CLIP of a transformer's family as the core's TextEncoder (`realera/models.py`).
+"""A CLIP of a transformer's family as the core's TextEncoder (`realera/text/encoding.py`).
 
 Which encoders give the rows of a context, and how, is data (`realera/families/*.json`); templates
 and padding are ComfyUI's own.

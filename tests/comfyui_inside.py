@@ -294,7 +294,7 @@ def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
     assert told[-2:] == [(3 + 2, 3 + 2), (3, 3)]
     lines = listed.splitlines()
     assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
-    effects = algorithm.outreach(erasure, found)
+    effects = algorithm.scope_report(erasure, found)
     due = checked(load_model("miniature"), erasure, found.pairs, effects, 3)[:3]
     for line, reach in zip(lines, due, strict=False):
         assert line.startswith(f"{reach.word}: ")
@@ -310,9 +310,9 @@ def claim_a_check_hears_cancel():
     def cancelled(*_):
         raise comfy.model_management.InterruptProcessingException
 
+    diffusion = ComfyDiffusion(miniature().model, mined().text)
     management = "throw_exception_if_processing_interrupted"
     with replaced(comfy.model_management, management, cancelled):
-        diffusion = ComfyDiffusion(miniature().model, mined().text)
         try:
             coarse_samples(diffusion, ["a photo of the dog"])
         except comfy.model_management.InterruptProcessingException:

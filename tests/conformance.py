@@ -1,4 +1,5 @@
-"""What every TextEncoder and every Diffusion must do, whoever wrote it (`realera/models.py`).
+"""What every TextEncoder and every Diffusion must do, whoever wrote it (`realera/text/encoding.py`,
+`realera/pipelines/interface.py`).
 
 Plain functions, so that the same checks run under pytest and inside ComfyUI's own interpreter.
 `core` is the package: `realera` here, `RealEra.realera` there.
@@ -13,17 +14,17 @@ PROMPTS = ["cat", "a photo of the airplane", "", "dog", "a red cat in the garden
 
 
 def check_text_encoder(text: Any, core: ModuleType) -> None:
-    models, spans = core.models, core.spans
+    encodings, alignment = core.text.encoding, core.text.token_alignment
     encoding = text.encode(PROMPTS)
-    assert next(iter(encoding)) == models.CONTEXT, "the context comes first"
+    assert next(iter(encoding)) == encodings.CONTEXT, "the context comes first"
     for stream, rows in encoding.items():
         assert rows.ndim == 3 and len(rows) == len(PROMPTS), f"{stream}: [prompts, tokens, dim]"
         assert rows.dtype == torch.float32 and rows.isfinite().all(), f"{stream}: finite float32"
     (part,) = text.parts
-    assert encoding[models.CONTEXT].shape[1] == part.length, "a row a token, padded and cut off"
+    assert encoding[encodings.CONTEXT].shape[1] == part.length, "a row a token, padded and cut off"
 
     again = text.encode(PROMPTS)
-    alone = models.Encoding.cat([text.encode([prompt]) for prompt in PROMPTS])
+    alone = encodings.Encoding.cat([text.encode([prompt]) for prompt in PROMPTS])
     for stream, rows in encoding.items():
         assert torch.equal(rows, again[stream]), f"{stream}: encoding twice gives the same"
         close = torch.allclose(rows, alone[stream], atol=1e-4, rtol=1e-3)
@@ -33,18 +34,18 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
     assert len({row[0] for row in ids}) == 1 and len({row[-1] for row in ids}) == 1
     assert ids[2] == [ids[0][0], ids[0][-1]], "the empty prompt is start and end-of-text"
     assert len(ids[-1]) > part.length, "token ids are not cut off"
-    own = spans.prompt_summaries(text, PROMPTS, encoding).cpu()
+    own = alignment.prompt_summaries(text, PROMPTS, encoding).cpu()
     summary = text.summary(PROMPTS)
     assert torch.allclose(summary.cpu(), own, atol=1e-3, rtol=1e-3), "summary is a row of encode"
-    spans.refuse_long_prompts(text, PROMPTS[:-1])
+    alignment.refuse_long_prompts(text, PROMPTS[:-1])
     try:
-        spans.refuse_long_prompts(text, PROMPTS)
+        alignment.refuse_long_prompts(text, PROMPTS)
     except ValueError as error:
         assert str(part.length) in str(error)
     else:
         raise AssertionError("a prompt that would be cut off is refused")
 
-    one, other = text.encode(["a photo of the cat", "a photo of the red dog"])[models.CONTEXT]
+    one, other = text.encode(["a photo of the cat", "a photo of the red dog"])[encodings.CONTEXT]
     first = len(part.tokenize(["a photo of the"])[0]) - 1
     assert torch.allclose(one[:first], other[:first], atol=1e-4), "rows before the phrase stay"
     assert not torch.allclose(one[first], other[first], atol=1e-2), "and its own row does not"
@@ -57,15 +58,15 @@ def check_text_encoder(text: Any, core: ModuleType) -> None:
 
 def check_transformer_text(text: Any, core: ModuleType) -> None:
     """As `check_text_encoder`, for one whose prompts have as many rows as they need."""
-    models, spans = core.models, core.spans
+    encodings, alignment = core.text.encoding, core.text.token_alignment
     prompts = PROMPTS[:-1]
     encoding = text.encode(prompts)
-    alone = models.Encoding.cat([text.encode([prompt]) for prompt in prompts])
+    alone = encodings.Encoding.cat([text.encode([prompt]) for prompt in prompts])
     for stream, rows in encoding.items():
         assert rows.dtype == torch.float32 and rows.isfinite().all(), f"{stream}: finite float32"
         assert torch.allclose(rows, alone[stream], atol=1e-4), f"{stream}: each prompt for itself"
     weights = encoding.weights.get(
-        models.CONTEXT, torch.ones_like(encoding[models.CONTEXT][..., 0])
+        encodings.CONTEXT, torch.ones_like(encoding[encodings.CONTEXT][..., 0])
     )
     for n, prompt in enumerate(prompts):
         due = 0.0
@@ -81,32 +82,32 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
     named = ("a photo of the cat", "a photo of the dog")
     rows = [("cat", "dog", "a photo of the {}")]
     encoded, anchor = text.encode(named[:1]), text.encode(named[1:])
-    places = spans.map_rows(text, rows, encoded)
+    places = alignment.map_rows(text, rows, encoded)
     moved = places.target(encoded, anchor)
     for part in text.parts:
         one, other = (part.tokenize([prompt])[0] for prompt in named)
         first = next(k for k, ids in enumerate(zip(one, other, strict=False)) if len(set(ids)) > 1)
         at = part.first + first
-        own, its = encoded[models.CONTEXT][0], anchor[models.CONTEXT][0]
+        own, its = encoded[encodings.CONTEXT][0], anchor[encodings.CONTEXT][0]
         same = torch.allclose(own[part.first : at], its[part.first : at], atol=1e-4)
         assert same == part.causal or at == part.first, "what a row sees"
         assert not torch.allclose(own[at], its[at], atol=1e-2), "the phrase has rows of its own"
-        assert torch.equal(moved[models.CONTEXT][0, at], its[at]), "which become the anchor's"
+        assert torch.equal(moved[encodings.CONTEXT][0, at], its[at]), "which become the anchor's"
         last, end = part.first + len(one) - 1, part.first + len(other) - 1
-        assert torch.equal(moved[models.CONTEXT][0, last], its[end]), "and the end its end"
-    for stream in encoded.streams.keys() - {models.CONTEXT}:
+        assert torch.equal(moved[encodings.CONTEXT][0, last], its[end]), "and the end its end"
+    for stream in encoded.streams.keys() - {encodings.CONTEXT}:
         assert torch.equal(moved[stream], anchor[stream]), f"{stream} becomes the anchor's"
 
     part, many = text.parts[0], ("dog", "red", "a red cat in the garden", "")
     summary = text.summary(many)
-    assert summary.shape == (4, encoding[models.CONTEXT].shape[2])
+    assert summary.shape == (4, encoding[encodings.CONTEXT].shape[2])
     if part.causal:  # else padding, which others attend to, is left out of it
-        due = spans.prompt_summaries(text, many, text.encode(many)).cpu()
+        due = alignment.prompt_summaries(text, many, text.encode(many)).cpu()
         assert torch.allclose(summary, due, atol=1e-3, rtol=1e-3), "summary is a row of encode"
     assert not torch.allclose(summary[0], summary[1], atol=1e-2), "words mean different things"
-    spans.refuse_long_prompts(text, prompts)
+    alignment.refuse_long_prompts(text, prompts)
     try:
-        spans.refuse_long_prompts(text, ["word " * 1100])
+        alignment.refuse_long_prompts(text, ["word " * 1100])
     except ValueError as error:
         assert str(part.length) in str(error)
     else:
@@ -117,12 +118,13 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
 
 
 def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
-    models, readers, adapters = core.models, core.readers, core.adapters
+    encodings, layers_of = core.text.encoding, core.edit.text_layers
+    student_teacher = core.training.student_teacher
     streams = model.text.encode(["a photo of the cat", "a dog"])
-    for reader in readers.readers(model.network).values():
-        columns = reader.layer.weight.shape[1]
-        assert reader.kind.fits(columns, streams[reader.kind.stream].shape[-1]), reader.name
-        assert model.network.get_submodule(reader.path) is reader.layer
+    for layer in layers_of.text_layers(model.network).values():
+        columns = layer.layer.weight.shape[1]
+        assert layer.kind.fits(columns, streams[layer.kind.stream].shape[-1]), layer.name
+        assert model.network.get_submodule(layer.path) is layer.layer
     before = model.fingerprint
     generator = torch.Generator().manual_seed(0)
 
@@ -144,12 +146,12 @@ def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
         other = model.predict(much, late, streams.take(torch.tensor([1, 0])))
         assert not torch.equal(both, other), "the prediction reads the text"
         for stream in streams:
-            mixed = models.Encoding({**streams, stream: streams[stream].flip(0)})
+            mixed = encodings.Encoding({**streams, stream: streams[stream].flip(0)})
             assert not torch.equal(both, model.predict(much, late, mixed)), f"and its {stream}"
         torch.manual_seed(1)
         assert torch.equal(both, model.predict(much, late, streams)), "and nothing random"
 
-    with adapters.adapted(model.network, 1, 0) as layers:
+    with student_teacher.with_lora(model.network, 1, 0) as layers:
         model.predict(much, late, streams).square().mean().backward()
         gradients = [b.grad for _, b in layers.values()]
         assert all(grad is not None and grad.isfinite().all() for grad in gradients)
@@ -163,7 +165,7 @@ def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
     assert drawn[0].shape == z.shape and drawn[0].isfinite().all()
     assert torch.equal(drawn[0], drawn[1]), "the same seed draws the same"
     assert not torch.allclose(drawn[0], drawn[2]), "and another one does not"
-    one = models.Encoding.cat([streams.take(torch.tensor([0]))] * 2)
+    one = encodings.Encoding.cat([streams.take(torch.tensor([0]))] * 2)
     same = [
         model.sample(one, empty, torch.Generator().manual_seed(0), steps, 3.0, shared)
         for shared in (True, False)
@@ -175,7 +177,7 @@ def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
     assert images.min() >= 0 and images.max() <= 1
 
     assert model.fingerprint == before, "nothing was written into the network"
-    weight = next(iter(readers.readers(model.network).values())).layer.weight
+    weight = next(iter(layers_of.text_layers(model.network).values())).layer.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.5)
