@@ -350,7 +350,7 @@ def test_a_malformed_header_is_refused_before_a_tensor_is_read(tmp_path, header,
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a safetensors file or was cut off"):
+    with pytest.raises(ValueError, match=r"is empty|is text|not a safetensors file or was cut off"):
         load_erasure(path)
 
 

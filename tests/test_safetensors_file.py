@@ -57,6 +57,38 @@ def test_what_is_written_is_read(tmp_path_factory, dtype, shape):
     assert file.modules == {"a": ("x", "y"), "": ("b",)}
 
 
+PAGE = "\n  <!DOCTYPE html>\n<html><head><title>Sign in</title>" + "x" * 300
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4265380512\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty: .* get it again"),
+        (bytes(4096), "begins with zeros: .* never filled"),
+        (PAGE.encode(), "is a web page, not a model: .* Log in and download it again"),
+        (POINTER.encode(), "is a Git LFS pointer, .* `git lfs pull`"),
+        (b'{"error": "Access to this model is restricted"}', "is text, .*Access to this model"),
+        (b"Entry not found", "is text, .*'Entry not found'. Get it again"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(40), "is quantised in blocks .GGUF."),
+        (b"PK\x03\x04" + bytes(40), "is a pickle"),
+        (b"\xff\xfe\x00\x99" * 20, "first 8 bytes announce a header of"),
+    ],
+    ids=["empty", "zeros", "page", "pointer", "json", "text", "gguf", "pickle", "unknown"],
+)
+@pytest.mark.parametrize("name", ["x.safetensors", "x"])
+def test_a_file_of_another_format_is_named(tmp_path, content, reason, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} {reason}" if reason[0] == "i" else reason):
+        open_tensors(tmp_path / name)
+
+
+def test_a_web_page_under_a_pickles_name_is_a_web_page(tmp_path):
+    (tmp_path / "x.ckpt").write_text(PAGE)
+    with pytest.raises(ValueError, match="is a web page"):
+        open_tensors(tmp_path / "x.ckpt")
+
+
 K = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 

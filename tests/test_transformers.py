@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from realera.algorithm import align_erasure, collect, erase, mine
-from realera.checkpoints.families import family_of, locate
+from realera.checkpoints.families import family_of
 from realera.checkpoints.loading import load_model, load_text
 from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.concepts import Concept
@@ -426,9 +426,9 @@ def test_stepping_towards_the_bank_needs_equal_rows():
 
 def test_a_quantised_gguf_file_is_refused_with_the_way_out(tmp_path):
     path = tmp_path / "flux1-dev-Q4_K_S.gguf"
-    path.write_bytes(b"GGUF")
+    path.write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ValueError, match=r"GGUF.*erase from the safetensors file"):
-        locate(path)
+        family_of(path)
 
 
 # ---------------------------------------------------------------- the bundled sibling

@@ -205,12 +205,6 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
         return miniature.CHECKPOINT if source == "miniature" else miniature.TRANSFORMER
     path = Path(source)
-    if path.suffix.lower() == ".gguf":
-        raise ValueError(
-            f"{path} is quantised in blocks (GGUF), which cannot be rewritten exactly: erase from "
-            "the safetensors file that it was made of and quantise that, or load the GGUF file in "
-            "ComfyUI and apply the erasure there"
-        )
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist: give a checkpoint file or a diffusers folder"

@@ -63,6 +63,11 @@ DTYPES: dict[str, torch.dtype] = {  # those whose numbers we read; the others ar
     "BOOL": torch.bool,
 }
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+GGUF = (
+    "is quantised in blocks (GGUF), which cannot be rewritten exactly: erase from the safetensors "
+    "file that it was made of and quantise that, or load the GGUF file in ComfyUI and apply the "
+    "erasure there"
+)
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Tells machines that share a folder apart, where one process number means different processes.
@@ -132,26 +137,18 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         raise FileNotFoundError(f"{path} is not a file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        plausible = len(prefix) == 8 and 2 <= length <= max_header and 8 + length <= size
+        start = file.read(200)
+        length = int.from_bytes(start[:8], "little")
+        plausible = size >= 8 and 2 <= length <= max_header and 8 + length <= size
+        file.seek(8)
         header = file.read(length) if plausible else b""
-        pickled = not plausible and prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
-        # Safetensors under a pickle's name are what they are.
-        if pickled or (path.suffix.lower() in PICKLES and not header.startswith(b"{")):
-            raise ValueError(
-                f"{path} is a pickle, which can run any program when it is opened, so it is "
-                'refused. Convert it on a machine you can afford to lose: python -c "import '
-                "torch, safetensors.torch as s; c = torch.load('in.ckpt', map_location='cpu', "
-                "weights_only=True); s.save_file({k: v.contiguous() for k, v in "
-                "c.get('state_dict', c).items() if hasattr(v, 'contiguous')}, "
-                "'out.safetensors')\""
-            )
-        if not plausible:
-            raise ValueError(
-                f"{path} is not a safetensors file or was cut off: its first 8 bytes announce a "
-                f"header of {length} bytes and the file has {size} (at most {max_header} allowed)"
-            )
+    # Safetensors under a pickle's name are read.
+    if not plausible or (path.suffix.lower() in PICKLES and not header.startswith(b"{")):
+        what = _other_format(path, start) or (
+            f"is not a safetensors file or was cut off: its first 8 bytes announce a header of "
+            f"{length} bytes and the file has {size} (at most {max_header} allowed)"
+        )
+        raise ValueError(f"{path} {what}")
     try:
         content = json.loads(header, object_pairs_hook=_without_duplicates)
         metadata = content.pop("__metadata__", None) or {}
@@ -175,6 +172,40 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
             f"describes {8 + length + position} bytes and the file has {size}; get it again"
         )
     return TensorFile(path, metadata, entries, 8 + length)
+
+
+def _other_format(path: Path, start: bytes) -> str | None:
+    """What a file that is no safetensors file is instead, as the rest of a sentence, or None.
+
+    start: first bytes of the file
+    """
+    text = " ".join(start.decode("utf-8", "replace").split())
+    if not start:
+        return "is empty: its download failed or was cut off, get it again"
+    if not any(start):
+        return (
+            "begins with zeros: space was reserved for its download and never filled, get it again"
+        )
+    if re.match(r"<(?:!doctype|html|head|\?xml)\b", text, re.IGNORECASE):
+        return (
+            "is a web page, not a model: the site asked for a login or for its terms to be "
+            "accepted, or the link leads to a page about the file. Log in and download it again"
+        )
+    if text.startswith("version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    if start.isascii() and text.isprintable():
+        return f"is text, as a failed download leaves it, not a model: {text[:80]!r}. Get it again"
+    if start.startswith(b"GGUF"):
+        return GGUF
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or path.suffix.lower() in PICKLES:
+        return (
+            "is a pickle, which can run any program when it is opened, so it is refused. Convert "
+            'it on a machine you can afford to lose: python -c "import torch, safetensors.torch as '
+            "s; c = torch.load('in.ckpt', map_location='cpu', weights_only=True); "
+            "s.save_file({k: v.contiguous() for k, v in c.get('state_dict', c).items() if "
+            "hasattr(v, 'contiguous')}, 'out.safetensors')\""
+        )
+    return None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
