@@ -37,7 +37,7 @@ from realera.checkpoints.loading import load_model
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
 from realera.edit.erasure import Erasure, erase_in_place
 from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import NOTHING, Report, Sampling, Score, evaluate
+from realera.evaluation.report import NOTHING, Report, Score, evaluate
 from realera.evaluation.tasks import KINDS, bundled_task
 from realera.miniature import CLASSIFIER, STYLES
 from realera.mining import noise as ring
@@ -46,6 +46,7 @@ from realera.mining.noise import gaussian_neighbourhood
 from realera.mining.pairs import Neighbourhood
 from realera.mining.preservation_bank import bank_prompts
 from realera.pipelines.interface import Diffusion
+from realera.pipelines.sampling import Sampling
 from realera.report.plots import grid, to_pil
 from realera.settings import BUNDLED, Settings, Training
 from realera.storage.safetensors_file import digest, writing
@@ -287,7 +288,7 @@ def change(
             around = gaussian_neighbourhood(
                 mining.pairs, Settings(source="isotropic", s1=1.0, s2=0.9999)
             )
-        images = draw_anchors(model, mining.pairs, 8, seed=training.seed)
+        images = draw_anchors(model, mining.pairs, 8, Sampling(seed=training.seed))
         lesson = TrainingInputs(around, row.aligned == "neighbors and beyond", erasure, images)
         erasure = erasure.with_lora(align(model, lesson, training), asdict(training))
     erase_in_place(erasure, model.network)
@@ -340,7 +341,7 @@ def measure(
                 bundled_task(concept.name),
                 judge,
                 options.images,
-                Sampling(options.steps, seed=options.seed, batch=options.batch),
+                Sampling(options.steps, seed=options.seed),
             )
         with writing(strip, overwrite=True) as part:
             to_pil(torch.cat([*firsts.values()], dim=-1)).save(part, "PNG")
@@ -499,7 +500,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=8, help="a prompt")
     parser.add_argument("--steps", type=int, default=20, help="of an image")
     parser.add_argument("--align-steps", type=int, default=200, help="of the LoRA's training")
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help=f"{RESULTS} for whole tables, else {STATE}")
     options = parser.parse_args(arguments)

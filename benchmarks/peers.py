@@ -294,7 +294,8 @@ def esd_x(
             own = encoding.take(pick)
             without = empty.like(own)
             # The paper denoises to t; a full, coarse run noised to t costs less and is much alike.
-            z0 = model.sample(own, without, generator, max(1, steps // 4), 3.0)
+            noise = torch.randn(batch, *model.latent_shape, generator=generator)
+            z0 = model.sample(own, without, noise, max(1, steps // 4), 3.0)
             t = model.times(batch, generator)
             z_t = model.noised(z0, torch.randn(z0.shape, generator=generator).to(z0), t)
             with torch.no_grad():

@@ -29,10 +29,11 @@ from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.edit.erasure import temporarily_erased
 from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import Sampling, draw
+from realera.evaluation.report import draw
 from realera.evaluation.tasks import OBJECT
 from realera.miniature.vocabulary import CONCEPTS
 from realera.pipelines.interface import Diffusion
+from realera.pipelines.sampling import Sampling
 from realera.report.scope import scope
 from realera.storage.safetensors_file import writing
 
@@ -75,7 +76,7 @@ class Seen:
 def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> Seen:
     """Image k of word n has the same noise in every call with as many words."""
     prompts = [OBJECT.replace("{}", word) for word in words]
-    sampling = Sampling(options.steps, seed=options.seed, batch=64)
+    sampling = Sampling(options.steps, seed=options.seed)
     batches = draw(model, prompts, options.images, sampling)
     images = torch.cat([*batches])
     probability = miniature_classifier().logits(images).softmax(-1)

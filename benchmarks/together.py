@@ -34,9 +34,10 @@ from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.erasure import Erasure
 from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import Sampling, evaluate, harmonic_mean
+from realera.evaluation.report import evaluate, harmonic_mean
 from realera.evaluation.tasks import bundled_task
 from realera.evaluation.vocabulary import SURE
+from realera.pipelines.sampling import Sampling
 from realera.pipelines.unet import DiffusersModel
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT
@@ -97,7 +98,7 @@ def report(
 ) -> dict[str, float]:
     """Acc_e, Acc_s and Acc_g in percent, over all that is erased and all that stays."""
     names, judge = [concept.name for concept in concepts], miniature_classifier("concept")
-    sampling, reports = Sampling(10, seed=0, batch=64), []
+    sampling, reports = Sampling(10), []
     with restored(model.network):
         put(weights, model.network)
         stay = {n: p for n, p in bundled_task(names[0]).others.items() if n not in names}

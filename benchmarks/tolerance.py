@@ -27,8 +27,9 @@ from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.text_layers import text_layers
 from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import Report, Sampling, evaluate
+from realera.evaluation.report import Report, evaluate
 from realera.evaluation.tasks import miniature_task
+from realera.pipelines.sampling import Sampling
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT
 
@@ -75,11 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=4, help="per prompt")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     model, judge = load_model("miniature"), miniature_classifier()
-    sampling = Sampling(options.steps, batch=options.batch)
+    sampling = Sampling(options.steps)
     weights = {
         name: reader.layer.weight.detach().half()
         for name, reader in text_layers(model.network).items()

@@ -15,7 +15,7 @@ from .comfy_model import ComfyDiffusion, refuse_noiseless, training, whole_clone
 from .comfy_patch import refuse_edited
 from .files import state_path
 from .page import to_image
-from .preview import previewer, sketch
+from .preview import preview_latents, previewer
 from .progress import reporter, tell
 from .schema import Erasure, MiningWire, advanced, schema, seed_input
 
@@ -233,7 +233,7 @@ class LoraAlign(io.ComfyNode):
             preview = None
             if painter is not None and step % preview_every == 0:
                 with torch.no_grad():
-                    drawn = sketch(diffusion, erasure, asked, empty, noise)
+                    drawn = preview_latents(diffusion, erasure, asked, empty, noise)
                     row = torch.cat(list(drawn), dim=-1)[None]  # side by side
                     preview = painter.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)

@@ -150,18 +150,9 @@ class ComfyDiffusion:
         return {"pooled_output": pooled, "attention_mask": whole}
 
     def sample(
-        self,
-        encoding: Encoding,
-        negative: Encoding,
-        generator: torch.Generator,
-        steps: int = 50,
-        guidance: float = 7.5,
-        one_noise: bool = False,
+        self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         """Latents [n, channels, h, w] by DDIM or Euler, as the core's protocol asks for it."""
-        shape = (1 if one_noise else encoding.prompts, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator)
-        noise = noise.expand(encoding.prompts, *self.latent_shape).contiguous()
         how = ("ddim", "ddim_uniform") if self.family is None else ("euler", "simple")
         return self.denoise(encoding, negative, noise, steps, guidance, *how)
 

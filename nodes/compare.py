@@ -11,6 +11,7 @@ from torch import Tensor
 from ..realera.concepts import lines
 from ..realera.evaluation.judges import Clip, ClipScore, NudeNet, clip_classifier
 from ..realera.evaluation.tasks import CIFAR10, OBJECT
+from ..realera.pipelines.interface import latents_at_once
 from ..realera.report.plots import grid
 from .comfy_model import ComfyDiffusion
 from .comfy_transformer_text import text_of
@@ -19,7 +20,6 @@ from .progress import tell
 from .schema import Classifier, advanced, growing, schema, seed_input
 
 MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
-PIXELS = 4 * 512**2  # drawn at once: four images of SD 1.x, one of SDXL
 
 
 class Compare(io.ComfyNode):
@@ -154,7 +154,6 @@ class Compare(io.ComfyNode):
             tell(cls.hidden.unique_id, f"drawing with {label}")
             diffusion = ComfyDiffusion(model, text, vae)
             noise = _noise(diffusion, size, range(seed, seed + seeds))
-            at_once = max(1, PIXELS // (64 * noise[0, 0].numel()))
             images = [
                 diffusion.decode(
                     diffusion.denoise(
@@ -168,7 +167,7 @@ class Compare(io.ComfyNode):
                         seed + int(rows[0]),  # the noise that some samplers add on their way
                     )
                 )
-                for rows in torch.arange(len(heads)).split(at_once)
+                for rows in torch.arange(len(heads)).split(latents_at_once(*noise.shape[2:]))
             ]
             drawn.append(torch.cat(images))
 

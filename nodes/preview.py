@@ -10,35 +10,40 @@ from comfy.k_diffusion.sampling import sample_euler
 from torch import Tensor
 
 from ..realera.edit.erasure import Erasure
+from ..realera.evaluation.coarse_samples import COARSE
 from ..realera.text.encoding import Encoding
 from ..realera.training.student_teacher import student_mode
 from .comfy_model import ComfyDiffusion
 
-STEPS, GUIDANCE = 8, 5.0
 
-
-def sketch(
-    diffusion: ComfyDiffusion, erasure: Erasure, asked: Encoding, empty: Encoding, noise: Tensor
+def preview_latents(
+    diffusion: ComfyDiffusion, erasure: Erasure, prompts: Encoding, empty: Encoding, noise: Tensor
 ) -> Tensor:
-    """Latents [prompts, channels, h, w] by the edit and the LoRA that is being trained.
+    """Coarse samples of the edited model with the LoRA that is being trained.
 
-    noise: [channels, h, w], the same for every prompt. ComfyUI's own samplers would load the MODEL
-    again, and rearrange the layers that the LoRA sits on.
+    ComfyUI's own samplers would load the MODEL again, and rearrange the layers that the LoRA sits
+    on.
+
+    empty: encoding of the empty prompt
+    noise: [channels, h, w], the same for every prompt
+
+    Returns latents [prompts, channels, h, w].
     """
-    sampling = diffusion.sampling
-    both = Encoding.cat([empty.like(asked), asked])
+    sampling, guidance = diffusion.sampling, COARSE.guidance_for(diffusion.network)
+    read = prompts if guidance == 1 else Encoding.cat([empty.like(prompts), prompts])
+    copies = read.prompts // prompts.prompts
 
     def denoised(x: Tensor, sigma: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         z = sampling.calculate_input(sigma, x)
-        predictions = diffusion.predict(z.repeat(2, 1, 1, 1), sigma.repeat(2), both)
-        without, towards = predictions.chunk(2)
-        predicted = torch.lerp(without, towards, GUIDANCE)
+        predictions = diffusion.predict(z.repeat(copies, 1, 1, 1), sigma.repeat(copies), read)
+        parts = predictions.chunk(copies)
+        predicted = torch.lerp(parts[0], parts[-1], guidance)
         return sampling.calculate_denoised(sigma, predicted, x)
 
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", COARSE.steps)
     sigmas = sigmas.to(diffusion.model.load_device)
-    start = noise.to(sigmas).repeat(asked.prompts, 1, 1, 1)
+    start = noise.to(sigmas).repeat(prompts.prompts, 1, 1, 1)
     start = sampling.noise_scaling(sigmas[0], start, torch.zeros_like(start), max_denoise=True)
     with student_mode(diffusion.network, erasure):
         return sample_euler(denoised, start, sigmas, disable=True)

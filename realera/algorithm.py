@@ -18,6 +18,7 @@ from .mining.pairs import MinedRows, Neighbourhood, Pairs, encode_pairs
 from .mining.preservation_bank import Bank, bank_prompts, drop_related_prompts, encode_bank
 from .mining.vocabulary import VocabularyNeighbourhood, vocabulary_neighbourhood
 from .pipelines.interface import Diffusion
+from .pipelines.sampling import Sampling
 from .report.scope import WordEffect, scope
 from .settings import Settings, Training
 from .text.encoding import BATCH, Encoding, TextEncoder, longer
@@ -256,14 +257,14 @@ def training_inputs(
     """
     ring, beyond, seed = mining.ring, mining.settings.beyond > 0, training.seed
     if anchors is None:
-        anchors = draw_anchors(model, mining.pairs, images, seed=seed)
+        anchors = draw_anchors(model, mining.pairs, images, Sampling(seed=seed))
     if isinstance(ring, VocabularyNeighbourhood):
         # A concept among thousands may have no word outside that is not nearer to another one.
         beyond = beyond and set(ring.far.pair.tolist()) == set(mining.pairs.first.tolist())
         ring.encode_all()
     scene = None
     if training.adversarial:
-        drawn = draw_anchors(model, mining.pairs, images, seed=seed, concepts=True)
+        drawn = draw_anchors(model, mining.pairs, images, Sampling(seed=seed), concepts=True)
         prompts = preserved_prompts(mining.text, mining.pairs.concepts, mining.settings)
         limit = mining.settings.bank_limit
         scene = adversarial_inputs(mining.text, ring, drawn, prompts, limit, seed)

@@ -45,10 +45,11 @@ from RealEra.nodes.comfy_model import ComfyDiffusion, training
 from RealEra.nodes.comfy_patch import apply_erasure
 from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
-from RealEra.nodes.preview import GUIDANCE, STEPS, sketch
+from RealEra.nodes.preview import preview_latents
 from RealEra.realera.edit.closed_form import Edit
 from RealEra.realera.edit.erasure import Erasure
 from RealEra.realera.edit.text_layers import text_layers
+from RealEra.realera.evaluation.coarse_samples import COARSE
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
 from RealEra.realera.training import student_teacher as adapters_module
 from RealEra.realera.training.student_teacher import checkpointed, student_mode, with_lora
@@ -230,16 +231,17 @@ def own_prediction(patcher, z, sigma, encoding, noise):
     return (x[:, :, 0], denoised[:, :, 0]) if video else (x, denoised)
 
 
-def sketch_differs(patcher, erasure, encoding, noise):
+def preview_differs(patcher, erasure, encoding, noise):
     """A preview of an untrained LoRA from what ComfyUI draws with the closed form alone."""
     empty = Encoding({stream: torch.zeros_like(rows[:1]) for stream, rows in encoding.items()})
     diffusion = ComfyDiffusion(patcher, None)
     unaligned = Erasure(erasure.edits)
     with training(patcher), with_lora(diffusion.network, 2, 0), torch.no_grad():
-        ours = sketch(diffusion, unaligned, encoding, empty, noise)
+        ours = preview_latents(diffusion, unaligned, encoding, empty, noise)
     closed_form = ComfyDiffusion(apply_erasure(patcher, erasure, 1.0, 0.0), None)
     both = noise.repeat(encoding.prompts, 1, 1, 1)
-    settings = (STEPS, GUIDANCE, "euler", "normal")
+    guidance = COARSE.guidance_for(diffusion.network)
+    settings = (COARSE.steps, guidance, "euler", "normal")
     theirs = closed_form.denoise(encoding, empty, both, *settings)
     return float((ours - theirs).norm() / theirs.norm())
 
@@ -292,7 +294,7 @@ def check(family, layout, dtype):
             gradients.append(torch.cat([b.grad.flatten() for _, b in adapters.values()]))
     kept, again = gradients
 
-    sketched = sketch_differs(patcher, erasure, encoding, z[0]) if dtype == torch.float32 else 0.0
+    previewed = preview_differs(patcher, erasure, encoding, z[0]) if dtype == torch.float32 else 0.0
     comfy.model_management.load_models_gpu([patcher])
     return {
         "denoised differs": float((denoised - theirs).abs().max()),
@@ -303,7 +305,7 @@ def check(family, layout, dtype):
         "trained": bool(kept.isfinite().all() and kept.abs().max() > 0),
         "checkpointing keeps": kept_bytes[1] / kept_bytes[0],
         "checkpointing differs": float((kept - again).norm() / kept.norm()),
-        "sketch differs": sketched,
+        "preview differs": previewed,
         "same again": torch.equal(diffusion.predict(z_t, sigma, encoding), ours),
     }
 

@@ -948,7 +948,9 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
     for patcher in (one.model, model):
         diffusion = ComfyDiffusion(patcher, one.text, one.vae)
         rows, empty = one.text.encode(asked), one.text.encode([""])
-        z = diffusion.sample(rows, empty, torch.Generator().manual_seed(0), 15, 5.0)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(asked), *diffusion.latent_shape, generator=generator)
+        z = diffusion.sample(rows, empty, noise, 15, 5.0)
         verdicts = one.judges[0].verdicts(diffusion.decode(z), asked)
         seen += [sum(v.startswith("airplane") for v in verdicts[:8])]
         seen += [sum(v.startswith("dog") for v in verdicts[8:])]

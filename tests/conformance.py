@@ -159,19 +159,11 @@ def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
 
     empty = model.text.encode([""])
     drawn = [
-        model.sample(streams, empty, torch.Generator().manual_seed(seed), steps, 3.0).float().cpu()
-        for seed in (0, 0, 1)
+        model.sample(streams, empty, start, steps, 3.0).float().cpu() for start in (z, z, noise)
     ]
     assert drawn[0].shape == z.shape and drawn[0].isfinite().all()
-    assert torch.equal(drawn[0], drawn[1]), "the same seed draws the same"
-    assert not torch.allclose(drawn[0], drawn[2]), "and another one does not"
-    one = encodings.Encoding.cat([streams.take(torch.tensor([0]))] * 2)
-    same = [
-        model.sample(one, empty, torch.Generator().manual_seed(0), steps, 3.0, shared)
-        for shared in (True, False)
-    ]
-    close = [torch.allclose(*z.float().cpu(), rtol=1e-3, atol=1e-3) for z in same]
-    assert close == [True, False], "one noise for all, or one each"
+    assert torch.equal(drawn[0], drawn[1]), "the same noise gives the same latents"
+    assert not torch.allclose(drawn[0], drawn[2]), "and other noise does not"
     images = model.decode(drawn[0])
     assert images.shape[:2] == (2, 3) and images.dtype == torch.float32
     assert images.min() >= 0 and images.max() <= 1

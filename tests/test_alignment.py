@@ -12,6 +12,7 @@ from realera.concepts import Concept
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.text_layers import trained_layers
+from realera.pipelines.sampling import Sampling
 from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
 from realera.text.encoding import CONTEXT, POOLED, Encoding
@@ -48,7 +49,7 @@ def job(model):
     """What one erasure is aligned on."""
     settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
     mining = mine(model.text, [Concept("airplane", "ground")], settings)
-    anchors = draw_anchors(model, mining.pairs, 3, steps=2)
+    anchors = draw_anchors(model, mining.pairs, 3, Sampling(steps=2))
     return TrainingInputs(mining.ring, True, erase(mining), anchors)
 
 
@@ -208,9 +209,9 @@ def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model
     drawn = []
 
     def sketch(step: int, loss: float) -> None:
-        generator = torch.Generator().manual_seed(0)
+        noise = torch.ones(1, *model.latent_shape)
         with torch.no_grad(), student_mode(model.network, job.erasure):
-            drawn.append(model.sample(first, first, generator, 2, 1.0))
+            drawn.append(model.sample(first, first, noise, 2, 1.0))
 
     plain, watched = run(model, job), run(model, job, on_step=sketch)
     for name, pair in plain.items():
@@ -370,10 +371,13 @@ def test_anchors_are_drawn_once_and_read_back_by_content(model, job, monkeypatch
         return sample(*arguments)
 
     monkeypatch.setattr(model, "sample", note)
-    first = draw_anchors(model, pairs, 2, steps=3)
+    first = draw_anchors(model, pairs, 2, Sampling(steps=3))
     once = len(drawn)
-    assert torch.equal(first, draw_anchors(model, pairs, 2, steps=3)) and len(drawn) == once > 0
-    draw_anchors(model, pairs, 2, steps=3, seed=1)
+    assert (
+        torch.equal(first, draw_anchors(model, pairs, 2, Sampling(steps=3)))
+        and len(drawn) == once > 0
+    )
+    draw_anchors(model, pairs, 2, Sampling(steps=3, seed=1))
     assert len(drawn) > once
 
 
@@ -382,7 +386,7 @@ def test_an_anchor_image_that_is_not_finite_is_refused_and_not_kept(model, job, 
     monkeypatch.setattr(model, "sample", lambda *_: broken)
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="float32 or bfloat16"):
-            draw_anchors(model, job.ring.pairs, 1, steps=4)
+            draw_anchors(model, job.ring.pairs, 1, Sampling(steps=4))
 
 
 # ---------------------------------------------------------------- the adversarial mode
@@ -393,7 +397,7 @@ SOUGHT = replace(SHORT, adversarial=3)
 @pytest.fixture(scope="module")
 def against(model, job):
     """The same lesson with an adversary."""
-    images = draw_anchors(model, job.ring.pairs, 2, steps=2, concepts=True)
+    images = draw_anchors(model, job.ring.pairs, 2, Sampling(steps=2), concepts=True)
     words, kept = (model.text.encode(p) for p in (["a jet"], ["", "a dog", "a ship", "the sea"]))
     return replace(job, scene=AdversarialInputs(images, words, torch.tensor([0]), kept))
 

@@ -29,6 +29,7 @@ from benchmarks.tables import markdown_table
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.text_layers import trained_layers
+from realera.evaluation.coarse_samples import coarse_samples
 from realera.evaluation.report import Report, Score, harmonic_mean
 from realera.evaluation.tasks import miniature_task
 from realera.pipelines.unet import DiffusersModel
@@ -430,9 +431,7 @@ def test_the_fast_pen_draws_what_the_model_draws():
     pen = frontier.Pen(model)
     ours = pen.draw(words, {}).argmax(-1).tolist()
     assert [pen.judge.classes[k] for k in ours] == ["dog", "ship", "apple", "frog", "cat"]
-    generator = torch.Generator().manual_seed(0)
-    rows = model.text.encode([f"a photo of the {word}" for word in words])
-    latents = model.sample(rows, model.text.encode([""]), generator, 8, 7.5, one_noise=True)
+    latents = coarse_samples(model, [f"a photo of the {word}" for word in words])
     assert pen.judge.logits(model.decode(latents)).argmax(-1).tolist() == ours
 
 

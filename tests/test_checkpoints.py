@@ -77,7 +77,8 @@ def metadata_of(path):
 def images(model, seed=0):
     encoding = model.text.encode(["a photo of the airplane", "a dog"])
     negative = model.text.encode([""])
-    latents = model.sample(encoding, negative, torch.Generator().manual_seed(seed), 3, 3.0)
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+    latents = model.sample(encoding, negative, noise, 3, 3.0)
     return model.decode(latents)
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from realera.cli import main
-from realera.evaluation.report import Sampling
+from realera.pipelines.sampling import Sampling
 
 EVALUATION = {"evaluation.json", "evaluation.txt", "evaluation.png"}
 

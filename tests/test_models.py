@@ -129,8 +129,8 @@ def test_the_fingerprint_changes_with_one_weight_and_not_with_a_copy(pipelines):
 def test_sample_draws_what_the_pipeline_draws(models, pipelines, name, guidance):
     model, prompts = models[name], ["a photo of the airplane", "a dog"]
     encoding, negative = model.text.encode(prompts), model.text.encode(["ugly"])
-    ours = model.sample(encoding, negative, torch.Generator().manual_seed(3), 4, guidance)
     noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(3))
+    ours = model.sample(encoding, negative, noise, 4, guidance)
     pipelines[name].set_progress_bar_config(disable=True)
     theirs = pipelines[name](
         prompts,
@@ -143,17 +143,6 @@ def test_sample_draws_what_the_pipeline_draws(models, pipelines, name, guidance)
         width=64,
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
-
-
-def test_sample_is_deterministic_and_follows_its_generator(models):
-    model = models["sd1"]
-    encoding, negative = model.text.encode(["a dog"]), model.text.encode([""])
-
-    def draw(seed):
-        return model.sample(encoding, negative, torch.Generator().manual_seed(seed), 2, 3.0)
-
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.allclose(draw(0), draw(1))
 
 
 def test_decode_gives_images_in_range_on_the_cpu(models, pipelines):
@@ -206,7 +195,7 @@ def test_inpainting_paints_everything(models):
 def test_half_precision_pipelines_take_and_give_float32(make_pipeline, dtype):
     model = DiffusersModel(make_pipeline("sd1").to(dtype))
     encoding = model.text.encode(["a dog"])
-    latents = model.sample(encoding, encoding, torch.Generator().manual_seed(0), 2, 2.0)
+    latents = model.sample(encoding, encoding, torch.ones(1, *model.latent_shape), 2, 2.0)
     assert encoding[CONTEXT].dtype == latents.dtype == torch.float32
     assert latents.isfinite().all() and model.network.dtype == dtype
 

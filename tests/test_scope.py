@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import realera.evaluation.coarse_samples
 from realera.algorithm import erase, mine
 from realera.cli.output_folder import checked, scope_text
 from realera.concepts import Concept
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
-from realera.evaluation.coarse_samples import STEPS, coarse_samples
+from realera.evaluation.coarse_samples import COARSE, coarse_samples
 from realera.mining.pairs import encode_pairs
+from realera.pipelines import sampling
 from realera.pipelines.transformer import TransformerModel
 from realera.pipelines.unet import DiffusersModel
 from realera.report.plots import scope_picture
@@ -65,7 +65,7 @@ def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_k
     assert picture.tobytes() != scope_picture([replace(r, drawn=None) for r in given]).tobytes()
     lines = scope_text(by_loss(given), 3).splitlines()
     assert [line.split()[-1] for line in lines[:4]] == ["drawn", "0.70", "0.60", "-"]
-    assert len(lines) == 5 and f"2 words in {STEPS} steps" in lines[-1]
+    assert len(lines) == 5 and f"2 words in {COARSE.steps} steps" in lines[-1]
     assert "drawn" not in scope_text(given[:2], 3)
 
 
@@ -78,7 +78,7 @@ def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model, pairs):
     assert alone.prompt == "a red plane"
 
 
-def test_a_sketch_is_a_coarse_drawing_and_every_word_has_the_same_noise(tiny_model, monkeypatch):
+def test_coarse_samples_of_all_words_start_from_the_same_noise(tiny_model, monkeypatch):
     done = []
     torch.manual_seed(1)
     found = coarse_samples(tiny_model, WORDS, lambda *at: done.append(at))
@@ -86,12 +86,8 @@ def test_a_sketch_is_a_coarse_drawing_and_every_word_has_the_same_noise(tiny_mod
     torch.manual_seed(2)
     assert torch.equal(found, coarse_samples(tiny_model, WORDS)), "nothing random"
     for batch in (1, 3):
-        monkeypatch.setattr(realera.evaluation.coarse_samples, "AREA", batch * 8 * 8)
+        monkeypatch.setattr(sampling, "BATCH", batch)
         assert torch.allclose(found, coarse_samples(tiny_model, WORDS), atol=1e-4), "a word alone"
-    encoding, empty = tiny_model.text.encode(WORDS), tiny_model.text.encode([""])
-    generator = torch.Generator().manual_seed(0)
-    due = tiny_model.sample(encoding, empty, generator, STEPS, 7.5, one_noise=True)
-    assert torch.allclose(found, due, atol=1e-4)
 
 
 def test_a_model_that_draws_nothing_finite_is_named(tiny_model, monkeypatch):

@@ -7,7 +7,7 @@ from realera.checkpoints.writing import lora_tensors
 from realera.cli import main
 from realera.concepts import Concept, parse_concepts, read_concepts
 from realera.edit.erasure import Erasure, erased_weight
-from realera.evaluation.report import Sampling
+from realera.pipelines.sampling import Sampling
 from realera.settings import Settings, Training
 
 NAN, INF = float("nan"), float("inf")
@@ -17,7 +17,7 @@ NUMBERS = {
         *("lambda2", "away", "pair_weight", "bank_limit", "seed", "beyond_seed"),
     ),
     Training: ("steps", "rank", "learning_rate", "batch", "seed", "save_every", "adversarial"),
-    Sampling: ("steps", "guidance", "seed", "batch"),
+    Sampling: ("steps", "guidance", "seed"),
 }
 
 
@@ -42,7 +42,7 @@ def test_a_number_of_another_type_or_out_of_its_range_is_refused_by_name(kind, n
         (Training, {"gradient_checkpointing": None}, "gradient_checkpointing = None"),
         (Training, {"rank": 0}, "rank = 0: it must be a whole number, at least 1"),
         (Training, {"learning_rate": 0.0}, "learning_rate = 0.0: .* larger than 0"),
-        (Sampling, {"batch": 0}, "batch = 0: it must be a whole number, at least 1"),
+        (Sampling, {"steps": 0}, "steps = 0: it must be a whole number, at least 1"),
     ],
 )
 def test_each_parameter_has_its_own_range(kind, given, reason):

@@ -441,7 +441,9 @@ def sibling():
 
 def seen(model, prompts, seed=1):
     encoding, empty = model.text.encode(prompts), model.text.encode([""])
-    latents = model.sample(encoding, empty, torch.Generator().manual_seed(seed), 10, 5.0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), *model.latent_shape, generator=generator)
+    latents = model.sample(encoding, empty, noise, 10, 5.0)
     with torch.no_grad():
         found = load_classifier()(model.decode(latents))[0].argmax(1)
     return [list(CONCEPTS)[n] for n in found.tolist()]

@@ -9,11 +9,16 @@ from realera.cli import main
 from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
 from realera.evaluation.judges import Classifier, NudeNet
-from realera.evaluation.report import Sampling
 from realera.evaluation.vocabulary import chosen_words, compare, drawn_words, knowing
+from realera.pipelines.sampling import Sampling
 
 CLASSES = ("dog", "cat", "ship")
-ONE_STEP = Sampling(steps=1, batch=2)
+ONE_STEP = Sampling(steps=1)
+
+
+@pytest.fixture(autouse=True)
+def two_at_once(monkeypatch):
+    monkeypatch.setattr("realera.pipelines.sampling.BATCH", 2)
 
 
 def probabilities(*rows):
@@ -74,7 +79,7 @@ def test_a_sample_is_seeded_and_keeps_the_order():
 def test_all_words_are_drawn_from_one_noise_whatever_the_batch(tiny_model, judge):
     judge, _ = judge
     words = ["cat", "dog", "cat", "ship", "cat"]
-    one = drawn_words(tiny_model, words, judge, Sampling(steps=1, batch=5))
+    one = drawn_words(tiny_model, words, judge, ONE_STEP)
     assert one.shape == (5, 3) and torch.allclose(one.sum(1), torch.ones(5))
     assert torch.allclose(one[0], one[2], atol=1e-3) and torch.allclose(one[0], one[4], atol=1e-3)
     alone = torch.cat([drawn_words(tiny_model, [word], judge, ONE_STEP) for word in words])
@@ -89,7 +94,7 @@ def test_what_was_drawn_is_not_drawn_again(tiny_model, judge, tmp_path):
     assert torch.equal(first, drawn_words(tiny_model, words, judge, ONE_STEP))
     assert len(seen) == looks + 1  # only at nothing, which tells judges apart
     assert not [*tmp_path.iterdir()]
-    other = drawn_words(tiny_model, words, judge, Sampling(steps=1, batch=2, seed=1))
+    other = drawn_words(tiny_model, words, judge, Sampling(steps=1, seed=1))
     assert not torch.equal(first, other)
 
 

@@ -187,11 +187,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def _evaluate_vocabulary(
     options: argparse.Namespace, asked: "Task | list[str]", judge: "Judge | Meter"
 ) -> None:
-    from dataclasses import replace
-
     from ..edit.erasure_file import load_erasure
     from ..evaluation.tasks import Task
-    from ..evaluation.vocabulary import COARSE, chosen_words, knowing
+    from ..evaluation.vocabulary import chosen_words, knowing
     from .output_folder import leave_vocabulary
 
     if options.images:
@@ -209,7 +207,7 @@ def _evaluate_vocabulary(
             asked.concept,
             judge,
             chosen_words(model.text.words(), options.sample, options.seed),
-            sampling=replace(COARSE, seed=options.seed),
+            seed=options.seed,
             overwrite=options.overwrite,
             progress=progress,
         )

@@ -15,14 +15,14 @@ from ..checkpoints.families import locate
 from ..checkpoints.writing import replaced_folder, write_checkpoint, write_lora
 from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
-from ..edit.text_layers import guidance_of
-from ..evaluation.coarse_samples import STEPS, coarse_samples
+from ..evaluation.coarse_samples import COARSE, coarse_samples
 from ..evaluation.judges import Classifier, Judge, Meter, NudeNet
-from ..evaluation.report import Sampling, draw, evaluate, survey, table, write
+from ..evaluation.report import draw, evaluate, survey, table, write
 from ..evaluation.tasks import Task
-from ..evaluation.vocabulary import COARSE, Vocabulary, compare, drawn_words
+from ..evaluation.vocabulary import Vocabulary, compare, drawn_words
 from ..mining.pairs import Pairs
 from ..pipelines.interface import Diffusion
+from ..pipelines.sampling import Sampling
 from ..report import plots
 from ..report.scope import WordEffect, check
 from ..settings import TOLERANCE
@@ -153,8 +153,7 @@ def before_after(
     """What the model draws before and after, from the same noise."""
 
     def images() -> list[torch.Tensor]:
-        sampling = Sampling(seed=seed, guidance=guidance_of(model.network))
-        drawn = draw(model, prompts, 1, sampling, progress)
+        drawn = draw(model, prompts, 1, Sampling(seed=seed), progress)
         return [image for batch in drawn for image in batch]
 
     before = images()
@@ -183,8 +182,7 @@ def leave_evaluation(
     measure: Any = evaluate if isinstance(asked, Task) else survey
 
     def one() -> tuple[Any, dict[str, torch.Tensor]]:
-        sampling = Sampling(seed=seed, guidance=guidance_of(model.network))
-        return measure(model, asked, judge, images, sampling, progress)
+        return measure(model, asked, judge, images, Sampling(seed=seed), progress)
 
     results = {"original": one()}
     for name, erasure in erasures.items():
@@ -208,7 +206,7 @@ def leave_vocabulary(
     judge: Classifier,
     words: Sequence[str],
     *,
-    sampling: Sampling = COARSE,
+    seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
@@ -225,12 +223,13 @@ def leave_vocabulary(
 
         return drawn_words(model, words, judge, sampling, on_words, folder / DRAWN)
 
-    before = drawn(0)
+    sampling = replace(COARSE, seed=seed)
+    before, settings = drawn(0), sampling.settings_for(model.network)
     reports: dict[str, Vocabulary] = {}
     for number, (name, erasure) in enumerate(erasures.items(), 1):
         with temporarily_erased(erasure, model.network):
-            reports[name] = compare(concept, words, judge, before, drawn(number), sampling)
-    reports = reports or {"original": compare(concept, words, judge, before, before, sampling)}
+            reports[name] = compare(concept, words, judge, before, drawn(number), settings)
+    reports = reports or {"original": compare(concept, words, judge, before, before, settings)}
     told = [table(reports), *(f"{name}\n{report.told()}" for name, report in reports.items())]
     stored = {name: report.to_dict() for name, report in reports.items()}
     contents = (json.dumps(stored, indent=1), "\n\n".join(told))
@@ -278,7 +277,7 @@ def scope_text(effects: Sequence[WordEffect], count: int) -> str:
         lines.append(f"{reach.word[:width]:{width}} {reach.concept[:14]:14} {numbers}")
     if drawn:
         lines.append(
-            f"drawn: {drawn} words in {STEPS} steps from one noise, before and after; 1: as far "
-            "apart as the anchor and the concept; -: not drawn, foretold"
+            f"drawn: {drawn} words in {COARSE.steps} steps from one noise, before and after; 1: as "
+            "far apart as the anchor and the concept; -: not drawn, foretold"
         )
     return "\n".join(lines)

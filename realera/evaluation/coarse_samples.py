@@ -1,32 +1,14 @@
-"""Many prompts drawn from one noise, so that what differs in them is the prompt, or the model."""
+"""Coarse samples: a few steps, all prompts from one noise, so that only prompt and model differ."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..edit.text_layers import guidance_of
 from ..pipelines.interface import Diffusion
+from ..pipelines.sampling import Sampling, sample_prompts
 
-STEPS = 8  # of a sketch
-AREA = 4 * 64**2  # of the latents that are drawn at once: four of SD 1.x, one of SDXL
-
-
-def from_one_noise(
-    model: Diffusion,
-    prompts: Sequence[str],
-    *,
-    steps: int,
-    guidance: float,
-    seed: int = 0,
-    batch: int = 16,
-) -> Iterator[Tensor]:
-    """The latents of the prompts in order, `batch` at a time: [n, channels, h, w]."""
-    empty = model.text.encode([""])
-    for start in range(0, len(prompts), batch):
-        some = model.text.encode(prompts[start : start + batch])
-        generator = torch.Generator().manual_seed(seed)
-        yield model.sample(some, empty, generator, steps, guidance, one_noise=True)
+COARSE = Sampling(steps=8, one_noise=True)  # what an image shows is decided early
 
 
 def coarse_samples(
@@ -34,21 +16,18 @@ def coarse_samples(
     prompts: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Coarse drawings of the prompts: their latents after STEPS steps from one noise.
+    """Latents of the prompts after the few steps of COARSE, float32 [prompts, c, h, w] on the CPU.
 
-    Returns float32 [prompts, channels, h, w] on the CPU. How far apart an original and an erased
-    model draw a prompt so tells how far apart they will in more steps
-    (`benchmarks/scope_vocabulary.py`). Raises FloatingPointError when one is not finite.
+    The distance between an original and an erased model's coarse samples of a prompt predicts the
+    distance between their images (`benchmarks/scope_vocabulary.py`). Raises FloatingPointError
+    when a latent is not finite.
     """
-    _, height, width = model.latent_shape
-    batch, guidance = max(1, min(64, AREA // (height * width))), guidance_of(model.network)
-    parts: list[Tensor] = []
-    drawn = from_one_noise(model, prompts, steps=STEPS, guidance=guidance, batch=batch)
-    for number, latents in enumerate(drawn, 1):
-        if not latents.isfinite().all():
+    latents: list[Tensor] = []
+    for batch in sample_prompts(model, prompts, COARSE):
+        if not batch.isfinite().all():
             raise FloatingPointError(
-                "a drawing is not finite: run the network in float32 or bfloat16"
+                "a sample is not finite: run the network in float32 or bfloat16"
             )
-        parts.append(latents.float().cpu())
-        progress(min(number * batch, len(prompts)), len(prompts))
-    return torch.cat(parts)
+        latents += batch.float().cpu()
+        progress(len(latents), len(prompts))
+    return torch.stack(latents)

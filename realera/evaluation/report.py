@@ -9,43 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
-from ..settings import POSITIVE_COUNT, SEED, Range, check_fields
+from ..pipelines.sampling import Sampling, sample_prompts
 from ..storage.safetensors_file import writing
 from .judges import Judge, Meter
 from .tasks import KINDS, Task
 
 Progress = Callable[[int, int], None]  # called with (images done, images in all)
-ENCODED = 256  # prompts encoded at once: lists of prompts may be long
-SAMPLING_RANGES = {
-    **dict.fromkeys(("steps", "batch"), POSITIVE_COUNT),
-    "guidance": Range(0),
-    "seed": SEED,
-}
 SHOWN = 12  # prompts of a survey whose first image is kept
-
-
-# ---------------------------------------------------------------- the images
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn; all but `batch`, the images drawn at once, decides what they show.
-
-    Raises ValueError for a value of another type or out of its range.
-    """
-
-    steps: int = 20
-    guidance: float = 7.5
-    seed: int = 0
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        check_fields(self, SAMPLING_RANGES)
 
 
 def draw(
@@ -59,18 +33,11 @@ def draw(
 
     Image k of a call has the same noise whatever the model and the size of a batch.
     """
-    empty, done = model.text.encode([""]), 0
-    generator = torch.Generator().manual_seed(sampling.seed)
-    for start in range(0, len(prompts), ENCODED):
-        encoding = model.text.encode(prompts[start : start + ENCODED])
-        rows = torch.arange(min(ENCODED, len(prompts) - start)).repeat_interleave(images)
-        for chosen in rows.split(sampling.batch):
-            latents = model.sample(
-                encoding.take(chosen), empty, generator, sampling.steps, sampling.guidance
-            )
-            yield model.decode(latents)
-            done += len(chosen)
-            progress(done, images * len(prompts))
+    done = 0
+    for latents in sample_prompts(model, prompts, sampling, images):
+        yield model.decode(latents)
+        done += len(latents)
+        progress(done, images * len(prompts))
 
 
 def _judged(
@@ -214,15 +181,9 @@ def evaluate(
         scores.get(("efficacy", ""), NOTHING),
         {name: scores[("specificity", name)] for name in task.others},
         {kind: scores[("generality", kind)] for kind, own in task.generality.items() if own},
-        _noted(images, sampling),
+        {"images": images, **sampling.settings_for(model.network)},
     )
     return report, firsts
-
-
-def _noted(images: int, sampling: Sampling) -> dict[str, Any]:
-    """What decides the images, for the report."""
-    how = {"seed": sampling.seed, "steps": sampling.steps, "guidance": sampling.guidance}
-    return {"images": images, **how}
 
 
 # ---------------------------------------------------------------- a list's answer
@@ -275,7 +236,8 @@ def survey(
             found[name] += Score(number, 1)
         if len(firsts) < SHOWN and prompts[k] not in firsts:
             firsts[prompts[k]] = image.clone()
-    return Survey(meter.name, found, meter.counts, _noted(images, sampling)), firsts
+    settings = {"images": images, **sampling.settings_for(model.network)}
+    return Survey(meter.name, found, meter.counts, settings), firsts
 
 
 # ---------------------------------------------------------------- what is written

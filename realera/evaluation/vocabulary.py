@@ -7,7 +7,7 @@ still does. *Kept*: of the words that surely drew something else, the share that
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
+from ..pipelines.sampling import Sampling, sample_prompts
 from ..storage.cache import cached
 from ..storage.safetensors_file import digest, keep_tensors, open_tensors
-from .coarse_samples import from_one_noise
+from .coarse_samples import COARSE
 from .judges import Classifier, Judge, Meter
-from .report import Sampling
 from .tasks import OBJECT
 
 SURE = 0.8  # a word surely draws what the judge gives more than this
-COARSE = Sampling(steps=8, batch=64)  # classes are decided early
 SAVED = 4  # batches between two states
 LISTED = 60  # words of each kind that a text lists
 
@@ -73,21 +72,15 @@ def drawn_words(
         blank = judge.logits(model.decode(torch.zeros(1, *model.latent_shape)))
     how: list[object] = [model.text.fingerprint, model.fingerprint, judge.name, judge.classes]
     how += [blank.cpu().float().round(decimals=2), template, list(words)]
-    how += [sampling.steps, sampling.guidance, sampling.seed]
+    how += [sampling.steps, sampling.guidance_for(model.network), sampling.seed]
     key = digest(*how)[:24]
     begun = _stored(state, key)
 
     def draw() -> dict[str, Tensor]:
         found = begun
-        drawn = from_one_noise(
-            model,
-            [template.replace("{}", word) for word in words[len(found) :]],
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            seed=sampling.seed,
-            batch=sampling.batch,
-        )
-        for number, latents in enumerate(drawn, 1):
+        prompts = [template.replace("{}", word) for word in words[len(found) :]]
+        batches = sample_prompts(model, prompts, replace(sampling, one_noise=True))
+        for number, latents in enumerate(batches, 1):
             with torch.no_grad():
                 seen = judge.logits(model.decode(latents)).softmax(-1).float().cpu()
             found = torch.cat([found.reshape(-1, seen.shape[1]), seen])
@@ -195,7 +188,7 @@ def compare(
     judge: Classifier,
     before: Tensor,
     after: Tensor,
-    sampling: Sampling = COARSE,
+    settings: Mapping[str, Any] | None = None,
 ) -> Vocabulary:
     """before, after: as `drawn_words` gives them, of the same words."""
     was, now = before.argmax(-1), after.argmax(-1)
@@ -207,7 +200,6 @@ def compare(
         return mask.nonzero()[:, 0].tolist()
 
     names = judge.classes
-    how = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": sampling.seed}
     return Vocabulary(
         concept,
         judge.name,
@@ -216,5 +208,5 @@ def compare(
         tuple(words[k] for k in those(still)),
         int(surely.sum()),
         {words[k]: (names[int(was[k])], names[int(now[k])]) for k in those(lost)},
-        how,
+        settings or {},
     )

@@ -7,6 +7,13 @@ from torch import Tensor, nn
 
 from ..text.encoding import Encoding, TextEncoder
 
+LATENT_AREA = 4 * 64**2  # pixels of the latents computed at once: four of SD 1.x, one of SDXL
+
+
+def latents_at_once(height: int, width: int) -> int:
+    """Number of latents [height, width] that a network or a VAE is given at once."""
+    return max(1, LATENT_AREA // (height * width))
+
 
 class Diffusion(Protocol):
     """A text-to-image latent diffusion model."""
@@ -37,17 +44,13 @@ class Diffusion(Protocol):
         """The network's own prediction (epsilon, v or a flow's velocity), float32 [n, c, h, w]."""
 
     def sample(
-        self,
-        encoding: Encoding,
-        negative: Encoding,
-        generator: torch.Generator,
-        steps: int,
-        guidance: float,
-        one_noise: bool = False,
+        self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
-        """One latent per prompt of `encoding` by deterministic DDIM or Euler: float32 [n, c, h, w].
+        """One latent per prompt by deterministic DDIM or Euler, float32 [n, c, h, w].
 
-        negative: of as many prompts, or of one for all; one_noise: all begin at the same noise
+        negative: encoding of as many prompts, or of one for all
+        noise: where sampling starts, [n, c, h, w] of standard normal numbers
+        steps: number of steps; guidance: classifier-free guidance scale, 1 for none
         """
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -203,18 +203,9 @@ class TransformerModel:
 
     @torch.no_grad()
     def sample(
-        self,
-        encoding: Encoding,
-        negative: Encoding,
-        generator: torch.Generator,
-        steps: int,
-        guidance: float,
-        one_noise: bool = False,
+        self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
-        n = encoding.prompts
-        shape = (1 if one_noise else n, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        z = noise.to(self.network.device, torch.float32).expand(n, *self.latent_shape)
+        n, z = encoding.prompts, noise.to(self.network.device)
         sigmas = [*self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist(), 0.0]
         asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
         for now, later in pairwise(sigmas):

@@ -156,19 +156,9 @@ class DiffusersModel:
 
     @torch.no_grad()
     def sample(
-        self,
-        encoding: Encoding,
-        negative: Encoding,
-        generator: torch.Generator,
-        steps: int,
-        guidance: float,
-        one_noise: bool = False,
+        self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         n = encoding.prompts
-        # Drawn where the generator lives, so that a CPU seed gives the same image on every device.
-        shape = (1 if one_noise else n, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        noise = noise.expand(n, *self.latent_shape)
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=self.network.device)
         latents = noise.to(self.network.device) * scheduler.init_noise_sigma
