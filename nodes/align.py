@@ -211,6 +211,12 @@ class LoraAlign(io.ComfyNode):
         if PRECISIONS[precision] is not None:
             model.set_model_compute_dtype(PRECISIONS[precision])
         diffusion, pairs = ComfyDiffusion(model, mining.text), mining.pairs
+        if resume and diffusion.fingerprint is None:
+            raise ValueError(
+                "'resume' cannot tell this MODEL from another one, since a node such as FreeU, "
+                "IPAdapter or PerturbedAttentionGuidance changed how it computes: connect the "
+                "MODEL from before that node, or leave 'resume' empty"
+            )
         anchors = None
         if latents is not None:
             anchors = _by_concept(diffusion.encoded(latents["samples"]), len(pairs.concepts))

@@ -14,9 +14,9 @@ from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ..realera.edit.text_layers import FAMILIES, family_in, text_layers, trained_layers
-from ..realera.storage.safetensors_file import digest
 from ..realera.text.encoding import CONTEXT, POOLED, Encoding, alike, rows_of
 from ..realera.training.student_teacher import differentiable
+from .comfy_fingerprint import added_to, fingerprint
 from .comfy_text import ComfyText
 from .comfy_transformer_text import ComfyTransformerText
 from .comfy_weights import stored_weights
@@ -43,15 +43,25 @@ class ComfyDiffusion:
             refuse_other_family(text.family, self.family)
 
     @property
-    def fingerprint(self) -> str:
-        """Of the weights with their patches and of the sampling object's noise levels."""
-        added = self.model.patches
+    def fingerprint(self) -> str | None:
+        """Hash of everything that decides a drawing; None where a node added what has no hash.
+
+        Weights with their patches, the configuration of the network, the sampling object and what
+        nodes such as FreeU, IPAdapter or RescaleCFG added.
+        """
+        patches, config = self.model.patches, self.model.model.model_config
         weights = {
-            key: [weight, _told(added.get(key, []))]
+            key: [weight, patches.get(key)]
             for key, weight in stored_weights(self.model, "diffusion_model.").items()
         }
-        kinds = type(self.sampling).__mro__  # what it predicts and by which schedule
-        return digest([kind.__name__ for kind in kinds], self.sampling.sigmas, weights)
+        sampling = {name: v for name, v in vars(self.sampling).items() if name[0] != "_"}
+        return fingerprint(
+            [kind.__name__ for kind in type(self.sampling).__mro__],  # prediction and schedule
+            sampling | dict(self.sampling.named_buffers()),
+            [config.unet_config, config.unet_extra_config],
+            added_to(self.model, but="model_sampling"),
+            weights,
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -255,15 +265,6 @@ def refuse_noiseless(model: Any) -> None:
             f"the MODEL samples by {kind.__name__} ({of}), which has no {lacks[0]}: nothing can be "
             "aligned on it. Take the MODEL without that sampling node, or the closed form alone"
         )
-
-
-def _told(patches: Any) -> Any:
-    """Patches as `digest` reads them: an adapter is its kind and its weights."""
-    if isinstance(patches, Tensor | str | int | float | bool | None):
-        return patches
-    if isinstance(patches, list | tuple):
-        return [_told(part) for part in patches]
-    return [type(patches).__name__, _told(getattr(patches, "weights", None))]
 
 
 def whole_clone(model: Any) -> Any:

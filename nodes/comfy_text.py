@@ -1,9 +1,9 @@
 """A CLIP as the core's TextEncoder (`realera/text/encoding.py`)."""
 
-import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import comfy.model_management
@@ -16,6 +16,7 @@ from ..realera.storage.safetensors_file import raw_bytes
 from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..realera.text.packed_encoding import PackedPrompts, last_rows
 from ..realera.text.token_alignment import prompt_summaries
+from .comfy_fingerprint import added_to, fingerprint
 from .comfy_weights import stored_weights
 
 # The encoders of U-Nets by ComfyUI's names, and their families'.
@@ -52,8 +53,8 @@ class ComfyText:
         return [EncoderPart(self.tokenize, int(self._tokenizer.max_length))]
 
     @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.clip, self._tokenizer.tokenizer.get_vocab(), self.encode)
+    def fingerprint(self) -> str | None:
+        return clip_fingerprint(self.clip, self._tokenizer.tokenizer.get_vocab())
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with start and end-of-text, as `encode` reads them, of any length.
@@ -67,8 +68,8 @@ class ComfyText:
 
     def _read(self, prompt: str) -> list[int]:
         """The ids of a prompt in ComfyUI's syntax."""
-        sections = next(iter(self.clip.tokenize(prompt, return_word_ids=True, **PLAIN).values()))
-        return ids_of(tokens_of(self._tokenizer, sections))
+        tokenized = self.clip.tokenize(prompt, return_word_ids=True, **PLAIN)
+        return ids_of(*(tokens_of(self._tokenizer, sections) for sections in tokenized.values()))
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """The rows of the first 77 tokens, read as plain text: (brackets) carry no weight."""
@@ -111,19 +112,17 @@ class ComfyText:
         return {name: sections[:1] for name, sections in tokens.items()}
 
 
-def fingerprint(
-    clip: Any, vocabulary: Mapping[str, int], encode: Callable[[Sequence[str]], Encoding]
-) -> str:
-    """A hash of everything that decides an embedding: weights, layer, vocabulary, LoRAs."""
-    digest = hashlib.blake2b(repr(clip.layer_idx).encode(), digest_size=16)
-    for key, weight in sorted(stored_weights(clip.patcher).items()):
-        digest.update(key.encode())
-        digest.update(raw_bytes(weight))
-    if clip.patcher.patches:  # a LoRA that is loaded anew is a new object, what it does is the same
-        for rows in encode(["a photo of a dog"]).values():
-            digest.update(raw_bytes(rows))
-    digest.update(repr(sorted(vocabulary.items())).encode())
-    return digest.hexdigest()
+def clip_fingerprint(clip: Any, vocabulary: Mapping[str, int]) -> str | None:
+    """Hash of everything that decides an embedding; None where a node added what has no hash."""
+    return fingerprint(
+        [kind.__name__ for kind in type(clip.cond_stage_model).__mro__],
+        clip.layer_idx,
+        clip.tokenizer_options,
+        clip.patcher.patches,
+        added_to(clip.patcher),
+        dict(sorted(stored_weights(clip.patcher).items())),
+        repr(sorted(vocabulary.items())),
+    )
 
 
 def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
@@ -136,9 +135,15 @@ def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
     return [*start, *tokens, *([] if tokenizer.end_token is None else [tokenizer.end_token])]
 
 
-def ids_of(tokens: Sequence[Any]) -> list[int]:
-    """Tokens as numbers: a vector has one of its own, below 0."""
-    return [-1 - zlib.crc32(raw_bytes(t)) if isinstance(t, Tensor) else t for t in tokens]
+def ids_of(tokens: Sequence[Any], *others: Sequence[Any]) -> list[int]:
+    """Tokens as numbers; a vector of a textual inversion has a number of its own, below 0.
+
+    others: the tokens of the same prompt for further encoders, which have vectors of their own
+    """
+    vectors = [[t for t in each if isinstance(t, Tensor)] for each in (tokens, *others)]
+    together = zip_longest(*vectors, fillvalue=torch.empty(0))
+    numbers = (-1 - zlib.crc32(b"".join(map(raw_bytes, group))) for group in together)
+    return [next(numbers) if isinstance(token, Tensor) else token for token in tokens]
 
 
 def ready(clip: Any) -> None:

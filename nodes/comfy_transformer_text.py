@@ -16,7 +16,7 @@ from torch import Tensor
 from ..realera.edit.text_layers import FAMILIES, TRANSFORMERS
 from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..realera.text.token_alignment import prompt_summaries, row_weights, unit
-from .comfy_text import PLAIN, ComfyText, clip_summaries, fingerprint, ids_of, ready, tokens_of
+from .comfy_text import PLAIN, ComfyText, clip_fingerprint, clip_summaries, ids_of, ready, tokens_of
 
 
 def text_of(clip: Any) -> "ComfyText | ComfyTransformerText":
@@ -59,10 +59,10 @@ class ComfyTransformerText:
         return parts
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         vocabularies = [self._tokenizer(part).tokenizer.get_vocab() for part in self.present]
         merged = {f"{n} {k}": v for n, own in enumerate(vocabularies) for k, v in own.items()}
-        return fingerprint(self.clip, merged, self.encode)
+        return clip_fingerprint(self.clip, merged)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """As ComfyUI encodes them, one by one; (brackets) carry no weight."""

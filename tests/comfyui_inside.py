@@ -76,6 +76,7 @@ from RealEra.realera.edit.erasure_file import load_erasure, save_erasure
 from RealEra.realera.edit.text_layers import text_layers
 from RealEra.realera.evaluation.coarse_samples import coarse_samples
 from RealEra.realera.miniature import T5, TRANSFORMER
+from RealEra.realera.mining.vocabulary import vocabulary_rows
 from RealEra.realera.settings import Settings
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
 from RealEra.realera.text.token_alignment import map_rows
@@ -408,6 +409,17 @@ def claim_a_textual_inversion_is_counted_and_read_as_comfyui_reads_it():
     assert torch.allclose(text.encode([prompt])[CONTEXT][0], whole[0], atol=1e-6)
     rows = text.summary([prompt, "a dog"])
     assert torch.allclose(rows[0], whole[0, end], atol=1e-5)
+    template = "a {} by embedding:hero"
+    with replaced(ComfyText, "words", lambda _: ["cat", "dog"]):
+        first = vocabulary_rows(text, template)
+        assert torch.equal(vocabulary_rows(text, template), first)
+        save_file({"emb_params": torch.randn(3, wide)}, folder / "hero.safetensors")
+        assert not torch.allclose(vocabulary_rows(text, template), first, atol=1e-3)
+        assert torch.allclose(
+            vocabulary_rows(text, template),
+            text.summary([template.replace("{}", word) for word in text.words()]),
+            atol=1e-5,
+        )
     pairs = algorithm.encode_pairs(text, parse_concepts("embedding:hero -> person", ["a {}"]))
     assert pairs.span[CONTEXT][0].tolist() == [False] * 2 + [True] * 75
 
@@ -536,6 +548,93 @@ def claim_anchors_are_drawn_once():
         drawn = len(calls)
         short(erasure=erased().erasure, seed=11, rank=2, steps=3)
     assert drawn == len(calls) == 1
+
+
+def given_options(model, **options):
+    made = model.clone()
+    made.model_options["transformer_options"].update(options)
+    return made
+
+
+def claim_the_fingerprint_of_a_model_covers_what_nodes_add_to_it():
+    model = miniature().model
+    lora = torch.ones_like(model.model.diffusion_model.out[2].weight)
+
+    def with_lora():  # loaded anew each time
+        made = model.clone()
+        assert made.add_patches({"diffusion_model.out.2.weight": ("diff", (lora.clone(),))})
+        return made
+
+    variants = {
+        "plain": model,
+        "option": given_options(model, scale=1.5),
+        "another value": given_options(model, scale=1.25),
+        "LoRA": with_lora(),
+        "sampling": SAMPLINGS["v"](model),
+        "shifted sampling": SAMPLINGS["CosXL"](model),
+    }
+    variants["dtype"] = model.clone()
+    variants["dtype"].set_model_compute_dtype(torch.bfloat16)
+    found = {name: ComfyDiffusion(made, None).fingerprint for name, made in variants.items()}
+    assert None not in found.values() and len(set(found.values())) == len(found), found
+    assert ComfyDiffusion(model.clone(), None).fingerprint == found["plain"]
+    assert ComfyDiffusion(with_lora(), None).fingerprint == found["LoRA"]
+    for family, (kind, layout) in (FAMILIES | NETWORKS).items():
+        made = random_model(kind, layout, torch.float32)
+        assert ComfyDiffusion(made, None).fingerprint, family
+
+
+def claim_what_cannot_be_hashed_is_not_cached_and_not_resumed():
+    scale = 0.5
+
+    def patch(h, hsp, transformer_options):  # as FreeU adds it
+        return h * scale, hsp
+
+    def guided(args):  # as RescaleCFG adds it
+        return args["uncond"] + scale * (args["cond"] - args["uncond"])
+
+    drawn, sample = [], ComfyDiffusion.sample
+
+    def counted(*given, **options):
+        drawn.append(sample(*given, **options))
+        return drawn[-1]
+
+    freeu, rescaled = miniature().model.clone(), miniature().model.clone()
+    freeu.set_model_output_block_patch(patch)
+    rescaled.set_model_sampler_cfg_function(guided)
+    with replaced(ComfyDiffusion, "sample", counted):
+        short(erasure=erased().erasure, seed=12)
+        for patched in (freeu, rescaled):
+            assert ComfyDiffusion(patched, None).fingerprint is None
+            for _ in range(2):
+                short(model=patched, erasure=erased().erasure, seed=12)
+    plain, *others = drawn
+    assert len(others) == 4, "drawn anew each time"
+    assert all((one - plain).abs().max() > 0.01 for one in others), "and by the patched MODEL"
+    with refused("leave 'resume' empty"):
+        short(model=freeu, erasure=erased().erasure, resume="freeu")
+
+
+def claim_the_fingerprint_of_a_clip_covers_what_nodes_add_to_it():
+    clip = tiny_clip("sd1")
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+
+    def with_lora(value):
+        made = clip.clone()
+        assert made.add_patches({key: ("diff", (torch.full((64, 32), value),))}) == [key]
+        return made
+
+    skipped, padded, hooked = clip.clone(), clip.clone(), clip.clone()
+    skipped.clip_layer(-2)
+    padded.set_tokenizer_option("min_length", 5)
+    made = [clip, skipped, padded, with_lora(1.0), with_lora(2.0)]
+    found = [ComfyText(one).fingerprint for one in made]
+    assert None not in found and len(set(found)) == len(found)
+    assert ComfyText(with_lora(2.0)).fingerprint == found[-1]
+    hooked.patcher.add_object_patch("clip_l.forward", lambda *_: found)
+    assert ComfyText(hooked).fingerprint is None
+    for name, text in {**text_encoders(), **transformer_texts()}.items():
+        assert text.fingerprint, name
 
 
 def claim_a_training_that_is_asked_for_twice_is_the_same():

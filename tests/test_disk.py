@@ -148,6 +148,12 @@ def test_a_cache_that_may_only_be_read_is_read(folder, monkeypatch):
     assert torch.equal(made["rows"], torch.ones(4))
 
 
+def test_what_an_unknown_fingerprint_decides_is_computed_anew(folder):
+    for size in (1, 2):
+        assert len(cached("bank", [None, "x"], lambda size=size: rows(size))["rows"]) == size
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process: Linux")
 def test_what_was_read_from_the_cache_does_not_hold_its_file(folder):
     cached("bank", ["x"], rows)

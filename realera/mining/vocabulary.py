@@ -318,7 +318,8 @@ def vocabulary_rows(
     words = text.words()
     made = cached(
         "vocabulary",
-        [text.fingerprint, template, words],
+        # Behind "embedding:name" of a template stands a file, whose contents the tokens tell.
+        [text.fingerprint, template, [part.tokenize([template]) for part in text.parts], words],
         lambda: {"rows": word_rows(text, template, words, progress)},
     )
     return made["rows"]

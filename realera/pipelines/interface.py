@@ -27,8 +27,11 @@ class Diffusion(Protocol):
         """The module whose layers `readers` finds."""
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of the network's weights and of the forward process."""
+    def fingerprint(self) -> str | None:
+        """Hash of the network's weights and of the forward process.
+
+        None when not all of what decides a drawing has a hash; nothing is cached then.
+        """
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

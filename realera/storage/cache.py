@@ -29,14 +29,20 @@ def cached(
     """What `make` gives, read back where it was made before from the same.
 
     kind: one of KINDS, with which the file's name begins; decided_by: everything that decides the
-    tensors, as `safetensors_file.digest` takes it. A damaged file is made anew; where no file can
-    be written
-    there is a warning, and the work goes on.
+    tensors, as `safetensors_file.digest` takes it. None among them is a fingerprint that is not
+    known: nothing is cached then. A damaged file is made anew; where no file can be written there
+    is a warning, and the work goes on.
     """
     from .safetensors_file import digest, keep_tensors, open_tensors
 
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of cached file; they are {', '.join(KINDS)}")
+
+    def made() -> "dict[str, Tensor]":
+        return {key: tensor.cpu().contiguous() for key, tensor in make().items()}
+
+    if any(part is None for part in decided_by):
+        return made()
     path = cache_folder() / f"{kind}-{digest(*decided_by)[:24]}.safetensors"
     if path.exists():
         try:
@@ -48,7 +54,7 @@ def cached(
             with suppress(OSError):  # another user's, or on a disk that is only read
                 os.utime(path)
             return tensors
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in make().items()}
+    tensors = made()
     if not path.is_symlink():  # whose target is not the cache's to replace
         keep_tensors(
             path,

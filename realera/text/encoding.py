@@ -138,8 +138,11 @@ class TextEncoder(Protocol):
     """A model's text side."""
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of the weights and the tokenizer: two encoders that share it encode alike."""
+    def fingerprint(self) -> str | None:
+        """Hash of the weights and the tokenizer: two encoders that share it encode alike.
+
+        None when not all of what decides an encoding has a hash; nothing is cached then.
+        """
 
     @property
     def parts(self) -> Sequence[EncoderPart]:
