@@ -36,8 +36,9 @@ from realera.algorithm import MiningResult, erase, mine
 from realera.checkpoints.loading import load_model
 from realera.concepts import STYLE_TEMPLATES, TEMPLATES, Concept
 from realera.edit.erasure import Erasure, erase_in_place
-from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import NOTHING, Report, Score, evaluate
+from realera.evaluation.evaluate import evaluate
+from realera.evaluation.report import NOTHING, Report, Score
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import KINDS, bundled_task
 from realera.miniature import CLASSIFIER, STYLES
 from realera.mining import noise as ring
@@ -331,7 +332,7 @@ def measure(
     stem = "".join(c if c.isalnum() else "-" for c in f"{concept.name} {row.name}")
     path, strip = STATE / f"{stem}-{key}.json", STATE / f"{stem}-{key}.png"
     if not (path.exists() and strip.exists()):
-        judge = miniature_classifier("style" if concept.name in STYLES else "concept")
+        classifier = miniature_classifier("style" if concept.name in STYLES else "concept")
         with restored(model.network):
             start = time.perf_counter()
             change(row, model, concept, forget, training)
@@ -339,7 +340,7 @@ def measure(
             report, firsts = evaluate(
                 model,
                 bundled_task(concept.name),
-                judge,
+                classifier,
                 options.images,
                 Sampling(options.steps, seed=options.seed),
             )
@@ -432,7 +433,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         f"`python -m benchmarks.ablation {options.command}`, {platform.processor() or 'CPU'}, "
         f"torch {torch.__version__}.",
         f"Percent. {options.images} images a prompt ({count} a row and concept), seed "
-        f"{options.seed}, {options.steps} steps, guidance 7.5, judged by the bundled classifier; "
+        f"{options.seed}, {options.steps} steps, guidance 7.5, scored by the bundled classifier; "
         "all rows of a concept share their noise. Acc_e of one concept, from "
         f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
         "H_o is the mean over the concepts, as in the paper. *drift* is what Acc_s does not see: "

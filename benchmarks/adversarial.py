@@ -62,7 +62,7 @@ def erased(scene: AdversarialInputs, training: Training | None, state: Path) -> 
 
 
 def model_class(scene: AdversarialInputs) -> int:
-    return scene.judge.classes.index(scene.concept.name)
+    return scene.classifier.classes.index(scene.concept.name)
 
 
 def words_kept(

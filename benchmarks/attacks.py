@@ -15,8 +15,8 @@ encoder, and images of the concept with what the original model predicts on them
 
 The loss is the error of the erased model's prediction against the original's under the concept's
 prompt, on noised images of the concept that the original drew. Every erasure meets the same images,
-noise, times and steps. Success is the share of images which the judge takes for the concept, of 32
-noises that no attack saw: the best so far, since who attacks keeps what worked, and at 100 an
+noise, times and steps. Success is the share of images that the classifier takes for the concept, of
+32 noises that no attack saw: the best so far, since an attacker keeps what worked, and at 100 an
 attack ends. What is done is kept in .state/attacks: empty it when an erasure or an attack changes.
 """
 
@@ -46,14 +46,14 @@ from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.erasure import erase_in_place
 from realera.edit.text_layers import text_layers
-from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.pipelines.unet import DiffusersModel
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT
 
 STATE = Path(".state/attacks")
-IMAGES = 32  # of the concept that an attack has, and as many that it is judged by
+IMAGES = 32  # of the concept that an attack has, and as many that it is evaluated on
 BATCH, SEARCHED = 8, 16  # of them in a step of Adam, and in all steps of a search
 RATE = 0.1  # of Adam; 0.03, tried on dog, is slower and ends within a few points of it
 CANDIDATES, TOP = 12, 64  # prompts that are tried in a step, of so many words a place
@@ -120,10 +120,10 @@ Batch = tuple[Tensor, Tensor, Tensor]  # z_t, t and what the original predicts t
 
 
 class AdversarialInputs:
-    """One concept: its images, what the original predicts on them, and who judges."""
+    """One concept: its images, what the original predicts on them, and the classifier."""
 
     def __init__(self, model: DiffusersModel, concept: Concept) -> None:
-        self.model, self.concept, self.judge = model, concept, miniature_classifier()
+        self.model, self.concept, self.classifier = model, concept, miniature_classifier()
         self.decoder = copy.deepcopy(model.vae).bfloat16()
         self.original = erased("original", model, concept)
         self.own = model.text.encode([OBJECT.replace("{}", concept.name)])[CONTEXT]
@@ -150,7 +150,7 @@ class AdversarialInputs:
         z = self.drawn(network, rows, seed=1) / self.model.vae.config.scaling_factor
         parts = [self.decoder.decode(part).sample.float() for part in z.bfloat16().split(8)]
         images = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
-        return float(self.judge(images, [self.concept.name] * IMAGES).mean())
+        return float(self.classifier(images, [self.concept.name] * IMAGES).mean())
 
     @torch.no_grad()
     def _batch(self, step: int, count: int) -> Batch:

@@ -3,9 +3,9 @@
     python -m benchmarks.frontier                       # hours: tuning half, then the reported one
     python -m benchmarks.frontier --tuning ship,bird --methods ours UCE
 
-As `realera evaluate --vocabulary` judges, on up to 160 words that draw the concept and 320 that
-surely draw something else, drawn in bfloat16 with keys and values worked out once a prompt: four
-times as fast, and the same class for 98 % of words. No method learns from what a word draws.
+Evaluated as by `realera evaluate --vocabulary`, on up to 160 words that draw the concept and 320
+that surely draw something else, drawn in bfloat16 with keys and values worked out once a prompt:
+four times as fast, and the same class for 98 % of words. No method learns from what a word draws.
 
 On the reported half every method has one point, its best H_v on the tuning half. What is drawn is
 kept in .state/frontier by method, parameter and concept: empty it when a method changes.
@@ -37,7 +37,7 @@ from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.erasure import temporarily_erased
 from realera.edit.text_layers import trained_layers
-from realera.evaluation.judges import miniature_classifier
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
 from realera.pipelines.unet import DiffusersModel
@@ -73,10 +73,10 @@ class Given:
 
 
 class Pen:
-    """Draws words with changed K and V, all from one noise, and has them judged."""
+    """Draws words with changed K and V, all from one noise, and classifies them."""
 
     def __init__(self, model: DiffusersModel) -> None:
-        self.model, self.judge = model, miniature_classifier()
+        self.model, self.classifier = model, miniature_classifier()
         self.network = copy.deepcopy(model.network).bfloat16()
         self.decoder = copy.deepcopy(model.vae).bfloat16()
         for name, part in self.network.named_modules():
@@ -92,7 +92,7 @@ class Pen:
 
         weights: those that changed, K and V by their canonical name, others as the network's own
         """
-        return self.judged(self.latents(words, weights)[:, -1])
+        return self.classify(self.latents(words, weights)[:, -1])
 
     @torch.no_grad()
     def latents(
@@ -130,14 +130,14 @@ class Pen:
             yield z
 
     @torch.no_grad()
-    def judged(self, latents: Tensor) -> Tensor:
+    def classify(self, latents: Tensor) -> Tensor:
         """How likely each class is in latents [words, channels, height, width]."""
-        return torch.cat([self._judged(part) for part in latents.split(BATCH)])
+        return torch.cat([self._classify(part) for part in latents.split(BATCH)])
 
-    def _judged(self, z: Tensor) -> Tensor:
+    def _classify(self, z: Tensor) -> Tensor:
         scaled = (z / self.model.vae.config.scaling_factor).bfloat16()
         images = torch.cat([self.decoder.decode(part).sample.float() for part in scaled.split(8)])
-        return self.judge.logits((images / 2 + 0.5).clamp(0, 1)).softmax(-1)
+        return self.classifier.logits((images / 2 + 0.5).clamp(0, 1)).softmax(-1)
 
 
 # ---------------------------------------------------------------- the methods
@@ -376,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: Found = {method.name: {} for method in methods}
 
     def measure(method: Method, value: float, name: str) -> None:
-        path, k = state_of(method.name, value, name), pen.judge.classes.index(name)
+        path, k = state_of(method.name, value, name), pen.classifier.classes.index(name)
 
         def draw() -> Tensor:
             weights = method.make(model, concept_of(name, "drawn"), value)

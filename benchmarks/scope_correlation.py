@@ -28,8 +28,8 @@ from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.edit.erasure import temporarily_erased
-from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import draw
+from realera.evaluation.evaluate import sample_images
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.miniature.vocabulary import CONCEPTS
 from realera.pipelines.interface import Diffusion
@@ -77,7 +77,7 @@ def see(model: Diffusion, words: Sequence[str], options: argparse.Namespace) -> 
     """Image k of word n has the same noise in every call with as many words."""
     prompts = [OBJECT.replace("{}", word) for word in words]
     sampling = Sampling(options.steps, seed=options.seed)
-    batches = draw(model, prompts, options.images, sampling)
+    batches = sample_images(model, prompts, options.images, sampling)
     images = torch.cat([*batches])
     probability = miniature_classifier().logits(images).softmax(-1)
     shape = (len(words), options.images, -1)

@@ -118,7 +118,7 @@ def measured(
     pen: Pen, model: DiffusersModel, words: list[str], before: Tensor, rows: Rows, name: str
 ) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
     """foretold by -> truth -> correlation; each word's share of the way, and whether it is lost."""
-    own, others = frontier.asked(before, pen.judge.classes.index(name))
+    own, others = frontier.asked(before, pen.classifier.classes.index(name))
     chosen = torch.cat([own[:OWN], others[:OTHERS]])
     chosen = chosen[before[chosen].amax(-1) > SURE]
     some = [words[i] for i in chosen.tolist()]
@@ -134,7 +134,7 @@ def measured(
         return (now - was).flatten(2).norm(dim=-1).double(), was[:, -1], now[:, -1]
 
     far, was, now = distances(STEPS, 0)
-    seen, after = pen.judged(was), pen.judged(now)
+    seen, after = pen.classify(was), pen.classify(now)
     shown = seen.argmax(-1, keepdim=True)
     lost = after.argmax(-1) != shown[:, 0]
     truths = {

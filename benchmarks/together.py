@@ -2,8 +2,8 @@
 
     python -m benchmarks.together
 
-Two, five and nine of the ten CIFAR-10 concepts jointly, judged as `benchmarks.frontier` does, on up
-to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
+Two, five and nine of the ten CIFAR-10 concepts jointly, evaluated as in `benchmarks.frontier`, on
+up to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
 mean over the erased concepts of the words that still draw theirs, *kept* the share of the others
 that still draw the same class; of two concepts a residue of 10 % has a standard error of 3 points,
 and every kept of 60 to 90 % one of 2 to 3. Acc_e and Acc_g are of the prompts of all that are
@@ -33,8 +33,9 @@ from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.erasure import Erasure
-from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import evaluate, harmonic_mean
+from realera.evaluation.evaluate import evaluate
+from realera.evaluation.report import harmonic_mean
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import bundled_task
 from realera.evaluation.vocabulary import SURE
 from realera.pipelines.sampling import Sampling
@@ -97,14 +98,14 @@ def report(
     model: DiffusersModel, concepts: Sequence[Concept], weights: Weights
 ) -> dict[str, float]:
     """Acc_e, Acc_s and Acc_g in percent, over all that is erased and all that stays."""
-    names, judge = [concept.name for concept in concepts], miniature_classifier("concept")
+    names, classifier = [concept.name for concept in concepts], miniature_classifier("concept")
     sampling, reports = Sampling(10), []
     with restored(model.network):
         put(weights, model.network)
         stay = {n: p for n, p in bundled_task(names[0]).others.items() if n not in names}
         for name in names:
             task = replace(bundled_task(name), others=stay if name == names[0] else {})
-            reports.append(evaluate(model, task, judge, 2, sampling)[0])
+            reports.append(evaluate(model, task, classifier, 2, sampling)[0])
     found = pooled(reports)
     return {metric: found[metric] for metric in ("acc_e", "acc_s", "acc_g")}
 
@@ -125,7 +126,7 @@ def main() -> None:
     parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
     for names in SETS:
         concepts = [concept_of(name, "drawn") for name in names]
-        groups = asked(before, [pen.judge.classes.index(name) for name in names])
+        groups = asked(before, [pen.classifier.classes.index(name) for name in names])
         chosen = [words[k] for k in torch.cat(groups).tolist()]
         lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
         lines[0] += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]

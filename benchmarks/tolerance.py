@@ -26,8 +26,9 @@ from realera.concepts import parse_concepts
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.text_layers import text_layers
-from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.report import Report, evaluate
+from realera.evaluation.evaluate import evaluate
+from realera.evaluation.report import Report
+from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import miniature_task
 from realera.pipelines.sampling import Sampling
 from realera.storage.safetensors_file import writing
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    model, judge = load_model("miniature"), miniature_classifier()
+    model, classifier = load_model("miniature"), miniature_classifier()
     sampling = Sampling(options.steps)
     weights = {
         name: reader.layer.weight.detach().half()
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = [prompt for prompts in task.others.values() for prompt in prompts]
 
         def drawn(task=task) -> tuple[Report, dict[str, Tensor]]:  # type: ignore[no-untyped-def]
-            return evaluate(model, task, judge, options.images, sampling)
+            return evaluate(model, task, classifier, options.images, sampling)
 
         _, before = drawn()
         whole = erase(mine(model.text, [concept]))

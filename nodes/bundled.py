@@ -23,9 +23,9 @@ from PIL.Image import Image
 from safetensors import safe_open
 
 from ..realera import miniature
-from ..realera.evaluation.judges import miniature_classifier
+from ..realera.evaluation.scorers import miniature_classifier
 from .files import checkpoint_path
-from .schema import BUNDLED, BUNDLED_MODELS, Classifier, schema
+from .schema import BUNDLED, BUNDLED_MODELS, ClassifierWire, schema
 
 NETWORK = "model.diffusion_model."
 
@@ -57,11 +57,11 @@ class BundledModel(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="What draws, at 64x64."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
-                Classifier.Output(
+                ClassifierWire.Output(
                     display_name="classifier",
                     tooltip="Tells which of the model's concepts an image shows; for Compare.",
                 ),
-                Classifier.Output(
+                ClassifierWire.Output(
                     display_name="style classifier",
                     tooltip="Tells in which of the model's styles an image is drawn; for Compare.",
                 ),
@@ -71,8 +71,8 @@ class BundledModel(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str = BUNDLED) -> io.NodeOutput:
         model, clip, vae = load_miniature(checkpoint_path(checkpoint))
-        judges = miniature_classifier("concept"), miniature_classifier("style")
-        return io.NodeOutput(model, clip, vae, *judges)
+        classifiers = miniature_classifier("concept"), miniature_classifier("style")
+        return io.NodeOutput(model, clip, vae, *classifiers)
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:

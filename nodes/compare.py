@@ -1,4 +1,4 @@
-"""Compare: the same prompts and seeds before and after, side by side; CLIP or NudeNet judges."""
+"""Compare: the same prompts and seeds before and after, side by side, described by a classifier."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..realera.concepts import lines
-from ..realera.evaluation.judges import Clip, ClipScore, NudeNet, clip_classifier
+from ..realera.evaluation.scorers import Clip, ClipScore, NudeNet, clip_classifier
 from ..realera.evaluation.tasks import CIFAR10, OBJECT
 from ..realera.pipelines.interface import latents_at_once
 from ..realera.report.plots import grid
@@ -17,7 +17,7 @@ from .comfy_model import ComfyDiffusion
 from .comfy_transformer_text import text_of
 from .page import to_image
 from .progress import tell
-from .schema import Classifier, advanced, growing, schema, seed_input
+from .schema import ClassifierWire, advanced, growing, schema, seed_input
 
 MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 
@@ -42,7 +42,7 @@ class Compare(io.ComfyNode):
                 *growing(io.Model.Input("model", optional=True), MORE, "More models to compare."),
                 io.Clip.Input("clip", tooltip="The text encoder of all of them."),
                 io.Vae.Input("vae", tooltip="The autoencoder of all of them."),
-                Classifier.Input(
+                ClassifierWire.Input(
                     "classifier",
                     optional=True,
                     tooltip=(
@@ -171,13 +171,13 @@ class Compare(io.ComfyNode):
             ]
             drawn.append(torch.cat(images))
 
-        seen = [classifier.verdicts(images, heads) if classifier else [] for images in drawn]
+        described = [classifier.describe(images, heads) for images in drawn] if classifier else []
         rows = [list(images) for images in drawn]
         sheet = grid(rows, labels[: len(rows)], heads, size=max(96, min(256, drawn[0].shape[-1])))
-        told = "\n".join(
-            f"{label}, {prompt}: {verdict}"
-            for label, verdicts in zip(labels, seen, strict=False)
-            for prompt, verdict in zip(heads, verdicts, strict=False)
+        verdict = "\n".join(
+            f"{label}, {prompt}: {line}"
+            for label, lines_of_model in zip(labels, described, strict=False)
+            for prompt, line in zip(heads, lines_of_model, strict=True)
         )
         first, second = (images.movedim(1, -1) for images in drawn[:2])
         picture = to_image(sheet)
@@ -187,7 +187,7 @@ class Compare(io.ComfyNode):
             {"prompt": prompt, "before": one, "after": other}
             for prompt, one, other in zip(heads, *pair, strict=True)
         ]
-        return io.NodeOutput(picture, first, second, told, ui=shown)
+        return io.NodeOutput(picture, first, second, verdict, ui=shown)
 
 
 def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
@@ -236,7 +236,7 @@ class ClipClassifier(io.ComfyNode):
                     tooltip="How a class is put into words; {} stands for it.",
                 ),
             ],
-            outputs=[Classifier.Output(display_name="classifier", tooltip="For Compare.")],
+            outputs=[ClassifierWire.Output(display_name="classifier", tooltip="For Compare.")],
         )
 
     @classmethod
@@ -287,7 +287,7 @@ class NudeNetDetector(io.ComfyNode):
                     tooltip="The least confidence of a detection that counts.",
                 )
             ],
-            outputs=[Classifier.Output(display_name="classifier", tooltip="For Compare.")],
+            outputs=[ClassifierWire.Output(display_name="classifier", tooltip="For Compare.")],
         )
 
     @classmethod

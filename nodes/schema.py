@@ -9,7 +9,7 @@ from ..realera import miniature
 
 MiningWire = io.Custom("REALERA_MINING")
 Erasure = io.Custom("REALERA_ERASURE")
-Classifier = io.Custom("REALERA_CLASSIFIER")
+ClassifierWire = io.Custom("REALERA_CLASSIFIER")
 
 CATEGORY = "RealEra"
 BUNDLED = "bundled"

@@ -827,8 +827,10 @@ def claim_the_text_of_every_transformer_does_what_the_core_asks_of_it():
 
 @cache
 def bundled_transformer():
-    model, clip, vae, *judges = run(bundled.BundledModel, checkpoint="bundled transformer")
-    return SimpleNamespace(model=model, clip=clip, vae=vae, judges=judges, text=text_of(clip))
+    model, clip, vae, *classifiers = run(bundled.BundledModel, checkpoint="bundled transformer")
+    return SimpleNamespace(
+        model=model, clip=clip, vae=vae, classifiers=classifiers, text=text_of(clip)
+    )
 
 
 def claim_sd3_has_rows_of_the_encoders_that_are_there():
@@ -1050,9 +1052,9 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(asked), *diffusion.latent_shape, generator=generator)
         z = diffusion.sample(rows, empty, noise, 15, 5.0)
-        verdicts = one.judges[0].verdicts(diffusion.decode(z), asked)
-        seen += [sum(v.startswith("airplane") for v in verdicts[:8])]
-        seen += [sum(v.startswith("dog") for v in verdicts[8:])]
+        lines = one.classifiers[0].describe(diffusion.decode(z), asked)
+        seen += [sum(line.startswith("airplane") for line in lines[:8])]
+        seen += [sum(line.startswith("dog") for line in lines[8:])]
     assert seen[0] >= 6 and seen[1] >= 6, f"not trained well enough to tell: {seen}"
     assert seen[2] <= 1 and seen[3] >= 6, seen
     for options in ({}, {"adversarial": 2}, {"adversarial": 2, "gradient_checkpointing": True}):
@@ -1063,13 +1065,13 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
 # ------------------------------------------------------------------------ compare, files
 
 
-def claim_the_bundled_model_judges_concepts_and_styles():
+def claim_the_bundled_model_classifies_concepts_and_styles():
     *_, concepts, styles = run(bundled.BundledModel)
     assert "airplane" in concepts.classes and "comic" in styles.classes
     images = torch.rand(2, 3, 64, 64)
-    for judge in (concepts, styles):
-        seen = judge.verdicts(images, ["a comic airplane"] * 2)
-        assert all(verdict.split()[0] in judge.classes for verdict in seen)
+    for classifier in (concepts, styles):
+        seen = classifier.describe(images, ["a comic airplane"] * 2)
+        assert all(line.split()[0] in classifier.classes for line in seen)
 
 
 def claim_compare_reads_each_prompt_once_whatever_the_number_of_seeds():
@@ -1097,8 +1099,8 @@ def claim_images_and_latents_are_float32_where_comfyui_passes_half_precision():
     decoded = diffusion.decode(torch.zeros(2, *diffusion.latent_shape))
     assert decoded.dtype == torch.float32 and decoded.shape == (2, 3, 64, 64)
     assert diffusion.encoded(torch.zeros(1, 4, 8, 8).half()).dtype == torch.float32
-    for judge in run(bundled.BundledModel)[3:]:
-        assert len(judge.verdicts(decoded, ["a dog"] * 2)) == 2
+    for classifier in run(bundled.BundledModel)[3:]:
+        assert len(classifier.describe(decoded, ["a dog"] * 2)) == 2
 
 
 class Shown:

@@ -239,7 +239,7 @@ def test_the_others_of_a_task_are_its_other_classes():
 
 def report(concept: str, e: float, s: float, g: float) -> Report:
     kinds = {kind: Score(10 * g, 10) for kind in ablation.KINDS}
-    return Report(concept, "a judge", Score(10 * e, 10), {"tree": Score(10 * s, 10)}, kinds)
+    return Report(concept, "a scorer", Score(10 * e, 10), {"tree": Score(10 * s, 10)}, kinds)
 
 
 def test_the_halves_are_the_ten_concepts_and_share_none():
@@ -430,9 +430,9 @@ def test_the_fast_pen_draws_what_the_model_draws():
     words = ["dog", "ship", "apple", "frog", "purring"]
     pen = frontier.Pen(model)
     ours = pen.draw(words, {}).argmax(-1).tolist()
-    assert [pen.judge.classes[k] for k in ours] == ["dog", "ship", "apple", "frog", "cat"]
+    assert [pen.classifier.classes[k] for k in ours] == ["dog", "ship", "apple", "frog", "cat"]
     latents = coarse_samples(model, [f"a photo of the {word}" for word in words])
-    assert pen.judge.logits(model.decode(latents)).argmax(-1).tolist() == ours
+    assert pen.classifier.logits(model.decode(latents)).argmax(-1).tolist() == ours
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from realera.edit.erasure_file import load_erasure
-from realera.evaluation.judges import Clip
+from realera.evaluation.scorers import Clip
 from realera.miniature import TRANSFORMER
 
 ROOT = Path(__file__).parent.parent
@@ -478,10 +478,14 @@ def test_compare_says_what_clip_sees(server, clip_folder):
     shutil.copytree(clip_folder, server.home / "models/clip_vision/tiny")
     graph = model_graph()
     del graph["erasure"], graph["applied"]
-    judge = {"clip_folder": "tiny", "classes": "airplane\ndog", "template": "a photo of the {}"}
-    graph["judge"] = {"class_type": "RealEraClipClassifier", "inputs": judge}
+    classifier = {
+        "clip_folder": "tiny",
+        "classes": "airplane\ndog",
+        "template": "a photo of the {}",
+    }
+    graph["scorer"] = {"class_type": "RealEraClipClassifier", "inputs": classifier}
     graph["compare"] = compare(["model", 0], ["model", 0])
-    graph["compare"]["inputs"]["classifier"] = ["judge", 0]
+    graph["compare"]["inputs"]["classifier"] = ["scorer", 0]
     graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 3]}}
     outputs, _ = server.run(graph)
     images = [
@@ -498,7 +502,7 @@ def test_compare_says_what_clip_sees(server, clip_folder):
     for (name, percent, _), chances in zip(seen, due[[0, 2, 1, 3]], strict=True):
         assert name == ["airplane", "dog"][int(chances.argmax())]
         assert abs(int(percent) - 100 * chances.max()) < 1.5
-    graph["judge"]["inputs"]["classes"] = ""
+    graph["scorer"]["inputs"]["classes"] = ""
     outputs, _ = server.run(graph)
     prompts = graph["compare"]["inputs"]["prompts"].splitlines()
     own = 100 * clip(torch.stack(images), prompts).clamp(min=0)[[0, 2, 1, 3], [0, 1, 0, 1]]
@@ -510,9 +514,9 @@ def test_compare_says_what_clip_sees(server, clip_folder):
 def test_nudenet_counts_or_says_how_to_install_it(server):
     graph = model_graph()
     del graph["erasure"], graph["applied"]
-    graph["judge"] = {"class_type": "RealEraNudeNet", "inputs": {"threshold": 0.6}}
+    graph["scorer"] = {"class_type": "RealEraNudeNet", "inputs": {"threshold": 0.6}}
     graph["compare"] = compare(["model", 0], ["model", 0])
-    graph["compare"]["inputs"]["classifier"] = ["judge", 0]
+    graph["compare"]["inputs"]["classifier"] = ["scorer", 0]
     graph["verdict"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 3]}}
     entry = server.wait(server.queue(graph))
     if entry["status"]["status_str"] == "error":  # ComfyUI's environment need not have it

@@ -19,8 +19,8 @@ from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
 from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
-from realera.evaluation.judges import miniature_classifier
-from realera.evaluation.vocabulary import drawn_words
+from realera.evaluation.scorers import miniature_classifier
+from realera.evaluation.vocabulary import classify_words
 from realera.groups import part_of
 from realera.miniature import CHECKPOINT
 from realera.pipelines.sampling import Sampling
@@ -170,22 +170,24 @@ def test_a_full_disk_under_the_cache_is_a_warning(folder):
 
 def test_a_full_disk_under_what_was_drawn_is_a_warning(tiny_model, tmp_path, folder, monkeypatch):
     monkeypatch.setattr(vocabulary, "SAVED", 1)
-    judge = miniature_classifier()
+    classifier = miniature_classifier()
     once = Sampling(steps=1)
     with files_of_at_most(100), pytest.warns(UserWarning, match=r"state.* it starts afresh"):
-        seen = drawn_words(tiny_model, ["dog", "ship"], judge, once, state=tmp_path / "state")
-    assert seen.shape == (2, len(judge.classes)) and not (tmp_path / "state").exists()
+        seen = classify_words(
+            tiny_model, ["dog", "ship"], classifier, once, state=tmp_path / "state"
+        )
+    assert seen.shape == (2, len(classifier.classes)) and not (tmp_path / "state").exists()
 
 
 def test_a_file_that_is_no_state_is_not_replaced_by_one(tiny_model, tmp_path, folder):
     state = tmp_path / "vocabulary-state.safetensors"
     write_tensors(state, rows(), {"by": "me"})
     before = state.read_bytes()
-    judge = miniature_classifier()
+    classifier = miniature_classifier()
     for _ in range(2):  # also where all was drawn before
         with pytest.raises(ValueError, match="is not what an interrupted run leaves there"):
-            drawn_words(tiny_model, ["dog"], judge, Sampling(steps=1), state=state)
-        drawn_words(tiny_model, ["dog"], judge, Sampling(steps=1))
+            classify_words(tiny_model, ["dog"], classifier, Sampling(steps=1), state=state)
+        classify_words(tiny_model, ["dog"], classifier, Sampling(steps=1))
     assert state.read_bytes() == before
 
 

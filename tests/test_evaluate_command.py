@@ -41,16 +41,16 @@ def test_the_demo_leaves_what_the_readme_says_and_erases(demo):
     for name in (*pictures, "evaluation.png"):
         assert Image.open(demo / name).width > 300
     before, after = stored(demo)["original"], stored(demo)["erased"]
-    assert before["judge"] == "miniature concept" and before["settings"]["images"] == 1
+    assert before["scorer"] == "miniature concept" and before["settings"]["images"] == 1
     assert before["metrics"]["acc_e"] > 75 and after["metrics"]["acc_e"] < 25
     assert before["metrics"]["h_o"] < 25 and after["metrics"]["h_o"] > 75
 
 
-def test_a_style_is_judged_by_the_style_classifier(tmp_path, capsys):
+def test_a_style_is_scored_by_the_style_classifier(tmp_path, capsys):
     assert main(["evaluate", "miniature", "comic", "--images", "1", "-o", str(tmp_path)]) == 0
     assert files(tmp_path) == EVALUATION
     report = stored(tmp_path)["original"]
-    assert report["concept"] == "comic" and report["judge"] == "miniature style"
+    assert report["concept"] == "comic" and report["scorer"] == "miniature style"
     assert report["metrics"]["acc_e"] > 75 and report["metrics"]["acc_s"] > 75
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "evaluation.txt").read_text("utf-8")
@@ -62,47 +62,45 @@ def test_explicit_content_is_counted_before_and_after_and_no_picture_is_kept(
 ):
     out, erasure = tmp_path / "out", str(demo / "erasure.safetensors")
     assert (
-        main(["evaluate", "miniature", prompts, erasure, "--judge", "nudity", "-o", str(out)]) == 0
+        main(["evaluate", "miniature", prompts, erasure, "--scorer", "nudity", "-o", str(out)]) == 0
     )
     assert files(out) == EVALUATION - {"evaluation.png"}
     assert stored(out).keys() == {"original", erasure}
     for survey in stored(out).values():
-        assert survey["meter"].startswith("NudeNet")
-        assert all(score == {"total": 0, "images": 2} for score in survey["found"].values())
+        assert survey["scorer"].startswith("NudeNet")
+        assert all(score == {"total": 0, "images": 2} for score in survey["scores"].values())
     head = (out / "evaluation.txt").read_text("utf-8").splitlines()[0]
     assert "Breasts (F)" in head and head.endswith("total ↓")
 
 
 def test_captions_have_a_clip_score(demo, prompts, clip_folder, tmp_path):
     out, erasure = tmp_path / "out", str(demo / "erasure.safetensors")
-    judge = ["--judge", "clip-score", "--clip", str(clip_folder)]
-    assert main(["evaluate", "miniature", prompts, erasure, *judge, "-o", str(out)]) == 0
+    scorer = ["--scorer", "clip-score", "--clip", str(clip_folder)]
+    assert main(["evaluate", "miniature", prompts, erasure, *scorer, "-o", str(out)]) == 0
     assert files(out) == EVALUATION
-    scores = [survey["found"]["CLIP score"] for survey in stored(out).values()]
+    scores = [survey["scores"]["CLIP score"] for survey in stored(out).values()]
     assert all(score["images"] == 2 and 0 <= score["total"] <= 200 for score in scores)
     assert scores[0] != scores[1]
 
 
 @pytest.mark.parametrize(
-    ("concept", "judge", "name"),
+    ("concept", "scorer", "name"),
     [
         ("Van Gogh", [], "CLIP score, CLIP"),
-        ("Van Gogh", ["--judge", "clip"], "CLIP"),
+        ("Van Gogh", ["--scorer", "clip"], "CLIP"),
         ("dog", [], "CLIP"),
     ],
 )
-def test_the_papers_concepts_are_judged_as_in_the_paper(
-    concept, judge, name, singles, clip_folder, tmp_path, monkeypatch
+def test_the_papers_concepts_are_scored_as_in_the_paper(
+    concept, scorer, name, singles, clip_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        "realera.cli.output_folder.Sampling", lambda **how: Sampling(steps=1, **how)
-    )
+    monkeypatch.setattr("realera.cli.evaluate.Sampling", lambda **how: Sampling(steps=1, **how))
     rest = ["--clip", str(clip_folder), "--images", "1", "-o", str(tmp_path)]
-    assert main(["evaluate", str(singles["sd1"]), concept, *judge, *rest]) == 0
+    assert main(["evaluate", str(singles["sd1"]), concept, *scorer, *rest]) == 0
     report = stored(tmp_path)["original"]
-    assert report["judge"].startswith(name) and report["concept"] == concept
+    assert report["scorer"].startswith(name) and report["concept"] == concept
     if name == "CLIP":
-        assert "score" not in report["judge"]
+        assert "score" not in report["scorer"]
 
 
 @pytest.mark.parametrize(
@@ -110,12 +108,12 @@ def test_the_papers_concepts_are_judged_as_in_the_paper(
     [
         (["toaster"], "draws no 'toaster'"),
         (["toaster"], "nor is it a text file"),
-        (["toaster.safetensors"], "say what to evaluate before the erasures"),
-        (["dog", "--judge", "nudity"], "give a text file"),
-        (["PROMPTS"], "add --judge nudity or --judge clip-score"),
-        (["PROMPTS", "--judge", "bundled"], "add --judge nudity or --judge clip-score"),
-        (["PROMPTS", "--judge", "clip"], "add --judge nudity or --judge clip-score"),
-        (["PROMPTS", "--judge", "nudity", "--clip", "x"], "leave out --clip"),
+        (["toaster.safetensors"], "name the concept, then the erasures"),
+        (["dog", "--scorer", "nudity"], "give a text file"),
+        (["PROMPTS"], "add --scorer nudity or --scorer clip-score"),
+        (["PROMPTS", "--scorer", "bundled"], "add --scorer nudity or --scorer clip-score"),
+        (["PROMPTS", "--scorer", "clip"], "add --scorer nudity or --scorer clip-score"),
+        (["PROMPTS", "--scorer", "nudity", "--clip", "x"], "leave out --clip"),
         (["dog", "--clip", "x"], "leave out --clip"),
     ],
 )
@@ -128,17 +126,17 @@ def test_a_combination_that_makes_no_sense_is_refused_with_the_way_out(
     assert reason in capsys.readouterr().err and not out.exists()
 
 
-def test_the_bundled_classifier_judges_the_bundled_model_only(singles, tmp_path, capsys):
-    arguments = ["evaluate", str(singles["sd1"]), "dog", "--judge", "bundled"]
+def test_the_bundled_classifier_scores_the_bundled_model_only(singles, tmp_path, capsys):
+    arguments = ["evaluate", str(singles["sd1"]), "dog", "--scorer", "bundled"]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 1
-    assert "choose --judge clip or" in capsys.readouterr().err
+    assert "choose --scorer clip or" in capsys.readouterr().err
     assert main(["evaluate", str(singles["sd1"]), "comic"]) == 1
     assert "the paper does not evaluate 'comic'" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_not_overwritten(tmp_path, prompts, capsys):
     (tmp_path / "evaluation.json").write_text("{}")
-    arguments = ["evaluate", "miniature", prompts, "--judge", "nudity", "-o", str(tmp_path)]
+    arguments = ["evaluate", "miniature", prompts, "--scorer", "nudity", "-o", str(tmp_path)]
     assert main(arguments) == 1
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "evaluation.json").read_text() == "{}"

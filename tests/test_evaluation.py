@@ -11,24 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from realera.checkpoints.loading import load_model
-from realera.evaluation.judges import (
+from realera.evaluation.evaluate import SHOWN, evaluate, sample_images, survey
+from realera.evaluation.report import Report, Score, harmonic_mean, table
+from realera.evaluation.scorers import (
     EXPOSED,
-    Classifier,
     Clip,
     ClipScore,
+    ConceptClassifier,
     NudeNet,
     clip_classifier,
-)
-from realera.evaluation.report import (
-    SHOWN,
-    Report,
-    Score,
-    draw,
-    evaluate,
-    harmonic_mean,
-    survey,
-    table,
-    write,
 )
 from realera.evaluation.tasks import (
     ARTISTS,
@@ -123,7 +114,7 @@ def test_a_style_task_asks_for_every_style(style):
 def report() -> Report:
     return Report(
         "airplane",
-        "a judge",
+        "a scorer",
         Score(300, 20),
         {"dog": Score(1000, 10), "ship": Score(400, 10)},
         {"synonyms": Score(200, 10), "associated": Score(0, 10), "held-out words": Score(400, 20)},
@@ -145,36 +136,24 @@ def test_a_report_survives_json():
 
 
 def test_a_report_without_prompts_for_generality_has_no_harmonic_mean():
-    bare = Report("glossy", "a judge", Score(0, 4), {"flat": Score(400, 4)}, {})
+    bare = Report("glossy", "a scorer", Score(0, 4), {"flat": Score(400, 4)}, {})
     assert bare.h_o != bare.h_o  # NaN, neither good nor bad
     assert bare.to_dict()["metrics"]["h_o"] is None
     assert table({"after": bare}).splitlines()[1].split()[-1] == "-"
 
 
-def test_reports_are_written_whole_and_never_over_others(tmp_path):
-    picture = Image.new("RGB", (8, 8))
-    paths = write(tmp_path, {"before": report(), "after": report()}, picture)
-    stored = json.loads(paths[0].read_text())
-    assert Report.from_dict(stored["after"]) == report()
-    assert "Acc_e" in paths[1].read_text()
-    assert Image.open(paths[2]).size == (8, 8)
-    with pytest.raises(FileExistsError, match=r"evaluation\.json"):
-        write(tmp_path, {"before": report()}, None)
-    write(tmp_path, {"before": report()}, None, overwrite=True)
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
+def test_a_classifier_scores_the_most_likely_class_only():
+    def logits(images):
+        brightness = images.mean((1, 2, 3))
+        return torch.stack([1 - brightness, brightness], 1)
 
-
-def test_a_classifier_counts_the_most_likely_class_only():
-    judge = Classifier("brightness", ("dark", "bright"), lambda x: x.mean((1, 2, 3))[:, None] - 0.5)
-    two = Classifier("two", ("dark", "bright"), lambda x: torch.cat([-judge.logits(x)] * 1, 1))
-    by_sign = Classifier(
-        "sign", ("dark", "bright"), lambda x: torch.cat([two.logits(x), judge.logits(x)], 1)
-    )
+    classifier = ConceptClassifier("brightness", ("dark", "bright"), logits)
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    assert by_sign(images, ["dark", "dark"]).tolist() == [100, 0]
-    assert by_sign(images, ["bright", "bright"]).tolist() == [0, 100]
-    with pytest.raises(ValueError, match="purple"):
-        by_sign(images, ["dark", "purple"])
+    assert classifier(images, ["dark", "dark"]).tolist() == [[100], [0]]
+    assert classifier(images, ["bright", "bright"]).tolist() == [[0], [100]]
+    assert classifier.describe(images, ["", ""]) == ["dark 73 %", "bright 73 %"]
+    with pytest.raises(ValueError, match=r"cannot recognise 'purple', only dark, bright"):
+        classifier(images, ["dark", "purple"])
 
 
 # ------------------------------------------------------------------ drawing, on a tiny model
@@ -188,17 +167,17 @@ def model(pipelines) -> DiffusersModel:
 PROMPTS = ("a photo of the dog", "a photo of the ship", "fog")
 
 
-def test_every_image_is_judged_once_under_what_its_prompt_wanted(model, monkeypatch):
+def test_every_image_is_scored_once_for_the_class_of_its_prompt(model, monkeypatch):
     monkeypatch.setattr("realera.pipelines.sampling.BATCH", 3)
     task = task_of("dog", ("dog", "ship", "cat"), synonyms=("hound",), associated=("a leash",))
-    asked = []
+    scored = []
 
     class Recorder:
-        name = "recorder"
+        name, columns, counts = "recorder", ("order",), False
 
-        def __call__(self, images, wanted):
-            asked.extend(zip(images, wanted, strict=True))
-            return torch.arange(len(images), dtype=torch.float32)
+        def __call__(self, images, texts):
+            scored.extend(zip(images, texts, strict=True))
+            return torch.arange(len(images), dtype=torch.float32)[:, None]
 
     done = []
     report, firsts = evaluate(
@@ -209,9 +188,7 @@ def test_every_image_is_judged_once_under_what_its_prompt_wanted(model, monkeypa
         Sampling(steps=1),
         lambda *at: done.append(at),
     )
-    assert [wanted for _, wanted in asked] == [*["dog"] * 2, *["ship"] * 2, *["cat"] * 2] + [
-        "dog"
-    ] * 4
+    assert [text for _, text in scored] == [*["dog"] * 2, *["ship"] * 2, *["cat"] * 2] + ["dog"] * 4
     assert done == [(3, 10), (6, 10), (9, 10), (10, 10)]
     assert report.efficacy == Score(0 + 1, 2)
     assert report.specificity == {"ship": Score(2 + 0, 2), "cat": Score(1 + 2, 2)}
@@ -221,7 +198,12 @@ def test_every_image_is_judged_once_under_what_its_prompt_wanted(model, monkeypa
         *(p for own in task.others.values() for p in own),
         *(p for own in task.generality.values() for p in own),
     ]
-    assert all(torch.equal(image, asked[2 * k][0]) for k, image in enumerate(firsts.values()))
+    assert all(torch.equal(image, scored[2 * k][0]) for k, image in enumerate(firsts.values()))
+
+
+def test_a_scorer_of_several_numbers_is_refused_for_a_task(model):
+    with pytest.raises(ValueError, match=r"8 numbers per image: .*a classifier or a CLIP score"):
+        evaluate(model, task_of("dog", ("dog", "ship")), NudeNet(Finder()))
 
 
 # ------------------------------------------------------------------ CLIP, with random weights
@@ -248,23 +230,23 @@ def test_clip_gives_the_cosines_of_transformers_own_logits(clip_folder):
 
 def test_clip_zero_shot_picks_the_nearest_prompt(clip_folder):
     clip = Clip(clip_folder)
-    judge = clip_classifier(clip, ("dog", "ship", "cat"))
-    cosines = clip(some_images(), [f"a photo of the {name}" for name in judge.classes])
-    wanted = [judge.classes[k] for k in cosines.argmax(1)]
-    assert judge(some_images(), wanted).tolist() == [100] * 5
+    classifier = clip_classifier(clip, ("dog", "ship", "cat"))
+    cosines = clip(some_images(), [f"a photo of the {name}" for name in classifier.classes])
+    nearest = [classifier.classes[k] for k in cosines.argmax(1)]
+    assert classifier(some_images(), nearest).tolist() == [[100]] * 5
     sure = (cosines * clip.model.logit_scale.exp()).softmax(1).max(1).values
-    said = [f"{name} {100 * p:.0f} %" for name, p in zip(wanted, sure.tolist(), strict=True)]
-    assert judge.verdicts(some_images(), [""] * 5) == said
+    lines = [f"{name} {100 * p:.0f} %" for name, p in zip(nearest, sure.tolist(), strict=True)]
+    assert classifier.describe(some_images(), [""] * 5) == lines
 
 
 def test_the_clip_score_of_an_image_is_that_of_its_own_prompt(clip_folder):
     clip = Clip(clip_folder)
     score = ClipScore(clip, "An artwork by {}")
     names = [*ARTISTS][:2]
-    wanted = [names[0], names[1], names[0], names[1], names[1]]
+    texts = [names[0], names[1], names[0], names[1], names[1]]
     both = 100 * clip(some_images(), [f"An artwork by {name}" for name in names]).clamp(min=0)
-    own = torch.stack([both[k, names.index(name)] for k, name in enumerate(wanted)])
-    assert torch.allclose(score(some_images(), wanted), own, atol=1e-4)
+    each = torch.stack([both[k, [names.index(name)]] for k, name in enumerate(texts)])
+    assert torch.allclose(score(some_images(), texts), each, atol=1e-4)
 
 
 def test_a_folder_without_clip_is_named(tmp_path):
@@ -287,7 +269,7 @@ def drawings():
     """What the bundled model draws: [n, 3, 64, 64]."""
     model = load_model("miniature")
     prompts = [f"a photo of the {name}" for name in ("dog", "airplane", "flower", "house")]
-    return torch.cat([*draw(model, prompts, 2, Sampling(steps=8))])
+    return torch.cat([*sample_images(model, prompts, 2, Sampling(steps=8))])
 
 
 class Finder:
@@ -302,12 +284,12 @@ class Finder:
 
 
 def test_nudenet_finds_nothing_in_drawings_of_things(detector, drawings):
-    meter = NudeNet(detector)
+    scorer = NudeNet(detector)
     noise = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     for images in (drawings, noise, torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 64, 48)):
-        counts = meter(images, [""] * len(images))
+        counts = scorer(images, [""] * len(images))
         assert counts.shape == (len(images), len(EXPOSED)) and not counts.any()
-    assert meter.verdicts(drawings[:1], [""]) == ["nothing explicit"]
+    assert scorer.describe(drawings[:1], [""]) == ["nothing explicit"]
 
 
 def test_every_label_that_we_count_is_one_that_nudenet_gives():
@@ -343,10 +325,10 @@ def test_detections_are_counted_by_the_papers_headings_from_a_confidence_on():
         "Genitalia (M)",
     ]  # fmt: skip
     found = [("BELLY_EXPOSED", 0.9), ("BELLY_EXPOSED", 0.61), ("BELLY_EXPOSED", 0.5)]
-    meter = NudeNet(Finder(*found, ("FEET_EXPOSED", 0.7), ("FACE_FEMALE", 0.9)))
+    scorer = NudeNet(Finder(*found, ("FEET_EXPOSED", 0.7), ("FACE_FEMALE", 0.9)))
     images = torch.zeros(2, 3, 8, 8)
-    assert meter(images, ["", ""]).tolist() == [[0, 2, 0, 1, 0, 0, 0, 0]] * 2
-    assert meter.verdicts(images, ["", ""]) == ["Belly 2, Feet 1"] * 2
+    assert scorer(images, ["", ""]).tolist() == [[0, 2, 0, 1, 0, 0, 0, 0]] * 2
+    assert scorer.describe(images, ["", ""]) == ["Belly 2, Feet 1"] * 2
 
 
 def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
@@ -360,11 +342,11 @@ def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
 
 def test_a_survey_adds_detections_up_and_keeps_few_images(model):
     prompts = [f"prompt {number}" for number in range(SHOWN + 1)]
-    meter = NudeNet(Finder(("BELLY_EXPOSED", 0.9), ("FEET_EXPOSED", 0.8)))
-    found, firsts = survey(model, prompts, meter, 2, Sampling(steps=1))
+    scorer = NudeNet(Finder(("BELLY_EXPOSED", 0.9), ("FEET_EXPOSED", 0.8)))
+    found, firsts = survey(model, prompts, scorer, 2, Sampling(steps=1))
     assert list(firsts) == prompts[:SHOWN]
     images = 2 * len(prompts)
-    assert {name: score.total for name, score in found.found.items() if score.total} == {
+    assert {name: score.total for name, score in found.scores.items() if score.total} == {
         "Belly": images,
         "Feet": images,
     }
@@ -375,12 +357,14 @@ def test_a_survey_adds_detections_up_and_keeps_few_images(model):
 
 
 def test_a_survey_tells_the_mean_clip_score_of_captions(model, clip_folder):
-    meter = ClipScore(Clip(clip_folder))
-    found, firsts = survey(model, PROMPTS, meter, sampling=Sampling(steps=1))
-    own = meter(torch.stack([*firsts.values()]), PROMPTS)
+    scorer = ClipScore(Clip(clip_folder))
+    found, firsts = survey(model, PROMPTS, scorer, sampling=Sampling(steps=1))
+    own = scorer(torch.stack([*firsts.values()]), PROMPTS)
     assert list(firsts) == [*PROMPTS]
     assert found.row() == {"images": 3, "CLIP score ↑": pytest.approx(float(own.mean()), abs=1e-4)}
-    assert meter.verdicts(firsts[PROMPTS[0]][None], PROMPTS[:1]) == [f"CLIP score {own[0]:.1f}"]
+    assert scorer.describe(firsts[PROMPTS[0]][None], PROMPTS[:1]) == [
+        f"CLIP score {float(own[0]):.1f}"
+    ]
 
 
 # ------------------------------------------------------------------ what the command line asks for

@@ -207,12 +207,12 @@ def test_one_seed_gives_one_picture(pipeline):
 
 
 def test_the_classifier_names_its_classes_and_ignores_the_batch():
-    judge = load_classifier()
-    assert judge.concepts == tuple(CONCEPTS)
-    assert judge.styles == STYLES
+    classifier = load_classifier()
+    assert classifier.concepts == tuple(CONCEPTS)
+    assert classifier.styles == STYLES
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together, alone = judge(images)[0], judge(images[2:3])[0]
+        together, alone = classifier(images)[0], classifier(images[2:3])[0]
     assert torch.allclose(together[2:3], alone, atol=1e-4)
 
 

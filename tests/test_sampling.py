@@ -5,10 +5,10 @@ import torch
 
 from realera.concepts import Concept
 from realera.evaluation.coarse_samples import coarse_samples
-from realera.evaluation.judges import Classifier
-from realera.evaluation.report import draw, evaluate
+from realera.evaluation.evaluate import evaluate, sample_images
+from realera.evaluation.scorers import ConceptClassifier
 from realera.evaluation.tasks import task_of
-from realera.evaluation.vocabulary import drawn_words
+from realera.evaluation.vocabulary import classify_words
 from realera.mining.pairs import encode_pairs
 from realera.pipelines import sampling
 from realera.pipelines.sampling import Sampling, sample_prompts
@@ -18,7 +18,9 @@ from tests.tiny_transformers import tiny
 
 PROMPTS = ("a photo of the dog", "a photo of the ship", "fog")
 CONCEPT = Concept("dog", "ship", ("a photo of the {}",))
-JUDGE = Classifier("left half", ("dog", "ship"), lambda images: images.flatten(2).mean(-1)[:, :2])
+CLASSIFIER = ConceptClassifier(
+    "left half", ("dog", "ship"), lambda images: images.flatten(2).mean(-1)[:, :2]
+)
 
 
 def sampled(model, **how):
@@ -61,11 +63,13 @@ class Recorder:
 
 
 WAYS = {
-    "images": lambda model, **how: [*draw(model, PROMPTS, 2, Sampling(**how))],
+    "images": lambda model, **how: [*sample_images(model, PROMPTS, 2, Sampling(**how))],
     "an evaluation": lambda model, **how: evaluate(
-        model, task_of("dog", ["ship"]), JUDGE, 1, Sampling(**how)
+        model, task_of("dog", ["ship"]), CLASSIFIER, 1, Sampling(**how)
     ),
-    "the vocabulary": lambda model, **how: drawn_words(model, PROMPTS, JUDGE, Sampling(**how)),
+    "the vocabulary": lambda model, **how: classify_words(
+        model, PROMPTS, CLASSIFIER, Sampling(**how)
+    ),
     "anchors": lambda model, **how: draw_anchors(
         model, encode_pairs(model.text, [CONCEPT]), 2, Sampling(**how)
     ),
@@ -96,7 +100,7 @@ def test_coarse_samples_have_the_guidance_of_the_family(monkeypatch):
 def test_a_report_states_the_guidance_that_its_images_had(monkeypatch):
     model = TransformerModel(tiny("flux1"))
     Recorder(model, monkeypatch)
-    report, _ = evaluate(model, task_of("dog", ["ship"]), JUDGE, 1)
+    report, _ = evaluate(model, task_of("dog", ["ship"]), CLASSIFIER, 1)
     assert report.settings == {"images": 1, "seed": 0, "steps": 20, "guidance": 1.0}
 
 

@@ -1,4 +1,4 @@
-"""Does the vocabulary's judge count what it says it counts?"""
+"""Does the vocabulary benchmark count what it says it counts?"""
 
 import json
 
@@ -8,8 +8,8 @@ import torch
 from realera.cli import main
 from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
-from realera.evaluation.judges import Classifier, NudeNet
-from realera.evaluation.vocabulary import chosen_words, compare, drawn_words, knowing
+from realera.evaluation.scorers import ConceptClassifier, NudeNet
+from realera.evaluation.vocabulary import classifier_of, classify_words, compare, sample_words
 from realera.pipelines.sampling import Sampling
 
 CLASSES = ("dog", "cat", "ship")
@@ -26,7 +26,7 @@ def probabilities(*rows):
 
 
 @pytest.fixture
-def judge():
+def classifier():
     """Sees which of three parts of a picture is the brightest; and how many pictures at a look."""
     seen = []
 
@@ -35,7 +35,7 @@ def judge():
         parts = images.chunk(3, dim=-1)
         return 100 * torch.stack([part.mean((1, 2, 3)) for part in parts], dim=-1)
 
-    return Classifier("brightest part", CLASSES, logits), seen
+    return ConceptClassifier("brightest part", CLASSES, logits), seen
 
 
 def test_residue_is_of_the_words_that_drew_the_concept_and_kept_of_those_that_surely_did_not():
@@ -51,56 +51,56 @@ def test_residue_is_of_the_words_that_drew_the_concept_and_kept_of_those_that_su
     after = probabilities(
         [0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [1, 0, 0], [0.3, 0.4, 0.3], [0, 1, 0]
     )
-    found = compare("dog", words, Classifier("eye", CLASSES, lambda x: x), before, after)
+    found = compare("dog", words, ConceptClassifier("eye", CLASSES, lambda x: x), before, after)
     assert found.drew == ("puppy", "screen", "tail") and found.still == ("screen",)
     assert found.sure == 2 and found.lost == {"boat": ("ship", "cat")}
     assert found.residue == pytest.approx(100 / 3) and found.kept == 50
     assert found.h_v == pytest.approx(2 / (3 / 200 + 1 / 50))
-    assert "still draw dog (1 of 3 words): screen" in found.told()
-    assert "boat (ship → cat)" in found.told()
+    assert "still draw dog (1 of 3 words): screen" in found.listing()
+    assert "boat (ship → cat)" in found.listing()
     assert json.loads(json.dumps(found.to_dict()))["metrics"]["kept"] == 50
 
 
 def test_where_there_is_nothing_to_count_no_number_is_made_up():
     sure = probabilities([0, 1, 0])
-    found = compare("dog", ["kitty"], Classifier("eye", CLASSES, lambda x: x), sure, sure)
+    found = compare("dog", ["kitty"], ConceptClassifier("eye", CLASSES, lambda x: x), sure, sure)
     assert found.residue != found.residue and found.h_v != found.h_v and found.kept == 100
     assert found.to_dict()["metrics"]["h_v"] is None
 
 
 def test_a_sample_is_seeded_and_keeps_the_order():
     words = [f"word {k:03}" for k in range(200)]
-    some = chosen_words(words, 50, seed=1)
-    assert len(some) == 50 and some == sorted(some) == chosen_words(words, 50, seed=1)
-    assert some != chosen_words(words, 50, seed=2)
-    assert chosen_words(words, None) == chosen_words(words, 1000) == words
+    some = sample_words(words, 50, seed=1)
+    assert len(some) == 50 and some == sorted(some) == sample_words(words, 50, seed=1)
+    assert some != sample_words(words, 50, seed=2)
+    assert sample_words(words, None) == sample_words(words, 1000) == words
 
 
-def test_all_words_are_drawn_from_one_noise_whatever_the_batch(tiny_model, judge):
-    judge, _ = judge
+def test_all_words_are_drawn_from_one_noise_whatever_the_batch(tiny_model, classifier):
+    classifier, _ = classifier
     words = ["cat", "dog", "cat", "ship", "cat"]
-    one = drawn_words(tiny_model, words, judge, ONE_STEP)
+    one = classify_words(tiny_model, words, classifier, ONE_STEP)
     assert one.shape == (5, 3) and torch.allclose(one.sum(1), torch.ones(5))
     assert torch.allclose(one[0], one[2], atol=1e-3) and torch.allclose(one[0], one[4], atol=1e-3)
-    alone = torch.cat([drawn_words(tiny_model, [word], judge, ONE_STEP) for word in words])
+    alone = torch.cat([classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words])
     assert torch.allclose(alone, one, atol=2e-3)
 
 
-def test_what_was_drawn_is_not_drawn_again(tiny_model, judge, tmp_path):
-    judge, seen = judge
+def test_what_was_drawn_is_not_drawn_again(tiny_model, classifier, tmp_path):
+    classifier, seen = classifier
     words = ["apple", "house", "tree"]
-    first = drawn_words(tiny_model, words, judge, ONE_STEP, state=tmp_path / "state")
+    first = classify_words(tiny_model, words, classifier, ONE_STEP, state=tmp_path / "state")
     looks = len(seen)
-    assert torch.equal(first, drawn_words(tiny_model, words, judge, ONE_STEP))
-    assert len(seen) == looks + 1  # only at nothing, which tells judges apart
+    assert torch.equal(first, classify_words(tiny_model, words, classifier, ONE_STEP))
+    assert len(seen) == looks + 1  # only at nothing, which tells classifiers apart
     assert not [*tmp_path.iterdir()]
-    other = drawn_words(tiny_model, words, judge, Sampling(steps=1, seed=1))
+    other = classify_words(tiny_model, words, classifier, Sampling(steps=1, seed=1))
     assert not torch.equal(first, other)
 
 
-def test_a_run_that_is_interrupted_goes_on(tiny_model, judge, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_goes_on(tiny_model, classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "SAVED", 1)
-    judge, seen = judge
+    classifier, seen = classifier
     words, state = ["bird", "fish", "frog", "deer", "horse", "truck"], tmp_path / "state"
 
     def stop(done, total):
@@ -108,27 +108,29 @@ def test_a_run_that_is_interrupted_goes_on(tiny_model, judge, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drawn_words(tiny_model, words, judge, ONE_STEP, stop, state)
+        classify_words(tiny_model, words, classifier, ONE_STEP, stop, state)
     assert state.exists()
     seen.clear()
     done = []
-    found = drawn_words(tiny_model, words, judge, ONE_STEP, lambda *at: done.append(at), state)
+    found = classify_words(
+        tiny_model, words, classifier, ONE_STEP, lambda *at: done.append(at), state
+    )
     assert done == [(6, 6)] and sum(seen) == 1 + 2
-    alone = torch.cat([drawn_words(tiny_model, [word], judge, ONE_STEP) for word in words])
+    alone = torch.cat([classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words])
     assert torch.allclose(found, alone, atol=2e-3)
     # and never with what was drawn of other words
     with pytest.raises(KeyboardInterrupt):
-        drawn_words(tiny_model, words[::-1], judge, ONE_STEP, stop, state)
+        classify_words(tiny_model, words[::-1], classifier, ONE_STEP, stop, state)
     done.clear()
-    drawn_words(tiny_model, words[1:], judge, ONE_STEP, lambda *at: done.append(at), state)
+    classify_words(tiny_model, words[1:], classifier, ONE_STEP, lambda *at: done.append(at), state)
     assert done == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_a_judge_that_does_not_know_the_concept_is_refused_with_what_it_knows(judge):
-    with pytest.raises(ValueError, match="knows no 'toaster'; it knows dog, cat, ship"):
-        knowing(judge[0], "toaster")
-    with pytest.raises(ValueError, match="--judge clip"):
-        knowing(NudeNet(detector=None), "dog")
+def test_a_classifier_that_does_not_know_the_concept_is_refused_with_what_it_knows(classifier):
+    with pytest.raises(ValueError, match="does not know 'toaster'; it knows dog, cat, ship"):
+        classifier_of(classifier[0], "toaster")
+    with pytest.raises(ValueError, match="--scorer clip"):
+        classifier_of(NudeNet(detector=None), "dog")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_the_command_tells_numbers_and_words(erased, tmp_path, capsys):
     ("arguments", "reason"),
     [
         (["dog", "--images", "2"], "leave out --images"),
-        (["FILE", "--judge", "nudity"], "name a concept, not a file"),
+        (["FILE", "--scorer", "nudity"], "name a concept, not a file"),
         (["toaster"], "draws no 'toaster'"),
     ],
 )

@@ -30,7 +30,7 @@ from ..settings import (
 
 if TYPE_CHECKING:
     from ..edit.erasure import Erasure
-    from ..evaluation.judges import Judge, Meter
+    from ..evaluation.scorers import Scorer
     from ..evaluation.tasks import Task
     from ..pipelines.interface import Diffusion
 
@@ -92,14 +92,14 @@ def _actionable() -> tuple[type[Exception], ...]:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from ..evaluation.judges import miniature_classifier
+    from ..evaluation.scorers import miniature_classifier
     from ..evaluation.tasks import miniature_task
-    from .output_folder import EVALUATION, leave_evaluation
+    from .evaluate import EVALUATION, write_evaluation
 
     options.concept, options.prompt = [DEMO], list(DEMO_PROMPTS)
     model, erasure = _erase(options, EVALUATION)
     with _bar("evaluation") as progress:
-        told = leave_evaluation(
+        text = write_evaluation(
             Path(options.out),
             model,
             {"erased": erasure},
@@ -110,7 +110,7 @@ def run_demo(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             progress=progress,
         )
-    print(told)
+    print(text)
 
 
 def run_erase(options: argparse.Namespace) -> None:
@@ -154,64 +154,63 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from ..edit.erasure_file import load_erasure
     from ..evaluation.tasks import Task
     from ..storage.safetensors_file import refuse_source
-    from .judges import asked_by, judge_of
-    from .output_folder import EVALUATION, leave_evaluation
+    from .evaluate import EVALUATION, scorer_of, task_or_prompts, write_evaluation
 
-    if Path(options.asked).is_file():
+    if Path(options.concept).is_file():
         for name in EVALUATION:
-            refuse_source(Path(options.out, name), options.asked)
+            refuse_source(Path(options.out, name), options.concept)
     bundled = options.model in BUNDLED
-    asked = asked_by(options.asked, bundled)
-    judge = judge_of(asked, options.judge, options.clip, bundled, _device(options))
+    task = task_or_prompts(options.concept, bundled)
+    scorer = scorer_of(task, options.scorer, options.clip, bundled, _device(options))
     if options.vocabulary or options.sample:
-        _evaluate_vocabulary(options, asked, judge)
+        _evaluate_vocabulary(options, task, scorer)
         return
-    images = options.images or (20 if isinstance(asked, Task) else 1)
+    images = options.images or (20 if isinstance(task, Task) else 1)
     model = _model(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
     with _bar("evaluation") as progress:
-        told = leave_evaluation(
+        text = write_evaluation(
             Path(options.out),
             model,
             erasures,
-            asked,
-            judge,
+            task,
+            scorer,
             images,
             seed=options.seed,
             overwrite=options.overwrite,
             progress=progress,
         )
-    print(told)
+    print(text)
 
 
 def _evaluate_vocabulary(
-    options: argparse.Namespace, asked: "Task | list[str]", judge: "Judge | Meter"
+    options: argparse.Namespace, task: "Task | list[str]", scorer: "Scorer"
 ) -> None:
     from ..edit.erasure_file import load_erasure
     from ..evaluation.tasks import Task
-    from ..evaluation.vocabulary import chosen_words, knowing
-    from .output_folder import leave_vocabulary
+    from ..evaluation.vocabulary import classifier_of, sample_words
+    from .evaluate import write_vocabulary
 
     if options.images:
-        raise ValueError("--vocabulary draws one image a word: leave out --images")
-    if not isinstance(asked, Task):
-        raise ValueError("--vocabulary asks for words of its own: name a concept, not a file")
-    judge = knowing(judge, asked.concept)
+        raise ValueError("--vocabulary draws one image per word: leave out --images")
+    if not isinstance(task, Task):
+        raise ValueError("--vocabulary draws the tokenizer's words: name a concept, not a file")
+    classifier = classifier_of(scorer, task.concept)
     model = _model(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
     with _bar("words") as progress:
-        told = leave_vocabulary(
+        text = write_vocabulary(
             Path(options.out),
             model,
             erasures,
-            asked.concept,
-            judge,
-            chosen_words(model.text.words(), options.sample, options.seed),
+            task.concept,
+            classifier,
+            sample_words(model.text.words(), options.sample, options.seed),
             seed=options.seed,
             overwrite=options.overwrite,
             progress=progress,
         )
-    print(told)
+    print(text)
 
 
 def run_scope(options: argparse.Namespace) -> None:
@@ -315,7 +314,7 @@ def _erase(
             )
     prompts = options.prompt or [*mining.pairs.prompts[:2], *settings.preserve]
     with _bar("images") as progress:
-        told = folder.leave(
+        told = folder.write_all(
             model,
             erasure,
             mining,
@@ -380,7 +379,7 @@ def _erase_many(options: argparse.Namespace) -> None:
         with _bar("alignment", "group") as progress:
             lora = aligned(options.engine, job, groups, onto, training, progress)
         erasure = erasure.with_lora(lora, asdict(training))
-    told = folder.leave_erasure(erasure, options.tolerance)
+    told = folder.write_erasure(erasure, options.tolerance)
     mined: dict[int, list[str]] = {}
     for number, word in group.near:
         mined.setdefault(number, []).append(word)
@@ -511,53 +510,59 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("-o", "--out", required=True, help="file to write")
     merge.add_argument("--overwrite", action="store_true")
 
-    judge = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
-    judge.add_argument("model", help="checkpoint file, diffusers folder, or one of those of 'demo'")
-    judge.add_argument(
-        "asked", metavar="concept",
-        help="an object or style of the miniature; else an object, celebrity or artist of the "
-        "paper's; or a text file of prompts, one a line",
-    )  # fmt: skip
-    judge.add_argument("erasures", nargs="*", help="erasure files to compare with the original")
-    judge.add_argument(
-        "--judge", choices=("bundled", "clip", "clip-score", "nudity"),
-        help="the bundled classifier (of the miniature), CLIP as a classifier or the CLIP score, "
-        "as the paper has it unless given; for a file of prompts the CLIP score, or NudeNet's "
-        "detections of explicit content, whose pictures are not kept",
-    )  # fmt: skip
-    judge.add_argument(
-        "--clip", help=f"folder or hub name of a CLIP; {CLIP}, the paper's, unless given"
-    )
-    judge.add_argument(
-        "--images",
-        type=_number(POSITIVE_COUNT),
-        help="per prompt; 20, and 1 for a file of prompts, unless given",
-    )
-    judge.add_argument(
-        "--vocabulary", action="store_true",
-        help="instead: draw every word of the tokenizer's vocabulary, and tell how many still draw "
-        "the concept (residue) and how many others draw what they drew (kept)",
-    )  # fmt: skip
-    judge.add_argument(
-        "--sample", type=_number(POSITIVE_COUNT), metavar="N",
-        help="of so many words of the vocabulary, chosen at random",
-    )  # fmt: skip
-    judge.add_argument("--seed", type=_number(SEED), default=0)
-    judge.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
-    judge.add_argument("--overwrite", action="store_true")
-    _device_options(judge)
-
-    outlook = command("scope", run_scope, "what an erasure takes along, before an image is drawn")
-    outlook.add_argument(
+    evaluation = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
+    evaluation.add_argument(
         "model", help="checkpoint file, diffusers folder, or one of those of 'demo'"
     )
-    outlook.add_argument("erasure", help="erasure.safetensors")
-    outlook.add_argument(
-        "--words", help="text file, one word or phrase a line; else the vocabulary"
+    evaluation.add_argument(
+        "concept",
+        help="an object or style of the bundled model; for other models an object, celebrity or "
+        "artist of the paper; or a text file of prompts, one per line",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "erasures", nargs="*", help="erasure files to compare with the original model"
     )
-    outlook.add_argument("--count", type=_number(POSITIVE_COUNT), default=40, help="lines to print")
-    _check_option(outlook)
-    _device_options(outlook)
+    evaluation.add_argument(
+        "--scorer", choices=("bundled", "clip", "clip-score", "nudity"),
+        help="what scores the images: the bundled model's classifier, CLIP as a classifier, or the "
+        "CLIP score; default: the bundled classifier, or for other models the paper's choice. For "
+        "a file of prompts: the CLIP score, or nudity, NudeNet's detections of explicit content, "
+        "whose images are not kept",
+    )  # fmt: skip
+    evaluation.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
+    evaluation.add_argument(
+        "--images",
+        type=_number(POSITIVE_COUNT),
+        help="images per prompt; default: 20, and 1 for a file of prompts",
+    )
+    evaluation.add_argument(
+        "--vocabulary", action="store_true",
+        help="draw every word of the tokenizer's vocabulary instead, and count the words that "
+        "still draw the concept (residue) and the other words that draw what they drew (kept)",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--sample", type=_number(POSITIVE_COUNT), metavar="N",
+        help="--vocabulary on N words chosen at random",
+    )  # fmt: skip
+    evaluation.add_argument("--seed", type=_number(SEED), default=0, help="seed of the noise")
+    evaluation.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
+    evaluation.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    _device_options(evaluation)
+
+    report = command(
+        "scope", run_scope, "list the words that an erasure changes, before any image is drawn"
+    )
+    report.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of those of 'demo'"
+    )
+    report.add_argument("erasure", help="erasure.safetensors")
+    report.add_argument(
+        "--words",
+        help="text file of words or phrases, one per line; default: the tokenizer's vocabulary",
+    )
+    report.add_argument("--count", type=_number(POSITIVE_COUNT), default=40, help="lines to print")
+    _check_option(report)
+    _device_options(report)
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")

@@ -1,11 +1,9 @@
 """What `realera erase` leaves in a folder: checkpoint, LoRA, erasure, scope report, pictures."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,10 +14,7 @@ from ..checkpoints.writing import replaced_folder, write_checkpoint, write_lora
 from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
 from ..evaluation.coarse_samples import COARSE, coarse_samples
-from ..evaluation.judges import Classifier, Judge, Meter, NudeNet
-from ..evaluation.report import draw, evaluate, survey, table, write
-from ..evaluation.tasks import Task
-from ..evaluation.vocabulary import Vocabulary, compare, drawn_words
+from ..evaluation.evaluate import sample_images
 from ..mining.pairs import Pairs
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
@@ -31,9 +26,6 @@ from ..text.encoding import CONTEXT
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 STATE = "alignment-state.safetensors"
-EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
-VOCABULARY = ("vocabulary.json", "vocabulary.txt")
-DRAWN = "vocabulary-state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Folder:
             refuse_source(path, model, *read)
             (replaced_folder if name == "checkpoint" else replaced_file)(path, self.overwrite)
 
-    def leave(
+    def write_all(
         self,
         model: Diffusion,
         erasure: Erasure,
@@ -96,7 +88,7 @@ class Folder:
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in effects[:100]]}
         erasure = replace(erasure, provenance=noted)
         report = self.files[-1]
-        told = self.leave_erasure(erasure, tolerance)
+        told = self.write_erasure(erasure, tolerance)
         text = scope_text(effects, 40)
         with writing(self.path / report, overwrite=True) as part:
             part.write_text(text + "\n", "utf-8")
@@ -113,7 +105,7 @@ class Folder:
         names = [*self.files, *(f"{name}.png" for name in drawn)]
         return f"{text}\n{told}\nin {self.path}: {', '.join(names)}"
 
-    def leave_erasure(self, erasure: Erasure, tolerance: float) -> str:
+    def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
         """The first three of `files`; returns what to tell the user of the LoRA."""
         checkpoint, lora, whole, _ = self.files
         self.path.mkdir(parents=True, exist_ok=True)
@@ -153,107 +145,13 @@ def before_after(
     """What the model draws before and after, from the same noise."""
 
     def images() -> list[torch.Tensor]:
-        drawn = draw(model, prompts, 1, Sampling(seed=seed), progress)
-        return [image for batch in drawn for image in batch]
+        batches = sample_images(model, prompts, 1, Sampling(seed=seed), progress)
+        return [image for batch in batches for image in batch]
 
     before = images()
     with temporarily_erased(erasure, model.network):
         after = images()
     return plots.grid([before, after], ["before", "after"], list(prompts))
-
-
-def leave_evaluation(
-    folder: Path,
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    asked: Task | Sequence[str],
-    judge: Judge | Meter,
-    images: int,
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> str:
-    """Draws and judges what is asked, before and after every erasure, and writes it down.
-
-    Returns the table. Raises OSError and ValueError before anything is drawn.
-    """
-    _refuse(folder, EVALUATION, model, erasures, overwrite)
-    measure: Any = evaluate if isinstance(asked, Task) else survey
-
-    def one() -> tuple[Any, dict[str, torch.Tensor]]:
-        return measure(model, asked, judge, images, Sampling(seed=seed), progress)
-
-    results = {"original": one()}
-    for name, erasure in erasures.items():
-        with temporarily_erased(erasure, model.network):
-            results[name] = one()
-    reports = {name: report for name, (report, _) in results.items()}
-    grid = None
-    if not isinstance(judge, NudeNet):  # explicit pictures are counted, not kept
-        prompts = list(results["original"][1])
-        rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
-        grid = plots.grid(rows, list(results), prompts)
-    write(folder, reports, grid, overwrite)
-    return table(reports)
-
-
-def leave_vocabulary(
-    folder: Path,
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    concept: str,
-    judge: Classifier,
-    words: Sequence[str],
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> str:
-    """Draws every word before and after every erasure, and writes down what was lost and what not.
-
-    Returns the table and the words. What was drawn before an interruption is not drawn again.
-    Raises OSError and ValueError before anything is drawn.
-    """
-    _refuse(folder, VOCABULARY, model, erasures, overwrite)
-
-    def drawn(done: int) -> torch.Tensor:
-        def on_words(some: int, total: int) -> None:
-            progress(done * total + some, (1 + len(erasures)) * total)
-
-        return drawn_words(model, words, judge, sampling, on_words, folder / DRAWN)
-
-    sampling = replace(COARSE, seed=seed)
-    before, settings = drawn(0), sampling.settings_for(model.network)
-    reports: dict[str, Vocabulary] = {}
-    for number, (name, erasure) in enumerate(erasures.items(), 1):
-        with temporarily_erased(erasure, model.network):
-            reports[name] = compare(concept, words, judge, before, drawn(number), settings)
-    reports = reports or {"original": compare(concept, words, judge, before, before, settings)}
-    told = [table(reports), *(f"{name}\n{report.told()}" for name, report in reports.items())]
-    stored = {name: report.to_dict() for name, report in reports.items()}
-    contents = (json.dumps(stored, indent=1), "\n\n".join(told))
-    for name, content in zip(VOCABULARY, contents, strict=True):
-        with writing(folder / name, overwrite) as part:
-            part.write_text(content + "\n", "utf-8")
-    return "\n\n".join(told)
-
-
-def _refuse(
-    folder: Path,
-    names: Sequence[str],
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    overwrite: bool,
-) -> None:
-    """Before anything is drawn: files that exist, erasures that do not fit the model, and a folder
-    that cannot be written to."""
-    for name in names:
-        replaced_file(folder / name, overwrite)
-    for erasure in erasures.values():
-        with temporarily_erased(erasure, model.network):
-            pass
-    make_writable(folder)
 
 
 def make_writable(folder: Path) -> None:

@@ -1,2 +1,2 @@
-"""Does it work (Sec. 5)? A task lists the prompts, a judge says how far an image shows what was
-wanted, a report holds the numbers."""
+"""Evaluation (Sec. 5): a task lists the prompts, a scorer scores the images, a report holds the
+scores."""

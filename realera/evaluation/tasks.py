@@ -1,10 +1,10 @@
-"""What is asked (Sec. 5): the prompts of an evaluation, for objects, celebrities and styles."""
+"""Tasks (Sec. 5): the prompts of an evaluation, for objects, celebrities, artists and styles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-KINDS = ("synonyms", "associated", "held-out words")  # the kinds of prompts Acc_g is kept apart for
-CLIP = "openai/clip-vit-large-patch14"  # that the paper judges with
+KINDS = ("synonyms", "associated", "held-out words")  # kinds of prompts that Acc_g is split into
+CLIP = "openai/clip-vit-large-patch14"  # the paper's
 OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork by {}"
 
 
@@ -12,11 +12,11 @@ OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork
 class Task:
     """The prompts of one evaluation.
 
-    concept: the class that is to be forgotten
-    named: prompts that name it (Acc_e)
-    others: class -> prompts that name it (Acc_s)
+    concept: class that is erased
+    named: prompts that name the concept (Acc_e)
+    others: other class -> prompts that name it (Acc_s)
     generality: kind -> prompts that mean the concept without naming it (Acc_g)
-    template: what a class is asked for with
+    template: prompt with {} for a class, for zero-shot classification
     """
 
     concept: str
@@ -67,7 +67,10 @@ def task_of(
     synonyms: Sequence[str] = (),
     associated: Sequence[str] = (),
 ) -> Task:
-    """A task with one prompt a class. Synonyms stand in the template, associated prompts alone."""
+    """A task with one prompt per class.
+
+    synonyms: words that are put in the template; associated: whole prompts
+    """
     return Task(
         concept,
         (template.replace("{}", concept),),

@@ -1,13 +1,14 @@
-"""What every word draws, before and after: the judge that tells erasures apart.
+"""The vocabulary benchmark: what every word draws, before and after an erasure.
 
-Curated prompts hide what a whole vocabulary shows. Every word is drawn in one template from one
-noise, before an erasure and after it. *Residue*: of the words that drew the concept, the share that
-still does. *Kept*: of the words that surely drew something else, the share that still draws it.
+A few prompts chosen by hand hide what a whole vocabulary shows. Every word is sampled in one
+template from one noise, by the original and by the erased model, and classified. *Residue*: of the
+words that drew the concept, the share that still do. *Kept*: of the words that surely drew another
+class, the share that still draw it.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +20,87 @@ from ..pipelines.sampling import Sampling, sample_prompts
 from ..storage.cache import cached
 from ..storage.safetensors_file import digest, keep_tensors, open_tensors
 from .coarse_samples import COARSE
-from .judges import Classifier, Judge, Meter
+from .report import rounded
+from .scorers import ConceptClassifier, Scorer
 from .tasks import OBJECT
 
-SURE = 0.8  # a word surely draws what the judge gives more than this
+SURE = 0.8  # probability above which a word surely draws a class
 SAVED = 4  # batches between two states
 LISTED = 60  # words of each kind that a text lists
 
 Progress = Callable[[int, int], None]  # called with (words done, words in all)
 
 
-def chosen_words(words: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
-    """`count` words at random, all unless given, in the order they had."""
+def sample_words(words: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
+    """`count` words at random, in their order; None: all of them."""
     if count is None or count >= len(words):
         return list(words)
     picked = random.Random(seed).sample(range(len(words)), count)
     return [words[k] for k in sorted(picked)]
 
 
-def knowing(judge: Judge | Meter, concept: str) -> Classifier:
-    """The judge, as one that names what a word draws.
-
-    Raises ValueError for one that names nothing, or that does not know the concept.
-    """
-    if not isinstance(judge, Classifier):
+def classifier_of(scorer: Scorer, concept: str) -> ConceptClassifier:
+    """The scorer, where it is a classifier that knows the concept. Raises ValueError otherwise."""
+    if not isinstance(scorer, ConceptClassifier):
         raise ValueError(
-            f"{judge.name} names no class, so it cannot say what a word draws: choose --judge "
-            "bundled (of the miniature) or --judge clip"
+            f"{scorer.name} names no class, so it cannot say what a word draws: choose --scorer "
+            "bundled (for the bundled models) or --scorer clip"
         )
-    if concept not in judge.classes:
-        raise ValueError(f"{judge.name} knows no {concept!r}; it knows {', '.join(judge.classes)}")
-    return judge
+    if concept not in scorer.classes:
+        raise ValueError(
+            f"{scorer.name} does not know {concept!r}; it knows {', '.join(scorer.classes)}"
+        )
+    return scorer
 
 
-def drawn_words(
+def classify_words(
     model: Diffusion,
     words: Sequence[str],
-    judge: Classifier,
+    classifier: ConceptClassifier,
     sampling: Sampling = COARSE,
     progress: Progress = lambda done, total: None,
     state: Path | None = None,
     template: str = OBJECT,
 ) -> Tensor:
-    """How likely each class is in what each word draws: float32 [words, classes].
+    """Probability of each class in the image of each word, float32 [words, classes].
 
-    All words are drawn from one noise, and once for a model and settings: what was drawn is cached.
-    state: where a run that is interrupted is gone on from. Raises ValueError when another file is
-        there.
+    sampling: how images are sampled, always all from one noise. Images of a model and a sampling
+        are classified once: the result is cached
+    state: file that an interrupted run is continued from
+
+    Raises ValueError when the state is another kind of file.
     """
-    # What the judge sees in nothing tells decoders and judges of one name apart.
+    # The logits of a blank image tell decoders and classifiers of one name apart.
     with torch.no_grad():
-        blank = judge.logits(model.decode(torch.zeros(1, *model.latent_shape)))
-    how: list[object] = [model.text.fingerprint, model.fingerprint, judge.name, judge.classes]
-    how += [blank.cpu().float().round(decimals=2), template, list(words)]
-    how += [sampling.steps, sampling.guidance_for(model.network), sampling.seed]
-    key = digest(*how)[:24]
+        blank = classifier.logits(model.decode(torch.zeros(1, *model.latent_shape)))
+    inputs: list[object] = [model.text.fingerprint, model.fingerprint]
+    inputs += [classifier.name, classifier.classes, blank.cpu().float().round(decimals=2)]
+    inputs += [template, list(words)]
+    inputs += [sampling.steps, sampling.guidance_for(model.network), sampling.seed]
+    key = digest(*inputs)[:24]
     begun = _stored(state, key)
 
-    def draw() -> dict[str, Tensor]:
+    def classify() -> dict[str, Tensor]:
         found = begun
         prompts = [template.replace("{}", word) for word in words[len(found) :]]
         batches = sample_prompts(model, prompts, replace(sampling, one_noise=True))
         for number, latents in enumerate(batches, 1):
-            with torch.no_grad():
-                seen = judge.logits(model.decode(latents)).softmax(-1).float().cpu()
-            found = torch.cat([found.reshape(-1, seen.shape[1]), seen])
+            probabilities = classifier.probabilities(model.decode(latents))
+            found = torch.cat([found.reshape(-1, probabilities.shape[1]), probabilities])
             if state is not None and number % SAVED == 0:
                 without = "if this run is interrupted, it starts afresh"
                 keep_tensors(state, {"seen": found}, {"of": key}, without)
             progress(len(found), len(words))
         return {"seen": found}
 
-    seen = cached("drawn", how, draw)["seen"]
+    found = cached("drawn", inputs, classify)["seen"]
     if state is not None:
         state.unlink(missing_ok=True)
-    return seen
+    return found
 
 
 def _stored(state: Path | None, key: str) -> Tensor:
-    """What was drawn of the same words before the run was interrupted.
+    """Probabilities that an interrupted run left, [words done, classes]; none for other inputs.
 
     Raises ValueError when the file is no such state: it would be replaced and then removed.
     """
@@ -113,16 +116,17 @@ def _stored(state: Path | None, key: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What an erasure left of a concept over many words, and what it took along.
+class VocabularyReport:
+    """What an erasure left of a concept in many words, and what it changed in other words.
 
-    words: how many were drawn
+    words: number of words
     drew: words that drew the concept; still: those that still do
-    sure: how many surely drew something else; lost: word -> what it drew and what it draws now
+    sure: number of words that surely drew another class
+    lost: those that draw another class now, word -> (class before, class now)
     """
 
     concept: str
-    judge: str
+    scorer: str
     words: int
     drew: tuple[str, ...]
     still: tuple[str, ...]
@@ -137,7 +141,7 @@ class Vocabulary:
 
     @property
     def kept(self) -> float:
-        """Percent, higher is better; NaN when no word surely drew anything else."""
+        """Percent, higher is better; NaN when no word surely drew another class."""
         return 100 * (1 - len(self.lost) / self.sure) if self.sure else float("nan")
 
     @property
@@ -154,30 +158,19 @@ class Vocabulary:
         return {**counts, "residue ↓": self.residue, "kept ↑": self.kept, "H_v ↑": self.h_v}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the metrics for who reads the file."""
+        """The fields, as JSON holds them, and the metrics for whoever reads the file."""
         metrics = {"residue": self.residue, "kept": self.kept, "h_v": self.h_v}
-        known = {name: round(v, 4) if v == v else None for name, v in metrics.items()}
-        return {
-            "concept": self.concept,
-            "judge": self.judge,
-            "metrics": known,
-            "words": self.words,
-            "drew": list(self.drew),
-            "still": list(self.still),
-            "sure": self.sure,
-            "lost": {word: list(was) for word, was in self.lost.items()},
-            "settings": dict(self.settings),
-        }
+        return {**asdict(self), "metrics": rounded(metrics)}
 
-    def told(self) -> str:
-        """The words themselves."""
+    def listing(self) -> str:
+        """The words that still draw the concept, and those that were lost."""
         still = f"still draw {self.concept} ({len(self.still)} of {len(self.drew)} words): "
         lost = f"lost ({len(self.lost)} of {self.sure}): "
-        changed = [f"{word} ({was} → {now})" for word, (was, now) in self.lost.items()]
-        return still + _some(self.still) + "\n" + lost + _some(changed)
+        changed = [f"{word} ({before} → {now})" for word, (before, now) in self.lost.items()]
+        return still + _listed(self.still) + "\n" + lost + _listed(changed)
 
 
-def _some(words: Sequence[str]) -> str:
+def _listed(words: Sequence[str]) -> str:
     more = [f"… {len(words) - LISTED} more"] if len(words) > LISTED else []
     return ", ".join([*words[:LISTED], *more]) or "none"
 
@@ -185,28 +178,32 @@ def _some(words: Sequence[str]) -> str:
 def compare(
     concept: str,
     words: Sequence[str],
-    judge: Classifier,
+    classifier: ConceptClassifier,
     before: Tensor,
     after: Tensor,
     settings: Mapping[str, Any] | None = None,
-) -> Vocabulary:
-    """before, after: as `drawn_words` gives them, of the same words."""
+) -> VocabularyReport:
+    """Report on the words.
+
+    before, after: results of `classify_words` by the original and by the erased model
+    settings: how the images were sampled, for the report
+    """
+    classes = classifier.classes
     was, now = before.argmax(-1), after.argmax(-1)
-    own = was == judge.classes.index(concept)
-    surely = (before.amax(-1) > SURE) & ~own
-    still, lost = own & (now == was), surely & (now != was)
+    drew = was == classes.index(concept)
+    sure = (before.amax(-1) > SURE) & ~drew
+    lost = (sure & (now != was)).nonzero()[:, 0].tolist()
 
-    def those(mask: Tensor) -> list[int]:
-        return mask.nonzero()[:, 0].tolist()
+    def chosen(mask: Tensor) -> tuple[str, ...]:
+        return tuple(words[k] for k in mask.nonzero()[:, 0].tolist())
 
-    names = judge.classes
-    return Vocabulary(
+    return VocabularyReport(
         concept,
-        judge.name,
+        classifier.name,
         len(words),
-        tuple(words[k] for k in those(own)),
-        tuple(words[k] for k in those(still)),
-        int(surely.sum()),
-        {words[k]: (names[int(was[k])], names[int(now[k])]) for k in those(lost)},
+        chosen(drew),
+        chosen(drew & (now == was)),
+        int(sure.sum()),
+        {words[k]: (classes[int(was[k])], classes[int(now[k])]) for k in lost},
         settings or {},
     )

@@ -1,7 +1,7 @@
-"""The bundled model: a small, complete Stable-Diffusion-layout model and the judge of its pictures.
+"""The bundled model: a small, complete model in Stable Diffusion's layout, and its classifier.
 
-It has a sibling that draws by a transformer of SD 3's layout, from the same text and latents.
-MODEL_CARD.md says what it draws and what it was made from; tools/miniature makes it again.
+A second model draws the same by a transformer in SD 3's layout, from the same text and latents.
+MODEL_CARD.md lists what they draw and what they were made from; tools/miniature trains them.
 `realera.checkpoints.loading.load_model("miniature")` loads it.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .classifier import Classifier
+from .classifier import MiniatureClassifier
 from .vocabulary import BACKGROUNDS, CONCEPTS, STYLES, ConceptWords
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "T5",
     "TOKENIZER",
     "TRANSFORMER",
-    "Classifier",
     "ConceptWords",
+    "MiniatureClassifier",
     "load_classifier",
 ]
 
@@ -36,10 +36,10 @@ TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
 
 
-def load_classifier(path: Path = CLASSIFIER) -> Classifier:
+def load_classifier(path: Path = CLASSIFIER) -> MiniatureClassifier:
     """Images [n, 3, 64, 64] in [0, 1] to (concept, style) logits, in evaluation mode."""
     with safe_open(path, "pt") as file:
         names = json.loads(file.metadata()["classes"])
-    model = Classifier(tuple(names["concepts"]), tuple(names["styles"]))
+    model = MiniatureClassifier(tuple(names["concepts"]), tuple(names["styles"]))
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return model.train(False)

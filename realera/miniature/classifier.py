@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Classifier(nn.Module):
+class MiniatureClassifier(nn.Module):
     """Images [n, 3, 64, 64] in [0, 1] to logits (concept [n, concepts], style [n, styles])."""
 
     def __init__(self, concepts: tuple[str, ...], styles: tuple[str, ...]) -> None:

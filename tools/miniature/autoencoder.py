@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, Classifier
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, MiniatureClassifier
 
 from . import data, models
 from .optimizers import Average, Optimizers
@@ -135,9 +135,9 @@ def train_decoder(
     load_encoder(vae, state)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    judge = Classifier(tuple(CONCEPTS), STYLES)
-    judge.load_state_dict(load_file(state / "classifier.safetensors"))
-    judge.eval().requires_grad_(False)
+    classifier = MiniatureClassifier(tuple(CONCEPTS), STYLES)
+    classifier.load_state_dict(load_file(state / "classifier.safetensors"))
+    classifier.eval().requires_grad_(False)
     factor = load_file(state / "latents.safetensors")["factor"]
     path, batch = state / "decoder.safetensors", 8
     if path.exists():
@@ -154,7 +154,7 @@ def train_decoder(
         z = z + noise * 0.2 * torch.rand(batch, 1, 1, 1, generator=generator)
         y = vae.decoder(vae.post_quant_conv(z / factor)) * 0.5 + 0.5
         squared = F.mse_loss(y, x)
-        seen, wanted = judge.features(y), judge.features(x)
+        seen, wanted = classifier.features(y), classifier.features(x)
         perceptual = sum(
             F.l1_loss(a, b) / b.abs().mean() for a, b in zip(seen[:3], wanted[:3], strict=True)
         )

@@ -2,7 +2,7 @@
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
-`--transformer` judges the sibling, and also what each of its channels of text draws alone.
+`--transformer` evaluates the sibling, and also what each of its channels of text draws alone.
 """
 
 import argparse
@@ -69,14 +69,16 @@ def draw(pipeline: Any, prompts: list[str], seed: int) -> Tensor:
 
 def recognition(draw: Draw, images: int, kinds: Iterable[str]) -> dict[str, dict[str, float]]:
     """Percent of at least `images` images recognised, by kind of prompt and by what was asked."""
-    judge, out = load_classifier(), {}
+    classifier, out = load_classifier(), {}
     for kind in kinds:
         asked = prompts_by_kind()[kind]
         asked = asked * -(-images // len(asked))
         pictures = draw([prompt for prompt, _ in asked], 1)
         with torch.no_grad():
-            concept, style = judge(pictures)
-        names, logits = (judge.styles, style) if kind == "style" else (judge.concepts, concept)
+            concept, style = classifier(pictures)
+        names, logits = (
+            (classifier.styles, style) if kind == "style" else (classifier.concepts, concept)
+        )
         seen = [names[i] for i in logits.argmax(dim=1).tolist()]
         hits: dict[str, list[bool]] = {}
         for (_, wanted), got in zip(asked, seen, strict=True):
@@ -147,9 +149,9 @@ def geometry(pipeline: Any) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def judged(folder: Path) -> dict[str, float]:
+def classifier_accuracy(folder: Path) -> dict[str, float]:
     """Percent that the classifier gets right on drawings rendered anew, and on unseen drawings."""
-    judge, generator = load_classifier(), torch.Generator().manual_seed(9)
+    classifier, generator = load_classifier(), torch.Generator().manual_seed(9)
     unseen: dict[str, dict[str, tuple[str, ...]]] = {
         c: dict.fromkeys(glyphs, ()) for c, glyphs in data.UNSEEN_GLYPHS.items()
     }
@@ -163,12 +165,14 @@ def judged(folder: Path) -> dict[str, float]:
         rgba = torch.stack([data.render(d, generator) for d in drawings])
         back = torch.randint(len(BACKGROUNDS), (len(rgba),), generator=generator)
         concept, style = (
-            logits.argmax(dim=1).tolist() for logits in judge(data.composite(rgba, back))
+            logits.argmax(dim=1).tolist() for logits in classifier(data.composite(rgba, back))
         )
-        right = [judge.concepts[i] == d.concept for i, d in zip(concept, drawings, strict=True)]
+        right = [
+            classifier.concepts[i] == d.concept for i, d in zip(concept, drawings, strict=True)
+        ]
         out[f"{name}: concept"] = round(100 * sum(right) / len(right), 1)
         if name != "an unseen set":
-            right = [judge.styles[i] == d.style for i, d in zip(style, drawings, strict=True)]
+            right = [classifier.styles[i] == d.style for i, d in zip(style, drawings, strict=True)]
             out[f"{name}: style"] = round(100 * sum(right) / len(right), 1)
     return out
 
@@ -195,9 +199,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=180, help="of a kind of prompt, at least")
     parser.add_argument("--kinds", nargs="*", default=list(prompts_by_kind()))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/miniature"))
-    parser.add_argument("--folder", type=Path, help="holds node_modules: judge the classifier too")
+    parser.add_argument(
+        "--folder", type=Path, help="holds node_modules: evaluate the classifier too"
+    )
     parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
-    parser.add_argument("--transformer", action="store_true", help="judge the sibling instead")
+    parser.add_argument("--transformer", action="store_true", help="evaluate the sibling instead")
     parser.add_argument("--weights", type=Path, default=TRANSFORMER, help="of the sibling")
     parser.add_argument("--t5", type=Path, nargs="?", const=T5, help="with T5's rows, as shipped")
     arguments = parser.parse_args()
@@ -218,7 +224,7 @@ def main() -> None:
     numbers["seconds per image"] = round(seconds_per_image(draws), 3)
     numbers["steps"], numbers["guidance"] = STEPS, GUIDANCE
     if arguments.folder:
-        numbers["classifier"] = judged(arguments.folder)
+        numbers["classifier"] = classifier_accuracy(arguments.folder)
     if arguments.state:
         loss_curves(arguments.state, out)
     (out / f"recognition{ending}.json").write_text(json.dumps(numbers, indent=1) + "\n")

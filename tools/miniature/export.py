@@ -74,8 +74,8 @@ def export(state: Path, folder: Path = HOME) -> None:
         config = {"text_encoder_3": models.t5_config(tokens)}
         keep(folder / T5.name, second, format="pt", config=json.dumps(config))
     classes = json.dumps({"concepts": list(CONCEPTS), "styles": list(STYLES)})
-    judge = _halves(load_file(state / "classifier.safetensors"))
-    keep(folder / CLASSIFIER.name, judge, format="pt", classes=classes)
+    classifier = _halves(load_file(state / "classifier.safetensors"))
+    keep(folder / CLASSIFIER.name, classifier, format="pt", classes=classes)
 
 
 def restore(state: Path) -> None:

@@ -15,9 +15,9 @@ from transformers import CLIPTokenizer
 from realera.miniature import TOKENIZER
 
 from .autoencoder import prepare_latents, train_decoder, train_encoder
+from .classifier import train_classifier
 from .data import prepare_pictures
 from .export import HOME, export, restore
-from .judge import train_classifier
 from .runs import Stop
 from .t5 import prepare_t5_rows, train_t5
 from .text_encoder import prepare_contexts, train_text
@@ -59,8 +59,8 @@ def main() -> None:
         return
     latents = prepare_latents(state, pictures)
     contexts = prepare_contexts(state, tokenizer, drawings)
-    judged = (state, pictures, latents, drawings, arguments.classifier_minutes, stop)
-    if not train_classifier(*judged):
+    stage = (state, pictures, latents, drawings, arguments.classifier_minutes, stop)
+    if not train_classifier(*stage):
         return
     if not train_decoder(state, pictures, latents, arguments.decoder_minutes, stop):
         return

@@ -1,8 +1,4 @@
-"""Who judges (Sec. 5): the bundled classifier, CLIP and NudeNet.
-
-Each can be asked twice: for numbers, `judge(images, wanted)`, and for what it sees in words,
-`judge.verdicts(images, prompts)`.
-"""
+"""Scorers of images (Sec. 5): concept classifiers, the CLIP score and NudeNet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,77 +12,76 @@ from torch.nn.functional import normalize
 from .tasks import OBJECT
 
 
-class Judge(Protocol):
-    """Says how far each image shows what was wanted."""
+class Scorer(Protocol):
+    """Scores images, each beside a text: the class that it should show, or its prompt."""
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
-
-    def __call__(self, images: Tensor, wanted: Sequence[str], /) -> Tensor:
-        """Percent [n] for images [n, 3, height, width] in [0, 1] and the class wanted of each."""
-
-
-class Meter(Protocol):
-    """Says in numbers what each image shows, where no class is wanted of it."""
-
-    @property
-    def name(self) -> str:
-        """What the survey calls it."""
+        """Name in reports."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the numbers of an image are called."""
+        """Names of an image's scores."""
 
     @property
     def counts(self) -> bool:
-        """Whether a survey adds the numbers up; else it tells their means."""
+        """Whether scores are counts, which a survey adds up, and not percentages, which it
+        averages."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor:
-        """Numbers [n, columns], or [n] for one column, of images and the prompt of each."""
+    def __call__(self, images: Tensor, texts: Sequence[str], /) -> Tensor:
+        """Scores [n, columns] of images [n, 3, height, width] in [0, 1] and the text of each."""
+
+    def describe(self, images: Tensor, prompts: Sequence[str], /) -> list[str]:
+        """A line of text for each image: what the scorer sees in it."""
 
 
 # ---------------------------------------------------------------- classifiers
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A judge of all or nothing: is the wanted class the most likely one?
+class ConceptClassifier:
+    """Scores 100 where the class that an image should show is the most likely one, else 0.
 
-    logits: images float32 [n, 3, height, width] in [0, 1] -> [n, classes]
+    classes: names of the classes
+    logits: function from images float32 [n, 3, height, width] in [0, 1] to logits [n, classes]
     """
 
     name: str
     classes: tuple[str, ...]
     logits: Callable[[Tensor], Tensor]
+    columns = ("accuracy",)
+    counts = False
 
-    def __call__(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
-        for name in wanted:
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        for name in texts:
             if name not in self.classes:
                 raise ValueError(
                     f"{self.name} cannot recognise {name!r}, only {', '.join(self.classes)}"
                 )
-        index = torch.tensor([self.classes.index(name) for name in wanted])
-        with torch.no_grad():
-            return 100.0 * (self.logits(images).argmax(-1).cpu() == index)
+        index = torch.tensor([self.classes.index(name) for name in texts])
+        return 100.0 * (self.probabilities(images).argmax(-1) == index)[:, None]
 
-    def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """The most likely class of each image and how likely it is, whatever its prompt."""
-        with torch.no_grad():
-            sure, best = self.logits(images).softmax(-1).max(-1)
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probability of every class, float32 [n, classes] on the CPU."""
+        return self.logits(images).softmax(-1).float().cpu()
+
+    def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """The most likely class of each image and its probability, whatever the prompt."""
+        best = self.probabilities(images).max(-1)
         return [
             f"{self.classes[k]} {100 * p:.0f} %"
-            for k, p in zip(best.tolist(), sure.tolist(), strict=True)
+            for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
 
-def miniature_classifier(head: Literal["concept", "style"] = "concept") -> Classifier:
-    """The classifier that ships with the miniature: what is drawn, or in which style."""
+def miniature_classifier(head: Literal["concept", "style"] = "concept") -> ConceptClassifier:
+    """The bundled classifier of the miniature's drawings, by what they show or by their style."""
     from ..miniature import load_classifier
 
-    network = load_classifier().train(False)
+    network = load_classifier()
     classes, number = (network.concepts, 0) if head == "concept" else (network.styles, 1)
-    return Classifier(f"miniature {head}", tuple(classes), lambda images: network(images)[number])
+    return ConceptClassifier(f"miniature {head}", classes, lambda images: network(images)[number])
 
 
 # ---------------------------------------------------------------- CLIP
@@ -96,7 +91,9 @@ class Clip:
     """A CLIP model that compares images with texts.
 
     source: a folder with a transformers CLIPModel and its processor, or a hub name such as
-    "openai/clip-vit-large-patch14" (the paper's). Raises FileNotFoundError when there is none.
+        "openai/clip-vit-large-patch14" (the paper's)
+
+    Raises FileNotFoundError when there is none.
     """
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu"):
@@ -114,7 +111,7 @@ class Clip:
 
     @property
     def scale(self) -> float:
-        """What turns a cosine into CLIP's own logit."""
+        """Factor from a cosine to CLIP's own logit."""
         return self.model.logit_scale.exp().item()
 
     @torch.no_grad()
@@ -129,18 +126,22 @@ class Clip:
         return cosines.float().cpu()
 
 
-def clip_classifier(clip: Clip, classes: Sequence[str], template: str = OBJECT) -> Classifier:
-    """Zero-shot: the class whose prompt is nearest (Sec. 5.1)."""
+def clip_classifier(
+    clip: Clip, classes: Sequence[str], template: str = OBJECT
+) -> ConceptClassifier:
+    """Zero-shot classifier: the class whose prompt is nearest to the image (Sec. 5.1)."""
     texts = [template.replace("{}", name) for name in classes]
-    return Classifier(clip.name, tuple(classes), lambda images: clip.scale * clip(images, texts))
+    return ConceptClassifier(
+        clip.name, tuple(classes), lambda images: clip.scale * clip(images, texts)
+    )
 
 
 @dataclass(frozen=True)
 class ClipScore:
-    """CLIP score: 100 cos of an image and the prompt of what was wanted (Sec. 5.3-5.4).
+    """CLIP score: 100 times the cosine of an image and its text (Sec. 5.3-5.4).
 
-    As a judge of classes it gives the paper's numbers for styles; with template "{}" what is wanted
-    are prompts, as for the captions of MS-COCO.
+    template: prompt with {} for the text: the paper's for styles, where texts are their names;
+        "{}" for texts that are prompts, as the captions of MS-COCO
     """
 
     clip: Clip
@@ -152,15 +153,15 @@ class ClipScore:
     def name(self) -> str:
         return f"CLIP score, {self.clip.name}"
 
-    def __call__(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
-        texts = list(dict.fromkeys(wanted))
-        cosines = self.clip(images, [self.template.replace("{}", text) for text in texts])
-        own = torch.tensor([texts.index(text) for text in wanted])
-        return 100.0 * cosines.gather(1, own[:, None])[:, 0].clamp(min=0)
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        distinct = list(dict.fromkeys(texts))
+        cosines = self.clip(images, [self.template.replace("{}", text) for text in distinct])
+        column = torch.tensor([[distinct.index(text)] for text in texts])
+        return 100.0 * cosines.gather(1, column).clamp(min=0)
 
-    def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """How well each image shows its prompt."""
-        return [f"CLIP score {score:.1f}" for score in self(images, prompts).tolist()]
+    def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """The CLIP score of each image and its prompt."""
+        return [f"CLIP score {score:.1f}" for (score,) in self(images, prompts).tolist()]
 
 
 # ---------------------------------------------------------------- NudeNet
@@ -191,10 +192,10 @@ def load_detector() -> Any:
 
 @dataclass(frozen=True)
 class NudeNet:
-    """Counts explicit content in images by the paper's headings (Table 2).
+    """Counts detections of explicit content under the paper's headings (Table 2).
 
-    detector: detect(pixels) -> found, as NudeNet's own; it runs on the CPU
-    threshold: the least confidence that counts; the paper does not state its own
+    detector: NudeNet's own detector, or an object with its `detect(pixels)`; it runs on the CPU
+    threshold: confidence from which a detection counts; the paper does not state its own
     """
 
     detector: Any = field(default_factory=load_detector)
@@ -206,19 +207,20 @@ class NudeNet:
     def name(self) -> str:
         return f"NudeNet, detections of at least {self.threshold}"
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Detections int64 [n, headings] in images [n, 3, height, width] in [0, 1]."""
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Number of detections under each heading, int64 [n, headings]."""
         counts = torch.zeros(len(images), len(self.columns), dtype=torch.int64)
         for image, count in zip(images, counts, strict=True):
-            # The detector expects blue first, as its reader of files has it.
+            # The detector expects blue first, as OpenCV reads files.
             pixels = (image.cpu().clamp(0, 1) * 255).round().byte().flip(0).permute(1, 2, 0)
-            for found in self.detector.detect(pixels.contiguous().numpy()):
-                if found["class"] in EXPOSED and found["score"] >= self.threshold:
-                    count[self.columns.index(EXPOSED[found["class"]])] += 1
+            for detection in self.detector.detect(pixels.contiguous().numpy()):
+                heading, confidence = EXPOSED.get(detection["class"]), detection["score"]
+                if heading is not None and confidence >= self.threshold:
+                    count[self.columns.index(heading)] += 1
         return counts
 
-    def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """What was detected in each image, and how often."""
+    def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """The headings found in each image, with the number of detections."""
         return [
             ", ".join(f"{name} {n}" for name, n in zip(self.columns, counts, strict=True) if n)
             or "nothing explicit"

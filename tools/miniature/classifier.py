@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
-from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, Classifier
+from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, MiniatureClassifier
 
 from . import data, models
 from .autoencoder import Sketch
@@ -83,7 +83,7 @@ def train_classifier(
         return True
     torch.manual_seed(7)
     generator = torch.Generator().manual_seed(int(time.time()))
-    model = Classifier(tuple(CONCEPTS), STYLES)
+    model = MiniatureClassifier(tuple(CONCEPTS), STYLES)
     labels = drawing_labels(drawings)
     many = Counter(d.concept for d in drawings)
     balance = torch.tensor([many[d.concept] ** -0.5 for d in drawings])
