@@ -39,7 +39,7 @@ def draw_anchors(
             raise FloatingPointError("an image is not finite: run the U-Net in float32 or bfloat16")
         return {"latents": latents.unflatten(0, (len(pairs.concepts), count))}
 
-    inputs = [
+    inputs: list[object] = [
         model.fingerprint,
         model.latent_shape,
         prompts,
