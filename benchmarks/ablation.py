@@ -43,13 +43,13 @@ from realera.evaluation.tasks import KINDS, bundled_task
 from realera.miniature import CLASSIFIER, STYLES
 from realera.mining import noise as ring
 from realera.mining import vocabulary as words
-from realera.mining.noise import gaussian_neighbourhood
-from realera.mining.pairs import Neighbourhood
+from realera.mining.neighbourhood import Neighbourhood
+from realera.mining.plan import Plan
 from realera.mining.preservation_bank import bank_prompts
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.sampling import Sampling
 from realera.report.plots import grid, to_pil
-from realera.settings import BUNDLED, Settings, Training
+from realera.settings import BUNDLED, NeighborSettings, Settings, Training
 from realera.storage.safetensors_file import digest, writing
 from realera.text.encoding import CONTEXT
 from realera.training import (
@@ -125,7 +125,7 @@ def paper(neighbors: int = 0, beyond: int = 0, **changes: Any) -> Settings:
 
 def still(**changes: Any) -> Settings:
     """Whatever is kept stays where it was, at the paper's λ1."""
-    return Settings(lambda1=0.1, away=0.0, **changes)
+    return Settings.of(lambda1=0.1, away=0.0, **changes)
 
 
 def own_kind(concept: Concept, objects: Any, styles: Any) -> Any:
@@ -264,8 +264,8 @@ class Closed:
 
 def closed_form(model: Diffusion, concept: Concept, settings: Settings) -> Closed:
     start = time.perf_counter()
-    mining = mine(model.text, [concept], settings)
-    return Closed(erase(mining), mining, time.perf_counter() - start)
+    mining = mine(model.text, [concept], settings.neighbor, settings.beyond)
+    return Closed(erase(mining, settings.solve), mining, time.perf_counter() - start)
 
 
 Forget = Callable[[Concept, Settings], Closed]
@@ -284,11 +284,11 @@ def change(
     closed = forget(row.asked(concept), row.settings)
     erasure, mining = closed.erasure, closed.mining
     if row.aligned:
-        around: Neighbourhood = mining.ring
+        around: Neighbourhood = mining.neighbourhood
         if row.aligned == "pairs":  # a ring so thin that Eq. 9 becomes Eq. 8
-            around = gaussian_neighbourhood(
-                mining.pairs, Settings(source="isotropic", s1=1.0, s2=0.9999)
-            )
+            thin = NeighborSettings(source="isotropic", s1=1.0, s2=0.9999)
+            plan = Plan(mining.plan.concepts, thin, None)
+            around = ring.neighbourhood(model.text, plan, mining.pairs)
         images = draw_anchors(model, mining.pairs, 8, Sampling(seed=training.seed))
         lesson = TrainingInputs(around, row.aligned == "neighbors and beyond", erasure, images)
         erasure = erasure.with_lora(align(model, lesson, training), asdict(training))
@@ -449,7 +449,7 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         "command": options.command,
         "rows": {
             row.name: {
-                "settings": row.settings and asdict(row.settings),
+                "settings": row.settings and row.settings.flat(),
                 "aligned": row.aligned,
                 "templates": 1 if row.single else len(TEMPLATES),
             }

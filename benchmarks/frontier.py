@@ -41,7 +41,7 @@ from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
 from realera.pipelines.unet import DiffusersModel
-from realera.settings import Settings, Training
+from realera.settings import SolveSettings, Training
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT
 
@@ -159,7 +159,7 @@ def edited(model: DiffusersModel, matrix: Tensor) -> Weights:
 
 
 def ours(model: DiffusersModel, concept: Concept, **changes: Any) -> Weights:
-    erasure = erase(mine(model.text, [concept], Settings(**changes)))
+    erasure = erase(mine(model.text, [concept]), SolveSettings(**changes))
     return edited(model, erasure.edits[CONTEXT].matrix)
 
 

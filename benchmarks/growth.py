@@ -25,17 +25,16 @@ import torch
 
 from benchmarks.plots import BLUE, GREY, RED, new_figure, save
 from benchmarks.tables import markdown_table
-from realera.algorithm import erase, mine
+from realera.algorithm import erase, fit, mine, plan_mining, sum_parts
 from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
 from realera.edit.closed_form import Sums, solve
-from realera.groups import erase_groups, sum_group, whole
-from realera.mining.vocabulary import assign_words
-from realera.settings import Settings
+from realera.mining.plan import Plan
+from realera.mining.vocabulary import choose_words
+from realera.settings import NeighborSettings, SolveSettings
 from realera.storage.safetensors_file import writing
 
 RESULTS = Path("benchmarks/results")
-GROUP = 16
 ANCHORS = ("tree", "flower", "house", "water")
 WIDTHS = (256, 512, 768, 1024, 1536, 2048)
 WORDS = (1000, 3000, 10_000, 33_000, 100_000)
@@ -80,30 +79,26 @@ def peak() -> float:
 
 def one(count: int, way: str) -> dict[str, float]:
     """Seconds of processor time and MB above what was there before, of `count` concepts."""
-    text, settings = load_text("miniature"), Settings()
+    text = load_text("miniature")
     concepts = concepts_of(count, text.words())
     # Vocabulary and bank are in the cache, as for every concept but the first.
-    erase(mine(text, concepts[:1], settings))
+    erase(mine(text, concepts[:1]))
     before, start = peak(), time.process_time()
     if way == "joint":
-        edit = erase(mine(text, concepts, settings))
+        edit = erase(mine(text, concepts))
         seconds = {"all s": time.process_time() - start}
     else:
-        group = whole(text, concepts, settings)
+        plan = plan_mining(text, concepts)
         chosen = time.process_time()
-        total = None
-        for some in group.parts(GROUP):
-            part = sum_group(text, some, settings)
-            total = part if total is None else total + part
-        assert total is not None
+        sums = sum_parts(text, plan, SolveSettings())
         summed = time.process_time()
-        edit = erase_groups(text, group, total, settings)
+        edit = fit(text, plan, sums)
         seconds = {
             "all s": time.process_time() - start,
             "choose s": chosen - start,
             "sum s": summed - chosen,
             "solve s": time.process_time() - summed,
-            "words": float(len(group.near)),
+            "words": float(len(plan.near)),
         }
     norm = float(edit.edits["context"].matrix.norm())
     return {"concepts": count, **seconds, "MB": peak() - before, "T": norm}
@@ -131,10 +126,10 @@ class Words:
 
 def choosing(count: int) -> float:
     text: Any = Words(count)
-    concepts, own = [Concept(f"c{n}", "tree") for n in range(16)], torch.randn(16, 768)
-    settings = Settings(s2=0.5)
-    assign_words(text, concepts, own, settings)  # fills the cache
-    return worked(lambda: assign_words(text, concepts, own, settings))
+    concepts, rows = tuple(Concept(f"c{n}", "tree") for n in range(16)), torch.randn(16, 768)
+    plan = Plan(concepts, NeighborSettings(s2=0.5), None)
+    choose_words(plan, text, rows)  # fills the cache
+    return worked(lambda: choose_words(plan, text, rows))
 
 
 def line(x: Sequence[float], y: Sequence[float], power: int = 1) -> tuple[float, float]:

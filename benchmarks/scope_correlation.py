@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with temporarily_erased(erasure, model.network):
             after = see(model, words, options)
         distance, share, fall = shown(before, after, anchors[concept.anchor])
-        effects = {r.word: r for r in scope(erasure, model.text, mining.pairs, words)}
+        effects = {r.word: r for r in scope(erasure, model.text, [concept], words)}
         moved = torch.tensor([effects[word].moved for word in words])
         share_to_anchor = torch.tensor([effects[word].share_to_anchor for word in words])
         found[name] = {

@@ -143,7 +143,7 @@ def measured(
         "other noise": distances(STEPS, 1)[0][:, -1],
         "fall": (seen - after).gather(1, shown)[:, 0].double(),
     }
-    effects = {r.word: r for r in scope(erasure, model.text, mining.pairs, some, OBJECT)}
+    effects = {r.word: r for r in scope(erasure, model.text, [concept], some, OBJECT)}
     e = rows.rows[chosen]
     falls = (rows.read(e) - rows.read(e @ matrix.double().T)).gather(1, shown)[:, 0]
     foretold = {

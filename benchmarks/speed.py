@@ -26,14 +26,15 @@ from benchmarks.plots import bars
 from benchmarks.tables import markdown_table
 from realera.concepts import Concept
 from realera.edit.closed_form import Sums, solve
-from realera.mining.noise import GaussianNeighbourhood, gaussian_neighbourhood
+from realera.mining.noise import GaussianNeighbourhood, radii_of
 from realera.mining.pairs import Pairs
-from realera.settings import Settings
+from realera.mining.plan import Plan
+from realera.settings import NeighborSettings, SolveSettings
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT, Encoding
 
 RESULTS = Path("benchmarks/results")
-SETTINGS = Settings(source="isotropic")
+NOISE, SOLVE = NeighborSettings(source="isotropic"), SolveSettings()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def machine(n: int = 2048) -> dict[str, float]:
 def ours(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list[Tensor]:
     """Sums once, one Cholesky solve, one product a layer."""
     sums = Sums.zeros(e.shape[1]).erasing(e, target)
-    edit = solve(sums, None, SETTINGS.lambda1, SETTINGS.lambda2)
+    edit = solve(sums, None, SOLVE.lambda1, SOLVE.lambda2)
     return [edit.on_weight(weight) for weight in weights]
 
 
@@ -86,7 +87,7 @@ def layer_by_layer(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list
     """The same minimum with the sums and the inverse made anew in every layer, in float32."""
     edited = []
     for weight in weights:
-        ridge = SETTINGS.lambda2 * e.square().sum() / e.shape[1]
+        ridge = SOLVE.lambda2 * e.square().sum() / e.shape[1]
         eye = ridge * torch.eye(e.shape[1])
         wanted = (target @ weight.T).T @ e + weight @ eye
         edited.append(wanted @ torch.linalg.inv(e.T @ e + eye))
@@ -139,7 +140,8 @@ def one_by_one(
 
     Returns e_c and e*_c of every accepted draw, [2, draws, rows, dim], and how many were drawn.
     """
-    pairs, shell, found, drawn = ring.pairs, ring.shells[CONTEXT], [], 0
+    (s2, s1), (shell,) = ring.plan.neighbor.cosines, ring.radii[CONTEXT]
+    pairs, found, drawn = ring.pairs, [], 0
     for i in range(len(pairs.prompts)):
         span = pairs.span[CONTEXT][i]
         e, target, m = pairs.e[CONTEXT][i][span], pairs.target[CONTEXT][i][span], 0
@@ -150,7 +152,7 @@ def one_by_one(
             point = e + radius * direction
             cosine = torch.nn.functional.cosine_similarity(e, point, dim=-1).mean()
             drawn += 1
-            if ring.s2 <= cosine <= ring.s1:
+            if s2 <= cosine <= s1:
                 tolerance = shell.d1_anchor * torch.rand((), generator=generator)
                 found.append(torch.stack([point, target + tolerance * direction]))
                 m += 1
@@ -168,9 +170,9 @@ def neighbourhood_of(prompts: int = 5, tokens: int = 77, dim: int = 768) -> Gaus
     e, anchor = Encoding({CONTEXT: context}), Encoding({CONTEXT: target})
     where, whose = {CONTEXT: span}, torch.zeros(prompts, dtype=torch.int64)
     ends = context[:, 6], target[:, 6]
-    return gaussian_neighbourhood(
-        Pairs((concept,), names, names, whose, e, anchor, anchor, where, *ends), SETTINGS
-    )
+    pairs = Pairs((concept,), names, names, whose, e, anchor, anchor, where, *ends)
+    plan = Plan((concept,), NOISE, None)
+    return GaussianNeighbourhood(plan, pairs, radii_of(plan, pairs))
 
 
 def mining(count: int, repeats: int) -> dict[str, float]:

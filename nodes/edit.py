@@ -1,6 +1,5 @@
 """Closed-Form Edit (Eq. 7; Alg. 1, l. 24), Apply Erasure (l. 31) and Merge Erasures."""
 
-from dataclasses import replace
 from functools import partial
 
 import comfyui_version
@@ -13,14 +12,14 @@ from ..realera.evaluation.coarse_samples import coarse_samples
 from ..realera.report import plots
 from ..realera.report.scope import GONE
 from ..realera.report.scope import check as checked
-from ..realera.settings import MOST_AWAY, Settings
+from ..realera.settings import MOST_AWAY, SolveSettings
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
 from .schema import Erasure, MiningWire, advanced, growing, schema, strength_input
 
-DEFAULTS = Settings()
+DEFAULTS = SolveSettings()
 MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 
 
@@ -134,20 +133,19 @@ class ClosedFormEdit(io.ComfyNode):
         away: float = DEFAULTS.away,
     ) -> io.NodeOutput:
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
-        solved = {"lambda1": lambda1, "lambda2": lambda2, "bank": bank, "away": away}
-        settings = replace(mining.settings, **solved)
+        settings = SolveSettings(lambda1, lambda2, away, bank=bank)
         source = {"comfyui": comfyui_version.__version__}
         report = reporter(cls.hidden.unique_id, "reading everyday prompts")
-        erasure = erase(replace(mining, settings=settings), source, report)
+        erasure = erase(mining, settings, source, report)
         edited = apply_erasure(model, erasure)
-        effects = scope_report(erasure, mining)
+        effects = scope_report(erasure, mining.text, mining.plan)
         if check:
             report = reporter(cls.hidden.unique_id, "drawing words")
             before, after = (
                 partial(coarse_samples, ComfyDiffusion(of, mining.text), progress=report)
                 for of in (model, edited)
             )
-            effects = checked(effects, mining.pairs, check, before, after)
+            effects = checked(effects, mining.plan.concepts, check, before, after)
         gone = sum(reach.share_to_anchor >= GONE for reach in effects)
         told = f"{gone} words go more than half the way to the anchor"
         drawn = [reach for reach in effects if reach.drawn is not None]

@@ -2,14 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..realera.algorithm import MiningResult, mine_beyond, mine_neighbors
+from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
 from ..realera.anchor_warnings import anchor_warnings
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
-from ..realera.mining.vocabulary import VocabularyNeighbourhood
-from ..realera.report import plots
-from ..realera.settings import SOURCES, Settings
+from ..realera.settings import SOURCES, BeyondSettings, NeighborSettings
 from .comfy_transformer_text import text_of
-from .page import geometry, to_image
+from .page import geometry as geometry_data
+from .page import to_image
 from .progress import reporter
 from .schema import (
     AUTO_COSINE,
@@ -22,7 +21,7 @@ from .schema import (
     seed_input,
 )
 
-DEFAULTS = Settings()
+NEIGHBOR, BEYOND = NeighborSettings(), BeyondSettings()
 
 
 def cosine_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput:
@@ -35,11 +34,13 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
 
 def found(mining: MiningResult) -> str:
     """What a sampler says that it found."""
-    kind = "words" if isinstance(mining.ring, VocabularyNeighbourhood) else "points"
-    far = int((mining.beyond.pair >= 0).sum())
+    plan = mining.plan
+    kind = "words" if plan.listed else "points"
     said = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
-    said += [f"{far} keep their meaning"] if far else []
-    said += [f"{len(mining.named)} that you named keep theirs"] if mining.named else []
+    if far := len(mining.beyond.pair):
+        said.append(f"{far} keep their meaning")
+    if plan.named:
+        said.append(f"{len(plan.named)} that you named keep theirs")
     return ", ".join(said)
 
 
@@ -70,7 +71,7 @@ class NeighborSampler(io.ComfyNode):
                 io.Combo.Input(
                     "source",
                     options=list(SOURCES),
-                    default=DEFAULTS.source,
+                    default=NEIGHBOR.source,
                     optional=True,
                     tooltip=(
                         "Where neighbours come from. vocabulary: real words near the concept, "
@@ -81,7 +82,7 @@ class NeighborSampler(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     display_name="M",
-                    default=DEFAULTS.neighbors,
+                    default=NEIGHBOR.neighbors,
                     optional=True,
                     min=0,
                     max=1000,
@@ -165,18 +166,18 @@ class NeighborSampler(io.ComfyNode):
         cls,
         clip,
         concepts: str,
-        source: str = DEFAULTS.source,
-        count: int = DEFAULTS.neighbors,
+        source: str = NEIGHBOR.source,
+        count: int = NEIGHBOR.neighbors,
         leave_out: str = "",
         templates: str = "\n".join(TEMPLATES),
         s1: float = AUTO_COSINE,
         s2: float = AUTO_COSINE,
         d1: float = AUTO_DISTANCE,
         d1_anchor: float = AUTO_DISTANCE,
-        seed: int = DEFAULTS.seed,
+        seed: int = NEIGHBOR.seed,
         words: str = "",
     ) -> io.NodeOutput:
-        settings = Settings(
+        settings = NeighborSettings(
             source=source,
             neighbors=count,
             s1=None if s1 == AUTO_COSINE else s1,
@@ -189,13 +190,13 @@ class NeighborSampler(io.ComfyNode):
         )
         asked = parse_concepts(concepts, lines(templates))
         text = text_of(clip)
-        mining = mine_neighbors(text, asked, settings, reporter(cls.hidden.unique_id, "mining"))
-        ring = mining.ring
-        named = ring.listed(mining.neighbors) if isinstance(ring, VocabularyNeighbourhood) else []
-        told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in named if mined)
-        said = [f"{found(mining)}; the CLIP is that of {text.title}", *anchor_warnings(mining)]
-        picture = to_image(plots.geometry(ring, mining.neighbors, mining.beyond))
-        shown = {"realera_geometry": [geometry(mining)], "text": said}
+        report = reporter(cls.hidden.unique_id, "mining")
+        mining = mine(text, asked, settings, None, report)
+        told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, own in mining.plan.listed if own)
+        said = [f"{found(mining)}; the CLIP is that of {text.title}"]
+        said += anchor_warnings(text, mining.plan)
+        picture = to_image(geometry(text, mining.plan, mining))
+        shown = {"realera_geometry": [geometry_data(mining)], "text": said}
         return io.NodeOutput(mining, picture, told, ui=shown)
 
 
@@ -215,7 +216,7 @@ class BeyondSampler(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     display_name="N",
-                    default=DEFAULTS.beyond,
+                    default=BEYOND.beyond,
                     optional=True,
                     min=0,
                     max=1000,
@@ -264,21 +265,20 @@ class BeyondSampler(io.ComfyNode):
     def execute(
         cls,
         mining,
-        count: int = DEFAULTS.beyond,
+        count: int = BEYOND.beyond,
         preserve: str = "",
         s2: float = AUTO_COSINE,
         d2: float = AUTO_DISTANCE,
         seed: int = AUTO_SEED,
     ) -> io.NodeOutput:
-        mining = mine_beyond(
-            mining,
-            reporter(cls.hidden.unique_id, "mining"),
+        settings = BeyondSettings(
             beyond=count,
             preserve=tuple(lines(preserve)),
             beyond_s2=None if s2 == AUTO_COSINE else s2,
             d2=d2 or None,
             beyond_seed=None if seed == AUTO_SEED else seed,
         )
-        picture = to_image(plots.geometry(mining.ring, mining.neighbors, mining.beyond))
-        shown = {"realera_geometry": [geometry(mining)], "text": [found(mining)]}
+        mining = mine_beyond(mining, settings, reporter(cls.hidden.unique_id, "mining"))
+        picture = to_image(geometry(mining.text, mining.plan, mining))
+        shown = {"realera_geometry": [geometry_data(mining)], "text": [found(mining)]}
         return io.NodeOutput(mining, picture, ui=shown)

@@ -1,5 +1,6 @@
 """What the page draws: pictures as IMAGE, and the numbers behind them for `web/realera.js`."""
 
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..realera.algorithm import MiningResult
-from ..realera.mining.noise import GaussianNeighbourhood
-from ..realera.mining.pairs import MinedRows
-from ..realera.mining.vocabulary import VocabularyNeighbourhood
+from ..realera.mining.pairs import MinedRows, Pairs
 from ..realera.text.encoding import CONTEXT
 
 
@@ -21,36 +20,33 @@ def to_image(picture: Image) -> Tensor:
 
 def geometry(mining: MiningResult) -> dict[str, Any]:
     """The rings and the points or words of a neighbourhood, as JSON."""
-    ring, pairs, settings = mining.ring, mining.pairs, mining.settings
+    plan, pairs = mining.plan, mining.pairs
+    s2, s1 = plan.neighbor.cosines
     told: dict[str, Any] = {
-        "source": settings.source,
-        "concepts": [[concept.name, concept.anchor] for concept in pairs.concepts],
-        "s1": ring.s1,
-        "s2": ring.s2,
-        "words": [],
-        "exclude": list(settings.exclude),
+        "source": plan.neighbor.source,
+        "concepts": [[concept.name, concept.anchor] for concept in plan.concepts],
+        "s1": s1,
+        "s2": s2,
+        "words": [[word, round(cosine, 3), mined] for word, cosine, mined in plan.listed],
+        "exclude": list(plan.neighbor.exclude),
         "neighbors": [],
         "beyond": [],
     }
-    if isinstance(ring, VocabularyNeighbourhood):
-        told["words"] = [[w, round(cosine, 3), m] for w, cosine, m in ring.listed(mining.neighbors)]
-    elif isinstance(ring, GaussianNeighbourhood):
-        shell, e = ring.shells[CONTEXT], pairs.e[CONTEXT]
-        radius = (e - shell.centre).norm(dim=-1)[pairs.span[CONTEXT]].mean()
-        told |= {"radius": float(radius), "d1": shell.d1, "d2": shell.d2}
-        told["neighbors"] = _points(ring, mining.neighbors)
-        told["beyond"] = _points(ring, mining.beyond)
+    if radii := mining.neighbourhood.radii.get(CONTEXT):
+        length = (pairs.e[CONTEXT] - radii[0].centre).norm(dim=-1)[pairs.span[CONTEXT]].mean()
+        told |= {"radius": float(length)}
+        told |= {"d1": fmean(r.d1 for r in radii), "d2": fmean(r.d2 for r in radii)}
+        told["neighbors"] = _points(mining.pairs, mining.neighbors, radii[0].centre)
+        told["beyond"] = _points(mining.pairs, mining.beyond, radii[0].centre)
     return told
 
 
-def _points(ring: GaussianNeighbourhood, mined: MinedRows) -> list[list[float]]:
+def _points(pairs: Pairs, mined: MinedRows, centre: Tensor) -> list[list[float]]:
     """Each draw in the plane of its concept: its step along e and across it, mean over the span."""
-    centre, points = ring.shells[CONTEXT].centre, []
+    points = []
     for row, pair in enumerate(mined.pair.tolist()):
-        if pair < 0:  # a prompt to preserve, which no concept was the start of
-            continue
         span = mined.span[CONTEXT][row]
-        own = ring.pairs.e[CONTEXT][pair][span]
+        own = pairs.e[CONTEXT][pair][span]
         e = torch.nn.functional.normalize(own - centre[span], dim=-1)
         step = mined.e[CONTEXT][row][span] - own
         along = (step * e).sum(-1)

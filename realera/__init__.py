@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from .concepts import Concept, parse_concepts
     from .edit.erasure import Erasure
     from .edit.erasure_file import load_erasure, save_erasure
-    from .settings import Settings, Training
+    from .settings import BeyondSettings, NeighborSettings, SolveSettings, Training
 
 _HOME = {
+    "BeyondSettings": "settings",
     "Concept": "concepts",
     "Erasure": "edit.erasure",
     "MiningResult": "algorithm",
-    "Settings": "settings",
+    "NeighborSettings": "settings",
+    "SolveSettings": "settings",
     "Training": "settings",
     "align_erasure": "algorithm",
     "erase": "algorithm",
@@ -30,10 +32,12 @@ _HOME = {
     "write_lora": "checkpoints.writing",
 }
 __all__ = [
+    "BeyondSettings",
     "Concept",
     "Erasure",
     "MiningResult",
-    "Settings",
+    "NeighborSettings",
+    "SolveSettings",
     "Training",
     "align_erasure",
     "erase",

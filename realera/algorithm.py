@@ -1,162 +1,185 @@
-"""Algorithm 1, whole: concepts in, an erasure out."""
+"""Algorithm 1, whole: concepts in, an erasure out.
+
+    concepts -> plan (names alone) -> realise (rows) -> collect (sums) -> fit (T) -> align (LoRA)
+
+The sums of Eq. 7 add up, so that the concepts can be realised together or part by part.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from .concepts import Concept, holds_name
 from .edit.closed_form import Sums
 from .edit.erasure import Erasure, concepts_of, notes_of
-from .mining.noise import gaussian_neighbourhood
-from .mining.pairs import MinedRows, Neighbourhood, Pairs, encode_pairs
-from .mining.preservation_bank import Bank, bank_prompts, drop_related_prompts, encode_bank
-from .mining.vocabulary import VocabularyNeighbourhood, vocabulary_neighbourhood
+from .mining import noise, vocabulary
+from .mining.neighbourhood import Neighbourhood, NeighbourSource
+from .mining.pairs import MinedRows, Pairs, encode_pairs
+from .mining.plan import Plan, Progress
+from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .pipelines.interface import Diffusion
 from .pipelines.sampling import Sampling
+from .report import plots
 from .report.scope import WordEffect, scope
-from .settings import Settings, Training
-from .text.encoding import BATCH, Encoding, TextEncoder, longer
+from .settings import BeyondSettings, NeighborSettings, Settings, SolveSettings, Source, Training
+from .text.encoding import BATCH, TextEncoder
 from .text.token_alignment import prompt_embeddings, refuse_long_prompts
 from .training.adversarial import adversarial_inputs
 from .training.anchor_latents import draw_anchors
 from .training.loop import align
 from .training.objective import TrainingInputs
 
-EVERY = 4  # one in so many bank prompts is stepped towards
-DEFAULTS = Settings()
-# What is said of beyond points, and what the closed form reads; all others are of the neighbours.
-BEYOND = ("beyond", "beyond_s2", "d2", "beyond_seed", "preserve")
-SOLVED = ("lambda1", "lambda2", "away", "pair_weight", "bank", "bank_limit")
-
+SOURCES: dict[Source, NeighbourSource] = {
+    "isotropic": noise,
+    "bank": noise,
+    "vocabulary": vocabulary,
+}
+AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # that provenance names
-
-Progress = Callable[[int, int], None]
 
 
 def quiet(done: int, total: int) -> None:
-    """The progress of who does not ask for it."""
+    """Default progress callback: does nothing."""
 
 
 @dataclass(frozen=True)
 class MiningResult:
-    """What Alg. 1, l. 1-23 found: the ring around the pairs and what was drawn from it.
+    """The rows of a plan, or of a part of one (Alg. 1, l. 1-23).
 
-    text: the encoder it was found with; settings: all that it was found by
-    drawn: the generator's state after the neighbours, from where beyond points go on
+    text: encoder of the rows
+    neighbourhood: what lies around the pairs
+    neighbors, beyond: rows that were drawn from it
     """
 
     text: TextEncoder
-    ring: Neighbourhood
+    neighbourhood: Neighbourhood
     neighbors: MinedRows
     beyond: MinedRows
-    settings: Settings
-    drawn: Tensor
+
+    @property
+    def plan(self) -> Plan:
+        return self.neighbourhood.plan
 
     @property
     def pairs(self) -> Pairs:
-        return self.ring.pairs
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The prompts to preserve and words to leave out that the user named, each once."""
-        return tuple(dict.fromkeys([*self.settings.preserve, *self.settings.exclude]))
+        return self.neighbourhood.pairs
 
 
 def mine(
     text: TextEncoder,
     concepts: Sequence[Concept],
-    settings: Settings = Settings(),
+    neighbor: NeighborSettings = NeighborSettings(),
+    beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> MiningResult:
-    """Alg. 1, l. 1-23. progress is called with (done, in all) of each of its long parts."""
-    mining = mine_neighbors(text, concepts, settings, progress)
-    return mine_beyond(mining, progress, **{name: getattr(settings, name) for name in BEYOND})
+    """Alg. 1, l. 1-23, of all concepts at once; arguments as of `plan_mining`."""
+    return realise(text, plan_mining(text, concepts, neighbor, beyond, progress))
 
 
-def mine_neighbors(
+def plan_mining(
     text: TextEncoder,
     concepts: Sequence[Concept],
-    settings: Settings = Settings(),
+    neighbor: NeighborSettings = NeighborSettings(),
+    beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
-) -> MiningResult:
-    """Alg. 1, l. 1-12: the pairs and their neighbours, and nothing beyond yet."""
-    pairs = encode_pairs(text, concepts)
-    for word in settings.exclude:
-        _refuse_named(pairs.concepts, word, "the word to leave out")
-    defaults = {name: getattr(DEFAULTS, name) for name in BEYOND}
-    settings = replace(settings, **{**defaults, "beyond": 0})
-    ring = _ring(text, pairs, settings, progress)
-    generator = torch.Generator().manual_seed(settings.seed)
-    neighbors = ring.neighbors(settings.neighbors, generator)
-    drawn = generator.get_state()
-    nothing = ring.beyond(0, generator)
-    return MiningResult(
-        text, ring, neighbors, _preserving(nothing, text, pairs, settings), settings, drawn
-    )
+) -> Plan:
+    """What is mined around which concept (Alg. 1, l. 1-22), in names alone.
 
+    beyond: None for no beyond points and no prompts of the user's to preserve (l. 1-12)
+    progress: called with (done, total) of each of its long parts
 
-def mine_beyond(mining: MiningResult, progress: Progress = quiet, **beyond: Any) -> MiningResult:
-    """Alg. 1, l. 13-23: with beyond points and the prompts to preserve.
-
-    beyond: those of the settings that BEYOND names; the others are the mining's. Raises ValueError
-    for a prompt that names a concept to be erased or that the encoder cuts off.
+    Raises ValueError when a word to leave out or a prompt to preserve names a concept, when a
+    prompt is cut off by the encoder, and for settings that contradict each other.
     """
-    defaults = {name: getattr(DEFAULTS, name) for name in BEYOND}
-    settings = replace(mining.settings, **{**defaults, **beyond})
-    ring, pairs = mining.ring, mining.pairs
-    if (settings.beyond_s2, settings.d2) != (None, None):
-        ring = _ring(mining.text, pairs, settings, progress)
-    generator = torch.Generator()
-    if settings.beyond_seed is None:
-        generator.set_state(mining.drawn)
-    else:
-        generator.manual_seed(settings.beyond_seed)
-    far = _preserving(ring.beyond(settings.beyond, generator), mining.text, pairs, settings)
-    return replace(mining, ring=ring, beyond=far, settings=settings)
+    templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
+    for word in neighbor.exclude:
+        _refuse_named(concepts, word, "the word to leave out")
+    for prompt in beyond.preserve if beyond else ():
+        _refuse_named(concepts, prompt, "the prompt to preserve")
+    left_out = [t.replace("{}", word) for word in neighbor.exclude for t in templates]
+    preserved = tuple(dict.fromkeys([*(beyond.preserve if beyond else ()), *left_out]))
+    if preserved:
+        refuse_long_prompts(text, preserved)
+    plan = Plan(tuple(concepts), neighbor, beyond, preserved)
+    return SOURCES[neighbor.source].complete(text, plan, progress)
+
+
+def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
+    for concept in concepts:
+        if holds_name(prompt, concept.name):
+            raise ValueError(
+                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
+                "the list"
+            )
+
+
+def realise(text: TextEncoder, plan: Plan) -> MiningResult:
+    """The rows of a plan, encoded; of a part of it, to hold those of a few concepts alone."""
+    pairs = encode_pairs(text, plan.concepts)
+    neighbourhood = SOURCES[plan.neighbor.source].neighbourhood(text, plan, pairs)
+    return MiningResult(text, neighbourhood, *neighbourhood.planned())
+
+
+def mine_beyond(
+    mining: MiningResult, beyond: BeyondSettings, progress: Progress = quiet
+) -> MiningResult:
+    """Alg. 1, l. 13-23, after l. 1-12: with beyond points and the prompts to preserve.
+
+    Raises ValueError as `plan_mining`, and when the mining has beyond points already.
+    """
+    if mining.plan.beyond is not None:
+        raise ValueError(
+            "this mining has gone through Beyond Sampler already, and a second one would replace "
+            "what the first preserves: give all prompts to one Beyond Sampler"
+        )
+    plan = plan_mining(mining.text, mining.plan.concepts, mining.plan.neighbor, beyond, progress)
+    neighbourhood = mining.neighbourhood.replan(plan)
+    return MiningResult(mining.text, neighbourhood, *neighbourhood.planned())
 
 
 def erase(
-    mining: MiningResult, source: Mapping[str, Any] | None = None, progress: Progress = quiet
+    mining: MiningResult,
+    settings: SolveSettings = SolveSettings(),
+    source: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
 ) -> Erasure:
     """The closed form (l. 24) of every stream.
 
-    source: what to note about the model the erasure was made for.
+    source: what to note about the model that the erasure is made for
     """
-    pairs = mining.pairs
-    return fit(
-        mining.text,
-        collect(mining),
-        pairs.concepts,
-        pairs.summary,
-        mining.settings,
-        source,
-        progress,
-    )
+    return fit(mining.text, mining.plan, collect(mining, settings), settings, source, progress)
 
 
 def fit(
     text: TextEncoder,
+    plan: Plan,
     sums: Mapping[str, Sums],
-    concepts: Sequence[Concept],
-    summary: Tensor,
-    settings: Settings,
+    settings: SolveSettings = SolveSettings(),
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """`erase` of sums that are there already; summary: of the concepts' prompts, as in `Pairs`."""
-    kept = None
+    """`erase` of a whole plan, by the sums of its parts. What is preserved is added here, once."""
+    sums, kept = dict(sums), None
+    for n in range(0, len(plan.preserved), BATCH):
+        e = text.encode(plan.preserved[n : n + BATCH])
+        for stream in e:
+            rows = e.weighed(stream)[e.there(stream)]
+            sums[stream] = sums[stream].preserving(rows, settings.pair_weight)
     if settings.bank:
         bank = encode_bank(text, progress=progress)
-        kept = drop_related_prompts(bank, text, concepts, summary, settings.bank_limit).kept
+        kept = drop_related_prompts(bank, text, plan.concepts).kept
+    told = Settings(plan.neighbor, plan.beyond or BeyondSettings(beyond=0), settings)
     provenance = {
-        "concepts": [asdict(concept) for concept in concepts],
-        "settings": asdict(settings),
+        "concepts": [asdict(concept) for concept in plan.concepts],
+        "settings": told.flat(),
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
@@ -170,53 +193,66 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def collect(mining: MiningResult) -> dict[str, Sums]:
+def sum_parts(text: TextEncoder, plan: Plan, settings: SolveSettings) -> dict[str, Sums]:
+    """`collect` of a plan that is realised and dropped AT_ONCE concepts at a time."""
+    parts = (collect(realise(text, part), settings) for part in plan.parts(AT_ONCE))
+    return reduce(add_sums, parts)
+
+
+def add_sums(sums: Mapping[str, Sums], others: Mapping[str, Sums]) -> dict[str, Sums]:
+    """The sums of different concepts together, stream by stream."""
+    return {stream: own + others[stream] for stream, own in sums.items()}
+
+
+def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
-    weight, sums = mining.settings.pair_weight, {}
-    stand = concept_representatives(mining)
+    representatives, found = concept_representatives(mining), {}
     for stream, e in pairs.e.items():
-        own = replace(Sums.zeros(e.shape[-1]), concepts=stand[stream])
-        for rows, of, much in ((pairs, pairs.span, weight), (near, near.span, 1.0)):
-            span = of[stream]
+        sums = replace(Sums.zeros(e.shape[-1]), concepts=representatives[stream])
+        for rows, spans, weight in (
+            (pairs, pairs.span, settings.pair_weight),
+            (near, near.span, 1.0),
+        ):
+            span = spans[stream]
             targets = rows.target.weighed(stream)[span]
-            own = own.erasing(rows.e.weighed(stream)[span], targets, much)
-        for named, much in ((far.pair >= 0, 1.0), (far.pair < 0, weight)):
-            span = far.span[stream]
-            here = named.to(span.device)
-            own = own.preserving(far.e.weighed(stream)[here][span[here]], much)
-        sums[stream] = own
-    return sums
+            sums = sums.erasing(rows.e.weighed(stream)[span], targets, weight)
+        found[stream] = sums.preserving(far.e.weighed(stream)[far.span[stream]])
+    return found
 
 
 def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
     """stream -> what stands for the concepts as a whole, [rows, dim] on the CPU.
 
-    Of each its prompt in its first template; where words were mined, then of each the mean of all
-    words of its ring, its name among them, whichever were drawn.
+    Of each its prompt in its first template, and what its neighbourhood adds.
     """
-    pairs, ring = mining.pairs, mining.ring
+    pairs = mining.pairs
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
     names = prompt_embeddings(mining.text, first, pairs.e.take(pairs.first))
-    stand = [{stream: rows.flatten(0, 1) for stream, rows in names.items()}]
-    if isinstance(ring, VocabularyNeighbourhood) and mining.neighbors.words:
-        near, sizes = ring.near, torch.bincount(pairs.concept[ring.near.pair]).tolist()
-        for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
-            around = [
-                prompt_embeddings(mining.text, near.prompts(some.tolist()), near.take(some)[0])
-                for some in own.split(BATCH)
-            ]
-            stand.append({s: torch.cat([rows[s] for rows in around]).mean(0) for s in names})
-    return {stream: torch.cat([rows[stream].cpu() for rows in stand]) for stream in names}
+    around = mining.neighbourhood.representatives()
+    return {
+        stream: torch.cat([rows.flatten(0, 1).cpu(), *([around[stream].cpu()] if around else [])])
+        for stream, rows in names.items()
+    }
 
 
-def scope_report(erasure: Erasure, mining: MiningResult) -> tuple[WordEffect, ...]:
+def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordEffect, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
-    if isinstance(mining.ring, VocabularyNeighbourhood):
-        words, centre = list(mining.ring.cosine), mining.ring.centre
-        return scope(erasure, mining.text, mining.pairs, words, centre=centre)
-    return scope(erasure, mining.text, mining.pairs, bank_prompts(), "{}")
+    if plan.cosines:
+        return scope(erasure, text, plan.concepts, list(plan.cosines), centres=plan.centres)
+    return scope(erasure, text, plan.concepts, bank_prompts(), "{}")
+
+
+def geometry(text: TextEncoder, plan: Plan, mining: MiningResult | None = None) -> Image:
+    """The words in the rings and just outside as a picture; where there are none, the points.
+
+    mining: rows of the plan; those of its first concepts are made unless given
+    """
+    if plan.cosines:
+        return plots.words(plan)
+    mining = mining or realise(text, plan.part(0, AT_ONCE))
+    return plots.points(mining.neighbourhood, mining.neighbors, mining.beyond)
 
 
 def align_erasure(
@@ -255,82 +291,16 @@ def training_inputs(
 
     All that is to be encoded and drawn for it is. anchors, images: as in `align_erasure`.
     """
-    ring, beyond, seed = mining.ring, mining.settings.beyond > 0, training.seed
+    neighbourhood, plan, seed = mining.neighbourhood, mining.plan, training.seed
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, Sampling(seed=seed))
-    if isinstance(ring, VocabularyNeighbourhood):
-        # A concept among thousands may have no word outside that is not nearer to another one.
-        beyond = beyond and set(ring.far.pair.tolist()) == set(mining.pairs.first.tolist())
-        ring.encode_all()
+    beyond = plan.beyond is not None and plan.beyond.beyond > 0 and neighbourhood.has_beyond
+    neighbourhood.encode_all()
     scene = None
     if training.adversarial:
         drawn = draw_anchors(model, mining.pairs, images, Sampling(seed=seed), concepts=True)
-        prompts = preserved_prompts(mining.text, mining.pairs.concepts, mining.settings)
-        limit = mining.settings.bank_limit
-        scene = adversarial_inputs(mining.text, ring, drawn, prompts, limit, seed)
-    return TrainingInputs(ring, beyond, erasure, anchors, scene)
-
-
-def _ring(text: TextEncoder, pairs: Pairs, settings: Settings, progress: Progress) -> Neighbourhood:
-    """The neighbourhood of the source that the settings name."""
-    if settings.source == "vocabulary":
-        return vocabulary_neighbourhood(text, pairs, settings, progress)
-    if settings.source == "isotropic":
-        return gaussian_neighbourhood(pairs, settings)
-    bank = encode_bank(text, progress=progress)
-    bank = drop_related_prompts(bank, text, pairs.concepts, pairs.summary, settings.bank_limit)
-    return gaussian_neighbourhood(pairs, settings, candidates(text, bank))
-
-
-def candidates(text: TextEncoder, bank: Bank) -> Encoding:
-    """One in EVERY prompts of the bank, as encoded, without those that are too close."""
-    return text.encode([p for p in bank.prompts[::EVERY] if p not in bank.dropped])
-
-
-def _preserving(
-    beyond: MinedRows, text: TextEncoder, pairs: Pairs, settings: Settings
-) -> MinedRows:
-    """Beyond points, and the prompts to preserve, whose every row keeps its outputs."""
-    prompts = preserved_prompts(text, pairs.concepts, settings)
-    if not prompts:
-        return beyond
-    rows = text.encode(prompts)
-    e = Encoding.cat([beyond.e, rows])
-    span = {
-        s: torch.cat([longer(of, e[s].shape[1]) for of in (own, rows.there(s))])
-        for s, own in beyond.span.items()
-    }
-    pair = torch.cat([beyond.pair, torch.full((len(prompts),), -1)])
-    return MinedRows(e, e, span, pair, (*beyond.words, *prompts))
-
-
-def preserved_prompts(
-    text: TextEncoder, concepts: Sequence[Concept], settings: Settings
-) -> tuple[str, ...]:
-    """The prompts that the user names, and the words that were left out of the ring in every
-    template of the concepts.
-
-    Raises ValueError for one that names a concept to be erased or that the encoder cuts off.
-    """
-    for word in settings.exclude:
-        _refuse_named(concepts, word, "the word to leave out")
-    for prompt in settings.preserve:
-        _refuse_named(concepts, prompt, "the prompt to preserve")
-    templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
-    left_out = [template.replace("{}", word) for word in settings.exclude for template in templates]
-    prompts = tuple(dict.fromkeys([*settings.preserve, *left_out]))
-    if prompts:
-        refuse_long_prompts(text, prompts)
-    return prompts
-
-
-def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
-    for concept in concepts:
-        if holds_name(prompt, concept.name):
-            raise ValueError(
-                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
-                "the list"
-            )
+        scene = adversarial_inputs(mining.text, neighbourhood, drawn, seed)
+    return TrainingInputs(neighbourhood, beyond, erasure, anchors, scene)
 
 
 def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:
@@ -345,9 +315,10 @@ def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:
             f"the mining is of {', '.join(c.name for c in its)}, or in other templates or with "
             "other anchors: give the mining that the erasure was made from"
         )
+    settings = asdict(mining.plan.neighbor) | asdict(mining.plan.beyond or BeyondSettings(beyond=0))
     for note in notes_of(erasure):
-        noted, settings = note.get("settings") or {}, asdict(mining.settings)
-        for name in settings.keys() & noted.keys() - set(SOLVED):
+        noted = note.get("settings") or {}
+        for name in settings.keys() & noted.keys():
             there, here = noted[name], settings[name]
             there = tuple(there) if isinstance(there, list) else there
             if there != here:

@@ -5,46 +5,48 @@ import json
 import re
 from collections.abc import Iterable
 
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
-from .algorithm import MiningResult
 from .concepts import COMMAS, Concept, holds_name
-from .mining.vocabulary import VocabularyNeighbourhood
+from .mining.pairs import first_summaries
+from .mining.plan import Plan
 from .text.encoding import TextEncoder, whole_words
 
 
-def anchor_warnings(mining: MiningResult) -> list[str]:
+def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
     """A sentence for each name that reads like several, each word to leave out that lies in no
     ring, and each anchor that lies near what is erased, or that the bundled model does not draw
     surely.
 
     Nearness is known where words were mined; what another model draws is not known from its texts.
     """
-    pairs, ring = mining.pairs, mining.ring
-    said = doubted_names(pairs.concepts)
-    if isinstance(ring, VocabularyNeighbourhood):
-        within = {word.casefold() for word, cosine in ring.cosine.items() if cosine >= ring.s2}
+    said = doubted_names(plan.concepts)
+    if plan.centres:
+        s2 = plan.neighbor.cosines[0]
+        within = {word.casefold() for word, cosine in plan.cosines.items() if cosine >= s2}
         said += [
             f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
             "is preserved all the same"
-            for word in mining.settings.exclude
+            for word in plan.neighbor.exclude
             if word.casefold() not in within
         ]
-        own, target = pairs.summary[pairs.first], pairs.target_summary[pairs.first]
-        for concept, anchor, around in zip(pairs.concepts, target, ring.centre, strict=True):
-            cosines = cosine_similarity(own - around, anchor - around, dim=-1)
-            cosine, nearest = float(cosines.max()), pairs.concepts[int(cosines.argmax())].name
-            if cosine >= ring.s2:
+        concept_rows, anchor_rows = first_summaries(text, plan.concepts)
+        for concept, anchor_row in zip(plan.concepts, anchor_rows, strict=True):
+            centre = plan.centres[concept.templates[0]]
+            around = normalize(concept_rows - centre, dim=-1)
+            cosines = around @ normalize(anchor_row - centre, dim=0)
+            cosine, nearest = float(cosines.max()), plan.concepts[int(cosines.argmax())].name
+            if cosine >= s2:
                 said.append(
                     f"the anchor {concept.anchor!r} is itself a neighbour of {nearest!r} (cosine "
-                    f"{cosine:.2f}, S2 {ring.s2:g}): what becomes it may still show {nearest!r}; "
+                    f"{cosine:.2f}, S2 {s2:g}): what becomes it may still show {nearest!r}; "
                     "choose an anchor farther away"
                 )
-    if known := _drawn(mining.text):
+    if known := _drawn(text):
         said += [
             f"the bundled model does not draw the anchor {concept.anchor!r} surely, so that "
             f"{concept.name!r} may still be seen; it draws a tree, a flower, a house, ..."
-            for concept in pairs.concepts
+            for concept in plan.concepts
             if not any(holds_name(concept.anchor, name) for name in known)
         ]
     return said

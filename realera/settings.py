@@ -5,8 +5,7 @@ before anything slow is imported.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,19 +14,13 @@ Source = Literal["isotropic", "bank", "vocabulary"]
 # CLIP alone or by T5 as well.
 BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
+NOISE: tuple[Source, ...] = ("isotropic", "bank")  # those that take random steps
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
 MOST_AWAY = 2.0
 # Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.05 % RMS from
 # the whole edit's, at a fifth of the rank of 0.001 (`benchmarks/results/tolerance.json`).
 TOLERANCE = 0.01
-USED_BY: dict[str, tuple[Source, ...]] = {
-    "words": ("vocabulary",),
-    "shared_noise": ("isotropic",),  # a bank prompt is one v for the whole span already
-    "d1": ("isotropic", "bank"),
-    "d1_anchor": ("isotropic", "bank"),
-    "d2": ("isotropic", "bank"),
-}
 
 
 @dataclass(frozen=True)
@@ -95,132 +88,94 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def check_fields(given: Any, ranges: Mapping[str, Range]) -> None:
+def option(
+    default: Any, allowed: Range | None = None, sources: tuple[Source, ...] = SOURCES
+) -> Any:
+    """A field of a dataclass that `check_fields` checks.
+
+    allowed: range of a number, None for texts and for True or False
+    sources: sources of neighbours that use the parameter
+    """
+    return field(default=default, metadata={"allowed": allowed, "sources": sources})
+
+
+def check_fields(given: Any) -> None:
     """Checks every field of a dataclass by its type, and the numbers by their ranges.
 
     given: an instance, in which lists become tuples and NumPy's numbers Python's
-    ranges: field -> what it may be. Raises ValueError with field, value and what would work.
+    Raises ValueError with field, value and what would work.
     """
-    for field in fields(given):
-        name, value = field.name, getattr(given, field.name)
-        if field.type == tuple[str, ...]:
+    for own in fields(given):
+        name, value, allowed = own.name, getattr(given, own.name), own.metadata.get("allowed")
+        if own.type == tuple[str, ...]:
             checked: Any = texts(name, value)
-        elif field.type is bool:
+        elif own.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} = {value!r}: it must be True or False")
             continue
-        elif name not in ranges or (value is None and field.default is None):  # None: automatic
+        elif allowed is None or (value is None and own.default is None):  # None: automatic
             continue
         else:
-            checked = ranges[name].check(name, value)
+            checked = allowed.check(name, value)
         object.__setattr__(given, name, checked)
 
 
-RANGES = {
-    **dict.fromkeys(("neighbors", "beyond"), COUNT),
-    **dict.fromkeys(("s1", "s2", "beyond_s2"), COSINE),
-    **dict.fromkeys(("d1", "d1_anchor", "d2"), POSITIVE),
-    "lambda1": Range(0),
-    "lambda2": POSITIVE,
-    "away": Range(0, MOST_AWAY),
-    "pair_weight": POSITIVE,
-    "bank_limit": Range(-1),
-    **dict.fromkeys(("seed", "beyond_seed"), SEED),
-}
-TRAINING_RANGES = {
-    **dict.fromkeys(("steps", "rank", "batch", "save_every"), POSITIVE_COUNT),
-    "learning_rate": POSITIVE,
-    "seed": SEED,
-    "adversarial": COUNT,
-}
+def refuse_unused(given: Any, source: Source) -> None:
+    """Raises ValueError for a parameter that is given and that the source does not use."""
+    for own in fields(given):
+        sources, value = own.metadata["sources"], getattr(given, own.name)
+        if source not in sources and value != own.default:
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            raise ValueError(
+                f"{own.name} = {shown}: source {source!r} does not use it; leave it out, or choose "
+                f"{' or '.join(sources)}"
+            )
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Every parameter of Alg. 1, l. 1-24; None is automatic.
+class NeighborSettings:
+    """Parameters of Neighbor Sampler (Sec. 4.1; Alg. 1, l. 4-12); None is automatic.
 
     source: where neighbours come from: random directions (the paper's), steps towards everyday
-        prompts, or words
-    neighbors, beyond: M and N, draws a prompt; of the vocabulary, words a concept
-    s1, s2: a neighbour's cosine with e lies in [s2, s1] (Eq. 4), by source unless given
-    beyond_s2: a beyond point's lies below this, below s2 unless given
-    d1, d1_anchor, d2: radii (Eq. 3), in units of the context; unless given, the distances at which
-        the expected cosine falls to s2 and to 0, and d1 / 10 around the anchor
-    shared_noise: one v for all rows of a span instead of one a row
+        prompts, or words of the vocabulary
+    neighbors: M, draws for each prompt; of the vocabulary, words for each concept
+    s1, s2: largest and smallest cosine of a neighbour with e (Eq. 4), by source unless given
+    d1: largest step from e (Eq. 3), in units of the context; unless given, the distance at which
+        the expected cosine falls to s2
+    d1_anchor: radius of the ball around e* that neighbours are mapped into, d1 / 10 unless given
+    shared_noise: one v for all rows of a span instead of one for each row
     words: words, phrases and prompts to search beside the tokenizer's own vocabulary. Each takes
         the concept's place in its first template, so that all are compared alike; where that is
         "{}", a prompt stands as it is
-    exclude: words that are not to be erased; preserve: prompts that must keep their meaning
-    lambda1, lambda2: weights of Eq. 7; λ2 in units of the system's mean diagonal
-    away: how far the bank's prompts go away from the concept and, where words are mined, from the
-        mean of its ring, by how much they have of either (`closed_form.solve`): 0, nowhere; 1, what
-        they have of it is made the bank's mean; more: beyond that. For the words that draw a
-        concept and lie in no ring around it
-    pair_weight: what a row of an unperturbed pair, or of a prompt to preserve, counts, where a
-        drawn row counts 1
-    bank: keep what everyday prompts mean; bank_limit: leave out those whose centred cosine with a
-        concept is at least this
-    seed: of the neighbours; beyond_seed: of the beyond points, which go on with the neighbours'
-        draws unless given
+    exclude: words that are not erased but preserved, in every template of the concepts
+    seed: seed of the draws
 
-    Raises ValueError for a value of another type or out of its range, for an option that the source
-    does not use and for a range that no draw can satisfy.
+    Raises ValueError for a value of another type or out of its range, for a parameter that the
+    source does not use and for cosines that no draw can satisfy.
     """
 
-    source: Source = "vocabulary"
-    neighbors: int = 64
-    beyond: int = 16
-    s1: float | None = None
-    s2: float | None = None
-    beyond_s2: float | None = None
-    d1: float | None = None
-    d1_anchor: float | None = None
-    d2: float | None = None
-    shared_noise: bool = False
-    words: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    preserve: tuple[str, ...] = ()
-    # The paper's λ1 is 0.1, of a Pre without a bank. λ2 keeps T from reaching exactness through
-    # directions that no prompt uses: at 1e-4 mined words leave 6 % of what implies a concept and
-    # move others as much, at 0.1 none.
-    lambda1: float = 1.0
-    lambda2: float = 0.1
-    away: float = 1.6
-    # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
-    pair_weight: float = 100.0
-    bank: bool = True
-    bank_limit: float = 0.55
-    seed: int = 0
-    beyond_seed: int | None = None
+    source: Source = option("vocabulary")
+    neighbors: int = option(64, COUNT)
+    s1: float | None = option(None, COSINE)
+    s2: float | None = option(None, COSINE)
+    d1: float | None = option(None, POSITIVE, NOISE)
+    d1_anchor: float | None = option(None, POSITIVE, NOISE)
+    # A bank prompt is one v for the whole span already.
+    shared_noise: bool = option(False, sources=("isotropic",))
+    words: tuple[str, ...] = option((), sources=("vocabulary",))
+    exclude: tuple[str, ...] = option(())
+    seed: int = option(0, SEED)
 
     def __post_init__(self) -> None:
-        check_fields(self, RANGES)
+        check_fields(self)
         if self.source not in SOURCES:
             raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
-        for name, users in USED_BY.items():
-            value = getattr(self, name)
-            if (
-                self.source not in users
-                and value is not None
-                and value is not False
-                and value != ()
-            ):
-                shown = ", ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(
-                    f"{name} = {shown}: source {self.source!r} does not use it; leave it out, or "
-                    f"choose {' or '.join(users)}"
-                )
+        refuse_unused(self, self.source)
         (s2, s1), source = self.cosines, self.source
         if not -1.0 <= s2 < s1 <= 1.0:
             raise ValueError(
                 f"S2 = {s2} and S1 = {s1}: a neighbour's cosine lies between them, so S2 must be "
                 f"smaller; S2 = {S2[source]} and S1 = {S1[source]} are the defaults of {source!r}"
-            )
-        if self.farthest > s2:
-            raise ValueError(
-                f"beyond points below S2 = {self.farthest} and neighbours from S2 = {s2} on: what "
-                "lies between would be erased and preserved; choose the beyond points' S2 at most "
-                "as large, or leave it auto"
             )
 
     @property
@@ -230,10 +185,107 @@ class Settings:
         s2 = S2[self.source] if self.s2 is None else self.s2
         return s2, s1
 
-    @property
-    def farthest(self) -> float:
-        """The cosine below which beyond points lie, resolved."""
-        return self.cosines[0] if self.beyond_s2 is None else self.beyond_s2
+
+@dataclass(frozen=True)
+class BeyondSettings:
+    """Parameters of Beyond Sampler (Sec. 4.2; Alg. 1, l. 13-22); None is automatic.
+
+    beyond: N, draws for each prompt; of the vocabulary, words for each concept
+    beyond_s2: cosine with e below which beyond points lie, the neighbours' s2 unless given
+    d2: largest step from e (Eq. 3), in units of the context; unless given, the distance at which
+        the expected cosine falls to 0
+    preserve: prompts that keep their outputs in every row
+    beyond_seed: seed of the draws, which go on with the neighbours' unless given
+
+    Raises ValueError for a value of another type or out of its range.
+    """
+
+    beyond: int = option(16, COUNT)
+    beyond_s2: float | None = option(None, COSINE)
+    d2: float | None = option(None, POSITIVE, NOISE)
+    preserve: tuple[str, ...] = option(())
+    beyond_seed: int | None = option(None, SEED)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def farthest(self, neighbor: NeighborSettings) -> float:
+        """The cosine below which beyond points lie, resolved.
+
+        Raises ValueError when points would be erased and preserved, and for a parameter that the
+        neighbours' source does not use.
+        """
+        refuse_unused(self, neighbor.source)
+        s2 = neighbor.cosines[0]
+        farthest = s2 if self.beyond_s2 is None else self.beyond_s2
+        if farthest > s2:
+            raise ValueError(
+                f"beyond points below S2 = {farthest} and neighbours from S2 = {s2} on: what lies "
+                "between would be erased and preserved; choose the beyond points' S2 at most as "
+                "large, or leave it auto"
+            )
+        return farthest
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """Parameters of the closed form (Eq. 7; Alg. 1, l. 24).
+
+    lambda1: weight of what is preserved
+    lambda2: weight of staying near the original, in units of the system's mean diagonal
+    away: how far the bank's prompts go away from the concept and, where words are mined, from the
+        mean of its ring, by how much they have of either (`closed_form.solve`): 0, nowhere; 1, what
+        they have of it is made the bank's mean; more: beyond that. For the words that draw a
+        concept and lie in no ring around it
+    pair_weight: weight of a row of an unperturbed pair, or of a prompt to preserve, where a drawn
+        row has weight 1
+    bank: whether everyday prompts keep their meaning (`mining.preservation_bank`)
+
+    Raises ValueError for a value of another type or out of its range.
+    """
+
+    # The paper's λ1 is 0.1, of a Pre without a bank. λ2 keeps T from reaching exactness through
+    # directions that no prompt uses: at 1e-4 mined words leave 6 % of what implies a concept and
+    # move others as much, at 0.1 none.
+    lambda1: float = option(1.0, Range(0))
+    lambda2: float = option(0.1, POSITIVE)
+    away: float = option(1.6, Range(0, MOST_AWAY))
+    # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
+    pair_weight: float = option(100.0, POSITIVE)
+    bank: bool = option(True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every parameter of Alg. 1, l. 1-24.
+
+    Raises ValueError when those of neighbours and of beyond points contradict each other.
+    """
+
+    neighbor: NeighborSettings = NeighborSettings()
+    beyond: BeyondSettings = BeyondSettings()
+    solve: SolveSettings = SolveSettings()
+
+    def __post_init__(self) -> None:
+        self.beyond.farthest(self.neighbor)
+
+    @staticmethod
+    def of(**values: Any) -> "Settings":
+        """From parameters by their names, as provenance has them. Raises TypeError for others."""
+        parts: list[Any] = []
+        for kind in (NeighborSettings, BeyondSettings, SolveSettings):
+            names = [own.name for own in fields(kind) if own.name in values]
+            parts.append(kind(**{name: values.pop(name) for name in names}))
+        if values:
+            raise TypeError(f"no settings are named {', '.join(values)}")
+        return Settings(*parts)
+
+    def flat(self) -> dict[str, Any]:
+        """Name -> value of every parameter, as provenance has them."""
+        return {**asdict(self.neighbor), **asdict(self.beyond), **asdict(self.solve)}
 
 
 @dataclass(frozen=True)
@@ -246,14 +298,14 @@ class Training:
         and then aligned; 0: none, as in the paper
     """
 
-    steps: int = 200
-    rank: int = 4
-    learning_rate: float = 1e-4
-    batch: int = 4
-    seed: int = 0
-    save_every: int = 25
-    gradient_checkpointing: bool = False
-    adversarial: int = 0
+    steps: int = option(200, POSITIVE_COUNT)
+    rank: int = option(4, POSITIVE_COUNT)
+    learning_rate: float = option(1e-4, POSITIVE)
+    batch: int = option(4, POSITIVE_COUNT)
+    seed: int = option(0, SEED)
+    save_every: int = option(25, POSITIVE_COUNT)
+    gradient_checkpointing: bool = option(False)
+    adversarial: int = option(0, COUNT)
 
     def __post_init__(self) -> None:
-        check_fields(self, TRAINING_RANGES)
+        check_fields(self)

@@ -431,11 +431,16 @@ def same_edits(one, other):
     return all(torch.equal(edit.matrix, other.edits[s].matrix) for s, edit in one.edits.items())
 
 
+def erased_by(text, concepts, settings):
+    mined = algorithm.mine(text, concepts, settings.neighbor, settings.beyond)
+    return algorithm.erase(mined, settings.solve)
+
+
 def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
     text = ComfyText(miniature().clip)
     for source, count in (("vocabulary", 12), ("isotropic", 2)):
         for beyond_seed in (None, 5):
-            settings = Settings(
+            settings = Settings.of(
                 source=source,
                 neighbors=count,
                 beyond=3,
@@ -445,7 +450,7 @@ def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
                 exclude=("rocket",),
                 bank=False,
             )
-            theirs = algorithm.erase(algorithm.mine(text, parse_concepts(NAMED), settings))
+            theirs = erased_by(text, parse_concepts(NAMED), settings)
             (found, *_) = run(
                 mining.NeighborSampler,
                 clip=miniature().clip,
@@ -462,8 +467,7 @@ def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
                 seed=-1 if beyond_seed is None else beyond_seed,
                 preserve="a photo of the dog",
             )
-            solved = replace(found.settings, bank=False)  # as Closed-Form Edit has it
-            ours = algorithm.erase(replace(found, settings=solved))
+            ours = algorithm.erase(found, settings.solve)  # as Closed-Form Edit has it
             assert same_edits(ours, theirs), (source, beyond_seed)
             assert ours.provenance["settings"] == theirs.provenance["settings"]
 
@@ -491,11 +495,17 @@ def claim_a_graph_is_made_again_from_its_provenance():
             algorithm.Concept(c["name"], c["anchor"], tuple(c["templates"]))
             for c in noted["concepts"]
         ]
-        again = algorithm.erase(algorithm.mine(text, named, Settings(**told)))
+        again = erased_by(text, named, Settings.of(**told))
         assert same_edits(made, again), source
 
 
 # ------------------------------------------------------------------------ parts that fit
+
+
+def claim_a_second_beyond_sampler_is_refused():
+    """It replaced what the first one preserves, without a word."""
+    with refused("one Beyond Sampler"):
+        run(mining.BeyondSampler, mining=mined())
 
 
 def claim_the_same_words_are_never_erased_and_preserved():

@@ -1,22 +1,32 @@
 """Algorithm 1 as a whole: what an erasure was made by is what it says, and a stage is one call."""
 
+import pickle
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from realera.algorithm import concept_representatives, erase, mine, mine_beyond, mine_neighbors
+from realera.algorithm import (
+    collect,
+    concept_representatives,
+    erase,
+    mine,
+    mine_beyond,
+    plan_mining,
+    realise,
+    sum_parts,
+)
 from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
 from realera.edit.erasure import Erasure
-from realera.mining.noise import gaussian_neighbourhood
+from realera.mining.noise import radii_of
 from realera.mining.pairs import encode_pairs
+from realera.mining.plan import Plan
 from realera.pipelines.unet import DiffusersText
-from realera.settings import SOURCES, Settings
+from realera.settings import SOURCES, BeyondSettings, NeighborSettings, Settings, SolveSettings
 from realera.text.encoding import CONTEXT, POOLED
 from realera.text.token_alignment import prompt_embeddings
 
@@ -45,7 +55,11 @@ def settings_of(source: str, **changes) -> Settings:
     given = {"source": source, "neighbors": 2, "beyond": 3, "preserve": ("a red house",)}
     if source == "vocabulary":  # a random encoder knows no meaning: the words nearest to anything
         given |= {"s2": 0.2, "exclude": ("tree",)}
-    return Settings(**given | changes)
+    return Settings.of(**given | changes)
+
+
+def erasure_of(text, concepts, settings: Settings) -> Erasure:
+    return erase(mine(text, concepts, settings.neighbor, settings.beyond), settings.solve)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -53,12 +67,12 @@ def settings_of(source: str, **changes) -> Settings:
 def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, source):
     bank = source == "bank"  # else the bank of a thousand prompts is left out, for time
     chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, away=0.5)
-    first = erase(mine(texts[name], [AIRPLANE], chosen))
+    first = erasure_of(texts[name], [AIRPLANE], chosen)
     note = first.provenance
-    assert note["settings"] == asdict(chosen)
+    assert note["settings"] == chosen.flat()
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in note["settings"].items()}
     concepts = [Concept(**c) for c in note["concepts"]]
-    again = erase(mine(texts[name], concepts, Settings(**lists)))
+    again = erasure_of(texts[name], concepts, Settings.of(**lists))
     assert first.edits.keys() == ({CONTEXT, POOLED} if name == "sdxl" else {CONTEXT})
     for stream, edit in first.edits.items():
         assert torch.equal(edit.matrix, again.edits[stream].matrix)
@@ -72,8 +86,8 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
     e = text.encode([gate])[CONTEXT][0]
 
     def moved(**changes):
-        settings = Settings(source="isotropic", neighbors=0, beyond=0, **changes)
-        edit = erase(mine(text, [airplane], settings)).edits[CONTEXT]
+        settings = Settings.of(source="isotropic", neighbors=0, beyond=0, **changes)
+        edit = erasure_of(text, [airplane], settings).edits[CONTEXT]
         return float((edit(e) - e).norm() / e.norm())
 
     assert moved(away=1.0) > 3 * moved(away=0.0)
@@ -83,9 +97,10 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, name):
     text, concepts = texts[name], [AIRPLANE, Concept("dog", "ground", ("an old {}", "{}"))]
-    mining = mine(text, concepts, settings_of("vocabulary"))  # draws two of the ring
+    two = settings_of("vocabulary")  # draws two of the ring
+    mining = mine(text, concepts, two.neighbor, two.beyond)
     found = concept_representatives(mining)
-    ring = [word for word, _, _ in mining.ring.near.rows]
+    ring = [word for _, word in mining.plan.near]
     split = ring.index("dog")  # its ring begins with the concept itself
     names, means = [], []
     for concept, words in zip(concepts, (ring[:split], ring[split:]), strict=True):
@@ -98,7 +113,7 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, n
         expected = torch.cat([own[stream] for own in names + means])
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
     for settings in (settings_of("vocabulary", neighbors=0), settings_of("isotropic")):
-        alone = concept_representatives(mine(text, concepts, settings))
+        alone = concept_representatives(mine(text, concepts, settings.neighbor, settings.beyond))
         for stream, rows in alone.items():
             assert torch.equal(rows, found[stream][: len(rows)]) and len(rows) == 2
 
@@ -106,9 +121,10 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, n
 def test_what_a_mining_preserves_another_may_not_erase_after_the_api_alone(texts):
     """Settings are told once, to `mine`: the provenance that a merge reads cannot differ."""
     rocket = Concept("rocket", "tree", ("{}",))
-    quick = Settings(source="isotropic", neighbors=0, beyond=0, bank=False)
-    one = erase(mine(texts["sd1"], [AIRPLANE], replace(quick, preserve=("a rocket",))))
-    other = erase(mine(texts["sd1"], [rocket], quick))
+    none, bare = NeighborSettings(source="isotropic", neighbors=0), SolveSettings(bank=False)
+    kept = BeyondSettings(beyond=0, preserve=("a rocket",))
+    one = erase(mine(texts["sd1"], [AIRPLANE], none, kept), bare)
+    other = erase(mine(texts["sd1"], [rocket], none, None), bare)
     with pytest.raises(ValueError, match="preserves 'a rocket' and another erases 'rocket'"):
         Erasure.merge([one, other])
 
@@ -116,27 +132,61 @@ def test_what_a_mining_preserves_another_may_not_erase_after_the_api_alone(texts
 @pytest.mark.parametrize("source", SOURCES[::2])
 @pytest.mark.parametrize("beyond_seed", [None, 7])
 def test_stage_by_stage_is_the_whole(texts, source, beyond_seed):
-    text, chosen = texts["sd1"], settings_of(source, bank=False, beyond_seed=beyond_seed)
-    whole = mine(text, [AIRPLANE], chosen)
-    near = mine_neighbors(text, [AIRPLANE], chosen)
-    assert near.settings.beyond == 0 and not (near.beyond.pair >= 0).any()
-    staged = mine_beyond(near, beyond=3, preserve=chosen.preserve, beyond_seed=beyond_seed)
-    assert staged.settings == whole.settings
+    text, chosen = texts["sd1"], settings_of(source, beyond_seed=beyond_seed)
+    whole = mine(text, [AIRPLANE], chosen.neighbor, chosen.beyond)
+    near = mine(text, [AIRPLANE], chosen.neighbor, None)
+    assert near.plan.beyond is None and not len(near.beyond.pair)
+    staged = mine_beyond(near, chosen.beyond)
+    assert staged.plan == whole.plan
     for own, its in ((whole.neighbors, staged.neighbors), (whole.beyond, staged.beyond)):
         assert own.words == its.words and torch.equal(own.pair, its.pair)
         assert all(torch.equal(own.e[s], its.e[s]) for s in own.e)
     # Neighbours stay what they are when beyond points are looked for elsewhere.
-    (s2, s1), farther = chosen.cosines, chosen.cosines[0] - 0.1
-    other = mine_beyond(near, beyond=3, beyond_s2=farther)
+    farther = chosen.neighbor.cosines[0] - 0.1
+    other = mine_beyond(near, BeyondSettings(beyond=3, beyond_s2=farther))
     assert torch.equal(other.neighbors.e[CONTEXT], whole.neighbors.e[CONTEXT])
-    assert (other.ring.s2, other.ring.s1, other.ring.beyond_s2) == (s2, s1, farther)
+    assert (other.plan.neighbor, other.plan.farthest) == (chosen.neighbor, farther)
+
+
+def test_a_second_beyond_sampler_is_refused(texts):
+    """It replaced the first one's points and prompts without a word (B2)."""
+    chosen = settings_of("isotropic")
+    mining = mine_beyond(mine(texts["sd1"], [AIRPLANE], chosen.neighbor, None), chosen.beyond)
+    with pytest.raises(ValueError, match=r"Beyond Sampler already.*one Beyond Sampler"):
+        mine_beyond(mining, BeyondSettings())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_the_parts_of_a_plan_add_up_to_the_whole_whatever_the_source(
+    texts, name, source, monkeypatch
+):
+    text = texts[name]
+    templates = (("a photo of the {}", "{}"), ("an old {}",))
+    names = ("airplane", "dog", "tree", "cat", "ship")
+    concepts = [Concept(c, "ground", templates[n % 2]) for n, c in enumerate(names)]
+    chosen = settings_of(source, exclude=(), s2=0.2, s1=1.0 if source == "vocabulary" else 0.9)
+    plan = plan_mining(text, concepts, chosen.neighbor, chosen.beyond)
+    joint = collect(realise(text, plan))
+    monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
+    for stream, sums in sum_parts(text, plan, SolveSettings()).items():
+        for tensor in ("erase", "moved", "preserve"):
+            own, its = getattr(sums, tensor), getattr(joint[stream], tensor)
+            assert its.any() and float((own - its).abs().max()) < 1e-5 * float(its.abs().max())
+
+
+def test_a_plan_holds_names_alone_and_travels(texts):
+    chosen = settings_of("vocabulary")
+    part = plan_mining(texts["sd1"], [AIRPLANE], chosen.neighbor, chosen.beyond).part(0, 1)
+    assert len(pickle.dumps(part)) < 20_000 and not part.centres and not part.cosines
 
 
 def test_the_bank_is_read_where_it_is_used_and_nowhere_else(texts, monkeypatch):
     asked = []
     monkeypatch.setattr("realera.algorithm.encode_bank", lambda *_, **__: asked.append(1))
-    mining = mine(texts["sd1"], [AIRPLANE], settings_of("vocabulary"))
-    erase(replace(mining, settings=replace(mining.settings, bank=False)))
+    chosen = settings_of("vocabulary")
+    mining = mine(texts["sd1"], [AIRPLANE], chosen.neighbor, chosen.beyond)
+    erase(mining, SolveSettings(bank=False))
     assert not asked
     with pytest.raises(AttributeError):
         erase(mining)
@@ -145,11 +195,16 @@ def test_the_bank_is_read_where_it_is_used_and_nowhere_else(texts, monkeypatch):
 
 def test_radii_that_a_user_names_reach_as_far_in_every_stream(texts):
     pairs = encode_pairs(texts["sdxl"], [AIRPLANE])
-    auto = gaussian_neighbourhood(pairs, Settings(source="isotropic")).shells
+
+    def radii(d1=None, d1_anchor=None, d2=None):
+        neighbor = NeighborSettings(source="isotropic", d1=d1, d1_anchor=d1_anchor)
+        plan = Plan((AIRPLANE,), neighbor, BeyondSettings(d2=d2))
+        found = radii_of(plan, pairs)
+        return {stream: around for stream, (around,) in found.items()}
+
+    auto = radii()
     d1, d2 = 1.1 * auto[CONTEXT].d1, 1.2 * auto[CONTEXT].d2
-    wider = gaussian_neighbourhood(
-        pairs, Settings(source="isotropic", d1=d1, d1_anchor=0.5, d2=d2)
-    ).shells
+    wider = radii(d1, 0.5, d2)
     assert wider[CONTEXT].d1 == d1 and wider[CONTEXT].d1_anchor == 0.5
     scale = auto[POOLED].d1 / auto[CONTEXT].d1
     assert wider[POOLED].d1 == pytest.approx(1.1 * auto[POOLED].d1)
@@ -159,8 +214,9 @@ def test_radii_that_a_user_names_reach_as_far_in_every_stream(texts):
 
 def test_a_package_that_is_not_there_does_not_stop_the_closed_form(texts, monkeypatch):
     monkeypatch.setattr("realera.algorithm.PACKAGES", ("torch", "no-such-package"))
-    quick = Settings(source="isotropic", neighbors=0, beyond=0, bank=False)
-    versions = erase(mine(texts["sd1"], [AIRPLANE], quick)).provenance["versions"]
+    none = NeighborSettings(source="isotropic", neighbors=0)
+    mining = mine(texts["sd1"], [AIRPLANE], none, None)
+    versions = erase(mining, SolveSettings(bank=False)).provenance["versions"]
     assert versions["no-such-package"] == "none" and versions["torch"] == torch.__version__
 
 
@@ -179,7 +235,7 @@ def python(code: str) -> str:
     ("code", "absent"),
     [
         ("import realera", "torch"),
-        ("from realera import Settings, Training, Concept, parse_concepts", "torch"),
+        ("from realera import NeighborSettings, Training, Concept, parse_concepts", "torch"),
         ("from realera.cli import _parser; _parser().format_help()", "torch"),
         ("from realera.cli import main; main(['cache'])", "torch"),
         ("from realera.cli import main; main(['info', 'miniature'])", "diffusers"),

@@ -14,7 +14,7 @@ from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.text_layers import trained_layers
 from realera.pipelines.sampling import Sampling
 from realera.pipelines.unet import DiffusersModel
-from realera.settings import Settings, Training
+from realera.settings import BeyondSettings, NeighborSettings, SolveSettings, Training
 from realera.text.encoding import CONTEXT, POOLED, Encoding
 from realera.training.adversarial import (
     adversarial_inputs,
@@ -35,7 +35,8 @@ from realera.training.student_teacher import (
     with_lora,
 )
 
-OF_JOB = Settings(source="isotropic", neighbors=2, beyond=1, bank=False)
+NEAR, FAR = NeighborSettings(source="isotropic", neighbors=2), BeyondSettings(beyond=1)
+NO_BANK = SolveSettings(bank=False)
 SHORT = Training(steps=6, rank=2, learning_rate=1e-3, batch=2, save_every=2)
 
 
@@ -47,10 +48,9 @@ def model(tiny_model) -> DiffusersModel:
 @pytest.fixture(scope="module")
 def job(model):
     """What one erasure is aligned on."""
-    settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
-    mining = mine(model.text, [Concept("airplane", "ground")], settings)
+    mining = mine(model.text, [Concept("airplane", "ground")], NEAR, None)
     anchors = draw_anchors(model, mining.pairs, 3, Sampling(steps=2))
-    return TrainingInputs(mining.ring, True, erase(mining), anchors)
+    return TrainingInputs(mining.neighbourhood, True, erase(mining, NO_BANK), anchors)
 
 
 def with_edit(job, matrix):
@@ -284,8 +284,8 @@ def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name)
 
 
 def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
-    mining = mine(model.text, job.ring.pairs.concepts, OF_JOB)
-    first = align_erasure(model, erase(mining), mining, SHORT, anchors=job.anchors)
+    mining = mine(model.text, job.ring.pairs.concepts, NEAR, FAR)
+    first = align_erasure(model, erase(mining, NO_BANK), mining, SHORT, anchors=job.anchors)
     losses = []
     second = align_erasure(
         model,
@@ -297,7 +297,7 @@ def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
     )
     fresh = []
     align_erasure(
-        model, erase(mining), mining, SHORT, anchors=job.anchors,
+        model, erase(mining, NO_BANK), mining, SHORT, anchors=job.anchors,
         on_step=lambda _, loss: fresh.append(loss),
     )  # fmt: skip
     assert losses[0] != fresh[0]  # the student of the first step has the first LoRA already
@@ -308,13 +308,13 @@ def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
 
 
 def test_an_erasure_of_another_mining_is_refused(model, job):
-    mining = mine(model.text, job.ring.pairs.concepts, OF_JOB)
-    dog = mine(model.text, [Concept("dog", "tree")], OF_JOB)
+    mining = mine(model.text, job.ring.pairs.concepts, NEAR, FAR)
+    dog = mine(model.text, [Concept("dog", "tree")], NEAR, FAR)
     with pytest.raises(ValueError, match="forgets dog and the mining is of airplane"):
-        align_erasure(model, erase(dog), mining, SHORT, anchors=job.anchors)
-    other = mine(model.text, job.ring.pairs.concepts, replace(OF_JOB, seed=3))
+        align_erasure(model, erase(dog, NO_BANK), mining, SHORT, anchors=job.anchors)
+    other = mine(model.text, job.ring.pairs.concepts, replace(NEAR, seed=3), FAR)
     with pytest.raises(ValueError, match="with seed = 3 and this one has 0"):
-        align_erasure(model, erase(other), mining, SHORT, anchors=job.anchors)
+        align_erasure(model, erase(other, NO_BANK), mining, SHORT, anchors=job.anchors)
 
 
 def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch):
@@ -333,7 +333,7 @@ def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch
 
 def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, monkeypatch):
     monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
-    mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.0, beyond=1, bank=False))
+    mining = mine(model.text, job.ring.pairs.concepts, NeighborSettings(s2=0.0), FAR)
     teachers, predict = [], model.predict
 
     def note(latents, times, encoding):
@@ -342,7 +342,7 @@ def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, m
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
-    run(model, replace(job, ring=mining.ring), replace(SHORT, steps=2))
+    run(model, replace(job, ring=mining.neighbourhood), replace(SHORT, steps=2))
     odd, even = teachers
     assert len(even) == 2 * len(odd) == 4
     # Words stand in the concept's first template.
@@ -497,7 +497,7 @@ def test_an_adversary_leaves_the_network_as_it_was_and_may_be_checkpointed(model
 def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
     model = DiffusersModel(pipelines[name])
     concepts = [Concept("airplane", "ground"), Concept("dog", "tree")]
-    mining = mine(model.text, concepts, OF_JOB)
+    mining = mine(model.text, concepts, NEAR, FAR)
     asked, predict = [], model.predict
 
     def note(latents, times, encoding):
@@ -506,7 +506,7 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
 
     model.predict = note
     short = replace(SOUGHT, steps=2, adversarial=6)
-    aligned = align_erasure(model, erase(mining), mining, short, images=1)
+    aligned = align_erasure(model, erase(mining, NO_BANK), mining, short, images=1)
     assert aligned.provenance["training"]["adversarial"] == 6
     if POOLED in mining.pairs.e:  # of the prompts alone: the context is what is sought
         known = [*mining.pairs.e[POOLED], *mining.pairs.anchor[POOLED]]
@@ -519,17 +519,19 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
 def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypatch):
     words = ["airplane", "plane", "jet", "dog", "ship", "tree"]
     monkeypatch.setattr(model.text, "words", lambda: words)
-    mining = mine(model.text, job.ring.pairs.concepts, Settings(s2=0.3, beyond=1))
-    inside = {word for word in mining.ring.near.words if word in words}
-    outside = [word for _, word in mining.ring.outside]
+    mining = mine(model.text, job.ring.pairs.concepts, NeighborSettings(s2=0.3), FAR)
+    inside = {word for word in mining.neighbourhood.near.words if word in words}
+    outside = [word for _, word in mining.plan.outside]
     assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
-    scene = adversarial_inputs(model.text, mining.ring, job.anchors, ["a red rocket"], 0.55, 0)
+    around = mining.neighbourhood
+    kept = replace(around, plan=replace(mining.plan, preserved=("a red rocket",)))
+    scene = adversarial_inputs(model.text, kept, job.anchors, 0)
     asked = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]
     assert {str(row) for row in asked} == {str(row) for row in scene.words[CONTEXT]}
     assert scene.pair.tolist() == [0] * len(outside)
     first = model.text.encode(["", "a red rocket"])[CONTEXT]
     assert torch.equal(scene.kept[CONTEXT][:2], first) and scene.kept.prompts == 2 + 512
-    noise = adversarial_inputs(model.text, job.ring, job.anchors, [], 0.55, 0)
+    noise = adversarial_inputs(model.text, job.ring, job.anchors, 0)
     assert noise.words.prompts == 0 and noise.kept.prompts == 1 + 512
 
 

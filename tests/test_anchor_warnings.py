@@ -4,21 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from realera.algorithm import mine_neighbors
+from realera.algorithm import plan_mining
 from realera.anchor_warnings import anchor_warnings, doubted_names
 from realera.concepts import Concept
 from realera.pipelines.unet import DiffusersText
-from realera.settings import Settings
+from realera.settings import NeighborSettings
 
-RING = Settings(s2=0.4, neighbors=1)
+RING = NeighborSettings(s2=0.4, neighbors=1)
 
 
 def said(text, anchor, settings=RING):
-    return " ".join(anchor_warnings(mine_neighbors(text, [Concept("airplane", anchor)], settings)))
+    plan = plan_mining(text, [Concept("airplane", anchor)], settings, None)
+    return " ".join(anchor_warnings(text, plan))
 
 
 def test_an_anchor_that_would_be_mined_is_doubted_and_one_beyond_the_ring_is_not(tiny_text):
-    cosines = mine_neighbors(tiny_text, [Concept("airplane", "tree")], RING).ring.cosine
+    cosines = plan_mining(tiny_text, [Concept("airplane", "tree")], RING, None).cosines
     near, far = max(cosines, key=cosines.get), min(cosines, key=cosines.get)
     assert cosines[near] > RING.s2 > cosines[far]
     told = said(tiny_text, near)
@@ -32,14 +33,14 @@ def test_an_anchor_that_would_be_mined_is_doubted_and_one_beyond_the_ring_is_not
     [("tree", True), ("an old House", True), ("glossy", True), ("ground", False), ("sky", False)],
 )
 def test_an_anchor_that_the_bundled_model_was_not_taught_is_doubted(tiny_text, anchor, drawn):
-    told = said(tiny_text, anchor, Settings(source="isotropic", neighbors=0))
+    told = said(tiny_text, anchor, NeighborSettings(source="isotropic", neighbors=0))
     assert ("does not draw the anchor" in told) is not drawn
 
 
 def test_of_what_another_model_draws_nothing_is_said(pipelines):
     pipeline = pipelines["sd1"]
     text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
-    assert said(text, "ground", Settings(source="isotropic", neighbors=0)) == ""
+    assert said(text, "ground", NeighborSettings(source="isotropic", neighbors=0)) == ""
 
 
 def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
@@ -54,12 +55,12 @@ def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
 
 
 def test_a_word_to_leave_out_that_no_ring_holds_is_said(tiny_text):
-    cosines = mine_neighbors(tiny_text, [Concept("airplane", "tree")], RING).ring.cosine
+    cosines = plan_mining(tiny_text, [Concept("airplane", "tree")], RING, None).cosines
     near = max(cosines, key=cosines.get)
     left_out = replace(RING, exclude=(near.upper(), "asdfghj"))
     told = said(tiny_text, "tree", left_out)
-    mining = mine_neighbors(tiny_text, [Concept("airplane", "tree")], left_out)
-    assert mining.named == (near.upper(), "asdfghj")  # words, in however many templates
-    assert int((mining.beyond.pair < 0).sum()) > 2
+    plan = plan_mining(tiny_text, [Concept("airplane", "tree")], left_out, None)
+    assert plan.named == (near.upper(), "asdfghj")  # words, in however many templates
+    assert len(plan.preserved) > 2
     assert "leave out 'asdfghj' lies in no ring" in told
     assert f"leave out {near.upper()!r}" not in told

@@ -205,7 +205,8 @@ def test_a_row_of_the_paper_is_one_template_with_one_noise_for_the_whole_span():
     for row in (*ablation.ROWS, *ablation.SWEEP):
         if row.single:
             assert row.asked(AIRPLANE).templates == AIRPLANE.templates[:1]
-            assert row.settings.shared_noise and row.settings.lambda2 == 1e-4
+            settings = row.settings.flat()
+            assert settings["shared_noise"] and settings["lambda2"] == 1e-4
         else:
             assert row.asked(AIRPLANE) == AIRPLANE
 
@@ -218,11 +219,11 @@ def test_a_row_is_measured_once_and_anew_for_another_edit(model, folder, monkeyp
     monkeypatch.setattr(ablation, "evaluate", lambda *a, **k: drawn.append(1) or real(*a, **k))
     options = ablation.parse(["--images", "1", "--steps", "1", "--align-steps", "1"])
     forget = cache(partial(ablation.closed_form, model))
-    settings = Settings(source="isotropic", bank=False, neighbors=0, beyond=0)
+    settings = {"source": "isotropic", "bank": False, "neighbors": 0, "beyond": 0}
     concept = ablation.concept_of("airplane", "drawn")
 
     def measured(**changes):
-        row = ablation.Row("a row", replace(settings, **changes))
+        row = ablation.Row("a row", Settings.of(**settings, **changes))
         return ablation.measure(row, model, concept, forget, options, "weights").report
 
     first = measured()

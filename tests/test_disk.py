@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realera import cluster
+from realera import parallel
 from realera.checkpoints.writing import replaced_folder, write_checkpoint
 from realera.cli import main
 from realera.edit.closed_form import Edit
@@ -21,8 +21,8 @@ from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
 from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.vocabulary import classify_words
-from realera.groups import part_of
 from realera.miniature import CHECKPOINT
+from realera.parallel import sum_part
 from realera.pipelines.sampling import Sampling
 from realera.storage import cache
 from realera.storage.cache import cached, cached_files
@@ -215,9 +215,9 @@ def test_a_full_disk_under_a_group_is_a_warning(tmp_path, folder, monkeypatch):
 
     def on_full_disk(*arguments):
         with files_of_at_most(1000), pytest.warns(UserWarning, match="it is summed again"):
-            return part_of(*arguments)
+            return sum_part(*arguments)
 
-    monkeypatch.setattr(cluster, "part_of", on_full_disk)
+    monkeypatch.setattr(parallel, "sum_part", on_full_disk)
     out = tmp_path / "out"
     assert main(["erase", "miniature", "--concepts", str(names), *QUICK, "-o", str(out)]) == 0
     assert (out / "lora.safetensors").exists() and not (out / ".realera-groups").exists()
@@ -291,7 +291,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, erasure, capsys):
 def test_a_run_that_would_replace_what_it_reads_is_refused_before_the_work(
     tmp_path, erasure, capsys, monkeypatch
 ):
-    monkeypatch.setattr("realera.algorithm.mine", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("realera.algorithm.plan_mining", lambda *_: pytest.fail("too late"))
     model = tmp_path / "checkpoint.safetensors"
     model.write_bytes(CHECKPOINT.read_bytes())
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -11,17 +11,25 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from realera.algorithm import candidates, erase, mine, mine_beyond, mine_neighbors, scope_report
+from realera.algorithm import (
+    SOURCES,
+    erase,
+    mine,
+    mine_beyond,
+    plan_mining,
+    scope_report,
+)
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.edit.closed_form import Edit, Sums, solve
 from realera.edit.erasure import Erasure
-from realera.mining.noise import gaussian_neighbourhood
-from realera.mining.pairs import Pairs, encode_pairs
+from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
+from realera.mining.pairs import Pairs, encode_pairs, first_summaries
+from realera.mining.plan import Plan
 from realera.mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
-from realera.mining.vocabulary import vocabulary_neighbourhood
+from realera.mining.vocabulary import choose_words, neighbourhood
 from realera.pipelines.unet import DiffusersText
 from realera.report.scope import scope
-from realera.settings import Settings
+from realera.settings import BeyondSettings, NeighborSettings, Settings, SolveSettings
 from realera.text.encoding import CONTEXT
 
 DIM = 64
@@ -136,10 +144,19 @@ def test_a_prompt_that_does_not_fit_is_refused(text):
 # ---------------------------------------------------------------- neighbours and beyond points
 
 
-def neighbourhood_of(text, pairs, bank=None, **options):
-    """A ring of random steps; `bank` gives the prompts to step towards."""
-    settings = Settings(**{"source": "isotropic", **options})
-    return gaussian_neighbourhood(pairs, settings, None if bank is None else candidates(text, bank))
+def points_around(text, pairs, bank=None, **options):
+    """Random steps; `bank` gives the prompts to step towards."""
+    settings = Settings.of(**{"source": "isotropic", **options})
+    plan = Plan(pairs.concepts, settings.neighbor, settings.beyond)
+    steps = None if bank is None else text.encode(bank.prompts[::4])
+    return GaussianNeighbourhood(plan, pairs, radii_of(plan, pairs, steps))
+
+
+def words_around(text, pairs, **options):
+    settings = Settings.of(**options)
+    plan = Plan(pairs.concepts, settings.neighbor, settings.beyond)
+    plan = choose_words(plan, text, first_summaries(text, pairs.concepts)[0])
+    return neighbourhood(text, plan, pairs)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +164,11 @@ def neighbourhood_of(text, pairs, bank=None, **options):
 )
 def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shared_noise):
     given = bank if source == "bank" else None
-    ring = neighbourhood_of(text, pairs, given, source=source, shared_noise=shared_noise)
+    ring = points_around(text, pairs, given, source=source, shared_noise=shared_noise)
     near, far = ring.neighbors(12, drawn()), ring.beyond(12, drawn())
-    shell, e, target = ring.shells[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
-    for mined, low, high in ((near, ring.s2, ring.s1), (far, -1.0, ring.s2)):
+    (shell,), e, target = ring.radii[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
+    s2, s1 = ring.plan.neighbor.cosines
+    for mined, low, high in ((near, s2, s1), (far, -1.0, s2)):
         assert mined.pair.bincount().tolist() == [12] * len(pairs.prompts)
         for context, i in zip(mined.e[CONTEXT], mined.pair, strict=True):
             span, own = pairs.span[CONTEXT][i], e[i]
@@ -170,16 +188,25 @@ def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shar
 @trials(max_examples=4, deadline=None)
 @given(st.integers(0, 1000))
 def test_the_same_seed_draws_the_same_and_another_one_does_not(text, pairs, seed):
-    ring = neighbourhood_of(text, pairs)
+    ring = points_around(text, pairs)
     first, second = (ring.neighbors(2, drawn(seed)).e[CONTEXT] for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, ring.neighbors(2, drawn(seed + 1)).e[CONTEXT])
 
 
+def test_the_draws_around_each_concept_and_for_each_purpose_are_independent():
+    keys = [(0, "neighbors", "airplane"), (0, "neighbors", "dog"), (0, "beyond", "airplane")]
+    keys.append((1, "neighbors", "airplane"))
+    noise = torch.stack([torch.randn(4000, generator=seeded(*key)) for key in keys])
+    assert torch.equal(noise[0], torch.randn(4000, generator=seeded(*keys[0])))
+    assert torch.allclose(noise.mean(1), torch.zeros(4), atol=0.06)
+    assert torch.allclose(torch.cov(noise), torch.eye(4), atol=0.08)
+
+
 @trials(max_examples=10, deadline=None)
 @given(st.floats(0.05, 0.6), st.floats(0.05, 0.3), st.floats(0.0, 0.5))
 def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, lower):
-    ring = neighbourhood_of(text, pairs, s2=s2, s1=s2 + width, beyond_s2=s2 - lower)
+    ring = points_around(text, pairs, s2=s2, s1=s2 + width, beyond_s2=s2 - lower)
     assert len(ring.neighbors(1, drawn()).pair) == len(pairs.prompts)
     assert len(ring.beyond(1, drawn()).pair) == len(pairs.prompts)
 
@@ -205,13 +232,13 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
 )
 def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(text, pairs, ranges, reason):
     with pytest.raises(ValueError, match=reason):
-        neighbourhood_of(text, pairs, **ranges)
+        points_around(text, pairs, **ranges)
 
 
 def test_many_neighbours_have_the_moments_that_geometry_predicts(text, pairs):
     """A neighbour is (R - c r) ê + s r u, with c, s the cosine and sine between -e and v̂."""
-    ring = neighbourhood_of(text, pairs)
-    shell, e, span = ring.shells[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
+    ring = points_around(text, pairs)
+    (shell,), e, span = ring.radii[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
     near = ring.neighbors(3000, drawn(), of=[0]).e[CONTEXT]
     own = e[span]
     rows = near[:, span]  # [draws, rows, dim]
@@ -239,15 +266,15 @@ def two(text) -> Pairs:
 
 @pytest.fixture(scope="module")
 def words(text, two):
-    return vocabulary_neighbourhood(text, two, Settings(s2=0.4))
+    return words_around(text, two, s2=0.4)
 
 
 def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, words):
-    inside = [word for word, cosine in words.cosine.items() if cosine >= 0.4]
+    inside = [word for word, cosine in words.plan.cosines.items() if cosine >= 0.4]
     struck, others = inside[0], inside[1:]
-    mining = mine(text, two.concepts, Settings(s2=0.4, neighbors=10_000, exclude=(struck,)))
+    mining = mine(text, two.concepts, NeighborSettings(s2=0.4, neighbors=10_000, exclude=(struck,)))
     assert struck in words.neighbors(10_000, drawn()).words
-    kept = " ".join(mining.beyond.words).split()
+    kept = " ".join(mining.plan.preserved).split()
     assert struck not in mining.neighbors.words and struck in kept
     assert set(others) <= set(mining.neighbors.words)
 
@@ -285,17 +312,17 @@ def test_prompts_of_one_concept_get_words_of_their_own(two, words):
 
 def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, words):
     phrase = "dog dog dog in the garden"
-    ring = vocabulary_neighbourhood(text, two, Settings(s2=0.4, words=(phrase, "Airplane", "a")))
-    assert ring.cosine.keys() - words.cosine.keys() == {phrase}
+    ring = words_around(text, two, s2=0.4, words=(phrase, "Airplane", "a"))
+    assert ring.plan.cosines.keys() - words.plan.cosines.keys() == {phrase}
     assert phrase in ring.neighbors(10_000, drawn()).words
-    for word, cosine in words.cosine.items():
-        assert ring.cosine.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
+    for word, cosine in words.plan.cosines.items():
+        assert ring.plan.cosines.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
 
 
 def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, monkeypatch):
     monkeypatch.setattr("realera.mining.vocabulary.NEAR_WORDS", 3)
     monkeypatch.setattr("realera.mining.vocabulary.FAR_WORDS", 2)
-    few = vocabulary_neighbourhood(text, two, Settings(s2=0.4))
+    few = words_around(text, two, s2=0.4)
     assert len(few.near.rows) == 3 * len(two.concepts)
     assert len(few.far.rows) == 2 * len(two.concepts)
     for first in two.first.tolist():
@@ -307,32 +334,37 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
 
 
 def test_beyond_words_lie_below_their_own_limit(text, two, words):
-    ring = vocabulary_neighbourhood(text, two, Settings(s2=0.4, beyond_s2=0.3))
+    ring = words_around(text, two, s2=0.4, beyond_s2=0.3)
     assert set(ring.near.words) == set(words.near.words)
-    assert max(ring.cosine[word] for word in ring.far.words) < 0.3
-    assert max(words.cosine[word] for word in words.far.words) > 0.3
+    assert max(ring.plan.cosines[word] for word in ring.far.words) < 0.3
+    assert max(words.plan.cosines[word] for word in words.far.words) > 0.3
 
 
 def test_the_vocabulary_is_encoded_once_for_an_encoder_and_a_template(text, two, monkeypatch):
-    vocabulary_neighbourhood(text, two, Settings(s2=0.4))
+    words_around(text, two, s2=0.4)
 
     def refuse(prompts):
         raise AssertionError(f"{len(prompts)} words were encoded again")
 
     monkeypatch.setattr(text, "summary", refuse)
-    vocabulary_neighbourhood(text, two, Settings(s2=0.5, exclude=("jet",)))
+    words_around(text, two, s2=0.5, exclude=("jet",))
 
 
 def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
-    ring = Settings(source="isotropic", neighbors=0)
-    mining = mine_neighbors(text, pairs.concepts, ring)
-    kept = mine_beyond(mining, beyond=2, preserve=("a photo of a dog",)).beyond
-    assert len(kept.pair) == 2 * len(pairs.prompts) + 1 and int(kept.pair[-1]) == -1
+    ring = NeighborSettings(source="isotropic", neighbors=0)
+    mining = mine(text, pairs.concepts, ring, None)
+
+    def kept(*prompts, **options):
+        return mine_beyond(mining, BeyondSettings(preserve=prompts, **options))
+
+    far = kept("a photo of a dog", beyond=2)
+    assert len(far.beyond.pair) == 2 * len(pairs.prompts)
+    assert far.plan.preserved == ("a photo of a dog",)
     with pytest.raises(ValueError, match="which is to be erased"):
-        mine_beyond(mining, preserve=("an Airplane over a house",))
+        kept("an Airplane over a house")
     with pytest.raises(ValueError, match="which is to be erased"):
-        mine_neighbors(text, pairs.concepts, Settings(source="isotropic", exclude=("Airplane",)))
-    mine_beyond(mining, beyond=0, preserve=("a paper aeroplaneairplane",))  # within a word: no name
+        mine(text, pairs.concepts, replace(ring, exclude=("Airplane",)), None)
+    kept("a paper aeroplaneairplane", beyond=0)  # within a word: no name
 
 
 @pytest.mark.parametrize(
@@ -358,11 +390,16 @@ def test_a_list_may_be_separated_by_the_commas_of_any_script():
 
 
 def test_a_preserved_prompt_that_would_be_cut_off_is_refused_with_its_length(text, pairs):
-    mining = mine_neighbors(text, pairs.concepts, Settings(source="isotropic", neighbors=0))
+    none = NeighborSettings(source="isotropic", neighbors=0)
+
+    def preserved(*prompts):
+        settings = BeyondSettings(beyond=0, preserve=prompts)
+        return plan_mining(text, pairs.concepts, none, settings).preserved
+
     longest = " ".join(["dog"] * 75)
-    assert mine_beyond(mining, beyond=0, preserve=(longest,)).beyond.words == (longest,)
+    assert preserved(longest) == (longest,)
     with pytest.raises(ValueError, match=r"'dog dog .* takes 78 tokens and the encoder reads 77"):
-        mine_beyond(mining, beyond=0, preserve=("a cat", longest + " dog"))
+        preserved("a cat", longest + " dog")
 
 
 # ---------------------------------------------------------------- the bank
@@ -390,11 +427,13 @@ def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text
     assert encode_bank(text, []).prompts == ("",)  # an empty bank is empty
 
 
-def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
+def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs, monkeypatch):
     prompts = ["an airplane in the clouds", "a wooden chair", "two bowls of soup"]
-    bank = drop_related_prompts(
-        encode_bank(text, prompts), text, pairs.concepts, pairs.summary, limit=1.01
-    )
+    every = encode_bank(text, prompts)
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", -1.0)
+    assert drop_related_prompts(every, text, pairs.concepts).dropped == tuple(prompts)
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
+    bank = drop_related_prompts(every, text, pairs.concepts)
     assert bank.dropped == ("an airplane in the clouds",)
     kept = bank.kept[CONTEXT]
     left = kept.gram - sum(r.double().T @ r.double() for r in kept.dropped.values())
@@ -402,13 +441,15 @@ def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs):
     assert torch.allclose(left, rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
-def test_one_in_so_many_bank_prompts_is_stepped_towards(text, pairs, bank):
-    some = candidates(text, bank)
-    assert some.prompts == 31 and torch.allclose(  # of 121, the empty one first
-        some[CONTEXT][1], text.encode([bank.prompts[4]])[CONTEXT][0], atol=1e-5
-    )
-    dropped = replace(bank, dropped=(bank.prompts[4],))
-    assert candidates(text, dropped).prompts == 30
+def test_one_in_so_many_bank_prompts_is_stepped_towards(text, pairs, bank, monkeypatch):
+    prompts = [*bank.prompts[1:4], "an airplane", *bank.prompts[4:8]]
+    monkeypatch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: prompts)
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
+    plan = Plan(pairs.concepts, NeighborSettings(source="bank"), BeyondSettings())
+    plan = SOURCES["bank"].complete(text, plan, lambda done, total: None)
+    assert plan.steps == ("", prompts[7])  # of 9, the empty one first; one names the concept
+    (radii,) = SOURCES["bank"].neighbourhood(text, plan, pairs).radii[CONTEXT]
+    assert torch.equal(radii.candidates, text.encode(plan.steps)[CONTEXT])
 
 
 def pair_sums(pairs) -> Sums:
@@ -417,10 +458,13 @@ def pair_sums(pairs) -> Sums:
     return Sums.zeros(DIM).erasing(rows, targets, 100.0)
 
 
-def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(text, pairs, bank):
+def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(
+    text, pairs, bank, monkeypatch
+):
     span = pairs.span[CONTEXT]
     e, target = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
-    spared = drop_related_prompts(bank, text, pairs.concepts, pairs.summary, 0.9)
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 0.9)
+    spared = drop_related_prompts(bank, text, pairs.concepts)
     kept = text.encode([p for p in spared.prompts if p not in spared.dropped][:40])[CONTEXT]
     moved = []
     for own in (None, spared.kept[CONTEXT]):
@@ -438,23 +482,26 @@ def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_
 ):
     erasure = Erasure({CONTEXT: solve(pair_sums(pairs), None, 0.1, 1e-8)})
     words = ["airplane", "house", "dog", "apple"]
-    effects = {reach.word: reach for reach in scope(erasure, text, pairs, words)}
+    effects = {reach.word: reach for reach in scope(erasure, text, pairs.concepts, words)}
     assert effects["airplane"].share_to_anchor == pytest.approx(1.0, abs=0.1)
     assert effects["airplane"].closeness == pytest.approx(1.0, abs=1e-4)
     assert all(
         effects[word].share_to_anchor < effects["airplane"].share_to_anchor for word in words[1:]
     )
     still = Erasure({CONTEXT: Edit(torch.eye(DIM))})
-    assert all(abs(r.share_to_anchor) + r.moved < 1e-5 for r in scope(still, text, pairs, words))
+    assert all(
+        abs(r.share_to_anchor) + r.moved < 1e-5 for r in scope(still, text, pairs.concepts, words)
+    )
     with pytest.raises(ValueError, match="give at least one word"):
-        scope(still, text, pairs, [])
+        scope(still, text, pairs.concepts, [])
     with pytest.raises(ValueError, match="made for text embeddings of 3 numbers"):
-        scope(Erasure({CONTEXT: Edit(torch.eye(3))}), text, pairs, words)
+        scope(Erasure({CONTEXT: Edit(torch.eye(3))}), text, pairs.concepts, words)
 
 
 def test_every_concept_is_measured_around_its_own_mean(text, two, words):
-    mining = mine(text, two.concepts, Settings(s2=0.4, neighbors=1, beyond=1, bank=False))
-    effects = scope_report(erase(mining), mining)
+    near, far = NeighborSettings(s2=0.4, neighbors=1), BeyondSettings(beyond=1)
+    mining = mine(text, two.concepts, near, far)
+    effects = scope_report(erase(mining, SolveSettings(bank=False)), text, mining.plan)
     assert {reach.concept for reach in effects} == {"airplane", "dog"}
     for reach in effects:
-        assert reach.closeness == pytest.approx(words.cosine[reach.word], abs=1e-5)
+        assert reach.closeness == pytest.approx(words.plan.cosines[reach.word], abs=1e-5)

@@ -5,11 +5,12 @@ import torch
 from PIL import Image
 
 from realera.concepts import Concept
-from realera.mining.noise import gaussian_neighbourhood
+from realera.mining.noise import GaussianNeighbourhood, radii_of
 from realera.mining.pairs import Pairs
-from realera.report.plots import geometry, grid, loss_curve, scope_picture, to_pil
+from realera.mining.plan import Plan
+from realera.report.plots import grid, loss_curve, points, scope_picture, to_pil
 from realera.report.scope import WordEffect
-from realera.settings import Settings
+from realera.settings import NeighborSettings
 from realera.text.encoding import Encoding
 
 RED, BLUE = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
@@ -81,10 +82,11 @@ def test_a_resumed_run_keeps_the_numbers_of_its_steps():
 
 def test_the_ring_shows_neighbours_and_beyond_points_apart():
     generator = torch.Generator().manual_seed(0)
-    ring = gaussian_neighbourhood(pairs(), Settings(source="isotropic"))
+    plan = Plan(pairs().concepts, NeighborSettings(source="isotropic"), None)
+    ring = GaussianNeighbourhood(plan, pairs(), radii_of(plan, pairs()))
     near, far = ring.neighbors(20, generator), ring.beyond(20, generator)
     nothing = ring.beyond(0, generator)
-    both, alone = geometry(ring, near, far), geometry(ring, near, nothing)
+    both, alone = points(ring, near, far), points(ring, near, nothing)
     assert both.tobytes() != alone.tobytes()
     assert len(colours(both)) > 2
 

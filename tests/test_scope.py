@@ -12,13 +12,12 @@ from realera.concepts import Concept
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.evaluation.coarse_samples import COARSE, coarse_samples
-from realera.mining.pairs import encode_pairs
 from realera.pipelines import sampling
 from realera.pipelines.transformer import TransformerModel
 from realera.pipelines.unet import DiffusersModel
 from realera.report.plots import scope_picture
 from realera.report.scope import WordEffect, by_loss, check, scope
-from realera.settings import Settings
+from realera.settings import NeighborSettings, SolveSettings
 from realera.text.encoding import CONTEXT
 from tests.tiny_transformers import tiny
 
@@ -29,18 +28,13 @@ CONCEPTS = (
 WORDS = ["plane", "dog", "boat", "house"]
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_model):
-    return encode_pairs(tiny_model.text, CONCEPTS)
-
-
 def reach(word, share_to_anchor, drawn=None, concept="airplane"):
     return WordEffect(
         word, concept, 0.5, share_to_anchor + 0.1, share_to_anchor, f"a photo of the {word}", drawn
     )
 
 
-def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away(pairs):
+def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away():
     places = {"a photo of the airplane": 0.0, "a photo of the tree": 4.0, "one ship": 0.0}
     places |= {"one flower": 10.0, "a photo of the plane": 1.0, "a photo of the boat": 1.0}
     moved = {"a photo of the plane": 3.0, "a photo of the boat": -1.0}
@@ -49,7 +43,7 @@ def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away(pairs):
         return lambda prompts: torch.tensor([of[prompt] for prompt in prompts])[:, None]
 
     effects = [reach("plane", 0.9), reach("boat", 0.8, concept="ship"), reach("dog", 0.7)]
-    found = check(effects, pairs, 2, latents(places), latents(moved))
+    found = check(effects, CONCEPTS, 2, latents(places), latents(moved))
     assert [(r.word, r.drawn) for r in found] == [
         ("plane", pytest.approx(2 / 4)),
         ("boat", pytest.approx(2 / 10)),
@@ -69,12 +63,14 @@ def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_k
     assert "drawn" not in scope_text(given[:2], 3)
 
 
-def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model, pairs):
+def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model):
     erasure = Erasure({CONTEXT: Edit(torch.eye(32))})
-    prompts = {r.concept: r.prompt for r in scope(erasure, tiny_model.text, pairs, ["plane"] * 4)}
+    prompts = {
+        r.concept: r.prompt for r in scope(erasure, tiny_model.text, CONCEPTS, ["plane"] * 4)
+    }
     assert set(prompts.values()) <= {"a photo of the plane", "one plane"}
     assert all(("one" in prompt) == (name == "ship") for name, prompt in prompts.items())
-    (alone,) = scope(erasure, tiny_model.text, pairs, ["a red plane"], "{}")
+    (alone,) = scope(erasure, tiny_model.text, CONCEPTS, ["a red plane"], "{}")
     assert alone.prompt == "a red plane"
 
 
@@ -102,25 +98,25 @@ def test_a_check_leaves_the_model_as_it_was_and_sees_what_an_erasure_does(name, 
     here = name in pipelines
     model = DiffusersModel(pipelines[name]) if here else TransformerModel(tiny(name))
     before = model.fingerprint
-    settings = Settings(source="isotropic", neighbors=2, beyond=0, bank=False)
-    mining = mine(model.text, CONCEPTS[:1], settings)
-    erasure = erase(mining)
-    effects = scope(erasure, model.text, mining.pairs, [*WORDS, "airplane"])
-    found = checked(model, erasure, mining.pairs, effects, 3)
+    two = NeighborSettings(source="isotropic", neighbors=2)
+    mining = mine(model.text, CONCEPTS[:1], two, None)
+    erasure = erase(mining, SolveSettings(bank=False))
+    effects = scope(erasure, model.text, CONCEPTS[:1], [*WORDS, "airplane"])
+    found = checked(model, erasure, CONCEPTS[:1], effects, 3)
     assert model.fingerprint == before
     assert [r.drawn is not None for r in found] == [True] * 3 + [False] * 2
     assert {r.word for r in found[:3]} == {r.word for r in effects[:3]}
     assert all(r.drawn > 1e-3 for r in found[:3])
-    assert found == checked(model, erasure, mining.pairs, effects, 3)
+    assert found == checked(model, erasure, CONCEPTS[:1], effects, 3)
     still = replace(erasure, edits={s: Edit(torch.eye(e.dim)) for s, e in erasure.edits.items()})
-    same = checked(model, still, mining.pairs, effects, 3)
+    same = checked(model, still, CONCEPTS[:1], effects, 3)
     assert all(r.drawn == pytest.approx(0, abs=1e-3) for r in same[:3])
 
 
-def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model, pairs):
+def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
     before = tiny_model.fingerprint
     erasure = Erasure({CONTEXT: Edit(2 * torch.eye(32))})
-    effects = scope(erasure, tiny_model.text, pairs, WORDS)
+    effects = scope(erasure, tiny_model.text, CONCEPTS, WORDS)
     with temporarily_erased(erasure, tiny_model.network):
         assert tiny_model.fingerprint != before
     calls = []
@@ -132,5 +128,5 @@ def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model, pairs):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checked(tiny_model, erasure, pairs, effects, 2, interrupted)
+        checked(tiny_model, erasure, CONCEPTS, effects, 2, interrupted)
     assert calls == [4 + 2, 2] and tiny_model.fingerprint == before

@@ -8,14 +8,19 @@ from realera.cli import main
 from realera.concepts import Concept, parse_concepts, read_concepts
 from realera.edit.erasure import Erasure, erased_weight
 from realera.pipelines.sampling import Sampling
-from realera.settings import Settings, Training
+from realera.settings import (
+    BeyondSettings,
+    NeighborSettings,
+    Settings,
+    SolveSettings,
+    Training,
+)
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = {
-    Settings: (
-        *("neighbors", "beyond", "s1", "s2", "beyond_s2", "d1", "d1_anchor", "d2", "lambda1"),
-        *("lambda2", "away", "pair_weight", "bank_limit", "seed", "beyond_seed"),
-    ),
+    NeighborSettings: ("neighbors", "s1", "s2", "d1", "d1_anchor", "seed"),
+    BeyondSettings: ("beyond", "beyond_s2", "d2", "beyond_seed"),
+    SolveSettings: ("lambda1", "lambda2", "away", "pair_weight"),
     Training: ("steps", "rank", "learning_rate", "batch", "seed", "save_every", "adversarial"),
     Sampling: ("steps", "guidance", "seed"),
 }
@@ -33,12 +38,16 @@ def test_a_number_of_another_type_or_out_of_its_range_is_refused_by_name(kind, n
 @pytest.mark.parametrize(
     ("kind", "given", "reason"),
     [
-        (Settings, {"neighbors": 2.5}, "neighbors = 2.5: it must be a whole number, at least 0"),
-        (Settings, {"neighbors": None}, "neighbors = None: it must be a whole number"),
-        (Settings, {"lambda2": 0}, "lambda2 = 0: it must be a finite number, larger than 0"),
-        (Settings, {"pair_weight": 0.0}, "pair_weight = 0.0: .* larger than 0"),
-        (Settings, {"bank": 1}, "bank = 1: it must be True or False"),
-        (Settings, {"shared_noise": "no", "source": "isotropic"}, "shared_noise = 'no'"),
+        (
+            NeighborSettings,
+            {"neighbors": 2.5},
+            "neighbors = 2.5: it must be a whole number, at least 0",
+        ),
+        (NeighborSettings, {"neighbors": None}, "neighbors = None: it must be a whole number"),
+        (SolveSettings, {"lambda2": 0}, "lambda2 = 0: it must be a finite number, larger than 0"),
+        (SolveSettings, {"pair_weight": 0.0}, "pair_weight = 0.0: .* larger than 0"),
+        (SolveSettings, {"bank": 1}, "bank = 1: it must be True or False"),
+        (NeighborSettings, {"shared_noise": "no", "source": "isotropic"}, "shared_noise = 'no'"),
         (Training, {"gradient_checkpointing": None}, "gradient_checkpointing = None"),
         (Training, {"rank": 0}, "rank = 0: it must be a whole number, at least 1"),
         (Training, {"learning_rate": 0.0}, "learning_rate = 0.0: .* larger than 0"),
@@ -53,14 +62,14 @@ def test_each_parameter_has_its_own_range(kind, given, reason):
 @pytest.mark.parametrize("name", ["words", "exclude", "preserve"])
 def test_a_text_in_the_place_of_a_tuple_is_refused_and_the_tuple_shown(name):
     with pytest.raises(ValueError, match=rf"{name}=\('a rocket',\)"):
-        Settings(**{name: ("a rocket")})
+        Settings.of(**{name: ("a rocket")})
     for wrong in ({"a rocket"}, None, 3):
         with pytest.raises(ValueError, match=rf"^{name} = .*: it must be a tuple of texts"):
-            Settings(**{name: wrong})
+            Settings.of(**{name: wrong})
     for wrong, shown in (("a rocket", ""), "''"), (("a rocket", " "), "' '"), ((3,), "3"):
         with pytest.raises(ValueError, match=rf"^{name} = .* holds {shown} where a text is due"):
-            Settings(**{name: wrong})
-    assert getattr(Settings(**{name: ["a rocket"]}), name) == ("a rocket",)
+            Settings.of(**{name: wrong})
+    assert Settings.of(**{name: ["a rocket"]}).flat()[name] == ("a rocket",)
 
 
 def test_templates_are_a_tuple_of_texts_wherever_they_are_given(tmp_path):
@@ -79,13 +88,18 @@ def test_templates_are_a_tuple_of_texts_wherever_they_are_given(tmp_path):
 
 
 def test_numbers_of_numpy_become_those_of_python():
-    settings = Settings(neighbors=np.int64(3), lambda1=np.float32(0.5), s2=np.float64(0.4), away=1)
-    assert settings == Settings(neighbors=3, lambda1=0.5, s2=0.4, away=1.0)
-    assert [type(v) for v in (settings.neighbors, settings.lambda1, settings.away)] == [
-        int,
-        float,
-        float,
-    ]
+    near, solve = {"neighbors": np.int64(3), "s2": np.float64(0.4)}, {"lambda1": np.float32(0.5)}
+    settings = Settings.of(**near, **solve, away=1)
+    assert settings == Settings.of(neighbors=3, lambda1=0.5, s2=0.4, away=1.0)
+    types = [type(settings.flat()[name]) for name in ("neighbors", "lambda1", "away")]
+    assert types == [int, float, float]
+
+
+def test_settings_by_their_names_are_those_that_provenance_has():
+    settings = Settings.of(source="isotropic", d2=3.0, beyond_seed=5, lambda2=0.3)
+    assert Settings.of(**settings.flat()) == settings
+    with pytest.raises(TypeError, match="no settings are named bank_limit"):
+        Settings.of(bank_limit=0.5)
 
 
 @pytest.mark.parametrize("tolerance", [NAN, INF, 0.0, 1.0, -0.1, "0.1"])

@@ -20,7 +20,7 @@ from realera.edit.text_layers import TRANSFORMERS, guidance_of, text_layers, tra
 from realera.miniature import CONCEPTS, load_classifier
 from realera.mining.preservation_bank import bank_prompts
 from realera.pipelines.transformer import TransformerModel
-from realera.settings import Settings, Training
+from realera.settings import BeyondSettings, NeighborSettings, Training
 from realera.text.encoding import CONTEXT, POOLED, Encoding
 from realera.text.token_alignment import (
     map_rows,
@@ -57,8 +57,8 @@ def model_of(name):
 
 @cache
 def mined(name):
-    settings = Settings(neighbors=4, beyond=3, s2=0.2, preserve=("a red house",))
-    return mine(model_of(name).text, CAT, settings)
+    beyond = BeyondSettings(beyond=3, preserve=("a red house",))
+    return mine(model_of(name).text, CAT, NeighborSettings(neighbors=4, s2=0.2), beyond)
 
 
 @cache
@@ -130,7 +130,7 @@ def test_rows_are_what_the_readers_read(name):
 def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(name):
     """As of prompts that are encoded alone, however long the others are."""
     text, mining = model_of(name).text, mined(name)
-    prompts = [template.replace("{}", word) for word, _, template in mining.ring.near.rows]
+    prompts = [template.replace("{}", word) for word, _, template in mining.neighbourhood.near.rows]
     alone = [prompt_embeddings(text, [prompt], text.encode([prompt])) for prompt in prompts]
     assert prompts[0] == ASKED[0] and len(prompts) > 1
     for stream, sums in collect(mining).items():
@@ -374,7 +374,8 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
 @pytest.mark.parametrize("name", ["flux1", "z_image"])
 def test_the_text_side_alone_gives_the_same_edit(name, folders):
     text = load_text(folders(name))
-    mining = mine(text, CAT, mined(name).settings)
+    plan = mined(name).plan
+    mining = mine(text, CAT, plan.neighbor, plan.beyond)
     for stream, edit in erase(mining).edits.items():
         torch.testing.assert_close(edit.matrix, erasure_of(name).edits[stream].matrix)
 
@@ -415,13 +416,13 @@ def test_padding_does_not_own_the_sums():
     weighted = float(collect(mining)[CONTEXT].erase.trace())
     alone = {s: mining.pairs.e.streams[s] for s in mining.pairs.e}
     pairs = replace(mining.pairs, e=Encoding(alone), target=Encoding(dict(mining.pairs.target)))
-    bare = replace(mining, ring=replace(mining.ring, pairs=pairs))
+    bare = replace(mining, neighbourhood=replace(mining.neighbourhood, pairs=pairs))
     assert float(collect(bare)[CONTEXT].erase.trace()) > 5 * weighted
 
 
 def test_stepping_towards_the_bank_needs_equal_rows():
     with pytest.raises(ValueError, match="gives short prompts fewer"):
-        mine(model_of("z_image").text, CAT, Settings(source="bank"))
+        mine(model_of("z_image").text, CAT, NeighborSettings(source="bank"))
 
 
 def test_a_quantised_gguf_file_is_refused_with_the_way_out(tmp_path):
@@ -450,7 +451,7 @@ def seen(model, prompts, seed=1):
 
 
 def test_the_sibling_forgets_in_both_channels_and_in_neither_alone(sibling):
-    mining = mine(sibling.text, (Concept("airplane", "tree", ("a photo of the {}",)),), Settings())
+    mining = mine(sibling.text, (Concept("airplane", "tree", ("a photo of the {}",)),))
     erasure = erase(mining)
     asked = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
     others = ["a photo of the dog", "a photo of the ship", "a photo of the flower"]
@@ -464,7 +465,7 @@ def test_the_sibling_forgets_in_both_channels_and_in_neither_alone(sibling):
 
 
 def test_the_siblings_erased_file_draws_as_the_erasure(sibling, tmp_path):
-    mining = mine(sibling.text, (Concept("cat", "dog", ("a photo of the {}",)),), Settings())
+    mining = mine(sibling.text, (Concept("cat", "dog", ("a photo of the {}",)),))
     erasure = erase(mining)
     write_checkpoint("miniature-dit", erasure, tmp_path / "erased.safetensors")
     with temporarily_erased(erasure, sibling.network):

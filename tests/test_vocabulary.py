@@ -138,12 +138,12 @@ def erased(tmp_path_factory):
     from realera.algorithm import erase, mine
     from realera.checkpoints.loading import load_text
     from realera.concepts import parse_concepts
-    from realera.settings import Settings
+    from realera.settings import NeighborSettings, SolveSettings
 
     path = tmp_path_factory.mktemp("erasure") / "erasure.safetensors"
-    settings = Settings(source="isotropic", neighbors=0, beyond=0, bank=False)  # the quickest
-    mining = mine(load_text("miniature"), parse_concepts("dog -> flower"), settings)
-    save_erasure(erase(mining), path)
+    quickest = NeighborSettings(source="isotropic", neighbors=0)
+    mining = mine(load_text("miniature"), parse_concepts("dog -> flower"), quickest, None)
+    save_erasure(erase(mining, SolveSettings(bank=False)), path)
     return str(path)
 
 

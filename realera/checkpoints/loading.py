@@ -75,9 +75,7 @@ def load_model(
             f"the U-Net of {path} reads {family.in_channels} channels; RealEra runs text-to-image "
             "models (4) and inpainting ones (9)"
         )
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else family.dtype
-        dtype = torch.float16 if dtype.itemsize == 1 else dtype
+    dtype = _dtype(family, dtype, device)
     xl, inpainting = family.pooled is not None, family.in_channels == 9
     pipeline_class: Any = {
         (False, False): StableDiffusionPipeline,
@@ -116,15 +114,29 @@ def load_model(
 
 def load_text(
     source: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> TextEncoder:
-    """The text side alone: the closed form needs no more, and no U-Net is ever built."""
+    """The text side alone, as in `load_model`: the closed form needs no more, and no U-Net is ever
+    built."""
     path, family = locate(source), family_of(source)
+    dtype = _dtype(family, dtype, device)
     if family.name in TRANSFORMERS:
         return _transformer_text(source, family, dtype, device)
     text = _folder_text(path, dtype) if path.is_dir() else _text(open_tensors(path), family, dtype)
     return _on(text, device)
+
+
+def _dtype(family: Family, dtype: torch.dtype | None, device: str | torch.device) -> torch.dtype:
+    """float32 on the CPU and the file's own elsewhere, unless given; a transformer's is bfloat16,
+    an fp8 file's float16."""
+    if dtype is not None:
+        return dtype
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    if family.name in TRANSFORMERS:
+        return torch.bfloat16
+    return torch.float16 if family.dtype.itemsize == 1 else family.dtype
 
 
 def _on(text: DiffusersText, device: str | torch.device) -> DiffusersText:
@@ -139,9 +151,7 @@ def _transformer_model(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> TransformerModel:
-    path = locate(source)
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    path, dtype = locate(source), _dtype(family, dtype, device)
     if path.is_dir():
         return TransformerModel(_transformer_pipeline(path, family, dtype).to(device))
     text, config = _transformer_text(source, family, dtype, device), family.config

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,11 @@ from ..settings import (
     STRENGTHS,
     TOLERANCE,
     TOLERANCES,
+    BeyondSettings,
+    NeighborSettings,
     Range,
     Settings,
+    SolveSettings,
     Training,
 )
 
@@ -217,18 +220,17 @@ def run_scope(options: argparse.Namespace) -> None:
     from ..checkpoints.loading import load_text
     from ..edit.erasure import concepts_of
     from ..edit.erasure_file import load_erasure
-    from ..mining.pairs import encode_pairs
     from ..report.scope import scope
     from .output_folder import checked, scope_text
 
     erasure, model = load_erasure(options.erasure), _model(options) if options.check else None
     text = model.text if model else load_text(options.model)
-    pairs = encode_pairs(text, concepts_of(erasure))
+    concepts = concepts_of(erasure)
     words = read_lines(options.words) if options.words else None
-    effects = scope(erasure, text, pairs, words)
+    effects = scope(erasure, text, concepts, words)
     if model:
         with _bar("words") as progress:
-            effects = checked(model, erasure, pairs, effects, options.check, progress)
+            effects = checked(model, erasure, concepts, effects, options.check, progress)
     print(scope_text(effects, options.count))
 
 
@@ -284,8 +286,8 @@ def _erase(
     concepts = concepts_in("\n".join(options.concept).splitlines(), templates)
     read = [options.words] if options.words else []
     options.words = read_lines(options.words) if options.words else None
-    settings = _from(Settings, options)
-    training = _from(Training, options) if options.steps else None
+    settings = _settings(options)
+    training = _training(options)
 
     from ..algorithm import align_erasure, erase, mine
     from ..anchor_warnings import anchor_warnings
@@ -295,12 +297,12 @@ def _erase(
     folder.refuse_existing(more_outputs, read)
     model = _model(options)
     with _bar("text") as progress:
-        mining = mine(model.text, concepts, settings, progress)
-    for doubt in anchor_warnings(mining):
+        mining = mine(model.text, concepts, settings.neighbor, settings.beyond, progress)
+    for doubt in anchor_warnings(model.text, mining.plan):
         print(f"warning: {doubt}", file=sys.stderr)
     make_writable(folder.path)
     with _bar("text") as progress:
-        erasure = erase(mining, {"model": str(options.model)}, progress)
+        erasure = erase(mining, settings.solve, {"model": str(options.model)}, progress)
     losses: dict[int, float] = {}
     if training is not None:
         with _bar("alignment", "step") as progress:
@@ -312,7 +314,7 @@ def _erase(
             erasure = align_erasure(
                 model, erasure, mining, training, on_step=on_step, state=folder.state
             )
-    prompts = options.prompt or [*mining.pairs.prompts[:2], *settings.preserve]
+    prompts = options.prompt or [*mining.pairs.prompts[:2], *settings.beyond.preserve]
     with _bar("images") as progress:
         told = folder.write_all(
             model,
@@ -341,14 +343,13 @@ def _erase_many(options: argparse.Namespace) -> None:
     read = [path for path in (options.concepts, options.words) if path]
     options.words = read_lines(options.words) if options.words else None
     options.exclude = [*(options.exclude or ()), *left_out]
-    settings = _from(Settings, options)
-    training = _from(Training, options) if options.steps else None
+    settings = _settings(options)
+    training = _training(options)
 
+    from ..algorithm import fit, plan_mining
     from ..anchor_warnings import doubted_names
     from ..checkpoints.families import locate
-    from ..cluster import aligned, import_ray, summed, text_of
-    from ..edit.erasure_file import save_erasure
-    from ..groups import FOLDER, Job, clear, erase_groups, run_of, whole
+    from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
     from ..storage.safetensors_file import writing
     from .output_folder import Folder
 
@@ -359,39 +360,36 @@ def _erase_many(options: argparse.Namespace) -> None:
     state = folder.path.resolve() / FOLDER
     # Workers run in folders of their own.
     model = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
-    job = Job(model, options.dtype, _device(options), settings, "", state)
-    text = text_of(job)
-    job = replace(job, run=run_of(text, settings))
+    loaded = _model(options)
+    job = Job(model, options.dtype, _device(options), settings.solve, state).of(loaded.text)
     for doubt in doubted_names(concepts):
         print(f"warning: {doubt}", file=sys.stderr)
     with _bar("words") as progress:
-        group = whole(text, concepts, settings, progress)
-    groups = group.parts(options.group)
+        plan = plan_mining(loaded.text, concepts, settings.neighbor, settings.beyond, progress)
+    parts = plan.parts(options.group)
     state.mkdir(parents=True, exist_ok=True)
     with _bar("groups", "group") as progress:
-        part = summed(options.engine, job, groups, progress)
+        sums = summed(job, parts, loaded.text, options.engine, progress)
     with _bar("text") as progress:
         source = {"model": str(options.model)}
-        erasure = erase_groups(text, group, part, settings, source, progress)
+        erasure = fit(loaded.text, plan, sums, settings.solve, source, progress)
     if training is not None:
-        onto = state / "erasure.safetensors"
-        save_erasure(erasure, onto, overwrite=True)
-        with _bar("alignment", "group") as progress:
-            lora = aligned(options.engine, job, groups, onto, training, progress)
-        erasure = erasure.with_lora(lora, asdict(training))
+        with _bar("alignment", "step") as progress:
+            learned = aligned(job, parts, loaded, erasure, training, options.engine, progress)
+        erasure = erasure.with_lora(learned.lora, asdict(training))
     told = folder.write_erasure(erasure, options.tolerance)
     mined: dict[int, list[str]] = {}
-    for number, word in group.near:
+    for number, word in plan.near:
         mined.setdefault(number, []).append(word)
     with writing(folder.path / folder.files[-1], overwrite=True) as unfinished:
         rows = [f"{c.name} -> {c.anchor}: {', '.join(mined[n])}" for n, c in enumerate(concepts)]
         rows += [
-            f"near several concepts, gone with the nearest: {', '.join(group.contested)}",
-            f"left out of every ring and preserved: {', '.join(settings.exclude)}",
+            f"near several concepts, gone with the nearest: {', '.join(plan.contested)}",
+            f"left out of every ring and preserved: {', '.join(settings.neighbor.exclude)}",
         ]
         unfinished.write_text("\n".join(rows) + "\n", "utf-8")
     clear(state)
-    print(f"{len(concepts)} concepts in {len(groups)} groups; {told}")
+    print(f"{len(concepts)} concepts in {len(parts)} groups; {told}")
     print(f"in {folder.path}: {', '.join(folder.files)}, the last with the words of every concept")
 
 
@@ -410,11 +408,18 @@ def _device(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _from(kind: Any, options: argparse.Namespace) -> Any:
-    """A dataclass from the options that bear its fields' names."""
-    given = {field.name: getattr(options, field.name, None) for field in fields(kind)}
-    return kind(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+def _settings(options: argparse.Namespace) -> Settings:
+    """The settings that the options of their names give."""
+    names = Settings().flat()
+    return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
+
+
+def _training(options: argparse.Namespace) -> Training | None:
+    """As `_settings`, of the alignment; none where no step is made."""
+    if not options.steps:
+        return None
+    return Training(
+        **{own.name: vars(options)[own.name] for own in fields(Training) if own.name in options}
     )
 
 
@@ -593,16 +598,16 @@ def _number(allowed: Range) -> Callable[[str], Any]:
 
 
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
-    default = Settings()
+    neighbor, beyond, solve = NeighborSettings(), BeyondSettings(), SolveSettings()
     sub.add_argument("-o", "--out", default=out, help="folder to write to")
     sub.add_argument("--style", action="store_true", help="name the concept as a style of drawing")
     sub.add_argument(
         "--template", action="append", help="a prompt with {} for the concept; repeat for several"
     )
     mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
-    mining.add_argument("--source", choices=SOURCES, default=default.source, help="of neighbours")
-    mining.add_argument("--neighbors", type=int, default=default.neighbors, help="M, a prompt")
-    mining.add_argument("--beyond", type=int, default=default.beyond, help="N, a prompt")
+    mining.add_argument("--source", choices=SOURCES, default=neighbor.source, help="of neighbours")
+    mining.add_argument("--neighbors", type=int, default=neighbor.neighbors, help="M, a prompt")
+    mining.add_argument("--beyond", type=int, default=beyond.beyond, help="N, a prompt")
     for name in ("s1", "s2", "beyond_s2", "d1", "d1_anchor", "d2"):
         mining.add_argument(
             f"--{name.replace('_', '-')}", type=float, help="automatic unless given"
@@ -620,12 +625,12 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         help="of the beyond points; goes on with the neighbours' unless given",
     )
     edit = sub.add_argument_group("closed form (Eq. 7)")
-    edit.add_argument("--lambda1", type=float, default=default.lambda1)
-    edit.add_argument("--lambda2", type=float, default=default.lambda2)
+    edit.add_argument("--lambda1", type=float, default=solve.lambda1)
+    edit.add_argument("--lambda2", type=float, default=solve.lambda2)
     edit.add_argument(
         "--away",
         type=float,
-        default=default.away,
+        default=solve.away,
         help="how far everyday prompts go away from the concept and the words around it, 0 to 2: "
         "more leaves fewer words that draw it",
     )

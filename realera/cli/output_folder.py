@@ -8,14 +8,14 @@ from tempfile import TemporaryFile
 import torch
 from PIL import Image
 
-from ..algorithm import MiningResult, scope_report
+from ..algorithm import MiningResult, geometry, scope_report
 from ..checkpoints.families import locate
 from ..checkpoints.writing import replaced_folder, write_checkpoint, write_lora
+from ..concepts import Concept
 from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
 from ..evaluation.coarse_samples import COARSE, coarse_samples
 from ..evaluation.evaluate import sample_images
-from ..mining.pairs import Pairs
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
@@ -82,9 +82,9 @@ class Folder:
         losses: step -> loss of the alignment; prompts: drawn before and after
         checks: words of the scope report that are drawn to check it
         """
-        effects = scope_report(erasure, mining)
+        effects = scope_report(erasure, mining.text, mining.plan)
         if checks:
-            effects = checked(model, erasure, mining.pairs, effects, checks, progress)
+            effects = checked(model, erasure, mining.plan.concepts, effects, checks, progress)
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in effects[:100]]}
         erasure = replace(erasure, provenance=noted)
         report = self.files[-1]
@@ -92,8 +92,8 @@ class Folder:
         text = scope_text(effects, 40)
         with writing(self.path / report, overwrite=True) as part:
             part.write_text(text + "\n", "utf-8")
-        geometry = plots.geometry(mining.ring, mining.neighbors, mining.beyond)
-        drawn = {"neighbourhood": geometry, "scope": plots.scope_picture(effects)}
+        around = geometry(mining.text, mining.plan, mining)
+        drawn = {"neighbourhood": around, "scope": plots.scope_picture(effects)}
         if losses:
             drawn["loss"] = plots.loss_curve(losses)
         drawn["before-after"] = before_after(model, erasure, prompts, seed, progress)
@@ -118,7 +118,7 @@ class Folder:
 def checked(
     model: Diffusion,
     erasure: Erasure,
-    pairs: Pairs,
+    concepts: Sequence[Concept],
     effects: Sequence[WordEffect],
     count: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -132,7 +132,7 @@ def checked(
         with temporarily_erased(erasure, model.network):
             return before(prompts)
 
-    return check(effects, pairs, count, before, after)
+    return check(effects, concepts, count, before, after)
 
 
 def before_after(

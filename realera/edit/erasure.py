@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..concepts import Concept, holds_name
-from ..settings import STRENGTHS, Settings
+from ..settings import STRENGTHS, SolveSettings
 from .closed_form import BankGram, Edit, Sums, solve
 from .text_layers import TextLayer, text_layer_kind, text_layers
 
 Lora = dict[str, tuple[Tensor, Tensor]]
-DEFAULTS = Settings()
+DEFAULTS = SolveSettings()
 
 
 @dataclass(frozen=True)

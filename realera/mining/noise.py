@@ -8,64 +8,75 @@ otherwise, since the rows of one encoder share a large common part.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..settings import S2, Settings
-from ..text.encoding import Encoding
+from ..settings import S2, BeyondSettings
+from ..storage.safetensors_file import digest
+from ..text.encoding import Encoding, TextEncoder
+from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs
+from .plan import Plan, Progress
+from .preservation_bank import drop_related_prompts, encode_bank
 
 BLOCK = 16  # draws tried at once: 4 MB of a whole span in SD 1.x, which a cache holds
 MAX_DRAWS = 1024 * BLOCK
-
-
-@dataclass(frozen=True)
-class Radii:
-    """Radii and directions in one stream.
-
-    d1, d1_anchor, d2: r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the stream
-    centre: where cosines are measured from, [tokens, dim]
-    candidates: the v's to step towards, [candidates, tokens, dim]; None: noise
-    """
-
-    d1: float
-    d1_anchor: float
-    d2: float
-    centre: Tensor
-    candidates: Tensor | None
+EVERY = 4  # one in so many bank prompts is stepped towards
 
 
 @dataclass(frozen=True)
 class GaussianNeighbourhood:
-    """As `pairs.Neighbourhood`, of random steps; shared_noise: one v for all rows of a span."""
+    """As `neighbourhood.Neighbourhood`, of random steps.
 
+    radii: stream -> radii around each concept
+    """
+
+    plan: Plan
     pairs: Pairs
-    s1: float
-    s2: float
-    beyond_s2: float
-    shells: Mapping[str, Radii]
-    shared_noise: bool = False
+    radii: Mapping[str, tuple[Radii, ...]]
+
+    def planned(self) -> tuple[MinedRows, MinedRows]:
+        """Each concept's draws have a seed of their own, so that they are those of any part."""
+        plan = self.plan
+        beyond = plan.beyond or BeyondSettings(beyond=0)
+        seed = plan.neighbor.seed if beyond.beyond_seed is None else beyond.beyond_seed
+        kinds = (
+            (self.neighbors, plan.neighbor.neighbors, "neighbors", plan.neighbor.seed),
+            (self.beyond, beyond.beyond, "beyond", seed),
+        )
+        near, far = (
+            MinedRows.cat(
+                [
+                    draw(count, seeded(seed, purpose, concept.name), self.pairs.of(n))
+                    for n, concept in enumerate(plan.concepts)
+                ]
+            )
+            for draw, count, purpose, seed in kinds
+        )
+        return near, far
 
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
         """`count` neighbours around each of the pairs `of`, all unless given."""
         pairs, of = self.pairs, self._around(of)
+        s2, s1 = self.plan.neighbor.cosines
         e, target = {}, {}
-        for stream, shell in self.shells.items():
-            own, its = pairs.e[stream], pairs.target[stream]
-            contexts, targets = [own[:0]], [its[:0]]
+        for stream in self.radii:
+            concept_rows, anchor_rows = pairs.e[stream], pairs.target[stream]
+            contexts, targets = [concept_rows[:0]], [anchor_rows[:0]]
             for i in of:
+                around = self._radii(stream, i)
                 direction, radius = self._draw(
-                    stream, i, count, (0.0, shell.d1), (self.s2, self.s1), generator
+                    stream, i, count, (0.0, around.d1), (s2, s1), generator
                 )
-                tolerance = shell.d1_anchor * torch.rand(count, generator=generator)
-                contexts.append(torch.addcmul(own[i], radius, direction))
+                tolerance = around.d1_anchor * torch.rand(count, generator=generator)
+                contexts.append(torch.addcmul(concept_rows[i], radius, direction))
                 tolerance = tolerance[:, None, None].to(direction)
-                targets.append(torch.addcmul(its[i], tolerance, direction))
+                targets.append(torch.addcmul(anchor_rows[i], tolerance, direction))
             e[stream], target[stream] = torch.cat(contexts), torch.cat(targets)
         return self._mined(e, target, of, count)
 
@@ -74,19 +85,37 @@ class GaussianNeighbourhood:
     ) -> MinedRows:
         """`count` beyond points around each of the pairs `of`, all unless given."""
         of, e = self._around(of), {}
-        for stream, shell in self.shells.items():
-            own = self.pairs.e[stream]
-            contexts = [own[:0]]
+        for stream in self.radii:
+            concept_rows = self.pairs.e[stream]
+            contexts = [concept_rows[:0]]
             for i in of:
+                around = self._radii(stream, i)
                 direction, radius = self._draw(
-                    stream, i, count, (shell.d1, shell.d2), (-1.0, self.beyond_s2), generator
+                    stream, i, count, (around.d1, around.d2), (-1.0, self.plan.farthest), generator
                 )
-                contexts.append(own[i] + radius * direction)
+                contexts.append(concept_rows[i] + radius * direction)
             e[stream] = torch.cat(contexts)
         return self._mined(e, e, of, count)
 
+    @property
+    def has_beyond(self) -> bool:
+        return True
+
+    def replan(self, plan: Plan) -> "GaussianNeighbourhood":
+        steps = {stream: around[0].candidates for stream, around in self.radii.items()}
+        return replace(self, plan=plan, radii=radii_of(plan, self.pairs, steps))
+
+    def representatives(self) -> dict[str, Tensor]:
+        return {}
+
+    def encode_all(self) -> None:
+        pass
+
     def _around(self, of: Sequence[int] | None) -> Sequence[int]:
         return range(len(self.pairs.prompts)) if of is None else of
+
+    def _radii(self, stream: str, i: int) -> Radii:
+        return self.radii[stream][int(self.pairs.concept[i])]
 
     def _mined(
         self, e: dict[str, Tensor], target: dict[str, Tensor], of: Sequence[int], count: int
@@ -109,7 +138,7 @@ class GaussianNeighbourhood:
 
         Directions are zero outside the span. Blocks are drawn and their acceptable part kept.
         """
-        shell = self.shells[stream]
+        shell = self._radii(stream, i)
         e, span = self.pairs.e[stream][i], self.pairs.span[stream][i]
         own = e[span]  # [rows, dim]
         around = own - shell.centre[span]
@@ -122,7 +151,7 @@ class GaussianNeighbourhood:
             # About one draw in three is accepted with the default ring.
             block = min(BLOCK, 2 * (count - have) + 2)
             if shell.candidates is None:
-                noise_rows = 1 if self.shared_noise else rows
+                noise_rows = 1 if self.plan.neighbor.shared_noise else rows
                 v = torch.randn(block, noise_rows, dim, generator=generator).to(own)
             else:
                 pick = torch.randint(len(shell.candidates), (block,), generator=generator)
@@ -148,46 +177,76 @@ class GaussianNeighbourhood:
         return directions, radius
 
 
-def gaussian_neighbourhood(
-    pairs: Pairs, settings: Settings, candidates: Encoding | None = None
-) -> GaussianNeighbourhood:
-    """The ring of random steps, every range resolved and checked.
+def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
+    """The plan; of source "bank", with the prompts to step towards: one in EVERY of the bank,
+    without those that mean what is to be erased."""
+    if plan.neighbor.source == "isotropic":
+        return plan
+    bank = drop_related_prompts(encode_bank(text, progress=progress), text, plan.concepts)
+    return replace(plan, steps=tuple(p for p in bank.prompts[::EVERY] if p not in bank.dropped))
 
-    candidates: the prompts to step towards, of source "bank"; noise unless given. Radii that the
-    user names are in units of the context; in another stream they reach as far in proportion to its
-    own automatic ones. Raises ValueError for a range that no draw can satisfy, with one that works.
+
+def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> GaussianNeighbourhood:
+    """Random steps around the pairs. Raises ValueError for a range that no draw can satisfy."""
+    steps: Encoding | None = None
+    if plan.neighbor.source == "bank":
+        steps = text.encode(plan.steps)
+        if not _alike(pairs.e, steps):
+            raise ValueError(
+                "source 'bank' steps from every row of a prompt to the same row of another, and "
+                "this text encoder gives short prompts fewer rows: use source 'vocabulary' or "
+                "'isotropic'"
+            )
+    return GaussianNeighbourhood(plan, pairs, radii_of(plan, pairs, steps))
+
+
+def seeded(seed: int, purpose: str, name: str) -> torch.Generator:
+    """A generator for the draws of one purpose around one concept."""
+    return torch.Generator().manual_seed(int(digest(seed, purpose, name)[:16], 16))
+
+
+def radii_of(
+    plan: Plan, pairs: Pairs, candidates: Mapping[str, Tensor | None] | None = None
+) -> dict[str, tuple[Radii, ...]]:
+    """stream -> the radii around each concept, every range resolved and checked.
+
+    candidates: the v's to step towards in each stream, noise unless given
+
+    Radii that the user names are in units of the context; in another stream they reach as far in
+    proportion to its own automatic ones. Raises ValueError for a range that no draw can satisfy,
+    with one that works.
     """
-    if candidates is not None and not _alike(pairs.e, candidates):
-        raise ValueError(
-            "source 'bank' steps from every row of a prompt to the same row of another, and this "
-            "text encoder gives short prompts fewer rows: use source 'vocabulary' or 'isotropic'"
-        )
-    shells, given = {}, (settings.d1, settings.d1_anchor, settings.d2)
-    units = 0.0  # the automatic D1 of the context, which is the first stream
+    given = (plan.neighbor.d1, plan.neighbor.d1_anchor, (plan.beyond or BeyondSettings()).d2)
+    found: dict[str, tuple[Radii, ...]] = {}
+    units: list[float] = []  # the automatic D1 of the context, which is the first stream
     for stream, e in pairs.e.items():
-        steps = None if candidates is None else candidates[stream]
+        steps, around = (candidates or {}).get(stream), []
         if steps is None:
             centre = torch.zeros_like(e[0])
-            spread = torch.full(e.shape[1:2], math.sqrt(e.shape[2])).to(centre)
+            lengths = torch.full(e.shape[1:2], math.sqrt(e.shape[2])).to(centre)
         else:
             centre = steps.mean(0)
-            spread = (steps - centre).norm(dim=-1).mean(0)  # [tokens]
-        span = pairs.span[stream]
-        norm = (e - centre).norm(dim=-1)[span]
-        spread = spread.expand(len(pairs.prompts), -1)[span]
-        distance = partial(_distance_at, norm=norm, spread=spread)
-        if not math.isfinite(distance(settings.farthest)):
-            limit = float((-norm / torch.hypot(norm, spread)).mean())
-            raise ValueError(
-                f"S2 = {settings.farthest}: steps towards random points never get below a cosine "
-                f"of about {limit:.2f}; choose S2 above it, {S2[settings.source]} is the default"
-            )
-        own = distance(settings.cosines[0])
-        units = units or own
-        radii = _radii(settings, distance, *(r and r * (own / units) for r in given))
-        shells[stream] = Radii(*radii, centre, steps)
-    s2, s1 = settings.cosines
-    return GaussianNeighbourhood(pairs, s1, s2, settings.farthest, shells, settings.shared_noise)
+            lengths = (steps - centre).norm(dim=-1).mean(0)  # [tokens]
+        norms = (e - centre).norm(dim=-1)
+        for n in range(len(pairs.concepts)):
+            own = list(pairs.of(n))
+            span = pairs.span[stream][own]
+            norm, spread = norms[own][span], lengths.expand(len(own), -1)[span]
+            distance = partial(_distance_at, norm=norm, spread=spread)
+            if not math.isfinite(distance(plan.farthest)):
+                limit = float((-norm / torch.hypot(norm, spread)).mean())
+                raise ValueError(
+                    f"S2 = {plan.farthest}: steps towards random points never get below a cosine "
+                    f"of about {limit:.2f}; choose S2 above it, {S2[plan.neighbor.source]} is the "
+                    "default"
+                )
+            automatic = distance(plan.neighbor.cosines[0])
+            if len(units) == n:
+                units.append(automatic)
+            radii = _radii(plan, distance, *(r and r * (automatic / units[n]) for r in given))
+            around.append(Radii(*radii, centre, steps))
+        found[stream] = tuple(around)
+    return found
 
 
 def _alike(one: Encoding, other: Encoding) -> bool:
@@ -200,7 +259,7 @@ def _alike(one: Encoding, other: Encoding) -> bool:
 
 
 def _radii(
-    settings: Settings,
+    plan: Plan,
     distance: Callable[[float], float],
     d1: float | None,
     d1_anchor: float | None,
@@ -210,7 +269,7 @@ def _radii(
 
     distance: cosine -> the distance at which the expected cosine falls to it
     """
-    (s2, s1), farthest = settings.cosines, settings.farthest
+    (s2, s1), farthest = plan.neighbor.cosines, plan.farthest
     d1 = distance(s2) if d1 is None else d1
     d1_anchor = d1 / 10 if d1_anchor is None else d1_anchor
     widest = max(distance(0.0), 1.3 * d1, 1.05 * distance(farthest))

@@ -1,17 +1,16 @@
 """Row-aligned pairs (e, e*) of every prompt, and the rows that are mined around them.
 
-Prompts go in, pairs come out (Alg. 1, l. 1); a ring around them gives more rows (l. 4-22).
+Prompts go in, pairs come out (Alg. 1, l. 1); what lies around them gives more rows (l. 4-22).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..concepts import Concept
-from ..text.encoding import Encoding, TextEncoder
+from ..text.encoding import BATCH, Encoding, TextEncoder
 from ..text.token_alignment import map_rows, prompt_summaries
 
 
@@ -44,14 +43,17 @@ class Pairs:
         """Every concept's prompt in its first template, int64 [concepts]."""
         return torch.searchsorted(self.concept, torch.arange(len(self.concepts)))
 
+    def of(self, concept: int) -> range:
+        """The prompts of a concept."""
+        first = int(self.first[concept])
+        return range(first, first + len(self.concepts[concept].templates))
+
 
 def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
     """Encodes each concept and its anchor in each template and aligns their rows (Alg. 1, l. 1).
 
     Raises ValueError when a concept or anchor tokenises to nothing or its prompt does not fit.
     """
-    if not concepts:
-        raise ValueError("no concept to erase: give at least one Concept(name, anchor)")
     rows = [(c.name, c.anchor, template) for c in concepts for template in c.templates]
     prompts = tuple(template.replace("{}", name) for name, _, template in rows)
     anchor_prompts = tuple(template.replace("{}", anchor) for _, anchor, template in rows)
@@ -80,8 +82,8 @@ class MinedRows:
     e: e_c or e', [n, tokens, dim] a stream
     target: e*_c; a beyond point is its own target, since it keeps its outputs
     span: stream -> bool [n, tokens]
-    pair: int64 [n], the pair each was drawn from, -1 for a prompt that the user preserves
-    words: what each is, of source "vocabulary"; the prompts that are preserved, at the end
+    pair: int64 [n], the pair each was drawn from
+    words: what each is, of source "vocabulary"
     """
 
     e: Encoding
@@ -90,28 +92,25 @@ class MinedRows:
     pair: Tensor
     words: tuple[str, ...] = ()
 
+    @staticmethod
+    def cat(mined: Sequence["MinedRows"]) -> "MinedRows":
+        """The draws of all, one after the other; they have equally many rows."""
+        return MinedRows(
+            Encoding.cat([one.e for one in mined]),
+            Encoding.cat([one.target for one in mined]),
+            {s: torch.cat([one.span[s] for one in mined]) for s in mined[0].span},
+            torch.cat([one.pair for one in mined]),
+            tuple(word for one in mined for word in one.words),
+        )
 
-class Neighbourhood(Protocol):
-    """The neighbourhood of every concept: neighbours inside, beyond points outside of it.
 
-    s1, s2: a neighbour's cosine with e lies in [s2, s1], a beyond point's below beyond_s2 (Eq. 4)
-    """
-
-    @property
-    def pairs(self) -> Pairs: ...
-    @property
-    def s1(self) -> float: ...
-    @property
-    def s2(self) -> float: ...
-    @property
-    def beyond_s2(self) -> float: ...
-
-    def neighbors(
-        self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
-    ) -> MinedRows:
-        """`count` neighbours a prompt (Eq. 5-6; Alg. 1, l. 4-12), around the pairs `of`."""
-
-    def beyond(
-        self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
-    ) -> MinedRows:
-        """`count` beyond points a prompt (Sec. 4.2; Alg. 1, l. 13-22), around the pairs `of`."""
+def first_summaries(text: TextEncoder, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+    """The summary rows of e and of e* of every concept in its first template, [concepts, dim]."""
+    found = []
+    for n in range(0, len(concepts), BATCH):
+        some = [
+            replace(concept, templates=concept.templates[:1]) for concept in concepts[n : n + BATCH]
+        ]
+        pairs = encode_pairs(text, some)
+        found.append((pairs.summary, pairs.target_summary))
+    return torch.cat([e for e, _ in found]), torch.cat([target for _, target in found])

@@ -16,9 +16,10 @@ from ..concepts import Concept, holds_name
 from ..edit.closed_form import BankGram
 from ..storage.cache import cached
 from ..text.encoding import CONTEXT, TextEncoder
-from ..text.token_alignment import prompt_embeddings
+from ..text.token_alignment import prompt_embeddings, prompt_summaries
 
 BATCH = 64
+RELATED = 0.55  # centred cosine with a concept from which on a prompt means it
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,21 @@ def encode_bank(
     return Bank(prompts, grams, means, made["summary"])
 
 
-def drop_related_prompts(
-    bank: Bank, text: TextEncoder, concepts: Sequence[Concept], summary: Tensor, limit: float
-) -> Bank:
+def drop_related_prompts(bank: Bank, text: TextEncoder, concepts: Sequence[Concept]) -> Bank:
     """The bank without the prompts that mean what is to be erased.
 
     A prompt is dropped when it names a concept, or when the centred cosine between its summary row
-    and that of any concept prompt is at least `limit`.
-
-    summary: of the concepts' prompts, [prompts, dim], as `Pairs` has it
+    and that of any concept prompt is at least RELATED.
     """
+    prompts = [t.replace("{}", concept.name) for concept in concepts for t in concept.templates]
     centre = bank.summary.mean(0)
-    own, all_rows = (normalize(rows - centre, dim=-1) for rows in (summary, bank.summary))
-    close = ((all_rows @ own.T).amax(1) >= limit).tolist()  # of [bank prompts, prompts]
+    bank_rows, closest = normalize(bank.summary - centre, dim=-1), torch.tensor(-1.0)
+    for n in range(0, len(prompts), BATCH):
+        some = prompts[n : n + BATCH]
+        summary = prompt_summaries(text, some, text.encode(some)).cpu()
+        cosines = bank_rows @ normalize(summary - centre, dim=-1).T  # [bank prompts, prompts]
+        closest = torch.maximum(closest, cosines.amax(1))
+    close = (closest >= RELATED).tolist()
     dropped = tuple(
         prompt
         for prompt, near in zip(bank.prompts, close, strict=True)

@@ -9,47 +9,26 @@ what it is beside an airplane, and the anchor.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts import Concept
-from ..settings import Settings
 from ..storage.cache import cached
-from ..text.encoding import Encoding, TextEncoder
-from ..text.token_alignment import RowMap, map_rows
-from .pairs import MinedRows, Pairs
+from ..text.encoding import BATCH, Encoding, TextEncoder
+from ..text.token_alignment import RowMap, map_rows, prompt_embeddings
+from .neighbourhood import Radii
+from .pairs import MinedRows, Pairs, first_summaries
+from .plan import Plan, Progress, Words
 
 # Words inside the ring, the concept's name among them, and just outside it that may be drawn, a
 # concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
 NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # between two calls of progress
 CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class WordAssignment:
-    """Which words lie around which concept, as names: none is encoded in full yet.
-
-    near: number of a concept and a word inside its ring, the concept's own name first, then nearest
-        first; far: those just outside, outside: all that lie in no ring, of the vocabulary and of
-        the user's words; each concept by concept
-    cosine: word -> cosine with its concept, of near, far and the struck ones
-    centre: the vocabulary's mean, [concepts, dim]
-    contested: words inside the rings of several concepts, which went to the nearest
-    """
-
-    near: tuple[tuple[int, str], ...]
-    far: tuple[tuple[int, str], ...]
-    outside: tuple[tuple[int, str], ...]
-    cosine: dict[str, float]
-    centre: Tensor
-    contested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,46 +74,60 @@ class LazyPrompts:
 
 @dataclass(frozen=True)
 class VocabularyNeighbourhood:
-    """As `pairs.Neighbourhood`, of words.
+    """As `neighbourhood.Neighbourhood`, of words: near and far ones as the plan has them."""
 
-    near: the words inside the ring, nearest first; far: those just outside, nearest first
-    outside, cosine, centre: as `WordAssignment` has them
-    """
-
+    plan: Plan
     pairs: Pairs
-    s1: float
-    s2: float
-    beyond_s2: float
     near: LazyPrompts
     far: LazyPrompts
-    outside: tuple[tuple[int, str], ...] = field(repr=False)
-    cosine: dict[str, float]
-    centre: Tensor
+
+    def planned(self) -> tuple[MinedRows, MinedRows]:
+        near = self.mined(self.near, torch.tensor(self.plan.drawn_near, dtype=torch.int64))
+        return near, self._kept(torch.tensor(self.plan.drawn_far, dtype=torch.int64))
 
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
         """`count` words of each prompt's concept, or all where the ring holds fewer.
 
-        of: pairs, one a concept unless given; their words stand in the concept's first template
+        of: pairs, one for each concept unless given; words stand in the concept's first template
         """
-        return self._draw(self.near, count, generator, of)
+        return self.mined(self.near, self._draw(self.near, count, generator, of))
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
         """As `neighbors`, of the words just outside; they keep their outputs."""
-        far = self._draw(self.far, count, generator, of)
-        return MinedRows(far.e, far.e, far.span, far.pair, far.words)
+        return self._kept(self._draw(self.far, count, generator, of))
 
-    def listed(self, neighbors: MinedRows) -> list[tuple[str, float, bool]]:
-        """The words in the ring and just outside, nearest first: cosine, and whether mined."""
-        mined = set(neighbors.words)
-        words = sorted(self.cosine.items(), key=lambda item: -item[1])
-        return [(word, cosine, word in mined) for word, cosine in words]
+    @property
+    def radii(self) -> Mapping[str, Sequence[Radii]]:
+        return {}
+
+    @property
+    def has_beyond(self) -> bool:
+        """A concept among thousands may have no word outside that is not nearer to another one."""
+        return {number for number, _ in self.plan.far} == set(range(len(self.plan.concepts)))
+
+    def replan(self, plan: Plan) -> "VocabularyNeighbourhood":
+        return replace(self, plan=plan, far=_prompts(self.near.text, plan.far, self.pairs))
+
+    def representatives(self) -> dict[str, Tensor]:
+        """Of each concept the mean of all words of its ring, its name among them, whichever were
+        drawn; none where none were."""
+        if not self.plan.drawn_near:
+            return {}
+        near, found = self.near, []
+        sizes = torch.bincount(self.pairs.concept[near.pair]).tolist()
+        for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
+            parts = [
+                prompt_embeddings(near.text, near.prompts(some.tolist()), near.take(some)[0])
+                for some in own.split(BATCH)
+            ]
+            found.append({s: torch.cat([rows[s] for rows in parts]).mean(0) for s in parts[0]})
+        return {stream: torch.cat([rows[stream] for rows in found]) for stream in found[0]}
 
     def encode_all(self) -> None:
-        """Encodes the words that were not drawn yet: while a network trains is no time for it."""
         for words in (self.near, self.far):
             if len(words.pair):
                 words.take(torch.arange(len(words.pair)))
@@ -158,13 +151,16 @@ class VocabularyNeighbourhood:
             e, target, anchor.span, pair, tuple(words.rows[k][0] for k in take.tolist())
         )
 
+    def _kept(self, take: Tensor) -> MinedRows:
+        far = self.mined(self.far, take)
+        return replace(far, target=far.e)
+
     def _draw(
         self, words: LazyPrompts, count: int, generator: torch.Generator, of: Sequence[int] | None
-    ) -> MinedRows:
+    ) -> Tensor:
         concept = self.pairs.concept
-        asked = (self.pairs.first.tolist()) if of is None else of
-        whose = concept[words.pair]
-        return self.mined(words, drawn(whose, count, generator, concept[list(asked)].tolist()))
+        pairs = self.pairs.first.tolist() if of is None else list(of)
+        return drawn(concept[words.pair], count, generator, concept[pairs].tolist())
 
 
 def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
@@ -185,78 +181,75 @@ def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[in
     return torch.cat(parts)
 
 
-def vocabulary_neighbourhood(
-    text: TextEncoder,
-    pairs: Pairs,
-    settings: Settings,
-    progress: Progress = lambda done, total: None,
-) -> VocabularyNeighbourhood:
-    """Compares the vocabulary and the user's words with every concept in its first template.
-
-    Raises ValueError as `assign_words`.
-    """
-    own = pairs.summary[pairs.first]
-    choice = assign_words(text, pairs.concepts, own, settings, progress)
-    return neighbourhood_of(text, pairs, settings, choice)
+def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeighbourhood:
+    """The words of the plan around its concepts' pairs; none is encoded yet."""
+    near, far = (_prompts(text, words, pairs) for words in (plan.near, plan.far))
+    return VocabularyNeighbourhood(plan, pairs, near, far)
 
 
-def neighbourhood_of(
-    text: TextEncoder, pairs: Pairs, settings: Settings, choice: WordAssignment
-) -> VocabularyNeighbourhood:
-    """The ring of the words that were chosen around these pairs' concepts."""
+def _prompts(text: TextEncoder, words: Words, pairs: Pairs) -> LazyPrompts:
     first = pairs.first.tolist()
-
-    def phrases(chosen: Sequence[tuple[int, str]]) -> LazyPrompts:
-        concepts = [pairs.concepts[number] for number, _ in chosen]
-        rows = [(word, c, c.templates[0]) for (_, word), c in zip(chosen, concepts, strict=True)]
-        pair = torch.tensor([first[number] for number, _ in chosen], dtype=torch.int64)
-        return LazyPrompts(text, tuple(rows), pair)
-
-    (s2, s1), outer = settings.cosines, settings.farthest
-    near, far = phrases(choice.near), phrases(choice.far)
-    outside, cosine, centre = choice.outside, choice.cosine, choice.centre
-    return VocabularyNeighbourhood(pairs, s1, s2, outer, near, far, outside, cosine, centre)
+    concepts = [pairs.concepts[number] for number, _ in words]
+    rows = [(word, c, c.templates[0]) for (_, word), c in zip(words, concepts, strict=True)]
+    pair = torch.tensor([first[number] for number, _ in words], dtype=torch.int64)
+    return LazyPrompts(text, tuple(rows), pair)
 
 
-def assign_words(
-    text: TextEncoder,
-    concepts: Sequence[Concept],
-    own: Tensor,
-    settings: Settings,
-    progress: Progress = lambda done, total: None,
-) -> WordAssignment:
-    """The words around every concept; each belongs to the concept that it is nearest to.
+def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
+    """The plan with the words around every concept; each belongs to the one that it is nearest to.
 
-    own: the summary row of every concept in its first template, [concepts, dim]. Words whose
-    centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless the user
-    struck them out; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when no
+    Words whose centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless
+    the user excluded them; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when no
     word is left outside of the rings.
     """
-    (s2, s1), outer = settings.cosines, settings.farthest
-    struck = {word.casefold() for word in settings.exclude}
+    plan = choose_words(plan, text, first_summaries(text, plan.concepts)[0], progress)
+    neighbor, beyond = plan.neighbor, plan.beyond
+    generator = torch.Generator().manual_seed(neighbor.seed)
+
+    def draw(words: Words, count: int) -> tuple[int, ...]:
+        whose = torch.tensor([number for number, _ in words], dtype=torch.int64)
+        return tuple(drawn(whose, count, generator, range(len(plan.concepts))).tolist())
+
+    plan = replace(plan, drawn_near=draw(plan.near, neighbor.neighbors))
+    if beyond is None:
+        return plan
+    if beyond.beyond_seed is not None:
+        generator.manual_seed(beyond.beyond_seed)
+    return replace(plan, drawn_far=draw(plan.far, beyond.beyond))
+
+
+def choose_words(
+    plan: Plan, text: TextEncoder, summary: Tensor, progress: Progress = lambda done, total: None
+) -> Plan:
+    """`complete` without draws.
+
+    summary: summary row of every concept in its first template, [concepts, dim]
+    """
+    concepts, outer = plan.concepts, plan.farthest
+    s2, s1 = plan.neighbor.cosines
+    struck = {word.casefold() for word in plan.neighbor.exclude}
     names = {concept.name.casefold() for concept in concepts}
     vocabulary = text.words()
     known = torch.tensor([word.casefold() not in names for word in vocabulary], dtype=torch.bool)
     listed = {word for word, keep in zip(vocabulary, known.tolist(), strict=True) if keep}
-    added = [w for w in dict.fromkeys(settings.words) if w.casefold() not in names | listed]
+    added = [w for w in dict.fromkeys(plan.neighbor.words) if w.casefold() not in names | listed]
     words = [word for word in vocabulary if word in listed] + added
 
     templates = [concept.templates[0] for concept in concepts]
-    middles = torch.empty_like(own)
+    centres: dict[str, Tensor] = {}
     cosine = torch.full((len(words),), -2.0)
     nearest, rings = torch.zeros(2, len(words), dtype=torch.int64)
     for template in dict.fromkeys(templates):
         rows = vocabulary_rows(text, template, progress)[known]
         # Around the vocabulary alone: what the user adds does not move the words that are there.
-        centre = rows.mean(0)
+        centre = centres[template] = rows.mean(0)
         if added:
             rows = torch.cat([rows, word_rows(text, template, added)])
         around = normalize(rows - centre, dim=-1)
         for numbers in torch.tensor([n for n, t in enumerate(templates) if t == template]).split(
             CONCEPTS_AT_ONCE
         ):
-            middles[numbers] = centre
-            cosines = around @ normalize(own[numbers] - centre, dim=-1).T  # [words, concepts]
+            cosines = around @ normalize(summary[numbers] - centre, dim=-1).T  # [words, concepts]
             rings += ((cosines >= s2) & (cosines <= s1)).sum(1)
             closest, which = cosines.max(1)
             closer = closest > cosine  # of two alike, the concept that comes first
@@ -290,7 +283,15 @@ def assign_words(
     apart = apart[nearest[apart].argsort(stable=True)]
     outside = tuple(zip(nearest[apart].tolist(), (words[k] for k in apart.tolist()), strict=True))
     contested = tuple(words[k] for k in (rings > 1).nonzero()[:, 0].tolist())
-    return WordAssignment(tuple(near), tuple(far), outside, found, middles, contested)
+    return replace(
+        plan,
+        near=tuple(near),
+        far=tuple(far),
+        outside=outside,
+        cosines=found,
+        centres=centres,
+        contested=contested,
+    )
 
 
 def word_rows(

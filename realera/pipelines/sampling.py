@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..edit.text_layers import guidance_of
-from ..settings import POSITIVE_COUNT, SEED, Range, check_fields
+from ..settings import POSITIVE_COUNT, SEED, Range, check_fields, option
 from ..text.encoding import Encoding
 from .interface import Diffusion, latents_at_once
 
 BATCH = 64  # latents per batch at most, and prompts encoded at once
-SAMPLING_RANGES = {"steps": POSITIVE_COUNT, "guidance": Range(0), "seed": SEED}
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Sampling:
     Raises ValueError for a value of another type or out of its range.
     """
 
-    steps: int = 20
-    guidance: float | None = None
-    seed: int = 0
-    one_noise: bool = False
+    steps: int = option(20, POSITIVE_COUNT)
+    guidance: float | None = option(None, Range(0))
+    seed: int = option(0, SEED)
+    one_noise: bool = option(False)
 
     def __post_init__(self) -> None:
-        check_fields(self, SAMPLING_RANGES)
+        check_fields(self)
 
     def guidance_for(self, network: nn.Module) -> float:
         """The guidance scale, or the default of the network's family where none was given."""

@@ -6,6 +6,7 @@ file at every start.
 
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..mining.noise import GaussianNeighbourhood
-from ..mining.pairs import MinedRows, Neighbourhood
-from ..mining.vocabulary import VocabularyNeighbourhood
+from ..mining.neighbourhood import Neighbourhood
+from ..mining.pairs import MinedRows
+from ..mining.plan import Plan
 from ..text.encoding import CONTEXT
 from .scope import WordEffect, by_loss
 
@@ -128,40 +129,31 @@ def loss_curve(
     return _picture(figure)
 
 
-def geometry(ring: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
-    """The ring around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
+def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
+    """The points around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
 
-    Distances are means over the span's rows, cosines are measured where the ring measures them.
-    For mined words, which are not drawn at a distance, the words with their cosines instead.
+    Distances are means over the span's rows; D1 and D2 are means over the concepts.
     """
-    if isinstance(ring, VocabularyNeighbourhood):
-        return _words(ring.s2, ring.listed(neighbors)[:48])
-    if not isinstance(ring, GaussianNeighbourhood):
-        raise ValueError(
-            f"no picture shows a {type(ring).__name__}: give a ring of noise or of words"
-        )
-    shell, pairs = ring.shells[CONTEXT], ring.pairs.e[CONTEXT]
+    radii, pairs = around.radii[CONTEXT], around.pairs.e[CONTEXT]
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     drawn = (
         (neighbors, f"neighbours, {len(neighbors.pair)}: are erased too", ERASED),
-        (beyond, f"beyond, {int((beyond.pair >= 0).sum())}: keep their meaning", KEPT),
+        (beyond, f"beyond, {len(beyond.pair)}: keep their meaning", KEPT),
     )
     for mined, name, colour in drawn:
-        chosen = (mined.pair >= 0).to(
-            pairs.device
-        )  # the others are prompts that the user preserves
-        e, span = pairs[mined.pair.to(pairs.device)[chosen]], mined.span[CONTEXT][chosen]
-        point = mined.e[CONTEXT][chosen]
+        e, span = pairs[mined.pair.to(pairs.device)], mined.span[CONTEXT]
+        point, centre = mined.e[CONTEXT], radii[0].centre
         count = span.sum(-1).clamp(min=1)
         distance = ((point - e).norm(dim=-1) * span).sum(-1) / count
-        cosine = cosine_similarity(e - shell.centre, point - shell.centre, dim=-1)
+        cosine = cosine_similarity(e - centre, point - centre, dim=-1)
         cosine = (cosine * span).sum(-1) / count
         axes.plot(distance.cpu(), cosine.cpu(), ".", ms=4, alpha=0.6, color=colour, label=name)
-    for value, name in ((ring.s1, "S1"), (ring.s2, "S2")):
+    s2, s1 = around.plan.neighbor.cosines
+    for value, name in ((s1, "S1"), (s2, "S2")):
         axes.axhline(value, color=PLAIN, lw=0.8, ls="--")
         axes.annotate(name, (1.005, value), xycoords=("axes fraction", "data"), va="center")
-    for value, name in ((shell.d1, "D1"), (shell.d2, "D2")):
+    for value, name in ((fmean(r.d1 for r in radii), "D1"), (fmean(r.d2 for r in radii), "D2")):
         axes.axvline(value, color=PLAIN, lw=0.8, ls=":")
         axes.annotate(name, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xlabel="distance from e", ylabel="cosine with e", xlim=(0, None))
@@ -170,16 +162,17 @@ def geometry(ring: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Im
     return _picture(figure)
 
 
-def _words(s2: float, words: Sequence[tuple[str, float, bool]]) -> Image.Image:
-    """words: as `WordRing.listed` gives them"""
-    figure = _figure(7, 0.9 + 0.19 * max(4, len(words)))
+def words(plan: Plan, count: int = 48) -> Image.Image:
+    """The first `count` words in the rings and just outside, with their cosines."""
+    shown = plan.listed[:count]
+    figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
     axes = figure.subplots()
-    colours = [ERASED if mined else KEPT for _, _, mined in words]
-    axes.barh(range(len(words)), [cosine for _, cosine, _ in words], color=colours, height=0.7)
-    _name_rows(axes, [word for word, _, _ in words])
+    colours = [ERASED if mined else KEPT for _, _, mined in shown]
+    axes.barh(range(len(shown)), [cosine for _, cosine, _ in shown], color=colours, height=0.7)
+    _name_rows(axes, [word for word, _, _ in shown])
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.axvline(s2, color=PLAIN, lw=0.8, ls="--")
+    axes.axvline(plan.neighbor.cosines[0], color=PLAIN, lw=0.8, ls="--")
     axes.set(
         xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
         title="words that are erased too (red), others near it (blue)",

@@ -5,15 +5,16 @@ how much of e - e* was exchanged for the anchor's meaning. That foretells pictur
 the network itself makes of a word, before and after, tells more (`check`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ..concepts import Concept
 from ..edit.erasure import Erasure
-from ..mining.pairs import Pairs
+from ..mining.pairs import first_summaries
 from ..mining.vocabulary import vocabulary_rows, word_rows
 from ..text.encoding import CONTEXT, TextEncoder
 
@@ -61,54 +62,54 @@ def by_loss(effects: Iterable[WordEffect]) -> tuple[WordEffect, ...]:
 def scope(
     erasure: Erasure,
     text: TextEncoder,
-    pairs: Pairs,
+    concepts: Sequence[Concept],
     words: Sequence[str] | None = None,
     template: str | None = None,
-    centre: Tensor | None = None,
+    centres: Mapping[str, Tensor] | None = None,
 ) -> tuple[WordEffect, ...]:
     """The reach of the edit over `words`, the most moved first.
 
-    words: the whole vocabulary unless given. Each counts for the concept that it is nearest to and
-    is put in `template` ("{}" for prompts as they are), in each concept's own first template unless
-    given. centre: what closeness is measured around, [concepts, dim]; the words' own mean unless
-    given. Raises ValueError when the erasure was made for another encoder, or there is no word.
+    words: words to look at, the whole vocabulary unless given. Each counts for the concept that it
+        is nearest to
+    template: template of the words ("{}" for prompts as they are), each concept's own first one
+        unless given
+    centres: template -> row that closeness is measured around, [dim]; the words' own mean unless
+        given
+
+    Raises ValueError when the erasure was made for another encoder, or there is no word.
     """
     edit, listed = erasure.edits[CONTEXT], text.words() if words is None else list(words)
-    if pairs.summary.shape[1] != edit.dim:
-        raise ValueError(
-            f"the erasure was made for text embeddings of {edit.dim} numbers and this model has "
-            f"{pairs.summary.shape[1]}: name a model of its family"
-        )
     if not listed:
         raise ValueError("no word to look at: give at least one word or prompt")
-    templates = [template or concept.templates[0] for concept in pairs.concepts]
-    rows = {
-        t: vocabulary_rows(text, t) if words is None else word_rows(text, t, listed)
-        for t in set(templates)
-    }
-    own, target = pairs.summary[pairs.first], pairs.target_summary[pairs.first]  # [concepts, dim]
-    found = []  # closeness, moved and toward of every concept, [words] each
-    for n, x in enumerate(rows[t] for t in templates):
-        around = x.mean(0) if centre is None else centre[n]
-        closeness = cosine_similarity(x - around, own[n] - around, dim=-1)
-        change, wanted = edit(x) - x, target[n] - own[n]
-        moved, share_to_anchor = (
-            change.norm(dim=-1) / x.norm(dim=-1),
-            change @ wanted / (wanted @ wanted),
+    concept_rows, anchor_rows = first_summaries(text, concepts)  # [concepts, dim]
+    if concept_rows.shape[1] != edit.dim:
+        raise ValueError(
+            f"the erasure was made for text embeddings of {edit.dim} numbers and this model has "
+            f"{concept_rows.shape[1]}: name a model of its family"
         )
-        found.append((closeness, moved, share_to_anchor))
-    nearest = torch.stack([numbers[0] for numbers in found]).argmax(0).tolist()
+    templates = [template or concept.templates[0] for concept in concepts]
+    numbers = torch.full((4, len(listed)), -torch.inf)  # closeness, moved, share, concept
+    for t in dict.fromkeys(templates):
+        x = vocabulary_rows(text, t) if words is None else word_rows(text, t, listed)
+        centre = x.mean(0) if centres is None else centres[t]
+        change = edit(x) - x
+        moved = change.norm(dim=-1) / x.norm(dim=-1)
+        for n in (n for n, of_concept in enumerate(templates) if of_concept == t):
+            closeness = cosine_similarity(x - centre, concept_rows[n] - centre, dim=-1)
+            wanted = anchor_rows[n] - concept_rows[n]
+            share = change @ wanted / (wanted @ wanted)
+            these = torch.stack([closeness, moved, share, torch.full_like(moved, n)])
+            numbers = torch.where(closeness > numbers[0], these, numbers)
     effects = []
-    for k, (word, n) in enumerate(zip(listed, nearest, strict=True)):
-        near, far, share = (float(numbers[k]) for numbers in found[n])
-        name, prompt = pairs.concepts[n].name, templates[n].replace("{}", word)
-        effects.append(WordEffect(word, name, near, far, share, prompt))
+    for word, (closeness, moved, share, n) in zip(listed, numbers.T.tolist(), strict=True):
+        prompt = templates[int(n)].replace("{}", word)
+        effects.append(WordEffect(word, concepts[int(n)].name, closeness, moved, share, prompt))
     return by_loss(effects)
 
 
 def check(
     effects: Sequence[WordEffect],
-    pairs: Pairs,
+    concepts: Sequence[Concept],
     count: int,
     before: Callable[[Sequence[str]], Tensor],
     after: Callable[[Sequence[str]], Tensor],
@@ -118,16 +119,19 @@ def check(
     before, after: prompts -> latents [prompts, ...] that the original and the erased model draw
     from the same noise, as `coarse_samples.coarse_samples` does
     """
-    some, ends = effects[:count], pairs.first.tolist()
-    prompts = [reach.prompt for reach in some]
-    own, anchors = ([of[n] for n in ends] for of in (pairs.prompts, pairs.anchor_prompts))
+    some = effects[:count]
+    prompts = [effect.prompt for effect in some]
+    shown = {effect.concept for effect in some}
+    concepts = [concept for concept in concepts if concept.name in shown]
+    own = [concept.templates[0].replace("{}", concept.name) for concept in concepts]
+    anchors = [concept.templates[0].replace("{}", concept.anchor) for concept in concepts]
     was = before([*own, *anchors, *prompts]).flatten(1)
-    concepts, targets, words = was.split([len(ends), len(ends), len(some)])
-    names = [concept.name for concept in pairs.concepts]
-    whole = dict(zip(names, (targets - concepts).norm(dim=1), strict=True))
+    concept_images, targets, words = was.split([len(own), len(own), len(some)])
+    names = [concept.name for concept in concepts]
+    whole = dict(zip(names, (targets - concept_images).norm(dim=1), strict=True))
     moved = (after(prompts).flatten(1) - words).norm(dim=1)
     drawn = [
-        replace(reach, drawn=float(far / whole[reach.concept]))
-        for reach, far in zip(some, moved, strict=True)
+        replace(effect, drawn=float(far / whole[effect.concept]))
+        for effect, far in zip(some, moved, strict=True)
     ]
     return by_loss([*drawn, *effects[count:]])

@@ -7,15 +7,14 @@ on noised images of the concept. The step then aligns them to the anchor, and wh
 prediction.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from ..mining.pairs import Neighbourhood, Pairs
+from ..mining.neighbourhood import Neighbourhood
+from ..mining.pairs import Pairs
 from ..mining.preservation_bank import drop_related_prompts, encode_bank
-from ..mining.vocabulary import VocabularyNeighbourhood
 from ..pipelines.interface import Diffusion
 from ..settings import Training
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
@@ -143,29 +142,24 @@ def draw_kept(
 
 
 def adversarial_inputs(
-    text: TextEncoder,
-    ring: Neighbourhood,
-    images: Tensor,
-    prompts: Sequence[str],
-    limit: float,
-    seed: int,
+    text: TextEncoder, ring: Neighbourhood, images: Tensor, seed: int
 ) -> AdversarialInputs:
-    """What an adversary is given, encoded: words outside of the ring, where it is of words, and as
-    kept the empty prompt, the prompts given and some of the bank.
+    """What an adversary is given, encoded: words outside of the rings, where there are any, and as
+    kept the empty prompt, those that the plan preserves and some of the bank.
 
-    images: as in `AdversarialInputs`; limit: as in `preservation_bank.drop_related_prompts`.
+    images: as in `AdversarialInputs`
     """
-    pairs, generator = ring.pairs, torch.Generator().manual_seed(seed)
-    kept, words, pair = ["", *prompts], pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu(), []
+    plan, pairs, generator = ring.plan, ring.pairs, torch.Generator().manual_seed(seed)
+    kept, words = ["", *plan.preserved], pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu()
     room = min(PROMPTS, MEMORY // sum(rows[0].nbytes for rows in pairs.e.values())) // 2
-    if isinstance(ring, VocabularyNeighbourhood):
-        outside = ring.outside
-        chosen = [outside[k] for k in torch.randperm(len(outside), generator=generator)[:room]]
-        templates = [pairs.concepts[number].templates[0] for number, _ in chosen]
-        asked = [t.replace("{}", word) for t, (_, word) in zip(templates, chosen, strict=True)]
-        words = text.encode(asked).cpu() if asked else words
-        pair = [int(pairs.first[number]) for number, _ in chosen]
-    bank = drop_related_prompts(encode_bank(text), text, pairs.concepts, pairs.summary, limit)
+    chosen = torch.randperm(len(plan.outside), generator=generator)[:room] if plan.outside else ()
+    outside = [plan.outside[k] for k in chosen]
+    if outside:
+        templates = [pairs.concepts[number].templates[0] for number, _ in outside]
+        some = zip(templates, outside, strict=True)
+        words = text.encode([t.replace("{}", word) for t, (_, word) in some]).cpu()
+    pair = [int(pairs.first[number]) for number, _ in outside]
+    bank = drop_related_prompts(encode_bank(text), text, pairs.concepts)
     everyday = [prompt for prompt in bank.prompts if prompt and prompt not in bank.dropped]
     kept += [everyday[k] for k in torch.randperm(len(everyday), generator=generator)[:room]]
     pair_of = torch.tensor(pair, dtype=torch.int64)

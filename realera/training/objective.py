@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..edit.erasure import Erasure
-from ..mining.pairs import Neighbourhood
+from ..mining.neighbourhood import Neighbourhood
 from ..pipelines.interface import Diffusion
 from ..settings import Training
 from ..text.encoding import Encoding

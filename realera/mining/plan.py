@@ -1,0 +1,101 @@
+"""What is mined around which concept, in names alone (Alg. 1, l. 1-22).
+
+What a concept must know of all others is settled here: which word is nearest to which concept, and
+which words are drawn. So a plan's parts can be encoded one after the other, or on many machines.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ..concepts import Concept
+from ..settings import BeyondSettings, NeighborSettings
+
+Progress = Callable[[int, int], None]
+Words = tuple[tuple[int, str], ...]  # number of a concept and a word, concept by concept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The concepts to erase and the words that belong to each.
+
+    neighbor, beyond: settings of the neighbours and of the beyond points; None without any
+    preserved: prompts that keep their outputs in every row; they belong to no concept
+    near: words inside a concept's ring, its own name first, then nearest first
+    far: words just outside, nearest first; outside: all words that lie in no ring
+    drawn_near, drawn_far: indices of the words of near and far that were drawn
+    cosines: word -> cosine with its concept, of near and far words and of the excluded ones
+    centres: template -> mean of the vocabulary in it, [dim]
+    contested: words inside the rings of several concepts, which went to the nearest
+    steps: prompts of the preservation bank to step towards (source "bank")
+
+    Raises ValueError when settings of neighbours and of beyond points contradict each other.
+    """
+
+    concepts: tuple[Concept, ...]
+    neighbor: NeighborSettings
+    beyond: BeyondSettings | None
+    preserved: tuple[str, ...] = ()
+    near: Words = ()
+    far: Words = ()
+    outside: Words = field(default=(), repr=False)
+    drawn_near: tuple[int, ...] = ()
+    drawn_far: tuple[int, ...] = ()
+    cosines: Mapping[str, float] = field(default_factory=dict, repr=False)
+    centres: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    contested: tuple[str, ...] = ()
+    steps: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise ValueError("no concept to erase: give at least one Concept(name, anchor)")
+        _ = self.farthest
+
+    @property
+    def farthest(self) -> float:
+        """The cosine with e below which beyond points lie."""
+        return (self.beyond or BeyondSettings()).farthest(self.neighbor)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The prompts to preserve and words to leave out that the user named, each once."""
+        preserve = self.beyond.preserve if self.beyond else ()
+        return tuple(dict.fromkeys([*preserve, *self.neighbor.exclude]))
+
+    @property
+    def listed(self) -> list[tuple[str, float, bool]]:
+        """The words in the rings and just outside, nearest first: cosine, and whether mined."""
+        mined = {self.near[k][1] for k in self.drawn_near}
+        words = sorted(self.cosines.items(), key=lambda item: -item[1])
+        return [(word, cosine, word in mined) for word, cosine in words]
+
+    def part(self, start: int, stop: int) -> "Plan":
+        """The concepts from number `start` to before `stop`, with what their rows need."""
+
+        def words(listed: Words, drawn: Sequence[int]) -> tuple[Words, tuple[int, ...]]:
+            first, last = (bisect_left(listed, n, key=lambda word: word[0]) for n in (start, stop))
+            begin, end = (bisect_left(drawn, n, key=lambda k: listed[k][0]) for n in (start, stop))
+            own = tuple((number - start, word) for number, word in listed[first:last])
+            return own, tuple(k - first for k in drawn[begin:end])
+
+        near, drawn_near = words(self.near, self.drawn_near)
+        far, drawn_far = words(self.far, self.drawn_far)
+        outside, _ = words(self.outside, ())
+        return replace(
+            self,
+            concepts=self.concepts[start:stop],
+            near=near,
+            far=far,
+            outside=outside,
+            drawn_near=drawn_near,
+            drawn_far=drawn_far,
+            cosines={},
+            centres={},
+            contested=(),
+        )
+
+    def parts(self, size: int) -> list["Plan"]:
+        """In parts of `size` concepts."""
+        return [self.part(n, n + size) for n in range(0, len(self.concepts), size)]

@@ -1,0 +1,277 @@
+"""Algorithm 1 part by part: here, one part after the other, or at once on a Ray cluster.
+
+What a part gives is kept in a folder, so that a run that was stopped goes on. Ray schedules, moves
+what was summed and runs again what was lost; its own RAY_ADDRESS names a cluster, and unless it is
+set one is started on this machine.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial, reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .algorithm import add_sums, realise, sum_parts, training_inputs, version_of
+from .checkpoints.loading import load_model, load_text
+from .edit.closed_form import Sums
+from .edit.erasure import Erasure, Lora, joined
+from .edit.erasure_file import load_erasure, save_erasure
+from .mining.plan import Plan, Progress
+from .mining.preservation_bank import bank_prompts
+from .pipelines.interface import Diffusion
+from .settings import SolveSettings, Training
+from .storage.safetensors_file import digest, keep_tensors, open_tensors
+from .text.encoding import TextEncoder
+from .training.loop import align
+
+RETRIES = 5  # of a part whose worker was lost
+FOLDER = ".realera-groups"  # in the output folder, for what a run that was stopped goes on from
+FILE = re.compile(  # whole, or hidden and unfinished as `safetensors_file.beside` names it
+    r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
+    r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
+)
+TENSORS = ("erase", "moved", "preserve", "concepts")  # of Sums
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as every process that works on it must know it.
+
+    model, dtype, device: as `checkpoints.loading.load_model` takes them, the dtype by its name
+    settings: settings of the closed form
+    state: folder of the parts that are done
+    run: hash of all that decides a part's numbers beside the part: release, encoder, bank, settings
+    """
+
+    model: str
+    dtype: str | None
+    device: str
+    settings: SolveSettings
+    state: Path
+    run: str = ""
+
+    def of(self, text: TextEncoder) -> "Job":
+        """With the run of this encoder."""
+        decisive = version_of("realera"), text.fingerprint, bank_prompts(), asdict(self.settings)
+        return replace(self, run=digest(*decisive))
+
+
+# ---------------------------------------------------------------- sums
+
+
+def summed(
+    job: Job, parts: Sequence[Plan], text: TextEncoder, engine: str, progress: Progress
+) -> dict[str, Sums]:
+    """The sums of Eq. 7 over all parts of a plan.
+
+    text: encoder of this process; engine: "local" or "ray"
+    progress: called with (parts done, parts in all)
+
+    Raises ImportError that says how to install Ray, and ValueError as `sum_part`.
+    """
+    if engine == "ray":
+        return _on_ray(job, _sum_on_worker, parts, add_sums, progress)
+
+    def sums() -> Iterator[dict[str, Sums]]:
+        for n, part in enumerate(parts):
+            yield sum_part(text, job, n, part)
+            progress(n + 1, len(parts))
+
+    return reduce(add_sums, sums())
+
+
+def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, Sums]:
+    """`algorithm.sum_parts`, read back from the job's folder where it was done before.
+
+    Raises ValueError when this process, or the file that lies there, is of another run.
+    """
+    if job.of(text).run != job.run:
+        raise ValueError(
+            "a worker has another release of realera, another text encoder or another bank than "
+            "the process that started the run: install the same on all machines, and let "
+            f"{job.model} name the same file everywhere"
+        )
+    path, made_by = job.state / f"group-{number:05d}.safetensors", digest(job.run, asdict(part))
+    if path.exists():
+        return _read_sums(path, made_by)
+    sums = sum_parts(text, part, job.settings)
+    tensors = {f"{s}.{name}": getattr(own, name) for s, own in sums.items() for name in TENSORS}
+    keep_tensors(path, tensors, {"run": made_by}, "if this run is interrupted, it is summed again")
+    return sums
+
+
+def clear(state: Path) -> None:
+    """Removes the files of a job from its folder, and the folder unless something else is there."""
+    for path in state.iterdir():
+        if FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+    with suppress(OSError):
+        state.rmdir()
+
+
+def _read_sums(path: Path, made_by: str) -> dict[str, Sums]:
+    file = open_tensors(path)
+    if file.metadata.get("run") != made_by:
+        raise ValueError(
+            f"{path} is of another run (other concepts, settings, model, bank or release): remove "
+            f"{path.parent} to start afresh, or choose another --out"
+        )
+    streams = dict.fromkeys(key.rpartition(".")[0] for key in file.entries)
+    return {s: Sums(*(file.read(f"{s}.{name}") for name in TENSORS)) for s in streams}
+
+
+# ---------------------------------------------------------------- LoRAs
+
+
+@dataclass(frozen=True)
+class Learned:
+    """LoRAs of some parts, joined; losses: step -> loss of each part that trained in it."""
+
+    lora: Lora
+    losses: Mapping[int, Sequence[float]]
+
+    def __add__(self, other: "Learned") -> "Learned":
+        steps = sorted({*self.losses, *other.losses})
+        losses = {n: [*self.losses.get(n, ()), *other.losses.get(n, ())] for n in steps}
+        return Learned(joined(self.lora, other.lora), losses)
+
+
+def aligned(
+    job: Job,
+    parts: Sequence[Plan],
+    model: Diffusion,
+    erasure: Erasure,
+    training: Training,
+    engine: str,
+    progress: Progress,
+) -> Learned:
+    """A LoRA for each part of a plan, on top of the erasure of all (Alg. 1, l. 25-30).
+
+    The LoRAs, each trained without the others, go onto the erasure together.
+    model: model of this process; progress: called with (steps done, steps in all)
+    """
+    steps = training.steps
+    if engine == "ray":
+        onto = job.state / "erasure.safetensors"
+        save_erasure(erasure, onto, overwrite=True)
+        work = partial(_align_on_worker, erasure=onto, training=training)
+        return _on_ray(job, work, parts, add, lambda n, total: progress(n * steps, total * steps))
+
+    def learned() -> Iterator[Learned]:
+        for n, part in enumerate(parts):
+
+            def on_step(step: int, done: int = n * steps) -> None:
+                progress(done + step, len(parts) * steps)
+
+            yield align_part(model, job, n, part, erasure, training, on_step)
+
+    return reduce(add, learned())
+
+
+def align_part(
+    model: Diffusion,
+    job: Job,
+    number: int,
+    part: Plan,
+    erasure: Erasure,
+    training: Training,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Learned:
+    """Alg. 1, l. 25-30 of a part's concepts; goes on from the job's folder where it was stopped."""
+    losses: dict[int, list[float]] = {}
+
+    def noted(step: int, loss: float) -> None:
+        losses[step] = [loss]
+        on_step(step)
+
+    lesson = training_inputs(model, realise(model.text, part), erasure, training)
+    state = job.state / f"alignment-{number:05d}.safetensors"
+    return Learned(align(model, lesson, training, on_step=noted, state=state), losses)
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def _sum_on_worker(job: Job, number: int, part: Plan) -> dict[str, Sums]:
+    return sum_part(_text(job.model, job.dtype, job.device), job, number, part)
+
+
+def _align_on_worker(
+    job: Job, number: int, part: Plan, *, erasure: Path, training: Training
+) -> Learned:
+    model = _model(job.model, job.dtype, job.device)
+    return align_part(model, job, number, part, load_erasure(erasure), training)
+
+
+@lru_cache(maxsize=1)
+def _text(model: str, dtype: str | None, device: str) -> TextEncoder:
+    return load_text(model, None if dtype is None else getattr(torch, dtype), device)
+
+
+@lru_cache(maxsize=1)
+def _model(model: str, dtype: str | None, device: str) -> Diffusion:
+    return load_model(model, None if dtype is None else getattr(torch, dtype), device)
+
+
+def _on_ray(
+    job: Job,
+    work: Callable[[Job, int, Plan], Any],
+    parts: Sequence[Plan],
+    add: Callable[[Any, Any], Any],
+    progress: Progress,
+) -> Any:
+    """What `work` gives for all parts, added two and two where it lies."""
+    with _ray() as ray:
+        gpus = 1 if job.device.startswith("cuda") else 0
+
+        def worked(number: int, part: Plan) -> tuple[int, Any]:
+            # That a part is done, apart from it, so that to ask moves no part.
+            return 1, work(job, number, part)
+
+        remote = ray.remote(num_returns=2, max_retries=RETRIES, num_gpus=gpus)(worked)
+        adding = ray.remote(max_retries=RETRIES)(add)
+        done, level = zip(*(remote.remote(n, part) for n, part in enumerate(parts)), strict=True)
+        while len(level) > 1:  # a tree whose shape is the same in every run
+            pairs = zip(level[::2], level[1::2], strict=False)
+            level = (*(adding.remote(*pair) for pair in pairs), *level[len(level) // 2 * 2 :])
+        waiting = list(done)
+        try:
+            while waiting:
+                ready, waiting = ray.wait(waiting, timeout=1.0)
+                ray.get(ready)  # raises what the part raised
+                progress(len(done) - len(waiting), len(done))
+            return ray.get(level[0])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+@contextmanager
+def _ray() -> Iterator[Any]:
+    """Ray, connected; what was started here ends here, whatever happens."""
+    ray = import_ray()
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def import_ray() -> Any:
+    """Raises ImportError that says how to install it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "--engine ray needs Ray, which is not installed: pip install 'realera[ray]'"
+        ) from error
+    return ray

@@ -1,0 +1,354 @@
+"""Many concepts, part by part, in one process or several: the joint fit of all."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from realera import parallel
+from realera.algorithm import add_sums, erase, fit, mine, plan_mining, realise, sum_parts
+from realera.checkpoints.loading import load_text
+from realera.cli import main
+from realera.concepts import Concept, read_concepts
+from realera.edit.erasure_file import load_erasure
+from realera.parallel import FOLDER, Job, aligned, sum_part, summed
+from realera.settings import BeyondSettings, NeighborSettings, SolveSettings, Training
+from realera.text.encoding import CONTEXT, POOLED
+
+NAMES = ("airplane", "dog", "cat", "horse", "ship")
+# A random encoder knows no meaning: a low limit for words nearest to anything.
+NEAR = NeighborSettings(s2=0.1, neighbors=3, exclude=("green",))
+FAR = BeyondSettings(beyond=2, preserve=("a red house",))
+NO_BANK = SolveSettings(bank=False)
+
+
+@pytest.fixture(scope="module")
+def concepts():
+    templates = (("a photo of the {}", "{}"), ("an old {}",))
+    return tuple(Concept(name, "tree", templates[n % 2]) for n, name in enumerate(NAMES))
+
+
+@pytest.fixture(scope="module")
+def texts(pipelines):
+    from tests.test_algorithm import text_of
+
+    found = {name: text_of(pipelines[name]) for name in ("sd1", "sdxl")}
+    for text in found.values():
+        some = [*text.words()[::150], "plane", "jet", "green", *NAMES]
+        text.words = lambda some=some: sorted(some)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plans(texts, concepts):
+    return {name: plan_mining(text, concepts, NEAR, FAR) for name, text in texts.items()}
+
+
+def quiet(done, total):
+    pass
+
+
+def job_of(text, state, settings=NO_BANK) -> Job:
+    return Job("model", None, "cpu", settings, state).of(text)
+
+
+@pytest.mark.parametrize(("name", "size"), [("sd1", 1), ("sd1", 3), ("sdxl", 2)])
+def test_parts_of_any_size_add_up_to_the_joint_fit(texts, concepts, plans, name, size, tmp_path):
+    text, plan = texts[name], plans[name]
+    joint = erase(mine(text, concepts, NEAR, FAR), NO_BANK)
+    sums = summed(job_of(text, tmp_path), plan.parts(size), text, "local", quiet)
+    erasure = fit(text, plan, sums, NO_BANK)
+    assert erasure.edits.keys() == ({CONTEXT, POOLED} if name == "sdxl" else {CONTEXT})
+    for stream, edit in joint.edits.items():
+        change = edit.matrix - torch.eye(edit.dim)
+        assert (erasure.edits[stream].matrix - edit.matrix).norm() < 1e-4 * change.norm()
+        for part in ("erase", "moved", "preserve"):
+            own, its = (getattr(e.sums[stream], part) for e in (erasure, joint))
+            assert torch.allclose(own, its, rtol=1e-4, atol=1e-5 * float(its.abs().max()))
+        own, its = (e.sums[stream].concepts for e in (erasure, joint))
+        order = [rows[:, 0].argsort() for rows in (own, its)]  # a part's rings follow its names
+        torch.testing.assert_close(own[order[0]], its[order[1]], rtol=1e-4, atol=1e-4)
+    assert erasure.provenance["concepts"] == joint.provenance["concepts"]
+
+
+def test_a_bank_loses_the_prompts_that_any_part_erases(texts, concepts, plans, monkeypatch):
+    text, prompts = texts["sd1"], ("a photo of the dog", "a ship at sea", "a red kite")
+    monkeypatch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: prompts)
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
+    one, two = (sum_parts(text, part, NO_BANK) for part in plans["sd1"].parts(3))
+    erasure = fit(text, plans["sd1"], add_sums(one, two))
+    assert set(erasure.kept[CONTEXT].dropped) == set(prompts[:2])
+    joint = erase(mine(text, concepts, NEAR, FAR)).edits[CONTEXT].matrix
+    assert torch.allclose(erasure.edits[CONTEXT].matrix, joint, atol=1e-4)
+
+
+def test_a_word_goes_to_the_nearest_concept_of_any_part_and_excluded_words_to_none(
+    texts, concepts, plans
+):
+    near = [word for _, word in plans["sd1"].near]
+    assert len(near) == len(set(near)) and "green" not in near
+    for number, part in enumerate(plans["sd1"].parts(1)):
+        mining = realise(texts["sd1"], part)
+        others = set(NAMES) - {concepts[number].name}
+        words = [*mining.neighbourhood.near.words, *mining.neighbourhood.far.words]
+        assert concepts[number].name in words and not others & set(words)
+
+
+def test_what_an_adversary_keeps_of_a_part_lies_in_no_ring_of_any_other(plans):
+    plan = plans["sd1"]
+    inside, parts = {word for _, word in plan.near}, plan.parts(2)
+    outside = [word for part in parts for _, word in part.outside]
+    assert outside and not inside & set(outside)
+    assert outside == [word for _, word in plan.outside]
+    assert {n for part in parts for n, _ in part.outside} <= {0, 1}
+
+
+def test_memory_holds_the_rows_of_a_few_concepts_whatever_their_number(texts, plans, monkeypatch):
+    at_once = []
+    real = realise
+    monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
+    monkeypatch.setattr(
+        "realera.algorithm.realise",
+        lambda text, part: at_once.append(len(part.concepts)) or real(text, part),
+    )
+    sum_parts(texts["sd1"], plans["sd1"], NO_BANK)
+    assert at_once == [2, 2, 1]
+
+
+def test_a_part_that_is_done_is_read_back_and_another_runs_is_refused(
+    texts, plans, tmp_path, monkeypatch
+):
+    text = texts["sdxl"]
+    first, second = plans["sdxl"].parts(3)
+    made = sum_part(text, job_of(text, tmp_path), 0, first)
+    monkeypatch.setattr("realera.parallel.sum_parts", None)  # whoever sums again fails
+    again = sum_part(text, job_of(text, tmp_path), 0, first)
+    assert made.keys() == again.keys()
+    for name in parallel.TENSORS:
+        assert torch.equal(getattr(made[POOLED], name), getattr(again[POOLED], name))
+    with pytest.raises(ValueError, match="another run"):
+        sum_part(text, job_of(text, tmp_path), 0, second)
+    with pytest.raises(ValueError, match="another run"):  # other draws of the same words
+        sum_part(text, job_of(text, tmp_path), 0, replace(first, drawn_far=()))
+    other = job_of(text, tmp_path, replace(NO_BANK, pair_weight=7.0))
+    with pytest.raises(ValueError, match="another run"):
+        sum_part(text, other, 0, first)
+    with pytest.raises(ValueError, match="another release"):
+        sum_part(text, replace(other, run="of an older release"), 0, first)
+
+
+def test_a_part_is_written_whole_or_not_at_all(texts, plans, tmp_path, monkeypatch):
+    def interrupted(path, *arguments):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("realera.storage.safetensors_file.write_tensors", interrupted)
+    text = texts["sd1"]
+    with pytest.raises(KeyboardInterrupt):
+        sum_part(text, job_of(text, tmp_path), 0, plans["sd1"].part(0, 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_part_trains_a_lora_on_top_of_the_erasure_of_all(tiny_model, tmp_path):
+    text, names = tiny_model.text, ("airplane", "dog", "cat")
+    some = [*text.words()[::150], *names]
+    tiny_model.text.words = lambda: sorted(some)
+    told, training = [], Training(steps=2, rank=2, batch=2)
+    try:
+        concepts = [Concept(name, "tree", ("a {}",)) for name in names]
+        plan = plan_mining(text, concepts, NEAR, FAR)
+        erasure = fit(text, plan, sum_parts(text, plan, NO_BANK), NO_BANK)
+        learned = aligned(
+            job_of(text, tmp_path), plan.parts(2), tiny_model, erasure, training, "local",
+            lambda done, total: told.append((done, total)),
+        )  # fmt: skip
+    finally:
+        del tiny_model.text.words
+    assert all(b.shape[1] == 4 and bool(b.any()) for _, b in learned.lora.values())  # of rank 2 + 2
+    assert told == [(n, 4) for n in (1, 2, 3, 4)]
+    assert {step: len(losses) for step, losses in learned.losses.items()} == {1: 2, 2: 2}
+
+
+# ---------------------------------------------------------------- the file of concepts
+
+
+def csv_of(tmp_path, text):
+    path = tmp_path / "names.csv"
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+def test_a_csv_file_is_read_as_concepts_and_words_to_leave_out(tmp_path):
+    path = csv_of(
+        tmp_path,
+        "\ufeffConcept,anchor,templates,leave_out\n"
+        'Tom Cruise,a person,A portrait of {}|{},"Cruise ship|Top, Gun"\n\n'
+        '"Cat, the",dog house,,\n',
+    )
+    concepts, left_out = read_concepts(path, ("a {}",))
+    assert concepts == (
+        Concept("Tom Cruise", "a person", ("A portrait of {}", "{}")),
+        Concept("Cat, the", "dog house", ("a {}",)),
+    )
+    assert left_out == ("Cruise ship", "Top, Gun")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "concept;anchor;leave out\r\nTom Cruise;a person, any;Top|Gun\r\n",
+        "concept\tanchor\tleave out\nTom Cruise\ta person, any\tTop|Gun\n",
+        "\ufeffsep=;\nconcept;anchor;leave out\nTom Cruise;a person, any;Top|Gun\n",
+        'concept,anchor,leave out,\nTom Cruise,"a person, any",Top|Gun,\n',
+        'concept,anchor,leave out,,\nTom Cruise,"a person, any",Top|Gun\n',
+    ],
+)
+def test_what_spreadsheets_write_is_read(tmp_path, text):
+    concepts, left_out = read_concepts(csv_of(tmp_path, text))
+    assert concepts == (Concept("Tom Cruise", "a person, any"),)
+    assert left_out == ("Top", "Gun")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("sep=;\nconcept;anker\ncat;tree\n", r"line 2: the column 'anker' is unknown"),
+        ("sep=;\nconcept;anchor\ncat\n", "line 3: it has not the 2 columns.*holds ';'"),
+        ("concept,anchor,\ncat,tree,house\n", "line 2: it has not the 2 columns"),
+        ("concept,anker\ncat,tree\n", r"line 1: the column 'anker' is unknown.*concept, anchor"),
+        ("concept\ncat\n", "line 1: a column is missing"),
+        ("concept,anchor\ncat,tree\nCat,house\n", "line 3: 'Cat' stands in line 2 already"),
+        ("concept,anchor\ncat,dog\ndog,tree\n", "line 2: the anchor 'dog' is itself.*line 3"),
+        ("concept,anchor\ncat\n", "line 2: it has not the 2 columns"),
+        ("concept,anchor\ncat,a,b\n", "line 2: it has not the 2 columns"),
+        ("concept,anchor\ncat,\n", "line 2: a concept and its anchor need"),
+        ("concept,anchor,templates\ncat,tree,a photo\n", "line 2: template 'a photo'"),
+        (
+            "concept,anchor,leave out\ncat,tree,my dog\ndog,tree,\n",
+            "line 2: the word to leave out 'my dog' names the concept of line 3",
+        ),
+        ("concept,anchor\n", "holds no concept"),
+        ("", "line 1"),
+    ],
+)
+def test_a_mistake_in_a_csv_file_is_named_with_its_line(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_concepts(csv_of(tmp_path, text))
+
+
+# ---------------------------------------------------------------- the command, and Ray
+
+FEW = ["--neighbors", "6", "--beyond", "3", "--group", "2", "--steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    path = tmp_path_factory.mktemp("names") / "names.csv"
+    rows = [f"{name},{'flower' if n else 'tree'}" for n, name in enumerate(NAMES)]
+    path.write_text("\n".join(["concept,anchor", *rows]) + "\n", "utf-8")
+    return path
+
+
+def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
+    names, tmp_path, monkeypatch, capsys
+):
+    start = ["erase", "miniature", *FEW, "-o", str(tmp_path / "many")]
+    done: list[int] = []
+
+    def stopped(text, job, number, part):
+        if number == 2 and len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(number)
+        return sum_part(text, job, number, part)
+
+    monkeypatch.setattr(parallel, "sum_part", stopped)
+    assert main([*start, "--concepts", str(names)]) == 130
+    assert "goes on from the groups that are done" in capsys.readouterr().err
+    left = tmp_path / "many" / FOLDER
+    assert [path.name for path in sorted(left.iterdir())] == [
+        "group-00000.safetensors",
+        "group-00001.safetensors",
+    ]
+    before = {path: path.stat().st_mtime_ns for path in left.iterdir()}
+
+    def going_on(text, job, number, part):
+        sums = sum_part(text, job, number, part)
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        return sums
+
+    monkeypatch.setattr(parallel, "sum_part", going_on)
+    assert main([*start, "--concepts", str(names)]) == 0
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {
+        "checkpoint.safetensors",
+        "lora.safetensors",
+        "erasure.safetensors",
+        "scope.txt",
+    }
+    told = (tmp_path / "many" / "scope.txt").read_text("utf-8").splitlines()
+    assert told[0].startswith("airplane -> tree: airplane, ") and len(told) == len(NAMES) + 2
+    assert told[5].startswith("near several concepts, gone with the nearest: ")
+    chosen = [
+        part
+        for n, name in enumerate(NAMES)
+        for part in ("-c", f"{name} -> {'flower' if n else 'tree'}")
+    ]
+    joint = ["erase", "miniature", *chosen, *FEW, "-o", str(tmp_path / "joint"), "--prompt", "a"]
+    assert main(joint) == 0
+    many, one = (
+        load_erasure(tmp_path / name / "erasure.safetensors").edits[CONTEXT]
+        for name in ("many", "joint")
+    )
+    change = one.matrix - torch.eye(one.dim)
+    assert (many.matrix - one.matrix).norm() < 1e-4 * change.norm()
+
+
+def test_without_ray_it_is_told_how_to_install_it_before_any_work(
+    names, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    out = tmp_path / "out"
+    arguments = ["erase", "miniature", "--concepts", str(names), "-o", str(out)]
+    assert main([*arguments, "--engine", "ray"]) == 1
+    assert "pip install 'realera[ray]'" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_mistake_in_the_file_of_concepts_is_told_before_any_work(tmp_path, capsys):
+    path = tmp_path / "names.csv"
+    path.write_text("concept,anchor\ncat,dog\ndog,tree\n", "utf-8")
+    out = tmp_path / "out"
+    assert main(["erase", "nowhere", "--concepts", str(path), "-o", str(out)]) == 1
+    assert "line 2: the anchor 'dog'" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_killed_worker_is_replaced_and_the_sums_are_those_of_one_process(tmp_path):
+    ray = pytest.importorskip("ray", reason="Ray is an optional extra: pip install 'realera[ray]'")
+    text = load_text("miniature")
+    job, alone = (job_of(text, tmp_path / name) for name in ("groups", "alone"))
+    job, alone = (replace(one, model="miniature") for one in (job, alone))
+    concepts = [Concept(name, "tree") for name in NAMES]
+    near, far = NeighborSettings(neighbors=6), BeyondSettings(beyond=3)
+    parts = plan_mining(text, concepts, near, far).parts(1)
+    single = summed(alone, parts, text, "local", quiet)
+    killed, told = tmp_path / "killed", []
+
+    def fragile(job, number, part):
+        """The sums, but the first worker that comes to the third part dies of it."""
+        if number == 2 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return parallel._sum_on_worker(job, number, part)
+
+    ray.init(num_cpus=2, logging_level="ERROR", log_to_driver=False)
+    try:
+        many = parallel._on_ray(job, fragile, parts, add_sums, lambda *done: told.append(done))
+        with pytest.raises(ValueError, match="another release"):
+            other = replace(job, run="of an older release")
+            summed(other, parts[:1], text, "ray", quiet)
+    finally:
+        ray.shutdown()
+    assert killed.exists() and told[-1] == (len(NAMES), len(NAMES))
+    for part in ("erase", "moved", "preserve"):
+        own, its = (getattr(sums[CONTEXT], part) for sums in (many, single))
+        assert torch.allclose(own, its, rtol=1e-12, atol=1e-9)
