@@ -1,20 +1,25 @@
 """diffusers' models behind our protocol, and the protocol itself."""
 
+import copy
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 import realera
+import realera.pipelines.fingerprint
 import realera.text.token_alignment
 import realera.training.student_teacher
 from realera.edit.text_layers import text_layers, trained_layers
+from realera.pipelines.interface import latents_at_once
 from realera.pipelines.unet import DiffusersModel, DiffusersText
 from realera.text.encoding import CONTEXT, POOLED, Encoding
 from realera.text.packed_encoding import last_rows
-from realera.training.student_teacher import with_lora
+from realera.training.lora import with_lora
 
 PROMPTS = ["a photo of the airplane", "cat", "a very long prompt " * 40]
 FAMILIES = ["sd1", "sd1 one layer", "sd2", "sdxl"]
@@ -124,6 +129,48 @@ def test_the_fingerprint_changes_with_one_weight_and_not_with_a_copy(pipelines):
         weight[0, 0] = old
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder, weight: encoder.to(torch.float64),
+        lambda encoder, weight: weight.data.add_(0.1),  # peft's fuse_lora
+        lambda encoder, weight: weight[0, 1].mul_(2),
+        lambda encoder, weight: setattr(weight, "data", weight + 0.1),
+    ],
+)
+@torch.no_grad()
+def test_the_fingerprint_of_an_encoder_follows_its_weights(tiny_text, change):
+    (tokenizer,), encoder = tiny_text.tokenizers, copy.deepcopy(tiny_text.encoders[0])
+    text = DiffusersText([tokenizer], [encoder])
+    before = text.fingerprint
+    change(encoder, dict(encoder.named_parameters())["encoder.layers.1.mlp.fc1.weight"])
+    assert text.fingerprint == text.fingerprint != before
+
+
+def test_the_fingerprint_of_an_encoder_is_worked_out_once(tiny_text, monkeypatch):
+    hashed, real = [], realera.pipelines.fingerprint.digest
+
+    def note(*things):
+        found = real(*things)
+        hashed.append(any(isinstance(thing, dict) for thing in things))  # a whole state
+        return found
+
+    monkeypatch.setattr("realera.pipelines.fingerprint.digest", note)
+    text = DiffusersText(tiny_text.tokenizers, tiny_text.encoders)
+    assert len({text.fingerprint for _ in range(3)}) == 1 and sum(hashed) == 1
+
+
+@pytest.mark.parametrize(
+    "entry", [{"attention_head_dim": 8}, {"norm_eps": 1e-3}, {"act_fn": "gelu"}]
+)
+def test_a_network_of_another_configuration_has_another_fingerprint(tiny_model, entry):
+    """Heads, activation and norms decide what a network computes, and are in no weight."""
+    unet = UNet2DConditionModel(**{**tiny_model.network.config, **entry})
+    unet.load_state_dict(tiny_model.network.state_dict())
+    parts = SimpleNamespace(unet=unet, vae=tiny_model.vae, scheduler=tiny_model.scheduler)
+    assert DiffusersModel(parts).fingerprint != tiny_model.fingerprint
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_sample_draws_what_the_pipeline_draws(models, pipelines, name, guidance):
@@ -155,6 +202,23 @@ def test_decode_gives_images_in_range_on_the_cpu(models, pipelines):
     with torch.no_grad():
         theirs = vae.decode(latents[4:] / vae.config.scaling_factor).sample / 2 + 0.5
     torch.testing.assert_close(images[4:], theirs.clamp(0, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_vae_is_given_latents_by_their_area(models, monkeypatch):
+    model, sizes, decode = models["sd1"], [], models["sd1"].vae.decode
+
+    def note(latents):
+        sizes.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(model.vae, "decode", note)
+    latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = model.decode(latents)
+    monkeypatch.setattr("realera.pipelines.interface.LATENT_AREA", 2 * 8 * 8)
+    torch.testing.assert_close(model.decode(latents), whole, atol=1e-5, rtol=1e-4)
+    assert sizes == [5, 2, 2, 1]
+    monkeypatch.undo()
+    assert [latents_at_once(side, side) for side in (64, 96, 128, 256)] == [4, 1, 1, 1]
 
 
 def test_gradients_flow_to_the_context(models):

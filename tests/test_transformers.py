@@ -225,6 +225,50 @@ def test_a_long_anchor_is_met_by_the_rows_of_a_short_word(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_half_precision_network_is_told_the_time_that_its_own_pipeline_tells(name):
+    """bfloat16 has steps of 4 at 1000 σ, so a time is multiplied before it is rounded."""
+    model, told = TransformerModel(tiny(name).to(torch.bfloat16)), []
+
+    def note(_, inputs, options):
+        told.append((options["timestep"] if "timestep" in options else inputs[1]).float())
+
+    handle = model.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model.pipeline(
+            prompt=ASKED[0], height=64, width=64, num_inference_steps=3, output_type="latent"
+        )
+        theirs, sigmas = list(told), model.scheduler.sigmas[:3]
+        told.clear()
+        rows = model.text.encode(ASKED[:1])
+        with torch.no_grad():
+            for sigma in sigmas:
+                model.predict(torch.zeros(1, 4, 8, 8), sigma[None], rows)
+    finally:
+        handle.remove()
+    passes = len(theirs) // 3  # two with classifier-free guidance
+    for own, their in zip(told, theirs[::passes], strict=True):
+        assert own[0] == their[0]
+
+
+def test_a_transformers_vae_is_given_latents_by_their_area(monkeypatch):
+    for name in ("flux1", "qwen_image"):
+        model, sizes = model_of(name), []
+        decode = model.vae.decode
+
+        def note(latents, decode=decode, sizes=sizes):
+            sizes.append(len(latents))
+            return decode(latents)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.vae, "decode", note)
+            latents = noise(5)[0]
+            whole = model.decode(latents)
+            patch.setattr("realera.pipelines.interface.LATENT_AREA", 2 * 8 * 8)
+            torch.testing.assert_close(model.decode(latents), whole, atol=1e-5, rtol=1e-4)
+        assert sizes == [5, 2, 2, 1] and whole.shape[:2] == (5, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_edit_is_the_same_in_the_hooks_and_in_the_weights(name):
     model, erasure = model_of(name), erasure_of(name)
     before = prediction(model)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..pipelines.fingerprint import Fingerprint
 from ..pipelines.unet import DiffusersText
-from ..storage.safetensors_file import digest
 from ..text.encoding import CONTEXT, POOLED, EncoderPart, Encoding
 from ..text.token_alignment import prompt_summaries, row_weights
 
@@ -26,7 +25,7 @@ class SiblingText(DiffusersText):
 
     def __init__(self, clip: DiffusersText, t5: Any = None):
         super().__init__(clip.tokenizers, clip.encoders)
-        self.t5 = t5
+        self.t5, self._with_t5 = t5, Fingerprint()
 
     @property
     def parts(self) -> Sequence[EncoderPart]:
@@ -35,10 +34,10 @@ class SiblingText(DiffusersText):
         second = EncoderPart(self._t5_ids, clip.length, False, clip.length)
         return [first] if self.t5 is None else [first, second]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        second = {} if self.t5 is None else dict(sorted(self.t5.state_dict().items()))
-        return digest(super().fingerprint, WIDTH, second)
+        t5 = [] if self.t5 is None else [self.t5]
+        return self._with_t5.of(t5, super().fingerprint, WIDTH)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         clip = super().encode(prompts)

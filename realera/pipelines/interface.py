@@ -24,11 +24,11 @@ class Diffusion(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The module whose layers `readers` finds."""
+        """The module whose layers `edit.text_layers.text_layers` finds."""
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the network's weights and of the forward process.
+        """Hash of the network's weights and configuration and of the forward process.
 
         None when not all of what decides a drawing has a hash; nothing is cached then.
         """

@@ -17,7 +17,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..edit.text_layers import FAMILIES, family_in, text_layers
-from ..storage.safetensors_file import digest
 from ..text.encoding import (
     BATCH,
     CONTEXT,
@@ -30,6 +29,8 @@ from ..text.encoding import (
     whole_words,
 )
 from ..text.token_alignment import prompt_summaries, row_weights, unit
+from .fingerprint import Fingerprint, described
+from .interface import latents_at_once
 
 DEFAULT_SIZE = 128  # of a latent's side, where the pipeline does not say: 1,024 pixels
 EMBEDDED_GUIDANCE = 3.5  # of networks that are told the guidance, as FLUX.1 dev is
@@ -40,6 +41,7 @@ class TransformerText:
 
     def __init__(self, pipeline: Any, family: str):
         self.pipeline, self.family = pipeline, FAMILIES[family]
+        self._fingerprint = Fingerprint()
         self.how = self.family["pipeline"]
 
     @cached_property
@@ -61,13 +63,14 @@ class TransformerText:
         parts = self.pipeline.components
         return [parts[n] for n in sorted(parts) if n.startswith("text_encoder") and parts[n]]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         parts: list[object] = [type(self.pipeline).__name__, self.how["tokenizers"]]
         for name, part in sorted(self.pipeline.components.items()):
             if name.startswith("tokenizer") and part is not None:
                 parts.append(sorted(part.get_vocab().items()))
-        return digest(*parts, *(dict(sorted(e.state_dict().items())) for e in self._encoders))
+        configs = [described(encoder.config.to_dict()) for encoder in self._encoders]
+        return self._fingerprint.of(self._encoders, *parts, *configs)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         return Encoding.cat(
@@ -161,7 +164,7 @@ class TransformerModel:
 
     def __init__(self, pipeline: Any, text: TextEncoder | None = None):
         self.pipeline, self.network = pipeline, pipeline.transformer.train(False)
-        self.vae = pipeline.vae.train(False)
+        self.vae, self._fingerprint = pipeline.vae.train(False), Fingerprint()
         text_layers(self.network)  # raises where no layer reads a context
         family = family_in(self.network)
         if family is None:
@@ -178,9 +181,8 @@ class TransformerModel:
 
     @property
     def fingerprint(self) -> str:
-        config = self.scheduler.config
-        schedule = {k: str(v) for k, v in sorted(config.items()) if not k.startswith("_")}
-        return digest(schedule, self.network.state_dict())
+        configs = described(self.scheduler.config), described(self.network.config)
+        return self._fingerprint.of([self.network], *configs)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
         return self._shifted(1 - torch.rand(count, generator=generator))
@@ -189,8 +191,10 @@ class TransformerModel:
         return torch.lerp(latents, noise, times.to(latents)[:, None, None, None])
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
-        latents, times = (t.to(self.network.device, self.network.dtype) for t in (latents, times))
-        times = times.expand(len(latents))
+        device = self.network.device
+        latents = latents.to(device, self.network.dtype)
+        # In float32: half types round 1000 σ to steps of 4, and each pipeline casts as it needs.
+        times = times.to(device).expand(len(latents))
         # One call a length: no family's masks are needed where every row is there.
         parts, order = [], []
         for of in alike(encoding):
@@ -219,18 +223,22 @@ class TransformerModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        parts = latents.split(latents_at_once(*latents.shape[2:]))
+        images = torch.cat([self._decode(part) for part in parts])
+        return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1] of as many latents as the VAE is given at once."""
         config, vae = self.vae.config, self.vae
-        latents = latents.to(vae.device, vae.dtype)
         if config.get("latents_mean"):  # Qwen-Image's, of videos: a mean and a deviation a channel
             mean, std = (
                 torch.tensor(config[name]).to(latents)[:, None, None]
                 for name in ("latents_mean", "latents_std")
             )
-            images = vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
-        else:
-            shift = config.get("shift_factor") or 0.0
-            images = vae.decode(latents / config.scaling_factor + shift).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+            return vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
+        shift = config.get("shift_factor") or 0.0
+        return vae.decode(latents / config.scaling_factor + shift).sample
 
     def _shifted(self, sigmas: Tensor) -> Tensor:
         """Sigmas as the family spaces them: more of them in the noise for larger images."""

@@ -3,16 +3,16 @@
 import copy
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..edit.text_layers import text_layers
-from ..storage.safetensors_file import digest
 from ..text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..text.packed_encoding import PackedPrompts, last_rows
+from .fingerprint import Fingerprint, described
+from .interface import latents_at_once
 
 
 class DiffusersText:
@@ -20,6 +20,7 @@ class DiffusersText:
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[Any]):
         self.tokenizers, self.encoders = list(tokenizers), [e.train(False) for e in encoders]
+        self._fingerprint = Fingerprint()
 
     @property
     def device(self) -> torch.device:
@@ -29,7 +30,7 @@ class DiffusersText:
     def parts(self) -> Sequence[EncoderPart]:
         return [EncoderPart(self.tokenize, int(self.tokenizers[0].model_max_length))]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         parts: list[object] = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
@@ -37,8 +38,7 @@ class DiffusersText:
             config = encoder.config
             shape = [config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
             parts += [json.dumps(vocabulary), tokenizer.pad_token_id, shape]
-            parts.append(dict(sorted(encoder.state_dict().items())))
-        return digest(*parts)
+        return self._fingerprint.of(self.encoders, *parts)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         # verbose=False: no warning about the length, which the caller checks and explains
@@ -106,7 +106,7 @@ class DiffusersModel:
         text_layers(pipeline.unet)  # raises where no layer reads a context
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
         self.pipeline, self.network = pipeline, pipeline.unet.train(False)
-        self.vae = pipeline.vae.train(False)
+        self.vae, self._fingerprint = pipeline.vae.train(False), Fingerprint()
         self.text = DiffusersText(
             [getattr(pipeline, "tokenizer" + n) for n in names],
             [getattr(pipeline, "text_encoder" + n) for n in names],
@@ -121,9 +121,8 @@ class DiffusersModel:
 
     @property
     def fingerprint(self) -> str:
-        config = self.scheduler.config
-        schedule = {k: str(v) for k, v in sorted(config.items()) if not k.startswith("_")}
-        return digest(schedule, self.network.state_dict())
+        configs = described(self.scheduler.config), described(self.network.config)
+        return self._fingerprint.of([self.network], *configs)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
         steps = int(self.scheduler.config.num_train_timesteps)
@@ -183,7 +182,7 @@ class DiffusersModel:
             self.vae.to(torch.float32)
         images = [
             self.vae.decode(part.to(self.vae.device, self.vae.dtype) / config.scaling_factor).sample
-            for part in latents.split(4)
+            for part in latents.split(latents_at_once(*latents.shape[2:]))
         ]
         if upcast:
             self.vae.to(dtype)
