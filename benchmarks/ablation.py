@@ -52,18 +52,12 @@ from realera.report.plots import grid, to_pil
 from realera.settings import BUNDLED, NeighborSettings, Settings, Training
 from realera.storage.safetensors_file import digest, writing
 from realera.text.encoding import CONTEXT
-from realera.training import (
-    anchor_latents as anchors,
-)
-from realera.training import (
-    loop as alignment,
-)
-from realera.training import (
-    student_teacher as adapters,
-)
+from realera.training import anchor_latents, inputs, loop, lora, objective, student_teacher
 from realera.training.anchor_latents import draw_anchors
-from realera.training.loop import TrainingInputs, align
+from realera.training.inputs import TrainingInputs
+from realera.training.loop import align
 
+TRAINING = (anchor_latents, inputs, loop, lora, objective, student_teacher)
 STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 
 # Parameters are chosen on the first half alone; the second is what is reported.
@@ -290,8 +284,8 @@ def change(
             plan = Plan(mining.plan.concepts, thin, None)
             around = ring.neighbourhood(model.text, plan, mining.pairs)
         images = draw_anchors(model, mining.pairs, 8, Sampling(seed=training.seed))
-        lesson = TrainingInputs(around, row.aligned == "neighbors and beyond", erasure, images)
-        erasure = erasure.with_lora(align(model, lesson, training), asdict(training))
+        given = TrainingInputs(around, row.aligned == "neighbors and beyond", erasure, images)
+        erasure = erasure.with_lora(align(model, given, training), asdict(training))
     erase_in_place(erasure, model.network)
 
 
@@ -322,7 +316,7 @@ def measure(
         seconds = closed.seconds
         how.append(closed.erasure.edits[CONTEXT].matrix)
     if row.aligned:
-        code = [inspect.getsource(room) for room in (adapters, alignment, anchors, ring, words)]
+        code = [inspect.getsource(room) for room in (*TRAINING, ring, words)]
         how += [row.aligned, asdict(training), *code]
     if row.peer is not None:
         how.append(row.peer(model, concept))

@@ -40,8 +40,9 @@ from realera.pipelines.unet import DiffusersModel
 from realera.settings import Training
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT
+from realera.training.inputs import TrainingInputs
 from realera.training.loop import align
-from realera.training.objective import TrainingInputs, draw_step
+from realera.training.objective import loss_terms
 
 RESULTS = Path("benchmarks/results")
 
@@ -84,7 +85,7 @@ def model_of(name: str, side: int) -> DiffusersModel:
     return DiffusersModel(SimpleNamespace(unet=unet, vae=vae, scheduler=scheduler))
 
 
-def lesson_for(model: DiffusersModel, name: str) -> TrainingInputs:
+def inputs_for(model: DiffusersModel, name: str) -> TrainingInputs:
     """Random rows around a concept of the model's own shapes, and an edit that is not nothing."""
     config: Any = model.network.config
     dim = int(config.cross_attention_dim)
@@ -95,19 +96,19 @@ def lesson_for(model: DiffusersModel, name: str) -> TrainingInputs:
     return TrainingInputs(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
 
 
-def ours(model: DiffusersModel, lesson: TrainingInputs, training: Training) -> float:
+def ours(model: DiffusersModel, inputs: TrainingInputs, training: Training) -> float:
     """Processor seconds of all steps but the first two, which warm up."""
     ends: list[float] = []
-    align(model, lesson, training, on_step=lambda *_: ends.append(time.process_time()))
+    align(model, inputs, training, on_step=lambda *_: ends.append(time.process_time()))
     return ends[-1] - ends[1]
 
 
-def bare(model: DiffusersModel, lesson: TrainingInputs, training: Training) -> float:
+def bare(model: DiffusersModel, inputs: TrainingInputs, training: Training) -> float:
     """The same of a loop that does what Eq. 8 and 9 need and nothing else."""
-    steps = [draw_step(model, lesson, training, n + 1) for n in range(training.steps)]
+    steps = [loss_terms(model, inputs, training, n + 1) for n in range(training.steps)]
     student: Any = copy.copy(model)
     student.network = copy.deepcopy(model.network).requires_grad_(False)
-    erase_in_place(lesson.erasure, student.network)
+    erase_in_place(inputs.erasure, student.network)
     weights: list[nn.Parameter] = []
     for reader in trained_layers(student.network).values():
         parent, _, child = reader.path.rpartition(".")
@@ -116,11 +117,12 @@ def bare(model: DiffusersModel, lesson: TrainingInputs, training: Training) -> f
         setattr(student.network.get_submodule(parent), child, layer)
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate)
     ends: list[float] = []
-    for step in steps:
-        with torch.no_grad():
-            wanted = model.predict(step.z_t, step.t, step.teacher)
-        predicted = student.predict(step.z_t, step.t, step.student)
-        (step.weight * mse_loss(predicted, wanted)).backward()
+    for terms in steps:
+        for term in terms:
+            with torch.no_grad():
+                eps = model.predict(term.z_t, term.t, term.p_star)
+            eps_theta = student.predict(term.z_t, term.t, term.p)
+            mse_loss(eps_theta, eps).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ends.append(time.process_time())
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loop, name = options.one
         case = CASES[name]
         model = model_of(name, case.side)
-        lesson, before = lesson_for(model, name), peak()
+        lesson, before = inputs_for(model, name), peak()
         taken = LOOPS[loop](model, lesson, Training(steps=case.steps, batch=case.batch))
         print(json.dumps({"s": taken, "MB": peak() - before}))
         return

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..realera.edit.text_layers import FAMILIES, family_in, text_layers, trained_layers
 from ..realera.text.encoding import CONTEXT, POOLED, Encoding, alike, rows_of
-from ..realera.training.student_teacher import differentiable
 from .comfy_fingerprint import added_to, fingerprint
 from .comfy_text import ComfyText
 from .comfy_transformer_text import ComfyTransformerText
@@ -138,8 +137,7 @@ class ComfyDiffusion:
         }
         hook = self.network.register_forward_hook(lambda _, given, output: made.append(output))
         try:
-            with differentiable():
-                base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
+            base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
         finally:
             hook.remove()
         return self._without_frame(made[0]).float()

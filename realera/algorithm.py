@@ -34,8 +34,8 @@ from .text.encoding import BATCH, TextEncoder
 from .text.token_alignment import prompt_embeddings, refuse_long_prompts
 from .training.adversarial import adversarial_inputs
 from .training.anchor_latents import draw_anchors
+from .training.inputs import TrainingInputs
 from .training.loop import align
-from .training.objective import TrainingInputs
 
 SOURCES: dict[Source, NeighbourSource] = {
     "isotropic": noise,

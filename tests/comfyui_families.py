@@ -12,7 +12,6 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 ASKED, sys.argv = sys.argv[1:], [*sys.argv[:1], "--cpu"]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,8 +50,10 @@ from RealEra.realera.edit.erasure import Erasure
 from RealEra.realera.edit.text_layers import text_layers
 from RealEra.realera.evaluation.coarse_samples import COARSE
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
-from RealEra.realera.training import student_teacher as adapters_module
-from RealEra.realera.training.student_teacher import checkpointed, student_mode, with_lora
+from RealEra.realera.training.gradient_checkpointing import activation_bytes, checkpointed
+from RealEra.realera.training.lora import with_lora
+from RealEra.realera.training.objective import LossTerm
+from RealEra.realera.training.student_teacher import student_teacher
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -278,20 +279,15 @@ def check(family, layout, dtype):
     comfy.model_management.load_models_gpu([patcher])
     gradients, kept_bytes = [], []
     for saving in (nullcontext(), checkpointed(diffusion.network)):
-        saved = {}
-        with training(patcher), saving, with_lora(diffusion.network, 2, 0) as adapters:
-            with student_mode(diffusion.network, Erasure(erasure.edits)):
-                own = Encoding({stream: rows.clone() for stream, rows in encoding.items()})
-                counting = saved_bytes(saved)
-                with (
-                    torch.autograd.graph.saved_tensors_hooks(counting, lambda x: x),
-                    mock.patch.object(adapters_module, "_apart", counting),
-                ):
-                    diffusion.predict(z_t.clone(), sigma.clone(), own)
+        with training(patcher), saving, with_lora(diffusion.network, 2, 0) as lora:
+            networks = student_teacher(diffusion, Erasure(erasure.edits))
+            own = Encoding({stream: rows.clone() for stream, rows in encoding.items()})
+            term = LossTerm(z_t.clone(), sigma.clone(), own, own)
+            kept_bytes.append(activation_bytes(networks, term))
+            with networks.student():
                 made = diffusion.predict(z_t.clone(), sigma.clone(), own)
                 made.square().mean().backward()
-            kept_bytes.append(sum(saved.values()))
-            gradients.append(torch.cat([b.grad.flatten() for _, b in adapters.values()]))
+            gradients.append(torch.cat([b.grad.flatten() for _, b in lora.values()]))
     kept, again = gradients
 
     previewed = preview_differs(patcher, erasure, encoding, z[0]) if dtype == torch.float32 else 0.0
@@ -308,16 +304,6 @@ def check(family, layout, dtype):
         "preview differs": previewed,
         "same again": torch.equal(diffusion.predict(z_t, sigma, encoding), ours),
     }
-
-
-def saved_bytes(saved):
-    """Counts what autograd saves, by address; what is kept here might be written to later."""
-
-    def count(tensor):
-        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    return count
 
 
 def weight_of(patcher, path):

@@ -119,7 +119,7 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
 
 def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
     encodings, layers_of = core.text.encoding, core.edit.text_layers
-    student_teacher = core.training.student_teacher
+    training = core.training
     streams = model.text.encode(["a photo of the cat", "a dog"])
     for layer in layers_of.text_layers(model.network).values():
         columns = layer.layer.weight.shape[1]
@@ -151,7 +151,7 @@ def check_diffusion(model: Any, core: ModuleType, steps: int = 2) -> None:
         torch.manual_seed(1)
         assert torch.equal(both, model.predict(much, late, streams)), "and nothing random"
 
-    with student_teacher.with_lora(model.network, 1, 0) as layers:
+    with training.lora.with_lora(model.network, 1, 0) as layers, training.in_place.differentiable():
         model.predict(much, late, streams).square().mean().backward()
         gradients = [b.grad for _, b in layers.values()]
         assert all(grad is not None and grad.isfinite().all() for grad in gradients)

@@ -1,11 +1,14 @@
 """Eq. 8-9 on a small U-Net with random weights: what is trained, and what is left as it was."""
 
+import copy
 import errno
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from realera.algorithm import align_erasure, erase, mine
 from realera.concepts import Concept
@@ -18,22 +21,19 @@ from realera.settings import BeyondSettings, NeighborSettings, SolveSettings, Tr
 from realera.text.encoding import CONTEXT, POOLED, Encoding
 from realera.training.adversarial import (
     adversarial_inputs,
-    draw_contexts,
+    concept_score,
+    context_terms,
     filter_words,
     init_contexts,
-    likeness,
     pgd_step,
 )
 from realera.training.anchor_latents import draw_anchors
+from realera.training.gradient_checkpointing import activation_bytes, checkpointed
+from realera.training.inputs import AdversarialInputs, TrainingInputs
 from realera.training.loop import align
-from realera.training.objective import AdversarialInputs, Student, TrainingInputs, draw_step
-from realera.training.student_teacher import (
-    checkpointed,
-    student_mode,
-    teacher_mode,
-    tuners,
-    with_lora,
-)
+from realera.training.lora import lora_layers, with_lora, without_lora
+from realera.training.objective import loss_terms
+from realera.training.student_teacher import StudentTeacher, student_mode, student_teacher
 
 NEAR, FAR = NeighborSettings(source="isotropic", neighbors=2), BeyondSettings(beyond=1)
 NO_BANK = SolveSettings(bank=False)
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_trains_the_same_lora_and_is_undone(model, job, t
 
 def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(model, job):
     z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    encoding = job.ring.pairs.e.take(torch.arange(2))
+    encoding = job.neighbourhood.pairs.e.take(torch.arange(2))
     kept, gradients = [], []
     for thrifty in (False, True):
         saved: dict[int, int] = {}
@@ -205,7 +205,7 @@ def test_a_checkpointed_unet_keeps_a_fraction_and_computes_the_same_gradients(mo
 
 
 def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model, job):
-    first = job.ring.pairs.e.take(torch.arange(1))
+    first = job.neighbourhood.pairs.e.take(torch.arange(1))
     drawn = []
 
     def sketch(step: int, loss: float) -> None:
@@ -220,7 +220,7 @@ def test_a_drawing_between_two_steps_changes_nothing_and_shows_the_student(model
 
 
 def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job):
-    network, encoding = model.network, job.ring.pairs.e.take(torch.arange(1))
+    network, encoding = model.network, job.neighbourhood.pairs.e.take(torch.arange(1))
     z, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     edit = job.erasure.edits[CONTEXT]
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
             for _, b in layers.values():
                 b.data = torch.ones_like(b)
             lora = {name: (a.clone(), b.clone()) for name, (a, b) in layers.items()}
-            with teacher_mode(tuners(network)):
+            with without_lora(lora_layers(network)):
                 teacher = model.predict(z, t, encoding)
                 with student_mode(network, job.erasure):
                     edit_alone = model.predict(z, t, encoding)
@@ -253,7 +253,7 @@ def test_the_edit_is_computed_once_a_pass_and_anew_for_other_rows(model, job, mo
     assert len(trained_layers(network)) > 2
     with torch.no_grad(), student_mode(network, job.erasure):
         for n in range(3):
-            model.predict(z, t, job.ring.pairs.e.take(torch.tensor([n])))
+            model.predict(z, t, job.neighbourhood.pairs.e.take(torch.tensor([n])))
     assert len(calls) == 3
 
 
@@ -284,7 +284,7 @@ def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name)
 
 
 def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
-    mining = mine(model.text, job.ring.pairs.concepts, NEAR, FAR)
+    mining = mine(model.text, job.neighbourhood.pairs.concepts, NEAR, FAR)
     first = align_erasure(model, erase(mining, NO_BANK), mining, SHORT, anchors=job.anchors)
     losses = []
     second = align_erasure(
@@ -308,11 +308,11 @@ def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
 
 
 def test_an_erasure_of_another_mining_is_refused(model, job):
-    mining = mine(model.text, job.ring.pairs.concepts, NEAR, FAR)
+    mining = mine(model.text, job.neighbourhood.pairs.concepts, NEAR, FAR)
     dog = mine(model.text, [Concept("dog", "tree")], NEAR, FAR)
     with pytest.raises(ValueError, match="forgets dog and the mining is of airplane"):
         align_erasure(model, erase(dog, NO_BANK), mining, SHORT, anchors=job.anchors)
-    other = mine(model.text, job.ring.pairs.concepts, replace(NEAR, seed=3), FAR)
+    other = mine(model.text, job.neighbourhood.pairs.concepts, replace(NEAR, seed=3), FAR)
     with pytest.raises(ValueError, match="with seed = 3 and this one has 0"):
         align_erasure(model, erase(other, NO_BANK), mining, SHORT, anchors=job.anchors)
 
@@ -325,7 +325,7 @@ def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
-    for beyond, prompts in ((True, [2, 2, 4, 4]), (False, [2, 2, 2, 2])):
+    for beyond, prompts in ((True, [2, 2, 2, 2, 2, 2]), (False, [2, 2, 2, 2])):
         asked.clear()
         run(model, replace(job, beyond=beyond), replace(SHORT, steps=2))
         assert asked == prompts
@@ -333,7 +333,7 @@ def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch
 
 def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, monkeypatch):
     monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
-    mining = mine(model.text, job.ring.pairs.concepts, NeighborSettings(s2=0.0), FAR)
+    mining = mine(model.text, job.neighbourhood.pairs.concepts, NeighborSettings(s2=0.0), FAR)
     teachers, predict = [], model.predict
 
     def note(latents, times, encoding):
@@ -342,11 +342,11 @@ def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, m
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
-    run(model, replace(job, ring=mining.neighbourhood), replace(SHORT, steps=2))
-    odd, even = teachers
-    assert len(even) == 2 * len(odd) == 4
+    run(model, replace(job, neighbourhood=mining.neighbourhood), replace(SHORT, steps=2))
+    odd, even, beyond = teachers
+    assert len(even) == len(odd) == len(beyond) == 2
     # Words stand in the concept's first template.
-    assert torch.equal(even[:2], mining.pairs.anchor[CONTEXT][:1].expand(2, -1, -1))
+    assert torch.equal(even, mining.pairs.anchor[CONTEXT][:1].expand(2, -1, -1))
 
 
 def test_a_state_of_another_model_is_not_gone_on_with(model, job, tmp_path):
@@ -364,7 +364,7 @@ def test_a_state_of_another_model_is_not_gone_on_with(model, job, tmp_path):
 
 
 def test_anchors_are_drawn_once_and_read_back_by_content(model, job, monkeypatch):
-    pairs, drawn, sample = job.ring.pairs, [], model.sample
+    pairs, drawn, sample = job.neighbourhood.pairs, [], model.sample
 
     def note(*arguments):
         drawn.append(1)
@@ -386,7 +386,7 @@ def test_an_anchor_image_that_is_not_finite_is_refused_and_not_kept(model, job, 
     monkeypatch.setattr(model, "sample", lambda *_: broken)
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="float32 or bfloat16"):
-            draw_anchors(model, job.ring.pairs, 1, Sampling(steps=4))
+            draw_anchors(model, job.neighbourhood.pairs, 1, Sampling(steps=4))
 
 
 # ---------------------------------------------------------------- the adversarial mode
@@ -397,56 +397,58 @@ SOUGHT = replace(SHORT, adversarial=3)
 @pytest.fixture(scope="module")
 def against(model, job):
     """The same lesson with an adversary."""
-    images = draw_anchors(model, job.ring.pairs, 2, Sampling(steps=2), concepts=True)
+    images = draw_anchors(model, job.neighbourhood.pairs, 2, Sampling(steps=2), concepts=True)
     words, kept = (model.text.encode(p) for p in (["a jet"], ["", "a dog", "a ship", "the sea"]))
-    return replace(job, scene=AdversarialInputs(images, words, torch.tensor([0]), kept))
+    return replace(job, adversarial=AdversarialInputs(images, words, torch.tensor([0]), kept))
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_adversary_leaves_the_draws_of_eq_8_and_9_as_they_were(model, job, against, number):
-    step = draw_step(model, against, SOUGHT, number)
+    terms = loss_terms(model, against, SOUGHT, number)
     generator = torch.Generator().manual_seed(number)
-    pairs = job.ring.pairs
+    pairs = job.neighbourhood.pairs
     chosen = torch.randint(len(pairs.prompts), (2,), generator=generator)
     z = job.anchors[pairs.concept[chosen], torch.randint(3, (2,), generator=generator)]
     t = model.times(2, generator)
     z_t = model.noised(z, torch.randn(z.shape, generator=generator), t)
-    assert torch.equal(step.z_t, z_t.repeat(1 if number == 1 else 2, 1, 1, 1))
+    assert all(torch.equal(term.z_t, z_t) for term in terms)
     asked = [pairs.e.take(chosen)]
     if number == 2:
         asked = [
-            ask(1, generator, chosen.tolist()).e for ask in (job.ring.neighbors, job.ring.beyond)
+            ask(1, generator, chosen.tolist()).e
+            for ask in (job.neighbourhood.neighbors, job.neighbourhood.beyond)
         ]
-    assert torch.equal(step.student[CONTEXT], torch.cat([e[CONTEXT] for e in asked]))
+    for term, e in zip(terms, asked, strict=True):
+        assert torch.equal(term.p[CONTEXT], e[CONTEXT])
 
 
-def test_without_an_adversary_its_scene_changes_nothing(model, job, against):
+def test_without_an_adversary_its_inputs_change_nothing(model, job, against):
     for plain, other in zip(run(model, job).values(), run(model, against).values(), strict=True):
         assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
-    with pytest.raises(ValueError, match="adversarial = 3: the lesson has no scene"):
+    with pytest.raises(ValueError, match="adversarial = 3: the inputs have no adversarial part"):
         run(model, job, SOUGHT)
 
 
-def student_of(model, job) -> Student:
-    return Student(model, lambda: student_mode(model.network, job.erasure), nullcontext)
+def networks_of(model, job) -> StudentTeacher:
+    return StudentTeacher(model, lambda: student_mode(model.network, job.erasure), nullcontext)
 
 
 def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
     """On images, times and noise that the adversary did not see."""
-    pairs, student, found = against.ring.pairs, student_of(model, against), None
+    pairs, networks, found = against.neighbourhood.pairs, networks_of(model, against), None
     training = replace(SOUGHT, adversarial=4, batch=4)
     for number in range(12):
         generator = torch.Generator().manual_seed(number)
-        found = pgd_step(student, against, against.scene, found, training, generator)
+        found = pgd_step(networks, pairs, against.adversarial, found, training, generator)
     errors = []
     for contexts in (init_contexts(pairs, found.pair), found):
-        steps = [
-            step
+        terms = [
+            term
             for n in range(100, 108)
-            for step in draw_contexts(
+            for term in context_terms(
                 model,
-                against,
-                against.scene,
+                pairs,
+                against.adversarial,
                 contexts,
                 pairs.e,
                 training,
@@ -454,9 +456,9 @@ def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
             )
         ]
         with torch.no_grad(), student_mode(model.network, against.erasure):
-            predicted = [model.predict(step.z_t, step.t, step.student) for step in steps]
+            predicted = [model.predict(term.z_t, term.t, term.p) for term in terms]
         with torch.no_grad():
-            wanted = [model.predict(step.z_t, step.t, step.teacher) for step in steps]
+            wanted = [model.predict(term.z_t, term.t, term.p_star) for term in terms]
         errors.append((torch.cat(predicted) - torch.cat(wanted)).square().mean().item())
     assert errors[1] < 0.9 * errors[0]
 
@@ -516,10 +518,31 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
             assert any(torch.equal(row, own) for own in known)
 
 
+def test_contexts_that_were_loaded_go_where_the_prompts_are(against):
+    """A state is read to the CPU; where the model is on a GPU, so are the prompts' rows."""
+    pairs = against.neighbourhood.pairs
+    loaded = init_contexts(pairs, torch.tensor([0, 1, 2]))
+    elsewhere = Encoding({s: rows.to("meta") for s, rows in pairs.e.items()})
+    there = replace(pairs, e=elsewhere)
+    again = loaded.restart(there, torch.tensor([0, 1, 1]), torch.tensor([True, False, False]))
+    assert {t.device.type for t in (again.rows, again.mean, again.square)} == {"meta"}
+    assert {t.device.type for t in (again.pair, again.age)} == {"cpu"}
+    assert again.encoding(there, torch.arange(2))[CONTEXT].is_meta
+
+
+def test_an_adversarys_gradient_that_overflows_is_computed_again(model, against, monkeypatch):
+    short = replace(SOUGHT, steps=1)
+    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1.0,))
+    plain = run(model, against, short)
+    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40, 1.0))
+    again = run(model, against, short)
+    assert all(torch.equal(b, again[name][1]) for name, (_, b) in plain.items())
+
+
 def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypatch):
     words = ["airplane", "plane", "jet", "dog", "ship", "tree"]
     monkeypatch.setattr(model.text, "words", lambda: words)
-    mining = mine(model.text, job.ring.pairs.concepts, NeighborSettings(s2=0.3), FAR)
+    mining = mine(model.text, job.neighbourhood.pairs.concepts, NeighborSettings(s2=0.3), FAR)
     inside = {word for word in mining.neighbourhood.near.words if word in words}
     outside = [word for _, word in mining.plan.outside]
     assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
@@ -530,21 +553,21 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     assert {str(row) for row in asked} == {str(row) for row in scene.words[CONTEXT]}
     assert scene.pair.tolist() == [0] * len(outside)
     first = model.text.encode(["", "a red rocket"])[CONTEXT]
-    assert torch.equal(scene.kept[CONTEXT][:2], first) and scene.kept.prompts == 2 + 512
-    noise = adversarial_inputs(model.text, job.ring, job.anchors, 0)
-    assert noise.words.prompts == 0 and noise.kept.prompts == 1 + 512
+    assert torch.equal(scene.preserved[CONTEXT][:2], first) and scene.preserved.prompts == 2 + 512
+    noise = adversarial_inputs(model.text, job.neighbourhood, job.anchors, 0)
+    assert noise.words.prompts == 0 and noise.preserved.prompts == 1 + 512
 
 
 def test_words_are_kept_by_which_the_original_does_not_predict_the_concept(model, against):
     """The concept's own prompt is all likeness, the empty one none."""
-    pairs = against.ring.pairs
+    pairs = against.neighbourhood.pairs
     words = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
-    scene = replace(against.scene, words=words, pair=torch.zeros(3, dtype=torch.int64))
-    like = likeness(model, pairs, scene, torch.arange(3), 0)
-    torch.testing.assert_close(like[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
-    assert (like[2] - 1).abs() > 0.01 and like[2].abs() > 0.01
-    after = filter_words(student_of(model, against), against, scene, SOUGHT)
-    kept = [*after.kept[CONTEXT][4:]]
+    scene = replace(against.adversarial, words=words, pair=torch.zeros(3, dtype=torch.int64))
+    score = concept_score(model, pairs, scene, torch.arange(3), 0)
+    torch.testing.assert_close(score[:2], torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
+    assert (score[2] - 1).abs() > 0.01 and score[2].abs() > 0.01
+    after = filter_words(networks_of(model, against), replace(against, adversarial=scene), SOUGHT)
+    kept = [*after.adversarial.preserved[CONTEXT][4:]]
     assert torch.equal(kept[0], words[CONTEXT][1])
     assert not any(torch.equal(row, words[CONTEXT][0]) for row in kept)
 
@@ -555,3 +578,128 @@ def test_words_are_kept_by_which_the_original_does_not_predict_the_concept(model
 def test_training_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Training(**wrong)
+
+
+# ---------------------------------------------------------------- compiled networks
+
+
+@pytest.mark.parametrize("how", ["network.compile()", "torch.compile(network)"])
+def test_a_compiled_network_trains_and_previews_as_an_uncompiled_one(model, job, how):
+    unet = copy.deepcopy(model.network)
+    if how == "network.compile()":
+        unet.compile(backend="eager")
+    else:
+        unet = torch.compile(unet, backend="eager")
+    parts = SimpleNamespace(unet=unet, vae=model.vae, scheduler=model.scheduler)
+    compiled, first = DiffusersModel(parts), job.neighbourhood.pairs.e.take(torch.arange(1))
+    z, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    found = []
+    for each in (model, compiled):
+        previews = []
+
+        def preview(step, loss, each=each, previews=previews):
+            with torch.no_grad(), student_mode(each.network, job.erasure):
+                previews.append(each.predict(z, t, first))
+
+        with torch.no_grad():
+            before = each.predict(z, t, first)  # compiles
+            with student_mode(each.network, job.erasure):
+                student = each.predict(z, t, first)
+        lora = align(each, job, replace(SHORT, steps=2), on_step=preview)
+        with torch.no_grad():
+            after = each.predict(z, t, first)
+        assert torch.equal(before, after) and not torch.equal(before, student)
+        found.append((before, student, *previews, *(f for pair in lora.values() for f in pair)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
+    """Eq. 9 asks for as many samples at once as Eq. 8, and a wide image for one."""
+    asked, predict = [], model.predict
+
+    def note(latents, times, encoding):
+        asked.append(len(latents))
+        return predict(latents, times, encoding)
+
+    monkeypatch.setattr(model, "predict", note)
+    losses, loras, training = [], [], replace(SHORT, steps=2, batch=3)
+    for area, sizes in ((4 * 64**2, [3] * 6), (64, [1] * 18)):
+        monkeypatch.setattr("realera.pipelines.interface.LATENT_AREA", area)
+        asked.clear()
+        loras.append(run(model, job, training, on_step=lambda _, loss: losses.append(loss)))
+        assert asked == sizes
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
+    for name, pair in loras[0].items():
+        for one, other in zip(pair, loras[1][name], strict=True):
+            assert (one - other).norm() < 0.01 * one.norm()  # Adam's first steps are all signs
+
+
+def test_activations_are_counted_without_being_held(model, job):
+    with with_lora(model.network, 2, 0):
+        networks = student_teacher(model, job.erasure)
+        (term,) = loss_terms(model, job, SHORT, 1)
+        saved, own = {}, {p.data_ptr() for p in model.network.parameters()}
+
+        def keep(tensor):
+            if tensor.data_ptr() not in own:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with networks.student(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            held = model.predict(term.z_t, term.t, term.p)
+        assert held.requires_grad
+        assert activation_bytes(networks, term) == pytest.approx(sum(saved.values()), rel=0.01)
+
+
+def test_checkpointing_comes_on_where_the_free_memory_asks_for_it(model, job, monkeypatch):
+    plain, blocks = run(model, job), []
+
+    def note(step, loss):
+        blocks.append(any("forward" in vars(module) for module in model.network.modules()))
+
+    for free, on in ((1 << 40, False), (1000, True)):
+        monkeypatch.setattr(
+            "realera.training.gradient_checkpointing.free_bytes", lambda device, free=free: free
+        )
+        blocks.clear()
+        warned = pytest.warns(
+            UserWarning, match="gradient checkpointing is on: a step needs .* GiB"
+        )
+        with warned if on else nullcontext():
+            lora = run(model, job, on_step=note)
+        assert blocks == [on] * SHORT.steps
+        for name, (a, b) in plain.items():
+            assert torch.allclose(a, lora[name][0], rtol=1e-3, atol=1e-6)
+            assert torch.allclose(b, lora[name][1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_what_helps(model, job, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(model, "predict", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
+        run(model, job)
+    for way in ("step 1", "--batch", "--gradient-checkpointing", "--steps 0", "LoRA Align"):
+        assert way in str(raised.value)
+
+
+def test_another_error_of_the_network_is_left_as_it_is(model, job, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(model, "predict", fail)
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
+        run(model, job)

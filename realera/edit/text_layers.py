@@ -112,9 +112,10 @@ def gain_of(weight: Tensor) -> Tensor:
 def text_layers(network: nn.Module) -> dict[str, TextLayer]:
     """Every layer that reads the text, canonical name -> layer, in the network's order.
 
-    Looks through peft's wrappers to the layer that holds the weight. Raises ValueError when no
-    layer reads a context, or one that reads the text is no linear layer.
+    Looks through torch.compile's and peft's wrappers to the layer that holds the weight. Raises
+    ValueError when no layer reads a context, or one that reads the text is no linear layer.
     """
+    network = uncompiled_module(network)
     layers = {
         path.removeprefix("base_model.model."): getattr(layer, "base_layer", layer)
         for path, layer in network.named_modules()
@@ -148,6 +149,11 @@ def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return all(hasattr(layer, name) for name in ("in_features", "out_features", "weight"))
 
 
+def uncompiled_module(network: nn.Module) -> nn.Module:
+    """The network itself, where it is what `torch.compile(network)` returned."""
+    return getattr(network, "_orig_mod", network)
+
+
 def trained_layers(network: nn.Module) -> dict[str, TextLayer]:
     """The readers that a LoRA is trained on: those of the context."""
     return {name: reader for name, reader in text_layers(network).items() if reader.kind.trained}
@@ -170,6 +176,7 @@ def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
 
 def family_in(network: nn.Module) -> str | None:
     """The family of a transformer, by its layers; None of a U-Net."""
+    network = uncompiled_module(network)
     layers = (name for name, _ in network.named_modules())
     found = transformer_of(
         [*layers, *(name for name, _ in network.named_parameters(recurse=False))]

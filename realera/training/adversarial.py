@@ -1,10 +1,10 @@
-"""Contexts that bring a concept back under the student, sought by gradient between two steps.
+"""Contexts that bring a concept back under the student, found by gradient between the steps.
 
-Beyond the paper: Eq. 8-9 teach the student what to draw for prompts; who holds the weights asks for
-rows that no prompt has. So while the LoRA learns, contexts that start from the concepts' own
-prompts are moved until the student predicts by them what the original does by the concept's prompt,
-on noised images of the concept. The step then aligns them to the anchor, and what is kept keeps its
-prediction.
+Beyond the paper: Eq. 8-9 align what prompts draw, and an attacker who holds the weights may use
+rows that no prompt has. While the LoRA is trained, contexts that start as the concepts' prompts are
+optimised until the student predicts by them what the teacher predicts by the concept's prompt, on
+noised images of the concept. Every step aligns them to the anchor, while preserved prompts keep
+their prediction.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,23 +18,28 @@ from ..mining.preservation_bank import drop_related_prompts, encode_bank
 from ..pipelines.interface import Diffusion
 from ..settings import Training
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
-from .objective import AdversarialInputs, Step, Student, TrainingInputs, draw_noised
+from .inputs import AdversarialInputs, TrainingInputs
+from .objective import LossTerm, backward, noised_images
+from .student_teacher import StudentTeacher
 
-SOUGHT = 2  # steps of the adversary between two steps of the LoRA
-RENEWED = 0.04  # how often a context begins anew
-RATE = 0.1  # of its Adam, in units of the mean size of an entry
-BETAS, TINY = (0.9, 0.999), 1e-8
-LOOKS, TIMES = (0.3, 0.6, 0.8, 0.95), 64  # the times at which words are looked at, of so many drawn
-LIKE = 0.25  # from where on a word brings the concept back
-PROMPTS, MEMORY = 1024, 2**28  # that are looked at and kept at most, and how large their rows are
-KEPT = 3.0  # what is kept counts in the loss, where what is to go counts 1
+PGD_STEPS = 2  # steps of the adversary between two steps of the LoRA
+RESTARTED = 0.04  # share of the contexts that restart before a step
+STEP_SIZE = 0.1  # of Adam, in units of the mean absolute entry of the prompts' rows
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
+SCORED, TIMES = (0.3, 0.6, 0.8, 0.95), 64  # words are scored at these quantiles of random times
+MIN_SCORE = 0.25  # concept score from which on a word brings its concept back
+PROMPTS, MEMORY = 1024, 2**28  # the most prompts that are scored or preserved; bytes of their rows
+PRESERVED_WEIGHT = 3.0  # weight of preserved prompts in the loss; contexts have 1
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts on their way, and Adam's moments of them: float32 [contexts, tokens, dim].
+    """Contexts that are being optimised, and the moments of Adam.
 
-    pair: whose prompt each started from; age: its steps since then; int64 [contexts]
+    pair: index of the pair whose prompt each started as, int64 [contexts]
+    age: steps since the start, int64 [contexts]
+    rows: the contexts, float32 [contexts, tokens, dim]
+    mean, square: first and second moments of the gradient, as `rows`
     """
 
     pair: Tensor
@@ -44,167 +49,205 @@ class Contexts:
     square: Tensor
 
     def encoding(self, pairs: Pairs, some: Tensor) -> Encoding:
-        """Some of them, with all else that the model reads of the prompts they started from."""
-        own = pairs.e.take(self.pair[some])
-        return replace(own, streams={**own, CONTEXT: self.rows[some.to(self.rows.device)]})
+        """Contexts of int64 index `some`, with the other streams of the prompts they started as."""
+        prompts = pairs.e.take(self.pair[some])
+        return replace(prompts, streams={**prompts, CONTEXT: self.rows[some.to(self.rows.device)]})
 
     def restart(self, pairs: Pairs, pair: Tensor, which: Tensor) -> "Contexts":
-        """Those of bool `which` [contexts] start again, from the prompts of int64 `pair`."""
-        new = init_contexts(pairs, pair)
-        parts = {f.name: (getattr(self, f.name), getattr(new, f.name)) for f in fields(self)}
-        return Contexts(
-            **{
-                name: torch.where(which.to(own.device).view(-1, *[1] * (own.ndim - 1)), its, own)
-                for name, (own, its) in parts.items()
-            }
-        )
+        """Restarts the contexts of bool `which` [contexts] as the prompts of `pair` [contexts]."""
+        new, restarted = init_contexts(pairs, pair), {}
+        for field in fields(self):
+            before, after = getattr(self, field.name), getattr(new, field.name)
+            mask = which.to(after.device).view(-1, *[1] * (after.ndim - 1))
+            # A state that was loaded lies on the CPU, whatever the device of the prompts.
+            restarted[field.name] = torch.where(mask, after, before.to(after.device))
+        return Contexts(**restarted)
 
-    def moved(self, gradient: Tensor, rate: float) -> "Contexts":
-        """One step of Adam further."""
-        age, (first, second) = self.age + 1, BETAS
+    def adam_step(self, gradient: Tensor, step_size: float) -> "Contexts":
+        """One step of Adam down the gradient. Every context has its own number of steps, so
+        torch.optim.Adam, which has one a tensor, does not serve."""
+        age, (beta1, beta2) = self.age + 1, BETAS
         steps = age.to(gradient)[:, None, None]
-        mean = torch.lerp(gradient, self.mean, first)
-        square = torch.lerp(gradient.square(), self.square, second)
-        size = (square / (1 - second**steps)).sqrt() + TINY
-        rows = self.rows - rate * (mean / (1 - first**steps)) / size
+        mean = torch.lerp(gradient, self.mean, beta1)
+        square = torch.lerp(gradient.square(), self.square, beta2)
+        scale = (square / (1 - beta2**steps)).sqrt() + EPSILON
+        rows = self.rows - step_size * (mean / (1 - beta1**steps)) / scale
         return Contexts(self.pair, age, rows, mean, square)
 
 
 def init_contexts(pairs: Pairs, pair: Tensor) -> Contexts:
-    """Contexts that are still the concepts' own prompts."""
+    """Contexts equal to the prompts of int64 `pair` [contexts]."""
     rows = pairs.e.take(pair)[CONTEXT].detach().clone()
-    nothing = torch.zeros_like(rows)
-    return Contexts(pair, torch.zeros_like(pair), rows, nothing, nothing)
+    zeros = torch.zeros_like(rows)
+    return Contexts(pair, torch.zeros_like(pair), rows, zeros, zeros)
+
+
+def adversarial_terms(
+    networks: StudentTeacher,
+    inputs: TrainingInputs,
+    contexts: Contexts | None,
+    training: Training,
+    step: int,
+) -> tuple[Contexts, list[LossTerm]]:
+    """The contexts after PGD_STEPS more steps, and the terms that they add to the loss.
+
+    contexts: result of the step before, None at the first
+    step: number of the step, from 1; its draws leave those of Eq. 8-9 as they are
+    """
+    adversarial, pairs = inputs.adversarial, inputs.neighbourhood.pairs
+    if adversarial is None:
+        raise ValueError(
+            f"adversarial = {training.adversarial}: the inputs have no adversarial part; make them "
+            "by algorithm.training_inputs with the same training"
+        )
+    generator = torch.Generator().manual_seed(-training.seed * 1_000_003 - step)
+    contexts = pgd_step(networks, pairs, adversarial, contexts, training, generator)
+    model, anchor = networks.model, pairs.anchor
+    terms = context_terms(model, pairs, adversarial, contexts, anchor, training, generator)
+    terms += preserved_terms(model, inputs.anchors, adversarial, training, generator)
+    return contexts, terms
 
 
 def pgd_step(
-    student: Student,
-    lesson: TrainingInputs,
-    scene: AdversarialInputs,
+    networks: StudentTeacher,
+    pairs: Pairs,
+    adversarial: AdversarialInputs,
     contexts: Contexts | None,
     training: Training,
     generator: torch.Generator,
 ) -> Contexts:
-    """The contexts SOUGHT steps nearer to the concepts under the student; a few start again."""
-    pairs, count = lesson.ring.pairs, training.adversarial
+    """Restarts some contexts and brings all nearer to their concepts under the student."""
+    count = training.adversarial
     pair = torch.randint(len(pairs.prompts), (count,), generator=generator)
-    which = torch.rand(count, generator=generator) < RENEWED
-    contexts = (
-        init_contexts(pairs, pair) if contexts is None else contexts.restart(pairs, pair, which)
-    )
-    rate = RATE * float(pairs.e[CONTEXT].abs().mean())
-    for _ in range(SOUGHT):
-        contexts = replace(contexts, rows=contexts.rows.clone().requires_grad_())
-        steps = draw_contexts(student.model, lesson, scene, contexts, pairs.e, training, generator)
-        _, (gradient,) = student.gradients(steps, [contexts.rows])
+    which = torch.rand(count, generator=generator) < RESTARTED
+    if contexts is None:
+        contexts = init_contexts(pairs, pair)
+    else:
+        contexts = contexts.restart(pairs, pair, which)
+    step_size = STEP_SIZE * float(pairs.e[CONTEXT].abs().mean())
+    for _ in range(PGD_STEPS):
+        terms = context_terms(
+            networks.model, pairs, adversarial, contexts, pairs.e, training, generator
+        )
+        rows = [term.p[CONTEXT].requires_grad_() for term in terms]
+        backward(networks, terms, rows)
         with torch.no_grad():
-            contexts = contexts.moved(gradient, rate)
+            gradient = torch.cat([part.grad for part in rows if part.grad is not None])
+            contexts = contexts.adam_step(gradient, step_size)
     return contexts
 
 
-def draw_contexts(
+def context_terms(
     model: Diffusion,
-    lesson: TrainingInputs,
-    scene: AdversarialInputs,
+    pairs: Pairs,
+    adversarial: AdversarialInputs,
     contexts: Contexts,
     teacher: Encoding,
     training: Training,
     generator: torch.Generator,
-) -> list[Step]:
-    """What the contexts predict on images of their concepts, against the teacher's prompts."""
-    steps, concept = [], lesson.ring.pairs.concept
-    for some in torch.arange(len(contexts.pair)).split(training.batch):
+) -> list[LossTerm]:
+    """|ε_θ(z_t, t, context) - ε(z_t, t, p)|² on images of the concepts.
+
+    teacher: the prompts p by pair: `pairs.e` to find contexts, `pairs.anchor` to align them
+    """
+    terms, count = [], len(contexts.pair)
+    for some in torch.arange(count).split(training.batch):
         pair = contexts.pair[some]
-        z_t, t = draw_noised(model, scene.images, concept[pair], generator)
-        asked = contexts.encoding(lesson.ring.pairs, some)
-        share = len(some) / len(contexts.pair)
-        steps.append(Step(z_t, t, asked, teacher.take(pair), share))
-    return steps
+        z_t, t = noised_images(model, adversarial.images, pairs.concept[pair], generator)
+        student = contexts.encoding(pairs, some)
+        terms.append(LossTerm(z_t, t, student, teacher.take(pair), len(some) / count))
+    return terms
 
 
-def draw_kept(
+def preserved_terms(
     model: Diffusion,
-    lesson: TrainingInputs,
-    scene: AdversarialInputs,
+    anchors: Tensor,
+    adversarial: AdversarialInputs,
     training: Training,
     generator: torch.Generator,
-) -> list[Step]:
-    """What is kept predicts what it did, on images of the anchors and of the concepts."""
-    steps = []
-    for images in (lesson.anchors, scene.images):
+) -> list[LossTerm]:
+    """|ε_θ(z_t, t, p) - ε(z_t, t, p)|² of preserved prompts on images of anchors and concepts."""
+    terms = []
+    for images in (anchors, adversarial.images):
         concept = torch.randint(len(images), (training.batch,), generator=generator)
-        z_t, t = draw_noised(model, images, concept, generator)
-        some = torch.randint(scene.kept.prompts, (training.batch,), generator=generator)
-        some[0] = 0  # the empty prompt, which classifier-free guidance always draws with
-        kept = scene.kept.take(some)
-        steps.append(Step(z_t, t, kept, kept, KEPT / 2))
-    return steps
+        z_t, t = noised_images(model, images, concept, generator)
+        preserved = adversarial.preserved
+        some = torch.randint(preserved.prompts, (training.batch,), generator=generator)
+        some[0] = 0  # the empty prompt, which is half of classifier-free guidance
+        p = preserved.take(some)
+        terms.append(LossTerm(z_t, t, p, p, PRESERVED_WEIGHT / 2))
+    return terms
 
 
 def adversarial_inputs(
-    text: TextEncoder, ring: Neighbourhood, images: Tensor, seed: int
+    text: TextEncoder, neighbourhood: Neighbourhood, images: Tensor, seed: int
 ) -> AdversarialInputs:
-    """What an adversary is given, encoded: words outside of the rings, where there are any, and as
-    kept the empty prompt, those that the plan preserves and some of the bank.
+    """Encodes what adversarial training reads: the plan's words outside all neighbourhoods, and as
+    preserved prompts the empty one, those of the plan and part of the bank.
 
-    images: as in `AdversarialInputs`
+    images: latents, as in `AdversarialInputs`
     """
-    plan, pairs, generator = ring.plan, ring.pairs, torch.Generator().manual_seed(seed)
-    kept, words = ["", *plan.preserved], pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu()
-    room = min(PROMPTS, MEMORY // sum(rows[0].nbytes for rows in pairs.e.values())) // 2
-    chosen = torch.randperm(len(plan.outside), generator=generator)[:room] if plan.outside else ()
+    plan, pairs = neighbourhood.plan, neighbourhood.pairs
+    generator = torch.Generator().manual_seed(seed)
+    words = pairs.e.take(torch.tensor([], dtype=torch.int64)).cpu()
+    bytes_each = sum(rows[0].nbytes for rows in pairs.e.values())
+    most = min(PROMPTS, MEMORY // bytes_each) // 2
+    chosen = torch.randperm(len(plan.outside), generator=generator)[:most] if plan.outside else ()
     outside = [plan.outside[k] for k in chosen]
     if outside:
         templates = [pairs.concepts[number].templates[0] for number, _ in outside]
-        some = zip(templates, outside, strict=True)
-        words = text.encode([t.replace("{}", word) for t, (_, word) in some]).cpu()
+        filled = [t.replace("{}", word) for t, (_, word) in zip(templates, outside, strict=True)]
+        words = text.encode(filled).cpu()
     pair = [int(pairs.first[number]) for number, _ in outside]
     bank = drop_related_prompts(encode_bank(text), text, pairs.concepts)
     everyday = [prompt for prompt in bank.prompts if prompt and prompt not in bank.dropped]
-    kept += [everyday[k] for k in torch.randperm(len(everyday), generator=generator)[:room]]
+    everyday = [everyday[k] for k in torch.randperm(len(everyday), generator=generator)[:most]]
     pair_of = torch.tensor(pair, dtype=torch.int64)
-    return AdversarialInputs(images, words, pair_of, text.encode(kept).cpu())
+    preserved = text.encode(["", *plan.preserved, *everyday]).cpu()
+    return AdversarialInputs(images, words, pair_of, preserved)
 
 
 @torch.no_grad()
 def filter_words(
-    student: Student, lesson: TrainingInputs, scene: AdversarialInputs, training: Training
-) -> AdversarialInputs:
-    """With those of the words kept as well that do not bring their concept back.
+    networks: StudentTeacher, inputs: TrainingInputs, training: Training
+) -> TrainingInputs:
+    """The inputs with those of the words preserved as well that do not bring their concept back."""
+    adversarial, pairs = inputs.adversarial, inputs.neighbourhood.pairs
+    if adversarial is None or not adversarial.words.prompts:
+        return inputs
+    model, scores = networks.model, []
+    with networks.teacher():
+        for some in torch.arange(len(adversarial.pair)).split(training.batch):
+            scores.append(concept_score(model, pairs, adversarial, some, training.seed))
+    harmless = (torch.cat(scores) < MIN_SCORE).nonzero()[:, 0]
+    preserved = Encoding.cat([adversarial.preserved, adversarial.words.take(harmless)])
+    return replace(inputs, adversarial=replace(adversarial, preserved=preserved))
 
-    The original says which do: those by which it predicts, on noised images of the concept, what it
-    predicts by the concept's own prompt rather than by the empty one.
-    """
-    if not scene.words.prompts:
-        return scene
-    some = torch.arange(len(scene.pair)).split(training.batch)
-    with student.original():
-        parts = [likeness(student.model, lesson.ring.pairs, scene, n, training.seed) for n in some]
-    apart = (torch.cat(parts) < LIKE).nonzero()[:, 0]
-    return replace(scene, kept=Encoding.cat([scene.kept, scene.words.take(apart)]))
 
-
-def likeness(
-    model: Diffusion, pairs: Pairs, scene: AdversarialInputs, some: Tensor, seed: int
+def concept_score(
+    model: Diffusion, pairs: Pairs, adversarial: AdversarialInputs, some: Tensor, seed: int
 ) -> Tensor:
-    """How far each of some words goes from the empty prompt to its concept's: about 0 to 1.
+    """How far the prediction by a word goes from the empty prompt's to its concept's: about 0 to 1.
 
-    The mean over LOOKS, of ⟨p - p₀, p_c - p₀⟩ / |p_c - p₀|², p being predictions. some: int64
-    [words]; the same seed gives the same noise.
+    some: indices of words, int64 [n]; the same seed gives the same noise
+
+    Returns the mean over SCORED of ⟨ε_w - ε_0, ε_c - ε_0⟩ / |ε_c - ε_0|², [n].
     """
-    generator, e = torch.Generator().manual_seed(seed), scene.words.take(some)
-    own, whose = scene.pair[some].unique(return_inverse=True)
-    empty, total = scene.kept.take(torch.zeros_like(own)), torch.zeros(len(some))
+    generator, words = torch.Generator().manual_seed(seed), adversarial.words.take(some)
+    pair, place = adversarial.pair[some].unique(return_inverse=True)
+    empty, score = adversarial.preserved.take(torch.zeros_like(pair)), torch.zeros(len(some))
     times = model.times(TIMES, generator).sort().values
-    for look, place in enumerate(LOOKS):
-        z = scene.images[pairs.concept[own], look % scene.images.shape[1]]
+    for n, quantile in enumerate(SCORED):
+        z = adversarial.images[pairs.concept[pair], n % adversarial.images.shape[1]]
         noise = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)
-        t = times[int(place * TIMES)].expand(len(z))
+        t = times[int(quantile * TIMES)].expand(len(z))
         z_t = model.noised(z, noise, t)
-        asked = (empty, pairs.e.take(own))
-        nothing, whole = (model.predict(z_t, t, rows).flatten(1) for rows in asked)
-        at = whose.to(z_t.device)
-        now = model.predict(z_t[at], t[at.to(t.device)], e).flatten(1)
-        way, gone = (whole - nothing)[at], now - nothing[at]
-        total += ((gone * way).sum(1) / way.square().sum(1)).cpu() / len(LOOKS)
-    return total
+        of_empty, of_concept = (
+            model.predict(z_t, t, prompts).flatten(1) for prompts in (empty, pairs.e.take(pair))
+        )
+        at = place.to(z_t.device)
+        of_word = model.predict(z_t[at], t[at.to(t.device)], words).flatten(1)
+        to_concept, to_word = (of_concept - of_empty)[at], of_word - of_empty[at]
+        share = (to_word * to_concept).sum(1) / to_concept.square().sum(1)
+        score += share.cpu() / len(SCORED)
+    return score

@@ -1,109 +1,89 @@
-"""What a step of the alignment asks student and teacher (Eq. 8-9), and the gradients of it."""
+"""The loss of prediction-noise alignment (Sec. 4.3; Alg. 1, l. 26-29).
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+Odd steps    |ε_θ(z_t, t, p) - ε(z_t, t, p*)|²                                          (Eq. 8)
+Even steps   |ε_θ(z_t, t, p') - ε(z_t, t, p*)|² + |ε_θ(z_t, t, p'') - ε(z_t, t, p'')|²  (Eq. 9)
+
+ε_θ is the student and ε the teacher (`student_teacher.py`). p names the concept and p* its anchor;
+p' is a neighbour of p, p'' a beyond point. z_t is an image of the anchor, drawn by the teacher and
+noised to a random time t. |.|² is the mean over all entries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from ..edit.erasure import Erasure
-from ..mining.neighbourhood import Neighbourhood
-from ..pipelines.interface import Diffusion
+from ..pipelines.interface import Diffusion, latents_at_once
 from ..settings import Training
 from ..text.encoding import Encoding
+from .inputs import TrainingInputs
+from .student_teacher import StudentTeacher
 
-# Gradients of a half-precision U-Net vanish without a scale; where they overflow, a smaller one.
+# Gradients of a half-precision network vanish without a scale; where they overflow, a smaller one.
 LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 
 
 @dataclass(frozen=True)
-class AdversarialInputs:
-    """What an adversary seeks the concepts by, and what is kept meanwhile.
+class LossTerm:
+    """weight |ε_θ(z_t, t, p) - ε(z_t, t, p*)|².
 
-    images: latents of images of the concepts, [concepts, images, channels, height, width], drawn by
-        the original model (`anchor_latents.draw_anchors`)
-    words: prompts outside of the ring, of which those are kept that do not bring the concept back;
-        pair: a pair of the concept that each is nearest to, int64 [words]
-    kept: prompts that keep their prediction, the empty one first
-    """
-
-    images: Tensor
-    words: Encoding
-    pair: Tensor
-    kept: Encoding
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """What the LoRA is trained on.
-
-    ring: every step draws from it anew (l. 28); beyond: Eq. 9 has its second term
-    erasure: the closed form that the LoRA comes on top of
-    anchors: latents of images of the anchors, [concepts, images, channels, height, width], drawn
-        by the original model (`anchor_latents.draw_anchors`)
-    scene: of the adversarial mode
-    """
-
-    ring: Neighbourhood
-    beyond: bool
-    erasure: Erasure
-    anchors: Tensor
-    scene: AdversarialInputs | None = None
-
-    def to(self, device: torch.device) -> "TrainingInputs":
-        """With its latents on the device."""
-        scene = self.scene and replace(self.scene, images=self.scene.images.to(device))
-        return replace(self, anchors=self.anchors.to(device), scene=scene)
-
-
-@dataclass(frozen=True)
-class Step:
-    """The draws of one step: z_t at the times t, and what student and teacher are asked there.
-
-    weight: of the mean error in the loss; where the batch holds several terms one after the other,
-        their number
+    z_t: noised latents, float32 [n, channels, height, width]
+    t: their times, [n]
+    p, p_star: n prompts, as the student and as the teacher read them
+    weight: factor of the term in the loss
     """
 
     z_t: Tensor
     t: Tensor
-    student: Encoding
-    teacher: Encoding
-    weight: float
+    p: Encoding
+    p_star: Encoding
+    weight: float = 1.0
+
+    def parts(self) -> Iterator["LossTerm"]:
+        """Terms of as many samples as the network takes at once; their sum is this term."""
+        n, at_once = len(self.z_t), latents_at_once(*self.z_t.shape[2:])
+        if n <= at_once:
+            yield self
+            return
+        for some in torch.arange(n).split(at_once):
+            z_t, t = (tensor[some.to(tensor.device)] for tensor in (self.z_t, self.t))
+            share = self.weight * len(some) / n
+            yield LossTerm(z_t, t, self.p.take(some), self.p_star.take(some), share)
 
 
-def draw_step(model: Diffusion, lesson: TrainingInputs, training: Training, step: int) -> Step:
-    """Odd steps ask for the concept itself (Eq. 8), even ones for what was mined (Eq. 9)."""
-    pairs = lesson.ring.pairs
-    # A generator a step, so that a resumed run draws what an uninterrupted one did.
+def loss_terms(
+    model: Diffusion, inputs: TrainingInputs, training: Training, step: int
+) -> list[LossTerm]:
+    """The terms of Eq. 8 or 9, with everything that is drawn at random in them.
+
+    step: number of the step, from 1; the same number and seed draw the same terms
+    """
+    around, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
     generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
     chosen = torch.randint(len(pairs.prompts), (training.batch,), generator=generator)
-    z_t, t = draw_noised(model, lesson.anchors, pairs.concept[chosen], generator)
+    z_t, t = noised_images(model, inputs.anchors, pairs.concept[chosen], generator)
 
     if step % 2:  # Eq. 8
-        students, teachers = [pairs.e.take(chosen)], [pairs.anchor.take(chosen)]
-    else:  # Eq. 9
-        near = lesson.ring.neighbors(1, generator, chosen.tolist())
-        # A word stands in a template of its own; the anchor does in the same.
-        students, teachers = [near.e], [pairs.anchor.take(near.pair)]
-        if lesson.beyond:
-            far = lesson.ring.beyond(1, generator, chosen.tolist()).e
-            students, teachers = [*students, far], [*teachers, far]
-    terms = len(students)
-    return Step(
-        z_t.repeat(terms, 1, 1, 1),
-        t.repeat(terms),
-        Encoding.cat(students),
-        Encoding.cat(teachers),
-        terms,
-    )
+        return [LossTerm(z_t, t, pairs.e.take(chosen), pairs.anchor.take(chosen))]
+    near = around.neighbors(1, generator, chosen.tolist())  # Eq. 9
+    # A mined word stands in one template of its own, and the anchor in the same.
+    terms = [LossTerm(z_t, t, near.e, pairs.anchor.take(near.pair))]
+    if inputs.beyond:
+        far = around.beyond(1, generator, chosen.tolist()).e
+        terms.append(LossTerm(z_t, t, far, far))
+    return terms
 
 
-def draw_noised(
+def noised_images(
     model: Diffusion, images: Tensor, concept: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """z_t and t, one of the images of each of the concepts, int64 [n]."""
+    """z_t and t of one image of each concept.
+
+    images: latents [concepts, images, channels, height, width]
+    concept: indices of concepts, int64 [n]
+    """
     image = torch.randint(images.shape[1], concept.shape, generator=generator)
     z = images[concept, image]  # [n, channels, height, width]
     t = model.times(len(concept), generator)
@@ -111,36 +91,32 @@ def draw_noised(
     return model.noised(z, noise, t), t
 
 
-@dataclass(frozen=True)
-class Student:
-    """The network as it learns. edited, original: contexts in which it is student and teacher."""
+def backward(
+    networks: StudentTeacher, terms: Sequence[LossTerm], weights: Sequence[Tensor]
+) -> float:
+    """The sum of the terms; its gradients are left in the `grad` of the weights.
 
-    model: Diffusion
-    edited: Callable[[], AbstractContextManager[None]]
-    original: Callable[[], AbstractContextManager[None]]
-
-    def gradients(self, steps: Sequence[Step], of: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """The loss, and its gradients, which are left in `of`. Step after step, to save memory.
-
-        Raises FloatingPointError when either is not finite, saying which.
-        """
-        with torch.no_grad(), self.original():
-            wanted = [self.model.predict(step.z_t, step.t, step.teacher) for step in steps]
-        for scale in LOSS_SCALES:
-            for tensor in of:
-                tensor.grad = None
-            total = 0.0
-            for step, target in zip(steps, wanted, strict=True):
-                with self.edited():
-                    predicted = self.model.predict(step.z_t, step.t, step.student)
-                    loss = step.weight * mse_loss(predicted.float(), target.float())
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError("loss")
-                    (scale * loss).backward()  # still edited: checkpointed blocks run again here
-                total += loss.item()
-            found = [tensor.grad for tensor in of if tensor.grad is not None]
-            if torch.stack([g.abs().amax() for g in found]).isfinite().all():
-                for gradient in found:
-                    gradient /= scale
-                return total, found
-        raise FloatingPointError("gradient")
+    One part of one term is computed after the other, so that memory holds the activations of one.
+    Raises FloatingPointError, saying "loss" or "gradient", when either is not finite.
+    """
+    predict = networks.model.predict
+    for scale in LOSS_SCALES:
+        for weight in weights:
+            weight.grad = None
+        total = 0.0
+        for term in (part for whole in terms for part in whole.parts()):
+            with torch.no_grad(), networks.teacher():
+                eps = predict(term.z_t, term.t, term.p_star).float()
+            with networks.student():  # through backward, where checkpointed blocks run again
+                eps_theta = predict(term.z_t, term.t, term.p).float()
+                loss = term.weight * mse_loss(eps_theta, eps)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError("loss")
+                (scale * loss).backward()
+            total += loss.item()
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if torch.stack([g.abs().amax() for g in gradients]).isfinite().all():
+            for gradient in gradients:
+                gradient /= scale
+            return total
+    raise FloatingPointError("gradient")

@@ -1,0 +1,116 @@
+"""Gradient checkpointing of any network of blocks, and when memory asks for it."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from ..edit.text_layers import uncompiled_module
+from .in_place import differentiable
+from .objective import LossTerm
+from .student_teacher import StudentTeacher
+
+# A residual or attention block of a U-Net, and a transformer's, as diffusers and ComfyUI name them.
+UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
+TRANSFORMER_BLOCK = r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
+
+
+def checkpointed_where_needed(
+    networks: StudentTeacher, term: LossTerm, on: bool
+) -> AbstractContextManager[None]:
+    """Gradient checkpointing where it is on, or where the free memory does not hold the activations
+    of the term, with a warning.
+
+    Where the device does not tell its free memory, as a CPU, it stays as it is.
+    """
+    network, device = networks.model.network, term.z_t.device
+    free = None if on else free_bytes(device)
+    if free is not None:
+        needed = activation_bytes(networks, next(term.parts()))
+        on = needed > free
+        if on:
+            warnings.warn(
+                f"gradient checkpointing is on: a step needs {needed / 2**30:.1f} GiB for "
+                f"activations and {free / 2**30:.1f} GiB are free on {device}",
+                stacklevel=3,
+            )
+    return checkpointed(network) if on else nullcontext()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on an accelerator; None where it does not tell."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
+
+
+def activation_bytes(networks: StudentTeacher, term: LossTerm) -> int:
+    """Bytes that autograd saves in the student's pass of the term, beside the network's tensors.
+
+    They are counted and dropped, so that the pass takes no more memory than one without gradients.
+    """
+    network = networks.model.network
+    tensors = (*network.parameters(), *network.buffers())
+    held = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+    saved: dict[StorageWeakRef, int] = {}
+
+    def count(tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
+
+    with networks.student(), saved_tensors_hooks(count, count):
+        networks.model.predict(term.z_t, term.t, term.p)
+    return sum(size for storage, size in saved.items() if storage not in held)
+
+
+@contextmanager
+def checkpointed(network: nn.Module) -> Iterator[None]:
+    """Every block saves its inputs alone, and runs again when its gradients are computed."""
+
+    def twice(forward: Callable[..., Tensor], in_transformer: bool) -> Callable[..., Tensor]:
+        def run(*inputs: Any, **options: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **options)
+            # ComfyUI writes where it is in the network into a dict that all blocks share.
+            given = [dict(x) if isinstance(x, dict) else x for x in (*inputs, *options.values())]
+
+            def once(*given: Any) -> Tensor:
+                # A transformer's trained layers lie in front of all blocks, so the blocks' inputs
+                # have gradients, and some blocks write into them.
+                if in_transformer:
+                    given = tuple(x.clone() if isinstance(x, Tensor) else x for x in given)
+                named = dict(zip(options, given[len(inputs) :], strict=True))
+                with differentiable() if in_transformer else nullcontext():
+                    return forward(*given[: len(inputs)], **named)
+
+            # Reentrant, a block that writes into its inputs is run again as autograd runs it.
+            return checkpoint(once, *given, use_reentrant=in_transformer, preserve_rng_state=False)
+
+        return run
+
+    blocks, in_transformer = [], []
+    for name, module in uncompiled_module(network).named_modules():
+        if re.fullmatch(UNET_BLOCK, name) or re.fullmatch(TRANSFORMER_BLOCK, name):
+            blocks.append(module)
+            in_transformer.append(re.fullmatch(UNET_BLOCK, name) is None)
+    before = [vars(block).get("forward") for block in blocks]  # accelerate's hook, for example
+    try:
+        for block, transformer in zip(blocks, in_transformer, strict=True):
+            block.forward = twice(block.forward, transformer)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
