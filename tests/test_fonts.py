@@ -7,12 +7,12 @@ import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
-from PIL import Image, ImageDraw
 
-from realera.report.fonts import Letters, drawable, fonts_for, legible
+from realera.report.fonts import break_lines, drawable, fonts_for, renderable, width_of
 from realera.report.plots import grid, scope_picture
 from realera.report.scope import WordEffect
 
+WHITE = torch.ones(3, 8, 8)
 RED = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 8, 8)
 
 
@@ -53,12 +53,10 @@ def machine(monkeypatch):
     font_manager.fontManager.ttflist[:] = listed
 
 
-def written(text, size=40):
-    """Black pixels of the text."""
-    letters = Letters([text], size)
-    sheet = Image.new("RGB", (int(letters.length(text)) + 8, 2 * size), "white")
-    letters.write(ImageDraw.Draw(sheet), 4, 4, text, "la")
-    return sum(pixel < 128 for pixel in sheet.convert("L").tobytes())
+def ink(text):
+    """Area of the text's dark pixels in a grid, in squares as high as the font, which is 40."""
+    named, bare = (grid([[WHITE]], [name], size=400).convert("L").tobytes() for name in (text, ""))
+    return (sum(p < 128 for p in named) - sum(p < 128 for p in bare)) / 40**2
 
 
 def test_latin_needs_no_other_font(machine):
@@ -78,9 +76,8 @@ def test_letters_come_from_a_font_of_the_machine_that_has_them(machine, tmp_path
     assert one == both
     fonts = fonts_for(frozenset("猫狗\U0001f98a"))
     assert list(fonts)[1:] == [both, fox] and fonts[fox] == {"\U0001f98a"}
-    assert legible(["a 猫", "狗\U0001f98a"]) == ["a 猫", "狗\U0001f98a"]
-    squares = written("猫狗") / (0.9 * 40) ** 2
-    assert squares == pytest.approx(2, abs=0.2)
+    assert renderable(["a 猫", "狗\U0001f98a"]) == ["a 猫", "狗\U0001f98a"]
+    assert ink("猫狗") / 0.9**2 == pytest.approx(2, abs=0.2)
 
 
 def test_a_font_with_nothing_to_show_for_a_letter_is_not_taken(machine, tmp_path):
@@ -89,7 +86,7 @@ def test_a_font_with_nothing_to_show_for_a_letter_is_not_taken(machine, tmp_path
     assert not drawable(empty, "猫") and drawable(last, "猫")
     machine(empty, last)
     with pytest.warns(UserWarning, match="no font of this machine has 猫"):
-        assert legible(["猫"]) == ["[U+732B]"]
+        assert renderable(["猫"]) == ["[U+732B]"]
 
 
 def test_without_a_font_words_are_transcribed(machine):
@@ -104,7 +101,7 @@ def test_without_a_font_words_are_transcribed(machine):
         "plane": "plane",
     }
     with pytest.warns(UserWarning, match="has こ ね コ ネ 猫 고 양 이 \U0001f98a: .*Noto Sans CJK"):
-        assert dict(zip(words, legible([*words]), strict=True)) == words
+        assert dict(zip(words, renderable([*words]), strict=True)) == words
 
 
 @pytest.mark.parametrize("equipped", [True, False])
@@ -139,10 +136,10 @@ def test_a_dollar_is_no_formula():
 def test_a_line_without_spaces_is_broken_between_its_letters(machine, tmp_path):
     text = "一只猫坐在机场的跑道上看飞机"
     machine(font(tmp_path / "All.ttf", text))
-    letters = Letters([text, "a photo of the airplane"], 20)
-    lines = letters.broken(text, 100)
+    width = width_of([text, "a photo of the airplane…"], 20)
+    lines = break_lines(text, 100, width)
     assert len(lines) == 3 and "".join(lines) == text
-    assert all(letters.length(line) <= 100 for line in lines)
-    assert letters.broken(f"a {text[:4]}", 100) == [f"a {text[:4]}"]
-    assert letters.broken("a photo of the airplane", 130) == ["a photo of", "the airplane"]
-    assert letters.broken(text * 2, 100)[-1].endswith("…")
+    assert all(width(line) <= 100 for line in lines)
+    assert break_lines(f"a {text[:4]}", 100, width) == [f"a {text[:4]}"]
+    assert break_lines("a photo of the airplane", 130, width) == ["a photo of", "the airplane"]
+    assert break_lines(text * 2, 100, width)[-1].endswith("…")

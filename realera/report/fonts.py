@@ -1,37 +1,37 @@
-"""Letters for pictures: DejaVu Sans, and for what it lacks a font of this machine that has it.
+"""Fonts for plots: DejaVu Sans, and a font of this machine for the characters that it lacks.
 
-What no font has is transcribed, so that a picture never shows empty boxes in place of a word.
+Characters that no font has are transcribed, so that a plot never shows empty boxes for a word.
 """
 
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
-from PIL import ImageDraw, ImageFont
 
 BASE = "DejaVu Sans"  # comes with matplotlib
-# Scripts that may be broken between any two letters: kana, Chinese, Hangul, full-width forms.
+# Characters between any two of which a line may end: kana, Chinese, Hangul, full-width forms.
 WIDE = "\u3000-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 
 
-# ---------------------------------------------------------------- which font has what
+# ---------------------------------------------------------------- which font has which characters
 
 
 def drawable(path: str, characters: Iterable[str]) -> frozenset[str]:
-    """Those of the characters that the font has an outline for; none if it cannot be read."""
+    """The characters that the font has an outline for; none if it cannot be read."""
     try:
         font = FT2Font(path)
         if not font.scalable:  # coloured bitmaps have one size only
             return frozenset()
         known = [c for c in characters if font.get_char_index(ord(c))]
-        # Coloured fonts may keep their outlines elsewhere, and have nothing that we could draw.
+        # Fonts of coloured glyphs may have no outlines.
         return frozenset(c for c in known if c.isspace() or any(font.load_char(ord(c)).bbox))
     except (OSError, RuntimeError):
         return frozenset()
@@ -39,16 +39,16 @@ def drawable(path: str, characters: Iterable[str]) -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def fonts_for(characters: frozenset[str]) -> dict[str, frozenset[str]]:
-    """Font file -> the characters that it is to draw: DejaVu Sans, then as few as it takes.
+    """Font file -> characters to draw with it: DejaVu Sans, then as few other fonts as it takes.
 
-    What no font of this machine has is in none, and a warning says so.
+    Warns of characters that no font of this machine has.
     """
     base = str(findfont(BASE))
     found = {base: drawable(base, characters)}
     missing = characters - found[base]
     others: dict[str, frozenset[str]] = {}
     if missing:
-        for path in sorted(filter(_honest, findSystemFonts()), key=_plain_first):
+        for path in sorted(filter(_has_glyphs, findSystemFonts()), key=_plain_first):
             others[path] = drawable(path, missing)
             if others[path] == missing:
                 break
@@ -58,17 +58,17 @@ def fonts_for(characters: frozenset[str]) -> dict[str, frozenset[str]]:
             break
         found[best] = others[best] & missing
         missing -= found[best]
-    if told := [c for c in sorted(missing) if _spelled(c).strip()]:
+    if shown := [c for c in sorted(missing) if _transcription(c).strip()]:
         warnings.warn(
-            f"no font of this machine has {' '.join(told)}: pictures show names in "
-            "their place until one is installed, such as Noto Sans CJK or Noto Emoji",
+            f"no font of this machine has {' '.join(shown)}: plots show names in their place until "
+            "one is installed, such as Noto Sans CJK or Noto Emoji",
             stacklevel=2,
         )
     return found
 
 
-def _honest(path: str) -> bool:
-    """Whether a font has no picture of a box for every character that there is."""
+def _has_glyphs(path: str) -> bool:
+    """False for macOS's LastResort, which draws the same box for every character of a script."""
     return "LastResort" not in path
 
 
@@ -77,12 +77,7 @@ def _plain_first(path: str) -> tuple[bool, bool, str]:
     return "Sans" not in name, "Regular" not in name, name
 
 
-def transcribed(text: str, missing: Iterable[str]) -> str:
-    """The text with the sound, name or number of every character that is missing."""
-    return "".join(_spelled(c) if c in missing else c for c in text)
-
-
-def _spelled(character: str) -> str:
+def _transcription(character: str) -> str:
     name, kind = unicodedata.name(character, ""), unicodedata.category(character)
     if character.isspace():
         return " "
@@ -94,93 +89,65 @@ def _spelled(character: str) -> str:
     return f"[U+{ord(character):04X}]" if unnamed else f"[{name.lower()}]"
 
 
-# ---------------------------------------------------------------- letters in figures and in grids
+# ---------------------------------------------------------------- texts of figures
 
 
-def legible(texts: Sequence[str]) -> list[str]:
-    """The texts with what no font of this machine has transcribed."""
+def renderable(texts: Sequence[str]) -> list[str]:
+    """The texts, with the sound, name or number of characters that no font of this machine has."""
     characters = frozenset("".join(texts))
     missing = characters.difference(*fonts_for(characters).values())
-    return [transcribed(text, missing) for text in texts]
+    return ["".join(_transcription(c) if c in missing else c for c in text) for text in texts]
 
 
-def letter(figure: Figure) -> None:
-    """Gives the texts of a figure, which must be legible, the fonts that they need."""
-    texts = figure.findobj(Text)
-    base, *others = fonts = fonts_for(frozenset("".join(text.get_text() for text in texts)))
+def font_families(texts: Iterable[str]) -> list[str]:
+    """Names of the fonts for the texts, between which matplotlib falls back."""
+    _, *others = fonts_for(frozenset("".join(texts)))
     for path in others:
         if path not in {font.fname for font in fontManager.ttflist}:
             fontManager.addfont(path)  # installed since matplotlib's list was made
-    families = [BASE, *(FontProperties(fname=path).get_name() for path in others)]
+    return [BASE, *(FontProperties(fname=path).get_name() for path in others)]
+
+
+def assign_fonts(figure: Figure) -> None:
+    """Gives the texts of a figure, which must be renderable, the fonts that they need."""
+    texts = figure.findobj(Text)
+    families = font_families(text.get_text() for text in texts)
     for text in texts:
-        if not fonts[base].issuperset(text.get_text()):
-            text.set_fontfamily(families)
+        text.set_fontfamily(families)
 
 
-class Letters:
-    """Lines of text of one size in pixels, drawn with as many fonts as they need.
+def width_of(texts: Iterable[str], size: float) -> Callable[[str], float]:
+    """Function from a line of the texts to its width in pixels.
 
-    texts: what will be written
+    size: height of the font in pixels
     """
-
-    def __init__(self, texts: Iterable[str], size: int):
-        characters = frozenset("".join(texts))
-        fonts = fonts_for(characters)
-        self.missing = characters.difference(*fonts.values())
-        self.line = int(size * 1.3)  # from one line to the next
-        self._base, *_ = opened = [ImageFont.truetype(path, size) for path in fonts]
-        self._font = {
-            c: font for font, has in zip(opened, fonts.values(), strict=True) for c in has
-        }
-
-    def _runs(self, text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
-        """The text cut where its font changes."""
-        runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
-        for character in text:
-            font = self._font.get(character, self._base)
-            if runs and runs[-1][0] is font:
-                runs[-1] = font, runs[-1][1] + character
-            else:
-                runs.append((font, character))
-        return runs
-
-    def spelled(self, text: str) -> str:
-        """The text as it can be drawn."""
-        return transcribed(text, self.missing)
-
-    def length(self, text: str) -> float:
-        """Pixels."""
-        return sum(font.getlength(run) for font, run in self._runs(text))
-
-    def write(self, pen: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str) -> None:
-        """anchor: Pillow's, left, middle or right and ascender or middle: "ma", "rm" and so on"""
-        x -= self.length(text) * {"l": 0.0, "m": 0.5, "r": 1.0}[anchor[0]]
-        ascent, descent = self._base.getmetrics()
-        y += ascent if anchor[1] == "a" else (ascent - descent) / 2
-        for font, run in self._runs(text):
-            pen.text((x, y), run, "black", font, anchor="ls")
-            x += font.getlength(run)
-
-    def broken(self, text: str, width: int, lines: int = 3) -> list[str]:
-        """Text in at most `lines` lines of at most `width` pixels, the rest as an ellipsis."""
-        out: list[str] = []
-        for gap, piece in _pieces(self.spelled(text)):
-            longer = f"{out[-1]}{gap}{piece}" if out else piece
-            if out and self.length(longer) <= width:
-                out[-1] = longer
-            else:
-                out.append(piece)
-        if len(out) > lines:
-            out = [*out[: lines - 1], out[lines - 1] + "…"]
-        for k, line in enumerate(out):
-            while len(line) > 1 and self.length(line) > width:
-                line = line.rstrip("…")[:-1] + "…"
-            out[k] = line
-        return out
+    renderer = FigureCanvasAgg(Figure(dpi=72)).get_renderer()
+    font = FontProperties(family=font_families(texts), size=size)
+    return lambda line: renderer.get_text_width_height_descent(line, font, ismath=False)[0]
 
 
-def _pieces(text: str) -> Iterable[tuple[str, str]]:
-    """Where a line may be broken: (what stands before a piece on the same line, the piece)."""
+def break_lines(
+    text: str, width: float, width_of_line: Callable[[str], float], most: int = 3
+) -> list[str]:
+    """Text in at most `most` lines of at most `width` pixels, the rest as an ellipsis."""
+    lines: list[str] = []
+    for gap, piece in _pieces(text):
+        longer = f"{lines[-1]}{gap}{piece}" if lines else piece
+        if lines and width_of_line(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(piece)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + "…"]
+    for k, line in enumerate(lines):
+        while len(line) > 1 and width_of_line(line) > width:
+            line = line.rstrip("…")[:-1] + "…"
+        lines[k] = line
+    return lines
+
+
+def _pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Pieces that a line may be broken between: (space before it on the same line, piece)."""
     for word in text.split():
         for k, piece in enumerate(re.findall(f"[{WIDE}]|[^{WIDE}]+", word)):
             yield "" if k else " ", piece

@@ -1,16 +1,15 @@
 """Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope.
 
-matplotlib and the letters that are its own are imported where one is drawn: ComfyUI imports this
-file at every start.
+matplotlib is imported where a plot is drawn: ComfyUI imports this file at every start.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABEL_DPI = 64  # a power of two: a size in pixels is exact in inches
 ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
 
 
@@ -44,7 +44,7 @@ def grid(
     size: side of a cell in pixels; None leaves a cell empty; long names are broken or shortened.
     Raises ValueError when the names do not fit the cells.
     """
-    from .fonts import Letters
+    from .fonts import break_lines, renderable, width_of
 
     columns = max((len(row) for row in rows), default=0)
     if not columns:
@@ -53,52 +53,54 @@ def grid(
         raise ValueError(f"{len(row_names)} row names for {len(rows)} rows")
     if column_names and len(column_names) != columns:
         raise ValueError(f"{len(column_names)} column names for {columns} columns")
-    letters = Letters([*row_names, *column_names, "…"], max(11, size // 10))
-    gap = max(2, size // 32)
-    heads = [letters.broken(name, size) for name in column_names]
-    row_names = [letters.spelled(name) for name in row_names]
-    top = gap + letters.line * max(map(len, heads)) if heads else 0
-    left = gap + int(max(map(letters.length, row_names))) + gap if row_names else 0
+    row_names, column_names = renderable(row_names), renderable(column_names)
+    gap, font = max(2, size // 32), max(11, size // 10)
+    line, width_of_line = int(font * 1.3), width_of([*row_names, *column_names, "…"], font)
+    heads = [break_lines(name, size, width_of_line) for name in column_names]
+    top = gap + line * max(map(len, heads)) if heads else 0
+    left = gap + int(max(map(width_of_line, row_names))) + gap if row_names else 0
     width = left + columns * (size + gap) + gap
     height = top + len(rows) * (size + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
+
+    figure = _figure(width / LABEL_DPI, height / LABEL_DPI, LABEL_DPI)
+    style: dict[str, Any] = {"fontsize": font * 72 / LABEL_DPI, "parse_math": False}
     for k, head in enumerate(heads):
-        middle = left + gap + k * (size + gap) + size // 2
+        x = left + gap + k * (size + gap) + size / 2
         for n, text in enumerate(head):
-            letters.write(pen, middle, gap + n * letters.line, text, "ma")
+            y = height - gap - n * line
+            figure.text(x / width, y / height, text, ha="center", va="top", **style)
+    for j, text in enumerate(row_names):
+        middle = height - (top + gap + j * (size + gap) + size / 2)
+        at = (left - gap) / width, middle / height
+        figure.text(*at, text, ha="right", va="center", **style)
+    sheet = _picture(figure)
     for j, row in enumerate(rows):
-        y = top + gap + j * (size + gap)
-        if row_names:
-            letters.write(pen, left - gap, y + size // 2, row_names[j], "rm")
         for k, image in enumerate(row):
             if image is not None:
                 # Enlarged drawings keep their pixels, photographs are reduced smoothly.
                 small = image.shape[-1] <= size
                 how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
                 cell = to_pil(image).resize((size, size), how)
-                sheet.paste(cell, (left + gap + k * (size + gap), y))
+                sheet.paste(cell, (left + gap + k * (size + gap), top + gap + j * (size + gap)))
     return sheet
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _figure(width: float, height: float, dpi: int = 110) -> "Figure":
+    """A figure of width x height inches; without pyplot, whose global state is not thread-safe."""
     from matplotlib.figure import Figure
 
-    # No pyplot: it keeps global state, and these run inside ComfyUI's threads.
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def _picture(figure: "Figure") -> Image.Image:
-    from .fonts import letter
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    letter(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    buffer.seek(0)
-    return Image.open(buffer).convert("RGB")
+    from .fonts import assign_fonts
+
+    assign_fonts(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def loss_curve(
@@ -183,9 +185,9 @@ def words(plan: Plan, count: int = 48) -> Image.Image:
 
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Words as they are, a dollar sign too, which would start a formula."""
-    from .fonts import legible
+    from .fonts import renderable
 
-    axes.set_yticks(range(len(names)), legible(names), fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(names)), renderable(names), fontsize=8, parse_math=False)
 
 
 def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image:
