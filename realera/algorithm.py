@@ -239,8 +239,9 @@ def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
 def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordEffect, ...]:
     """The scope report over the words that were mined, in the ring and just outside it; where
     none were, over the bank's prompts."""
-    if plan.cosines:
-        return scope(erasure, text, plan.concepts, list(plan.cosines), centres=plan.centres)
+    if plan.compared:
+        owners, words, _ = zip(*plan.compared, strict=True)
+        return scope(erasure, text, plan.concepts, words, None, plan.centres, owners)
     return scope(erasure, text, plan.concepts, bank_prompts(), "{}")
 
 
@@ -249,7 +250,7 @@ def geometry(text: TextEncoder, plan: Plan, mining: MiningResult | None = None) 
 
     mining: rows of the plan; those of its first concepts are made unless given
     """
-    if plan.cosines:
+    if plan.compared:
         return plots.words(plan)
     mining = mining or realise(text, plan.part(0, AT_ONCE))
     return plots.points(mining.neighbourhood, mining.neighbors, mining.beyond)

@@ -23,7 +23,7 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
     said = doubted_names(plan.concepts)
     if plan.centres:
         s2 = plan.neighbor.cosines[0]
-        within = {word.casefold() for word, cosine in plan.cosines.items() if cosine >= s2}
+        within = {word.casefold() for word, cosine, _ in plan.listed if cosine >= s2}
         said += [
             f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
             "is preserved all the same"
@@ -31,10 +31,10 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             if word.casefold() not in within
         ]
         concept_rows, anchor_rows = first_summaries(text, plan.concepts)
+        around = {t: normalize(concept_rows - row, dim=-1) for t, row in plan.centres.items()}
         for concept, anchor_row in zip(plan.concepts, anchor_rows, strict=True):
-            centre = plan.centres[concept.templates[0]]
-            around = normalize(concept_rows - centre, dim=-1)
-            cosines = around @ normalize(anchor_row - centre, dim=0)
+            t = concept.templates[0]
+            cosines = around[t] @ normalize(anchor_row - plan.centres[t], dim=0)
             cosine, nearest = float(cosines.max()), plan.concepts[int(cosines.argmax())].name
             if cosine >= s2:
                 said.append(

@@ -195,7 +195,7 @@ class BeyondSettings:
     d2: largest step from e (Eq. 3), in units of the context; unless given, the distance at which
         the expected cosine falls to 0
     preserve: prompts that keep their outputs in every row
-    beyond_seed: seed of the draws, which go on with the neighbours' unless given
+    beyond_seed: seed of the draws, derived from the neighbours' unless given
 
     Raises ValueError for a value of another type or out of its range.
     """

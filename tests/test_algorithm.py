@@ -178,7 +178,7 @@ def test_the_parts_of_a_plan_add_up_to_the_whole_whatever_the_source(
 def test_a_plan_holds_names_alone_and_travels(texts):
     chosen = settings_of("vocabulary")
     part = plan_mining(texts["sd1"], [AIRPLANE], chosen.neighbor, chosen.beyond).part(0, 1)
-    assert len(pickle.dumps(part)) < 20_000 and not part.centres and not part.cosines
+    assert len(pickle.dumps(part)) < 20_000 and not part.centres and not part.compared
 
 
 def test_the_bank_is_read_where_it_is_used_and_nowhere_else(texts, monkeypatch):

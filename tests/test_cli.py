@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(folder):
     left = {path.name for path in folder.iterdir()}
     pictures = {"before-after.png", "loss.png", "neighbourhood.png", "scope.png"}
-    assert left == {*FILES, *pictures, "scope.txt"}
+    assert left == {*FILES, *pictures, "scope.txt", "words.txt"}
     assert "airplane" in (folder / "scope.txt").read_text("utf-8")
     assert "drawn: 2 words in " in (folder / "scope.txt").read_text("utf-8")
     noted = load_erasure(folder / FILES[2]).provenance["scope"]
@@ -186,11 +186,11 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
     tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("realera.algorithm.erase", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("realera.cli.erase.load", lambda *_: pytest.fail("too late"))
     arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK]
     assert main([*arguments, "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
-    monkeypatch.setattr("realera.cli.output_folder.evaluate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("realera.cli.evaluate.evaluate", lambda *_: pytest.fail("too late"))
     assert main(["evaluate", "miniature", "airplane", "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
 

@@ -152,6 +152,10 @@ def points_around(text, pairs, bank=None, **options):
     return GaussianNeighbourhood(plan, pairs, radii_of(plan, pairs, steps))
 
 
+def cosines(around):
+    return {word: cosine for _, word, cosine in around.plan.compared}
+
+
 def words_around(text, pairs, **options):
     settings = Settings.of(**options)
     plan = Plan(pairs.concepts, settings.neighbor, settings.beyond)
@@ -270,7 +274,7 @@ def words(text, two):
 
 
 def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(text, two, words):
-    inside = [word for word, cosine in words.plan.cosines.items() if cosine >= 0.4]
+    inside = [word for word, cosine in cosines(words).items() if cosine >= 0.4]
     struck, others = inside[0], inside[1:]
     mining = mine(text, two.concepts, NeighborSettings(s2=0.4, neighbors=10_000, exclude=(struck,)))
     assert struck in words.neighbors(10_000, drawn()).words
@@ -313,10 +317,10 @@ def test_prompts_of_one_concept_get_words_of_their_own(two, words):
 def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, words):
     phrase = "dog dog dog in the garden"
     ring = words_around(text, two, s2=0.4, words=(phrase, "Airplane", "a"))
-    assert ring.plan.cosines.keys() - words.plan.cosines.keys() == {phrase}
+    assert cosines(ring).keys() - cosines(words).keys() == {phrase}
     assert phrase in ring.neighbors(10_000, drawn()).words
-    for word, cosine in words.plan.cosines.items():
-        assert ring.plan.cosines.get(word, cosine) == pytest.approx(cosine, abs=1e-5)
+    for word, cosine in cosines(words).items():
+        assert cosines(ring).get(word, cosine) == pytest.approx(cosine, abs=1e-5)
 
 
 def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, monkeypatch):
@@ -336,8 +340,8 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
 def test_beyond_words_lie_below_their_own_limit(text, two, words):
     ring = words_around(text, two, s2=0.4, beyond_s2=0.3)
     assert set(ring.near.words) == set(words.near.words)
-    assert max(ring.plan.cosines[word] for word in ring.far.words) < 0.3
-    assert max(words.plan.cosines[word] for word in words.far.words) > 0.3
+    assert max(cosines(ring)[word] for word in ring.far.words) < 0.3
+    assert max(cosines(words)[word] for word in words.far.words) > 0.3
 
 
 def test_the_vocabulary_is_encoded_once_for_an_encoder_and_a_template(text, two, monkeypatch):
@@ -504,4 +508,4 @@ def test_every_concept_is_measured_around_its_own_mean(text, two, words):
     effects = scope_report(erase(mining, SolveSettings(bank=False)), text, mining.plan)
     assert {reach.concept for reach in effects} == {"airplane", "dog"}
     for reach in effects:
-        assert reach.closeness == pytest.approx(words.plan.cosines[reach.word], abs=1e-5)
+        assert reach.closeness == pytest.approx(cosines(words)[reach.word], abs=1e-5)

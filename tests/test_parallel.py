@@ -240,7 +240,7 @@ def test_a_mistake_in_a_csv_file_is_named_with_its_line(tmp_path, text, reason):
 
 # ---------------------------------------------------------------- the command, and Ray
 
-FEW = ["--neighbors", "6", "--beyond", "3", "--group", "2", "--steps", "0"]
+FEW = ["--neighbors", "6", "--beyond", "3", "--steps", "0", "--prompt", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def names(tmp_path_factory):
 def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
     names, tmp_path, monkeypatch, capsys
 ):
-    start = ["erase", "miniature", *FEW, "-o", str(tmp_path / "many")]
+    start = ["erase", "miniature", *FEW, "--group", "2", "-o", str(tmp_path / "many")]
     done: list[int] = []
 
     def stopped(text, job, number, part):
@@ -265,7 +265,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
 
     monkeypatch.setattr(parallel, "sum_part", stopped)
     assert main([*start, "--concepts", str(names)]) == 130
-    assert "goes on from the groups that are done" in capsys.readouterr().err
+    assert "the same command goes on from where it was" in capsys.readouterr().err
     left = tmp_path / "many" / FOLDER
     assert [path.name for path in sorted(left.iterdir())] == [
         "group-00000.safetensors",
@@ -285,23 +285,49 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
         "lora.safetensors",
         "erasure.safetensors",
         "scope.txt",
+        "words.txt",
+        "neighbourhood.png",
+        "scope.png",
+        "before-after.png",
     }
-    told = (tmp_path / "many" / "scope.txt").read_text("utf-8").splitlines()
+    told = (tmp_path / "many" / "words.txt").read_text("utf-8").splitlines()
     assert told[0].startswith("airplane -> tree: airplane, ") and len(told) == len(NAMES) + 2
-    assert told[5].startswith("near several concepts, gone with the nearest: ")
+    assert told[5].startswith("near several concepts, erased with the nearest: ")
     chosen = [
         part
         for n, name in enumerate(NAMES)
         for part in ("-c", f"{name} -> {'flower' if n else 'tree'}")
     ]
-    joint = ["erase", "miniature", *chosen, *FEW, "-o", str(tmp_path / "joint"), "--prompt", "a"]
-    assert main(joint) == 0
+    monkeypatch.setattr(parallel, "sum_part", sum_part)
+    assert main(["erase", "miniature", *chosen, *FEW, "-o", str(tmp_path / "joint")]) == 0
+    for name in ("scope.txt", "words.txt"):  # one path: the same reports
+        assert (tmp_path / "joint" / name).read_text() == (tmp_path / "many" / name).read_text()
     many, one = (
         load_erasure(tmp_path / name / "erasure.safetensors").edits[CONTEXT]
         for name in ("many", "joint")
     )
     change = one.matrix - torch.eye(one.dim)
     assert (many.matrix - one.matrix).norm() < 1e-4 * change.norm()
+
+
+def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, capsys):
+    path = csv_of(tmp_path, "concept,anchor,leave out\nairplane,tree,rocket\ndog,flower,\n")
+    quick = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1", "--check", "1"]
+    out = [
+        "--steps",
+        "0",
+        "--no-bank",
+        "--group",
+        "1",
+        "--prompt",
+        "a",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main(["erase", "miniature", "--concepts", path, *quick, *out]) == 0
+    assert "drawn: 1 words in " in (tmp_path / "out" / "scope.txt").read_text("utf-8")
+    assert "left out and preserved: rocket" in (tmp_path / "out" / "words.txt").read_text("utf-8")
+    assert "does not draw the anchor" not in capsys.readouterr().err  # they are warned of alike
 
 
 def test_without_ray_it_is_told_how_to_install_it_before_any_work(

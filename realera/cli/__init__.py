@@ -7,46 +7,27 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..concepts import COLUMNS, STYLE_TEMPLATES, TEMPLATES, concepts_in, read_concepts, read_lines
+from ..concepts import read_lines
 from ..evaluation.tasks import CLIP
-from ..settings import (
-    BUNDLED,
-    POSITIVE_COUNT,
-    SEED,
-    SOURCES,
-    STRENGTHS,
-    TOLERANCE,
-    TOLERANCES,
-    BeyondSettings,
-    NeighborSettings,
-    Range,
-    Settings,
-    SolveSettings,
-    Training,
+from ..settings import BUNDLED, POSITIVE_COUNT, SEED, STRENGTHS
+from . import erase
+from .options import (
+    check_option,
+    device_of,
+    device_options,
+    file_options,
+    load,
+    number,
+    progress_bar,
 )
 
 if TYPE_CHECKING:
-    from ..edit.erasure import Erasure
     from ..evaluation.scorers import Scorer
     from ..evaluation.tasks import Task
-    from ..pipelines.interface import Diffusion
-
-DTYPES = ("float32", "float16", "bfloat16")
-DEMO = "airplane -> tree"
-DEMO_PROMPTS = (
-    "a photo of the airplane",
-    "a photo of a jet",
-    "taking off from the runway",
-    "a photo of a dog",
-    "a photo of a ship",
-    "a photo of a flower",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        resumes = ", alignment resumes where it was" if getattr(options, "steps", 0) else ""
-        if getattr(options, "concepts", None):
-            resumes = ", the same command goes on from the groups that are done"
+        resumes = ", the same command goes on from where it was" if "engine" in options else ""
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -92,35 +71,6 @@ def _actionable() -> tuple[type[Exception], ...]:
 
 
 # ---------------------------------------------------------------- commands
-
-
-def run_demo(options: argparse.Namespace) -> None:
-    from ..evaluation.scorers import miniature_classifier
-    from ..evaluation.tasks import miniature_task
-    from .evaluate import EVALUATION, write_evaluation
-
-    options.concept, options.prompt = [DEMO], list(DEMO_PROMPTS)
-    model, erasure = _erase(options, EVALUATION)
-    with _bar("evaluation") as progress:
-        text = write_evaluation(
-            Path(options.out),
-            model,
-            {"erased": erasure},
-            miniature_task("airplane"),
-            miniature_classifier(),
-            options.images,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(text)
-
-
-def run_erase(options: argparse.Namespace) -> None:
-    if options.concepts is None:
-        _erase(options)
-    else:
-        _erase_many(options)
 
 
 def run_apply(options: argparse.Namespace) -> None:
@@ -164,14 +114,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
             refuse_source(Path(options.out, name), options.concept)
     bundled = options.model in BUNDLED
     task = task_or_prompts(options.concept, bundled)
-    scorer = scorer_of(task, options.scorer, options.clip, bundled, _device(options))
+    scorer = scorer_of(task, options.scorer, options.clip, bundled, device_of(options))
     if options.vocabulary or options.sample:
         _evaluate_vocabulary(options, task, scorer)
         return
     images = options.images or (20 if isinstance(task, Task) else 1)
-    model = _model(options)
+    model = load(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with _bar("evaluation") as progress:
+    with progress_bar("evaluation") as progress:
         text = write_evaluation(
             Path(options.out),
             model,
@@ -199,9 +149,9 @@ def _evaluate_vocabulary(
     if not isinstance(task, Task):
         raise ValueError("--vocabulary draws the tokenizer's words: name a concept, not a file")
     classifier = classifier_of(scorer, task.concept)
-    model = _model(options)
+    model = load(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with _bar("words") as progress:
+    with progress_bar("words") as progress:
         text = write_vocabulary(
             Path(options.out),
             model,
@@ -223,13 +173,13 @@ def run_scope(options: argparse.Namespace) -> None:
     from ..report.scope import scope
     from .output_folder import checked, scope_text
 
-    erasure, model = load_erasure(options.erasure), _model(options) if options.check else None
+    erasure, model = load_erasure(options.erasure), load(options) if options.check else None
     text = model.text if model else load_text(options.model)
     concepts = concepts_of(erasure)
     words = read_lines(options.words) if options.words else None
     effects = scope(erasure, text, concepts, words)
     if model:
-        with _bar("words") as progress:
+        with progress_bar("words") as progress:
             effects = checked(model, erasure, concepts, effects, options.check, progress)
     print(scope_text(effects, options.count))
 
@@ -275,170 +225,6 @@ def run_cache(options: argparse.Namespace) -> None:
     print(f"{len(files)} files, {size / 1e6:.1f} MB, {gone} {cache_folder()}")
 
 
-# ---------------------------------------------------------------- what they share
-
-
-def _erase(
-    options: argparse.Namespace, more_outputs: Sequence[str] = ()
-) -> "tuple[Diffusion, Erasure]":
-    """Algorithm 1, and everything it leaves on disk."""
-    templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
-    concepts = concepts_in("\n".join(options.concept).splitlines(), templates)
-    read = [options.words] if options.words else []
-    options.words = read_lines(options.words) if options.words else None
-    settings = _settings(options)
-    training = _training(options)
-
-    from ..algorithm import align_erasure, erase, mine
-    from ..anchor_warnings import anchor_warnings
-    from .output_folder import Folder, make_writable
-
-    folder = Folder(Path(options.out), str(options.model), options.overwrite)
-    folder.refuse_existing(more_outputs, read)
-    model = _model(options)
-    with _bar("text") as progress:
-        mining = mine(model.text, concepts, settings.neighbor, settings.beyond, progress)
-    for doubt in anchor_warnings(model.text, mining.plan):
-        print(f"warning: {doubt}", file=sys.stderr)
-    make_writable(folder.path)
-    with _bar("text") as progress:
-        erasure = erase(mining, settings.solve, {"model": str(options.model)}, progress)
-    losses: dict[int, float] = {}
-    if training is not None:
-        with _bar("alignment", "step") as progress:
-
-            def on_step(step: int, loss: float) -> None:
-                losses[step] = loss
-                progress(step, training.steps)
-
-            erasure = align_erasure(
-                model, erasure, mining, training, on_step=on_step, state=folder.state
-            )
-    prompts = options.prompt or [*mining.pairs.prompts[:2], *settings.beyond.preserve]
-    with _bar("images") as progress:
-        told = folder.write_all(
-            model,
-            erasure,
-            mining,
-            losses,
-            prompts,
-            tolerance=options.tolerance,
-            seed=options.seed,
-            checks=options.check or 0,
-            progress=progress,
-        )
-    print(told)
-    return model, erasure
-
-
-def _erase_many(options: argparse.Namespace) -> None:
-    """Algorithm 1 of the concepts of a CSV file, in groups."""
-    if options.check:
-        raise ValueError(
-            "--check draws words of one scope report and --concepts writes none: leave it out, and "
-            "check the erasure with 'realera scope'"
-        )
-    templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
-    concepts, left_out = read_concepts(options.concepts, templates)
-    read = [path for path in (options.concepts, options.words) if path]
-    options.words = read_lines(options.words) if options.words else None
-    options.exclude = [*(options.exclude or ()), *left_out]
-    settings = _settings(options)
-    training = _training(options)
-
-    from ..algorithm import fit, plan_mining
-    from ..anchor_warnings import doubted_names
-    from ..checkpoints.families import locate
-    from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
-    from ..storage.safetensors_file import writing
-    from .output_folder import Folder
-
-    folder = Folder(Path(options.out), str(options.model), options.overwrite)
-    folder.refuse_existing(read=read)
-    if options.engine == "ray":
-        import_ray()
-    state = folder.path.resolve() / FOLDER
-    # Workers run in folders of their own.
-    model = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
-    loaded = _model(options)
-    job = Job(model, options.dtype, _device(options), settings.solve, state).of(loaded.text)
-    for doubt in doubted_names(concepts):
-        print(f"warning: {doubt}", file=sys.stderr)
-    with _bar("words") as progress:
-        plan = plan_mining(loaded.text, concepts, settings.neighbor, settings.beyond, progress)
-    parts = plan.parts(options.group)
-    state.mkdir(parents=True, exist_ok=True)
-    with _bar("groups", "group") as progress:
-        sums = summed(job, parts, loaded.text, options.engine, progress)
-    with _bar("text") as progress:
-        source = {"model": str(options.model)}
-        erasure = fit(loaded.text, plan, sums, settings.solve, source, progress)
-    if training is not None:
-        with _bar("alignment", "step") as progress:
-            learned = aligned(job, parts, loaded, erasure, training, options.engine, progress)
-        erasure = erasure.with_lora(learned.lora, asdict(training))
-    told = folder.write_erasure(erasure, options.tolerance)
-    mined: dict[int, list[str]] = {}
-    for number, word in plan.near:
-        mined.setdefault(number, []).append(word)
-    with writing(folder.path / folder.files[-1], overwrite=True) as unfinished:
-        rows = [f"{c.name} -> {c.anchor}: {', '.join(mined[n])}" for n, c in enumerate(concepts)]
-        rows += [
-            f"near several concepts, gone with the nearest: {', '.join(plan.contested)}",
-            f"left out of every ring and preserved: {', '.join(settings.neighbor.exclude)}",
-        ]
-        unfinished.write_text("\n".join(rows) + "\n", "utf-8")
-    clear(state)
-    print(f"{len(concepts)} concepts in {len(parts)} groups; {told}")
-    print(f"in {folder.path}: {', '.join(folder.files)}, the last with the words of every concept")
-
-
-def _model(options: argparse.Namespace) -> "Diffusion":
-    import torch
-
-    from ..checkpoints.loading import load_model
-
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return load_model(options.model, dtype, _device(options))
-
-
-def _device(options: argparse.Namespace) -> str:
-    import torch
-
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    """The settings that the options of their names give."""
-    names = Settings().flat()
-    return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
-
-
-def _training(options: argparse.Namespace) -> Training | None:
-    """As `_settings`, of the alignment; none where no step is made."""
-    if not options.steps:
-        return None
-    return Training(
-        **{own.name: vars(options)[own.name] for own in fields(Training) if own.name in options}
-    )
-
-
-@contextmanager
-def _bar(name: str, unit: str = "") -> Iterator[Any]:
-    """A progress bar with time left, as a callback of (done, total)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit=unit or "it", leave=False, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            if done < bar.n:
-                bar.reset()
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
 # ---------------------------------------------------------------- the parser
 
 
@@ -468,42 +254,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", run_demo, f"erase '{DEMO}' from a bundled model and measure it")
-    demo.add_argument("--model", choices=BUNDLED, default=BUNDLED[0], help="which of them")
-    _erase_options(demo, out="realera-demo", steps=100)
-    demo.add_argument(
-        "--images",
-        type=_number(POSITIVE_COUNT),
-        default=2,
-        help="images per prompt of the evaluation",
+    erase.add_demo(
+        command("demo", erase.run_demo, f"erase '{erase.DEMO}' from a bundled model and measure it")
     )
-
-    one = command("erase", run_erase, "erase concepts from a model")
-    one.add_argument("model", help="checkpoint file, diffusers folder, or one of those of 'demo'")
-    what = one.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",
-        help="what to forget and what to draw instead; repeat for several",
-    )  # fmt: skip
-    what.add_argument(
-        "--concepts", metavar="FILE",
-        help=f"of any number of them: CSV with the columns {', '.join(COLUMNS)}, with bars between "
-        "templates and between words to leave out; a run that was stopped goes on",
-    )  # fmt: skip
-    one.add_argument(
-        "--engine", choices=("local", "ray"), default="local",
-        help="where the groups of --concepts are worked on: here, or on a Ray cluster",
-    )  # fmt: skip
-    one.add_argument(
-        "--group",
-        type=_number(POSITIVE_COUNT),
-        default=16,
-        help="concepts a group: of one task, and one LoRA",
-    )
-    one.add_argument(
-        "--prompt", action="append", help="draw this before and after; repeat for several"
-    )
-    _erase_options(one, out="realera-out", steps=200)
+    erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
 
     put = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
     put.add_argument("model", help="checkpoint file or diffusers folder the erasure was made for")
@@ -511,12 +265,12 @@ def _parser() -> argparse.ArgumentParser:
     put.add_argument("out", help="file, or folder for a diffusers folder")
     put.add_argument("--lora", action="store_true", help="write a LoRA file instead")
     put.add_argument(
-        "--edit-strength", type=_number(STRENGTHS), default=1.0, help="of the closed form"
+        "--edit-strength", type=number(STRENGTHS), default=1.0, help="of the closed form"
     )
     put.add_argument(
-        "--lora-strength", type=_number(STRENGTHS), default=1.0, help="of the trained part"
+        "--lora-strength", type=number(STRENGTHS), default=1.0, help="of the trained part"
     )
-    _file_options(put)
+    file_options(put)
 
     merge = command("merge", run_merge, "merge erasures into one, as if fitted jointly")
     merge.add_argument("erasures", nargs="+", help="erasure.safetensors of each")
@@ -545,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
     evaluation.add_argument(
         "--images",
-        type=_number(POSITIVE_COUNT),
+        type=number(POSITIVE_COUNT),
         help="images per prompt; default: 20, and 1 for a file of prompts",
     )
     evaluation.add_argument(
@@ -554,13 +308,13 @@ def _parser() -> argparse.ArgumentParser:
         "still draw the concept (residue) and the other words that draw what they drew (kept)",
     )  # fmt: skip
     evaluation.add_argument(
-        "--sample", type=_number(POSITIVE_COUNT), metavar="N",
+        "--sample", type=number(POSITIVE_COUNT), metavar="N",
         help="--vocabulary on N words chosen at random",
     )  # fmt: skip
-    evaluation.add_argument("--seed", type=_number(SEED), default=0, help="seed of the noise")
+    evaluation.add_argument("--seed", type=number(SEED), default=0, help="seed of the noise")
     evaluation.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
     evaluation.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    _device_options(evaluation)
+    device_options(evaluation)
 
     report = command(
         "scope", run_scope, "list the words that an erasure changes, before any image is drawn"
@@ -573,9 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         "--words",
         help="text file of words or phrases, one per line; default: the tokenizer's vocabulary",
     )
-    report.add_argument("--count", type=_number(POSITIVE_COUNT), default=40, help="lines to print")
-    _check_option(report)
-    _device_options(report)
+    report.add_argument("--count", type=number(POSITIVE_COUNT), default=40, help="lines to print")
+    check_option(report)
+    device_options(report)
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")
@@ -583,104 +337,3 @@ def _parser() -> argparse.ArgumentParser:
     kept = command("cache", run_cache, "what is kept between runs: encoded vocabularies and banks")
     kept.add_argument("--empty", action="store_true", help="remove it")
     return parser
-
-
-def _number(allowed: Range) -> Callable[[str], Any]:
-    """An option's type: a number of this range."""
-
-    def read(text: str) -> Any:
-        try:
-            return allowed.check("", int(text) if allowed.whole else float(text))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be {allowed}") from None
-
-    return read
-
-
-def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
-    neighbor, beyond, solve = NeighborSettings(), BeyondSettings(), SolveSettings()
-    sub.add_argument("-o", "--out", default=out, help="folder to write to")
-    sub.add_argument("--style", action="store_true", help="name the concept as a style of drawing")
-    sub.add_argument(
-        "--template", action="append", help="a prompt with {} for the concept; repeat for several"
-    )
-    mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
-    mining.add_argument("--source", choices=SOURCES, default=neighbor.source, help="of neighbours")
-    mining.add_argument("--neighbors", type=int, default=neighbor.neighbors, help="M, a prompt")
-    mining.add_argument("--beyond", type=int, default=beyond.beyond, help="N, a prompt")
-    for name in ("s1", "s2", "beyond_s2", "d1", "d1_anchor", "d2"):
-        mining.add_argument(
-            f"--{name.replace('_', '-')}", type=float, help="automatic unless given"
-        )
-    mining.add_argument(
-        "--words",
-        metavar="FILE",
-        help="of words, phrases or prompts, one a line, to search beside the vocabulary",
-    )
-    mining.add_argument("--exclude", action="append", help="a word that is not to be erased")
-    mining.add_argument("--preserve", action="append", help="a prompt that must keep its meaning")
-    mining.add_argument(
-        "--beyond-seed",
-        type=int,
-        help="of the beyond points; goes on with the neighbours' unless given",
-    )
-    edit = sub.add_argument_group("closed form (Eq. 7)")
-    edit.add_argument("--lambda1", type=float, default=solve.lambda1)
-    edit.add_argument("--lambda2", type=float, default=solve.lambda2)
-    edit.add_argument(
-        "--away",
-        type=float,
-        default=solve.away,
-        help="how far everyday prompts go away from the concept and the words around it, 0 to 2: "
-        "more leaves fewer words that draw it",
-    )
-    edit.add_argument(
-        "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
-        help="no preservation bank",
-    )  # fmt: skip
-    training = sub.add_argument_group("alignment (Eq. 8-9)")
-    training.add_argument("--steps", type=int, default=steps, help="0: closed form only")
-    training.add_argument("--rank", type=int, default=Training().rank)
-    training.add_argument("--learning-rate", type=float, default=Training().learning_rate)
-    training.add_argument("--batch", type=int, default=Training().batch)
-    training.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
-    )
-    training.add_argument(
-        "--adversarial",
-        type=int,
-        default=Training().adversarial,
-        help="contexts that bring the concept back, to seek and align between the steps; try 12 "
-        "with --rank 16 --learning-rate 5e-4 --batch 12",
-    )
-    sub.add_argument("--seed", type=_number(SEED), default=0)
-    _check_option(sub)
-    _file_options(sub)
-    _device_options(sub)
-
-
-def _check_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--check", type=_number(POSITIVE_COUNT), metavar="N",
-        help="draw the first N words of the scope report before and after, in eight steps, and "
-        "put those first that change most; none unless given",
-    )  # fmt: skip
-
-
-def _file_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--tolerance",
-        type=_number(TOLERANCES),
-        default=TOLERANCE,
-        help="of the LoRA: share of T - I that may be cut",
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
-
-
-def _device_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="cuda where there is one, else cpu, unless given")
-    sub.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="float32 on the CPU and the file's own elsewhere, unless given",
-    )

@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 import torch
 from PIL import Image
 
-from ..algorithm import MiningResult, geometry, scope_report
+from ..algorithm import geometry, scope_report
 from ..checkpoints.families import locate
 from ..checkpoints.writing import replaced_folder, write_checkpoint, write_lora
 from ..concepts import Concept
@@ -16,6 +16,7 @@ from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
 from ..evaluation.coarse_samples import COARSE, coarse_samples
 from ..evaluation.evaluate import sample_images
+from ..mining.plan import Plan
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
@@ -25,7 +26,6 @@ from ..storage.safetensors_file import refuse_source, replaced_file, writing
 from ..text.encoding import CONTEXT
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
-STATE = "alignment-state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,8 @@ class Folder:
 
     @property
     def files(self) -> list[str]:
-        return [self.checkpoint, "lora.safetensors", "erasure.safetensors", "scope.txt"]
-
-    @property
-    def state(self) -> Path:
-        """Where a run that is interrupted is gone on from."""
-        return self.path / STATE
+        tensors = [self.checkpoint, "lora.safetensors", "erasure.safetensors"]
+        return [*tensors, "scope.txt", "words.txt"]
 
     def refuse_existing(self, names: Sequence[str] = (), read: Sequence[str] = ()) -> None:
         """Before any work is done: raises FileExistsError for what may not be overwritten.
@@ -68,7 +64,7 @@ class Folder:
         self,
         model: Diffusion,
         erasure: Erasure,
-        mining: MiningResult,
+        plan: Plan,
         losses: Mapping[int, float],
         prompts: Sequence[str],
         *,
@@ -77,37 +73,38 @@ class Folder:
         checks: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:
-        """Writes everything, each file whole or not at all; returns what to tell the user.
+        """Writes everything, each file whole or not at all, after all is drawn.
 
-        losses: step -> loss of the alignment; prompts: drawn before and after
+        losses: step -> loss of the alignment; prompts: prompts to draw before and after
         checks: words of the scope report that are drawn to check it
+
+        Returns what to tell the user.
         """
-        effects = scope_report(erasure, mining.text, mining.plan)
+        effects = scope_report(erasure, model.text, plan)
         if checks:
-            effects = checked(model, erasure, mining.plan.concepts, effects, checks, progress)
+            effects = checked(model, erasure, plan.concepts, effects, checks, progress)
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in effects[:100]]}
         erasure = replace(erasure, provenance=noted)
-        report = self.files[-1]
-        told = self.write_erasure(erasure, tolerance)
-        text = scope_text(effects, 40)
-        with writing(self.path / report, overwrite=True) as part:
-            part.write_text(text + "\n", "utf-8")
-        around = geometry(mining.text, mining.plan, mining)
-        drawn = {"neighbourhood": around, "scope": plots.scope_picture(effects)}
-        if losses:
-            drawn["loss"] = plots.loss_curve(losses)
-        drawn["before-after"] = before_after(model, erasure, prompts, seed, progress)
-        for name, picture in drawn.items():
+        pictures = {
+            "neighbourhood": geometry(model.text, plan),
+            "scope": plots.scope_picture(effects),
+            **({"loss": plots.loss_curve(losses)} if losses else {}),
+            "before-after": before_after(model, erasure, prompts, seed, progress),
+        }
+        report = self.write_erasure(erasure, tolerance)
+        texts = {"scope.txt": scope_text(effects, 40), "words.txt": words_text(plan)}
+        for name, text in texts.items():
+            with writing(self.path / name, overwrite=True) as part:
+                part.write_text(text + "\n", "utf-8")
+        for name, picture in pictures.items():
             with writing(self.path / f"{name}.png", overwrite=True) as part:
                 picture.save(part, "PNG")
-        if erasure.lora:  # trained, so the state is this run's
-            self.state.unlink(missing_ok=True)
-        names = [*self.files, *(f"{name}.png" for name in drawn)]
-        return f"{text}\n{told}\nin {self.path}: {', '.join(names)}"
+        names = [*self.files, *(f"{name}.png" for name in pictures)]
+        return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
         """The first three of `files`; returns what to tell the user of the LoRA."""
-        checkpoint, lora, whole, _ = self.files
+        checkpoint, lora, whole, *_ = self.files
         self.path.mkdir(parents=True, exist_ok=True)
         save_erasure(erasure, self.path / whole, self.overwrite)
         write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
@@ -159,6 +156,20 @@ def make_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder):
         pass
+
+
+def words_text(plan: Plan) -> str:
+    """The words that are erased with each concept, and those that were not simply one's own."""
+    mined: dict[int, list[str]] = {}
+    for number, word in plan.near:
+        mined.setdefault(number, []).append(word)
+    lines = [
+        f"{concept.name} -> {concept.anchor}: {', '.join(mined.get(n, ()))}"
+        for n, concept in enumerate(plan.concepts)
+    ]
+    lines.append(f"near several concepts, erased with the nearest: {', '.join(plan.contested)}")
+    lines.append(f"left out and preserved: {', '.join(plan.neighbor.exclude)}")
+    return "\n".join(lines)
 
 
 def scope_text(effects: Sequence[WordEffect], count: int) -> str:

@@ -26,7 +26,7 @@ class Plan:
     near: words inside a concept's ring, its own name first, then nearest first
     far: words just outside, nearest first; outside: all words that lie in no ring
     drawn_near, drawn_far: indices of the words of near and far that were drawn
-    cosines: word -> cosine with its concept, of near and far words and of the excluded ones
+    compared: near and far words and the excluded ones: number of a concept, word, cosine with it
     centres: template -> mean of the vocabulary in it, [dim]
     contested: words inside the rings of several concepts, which went to the nearest
     steps: prompts of the preservation bank to step towards (source "bank")
@@ -43,7 +43,7 @@ class Plan:
     outside: Words = field(default=(), repr=False)
     drawn_near: tuple[int, ...] = ()
     drawn_far: tuple[int, ...] = ()
-    cosines: Mapping[str, float] = field(default_factory=dict, repr=False)
+    compared: tuple[tuple[int, str, float], ...] = field(default=(), repr=False)
     centres: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     contested: tuple[str, ...] = ()
     steps: tuple[str, ...] = field(default=(), repr=False)
@@ -68,8 +68,8 @@ class Plan:
     def listed(self) -> list[tuple[str, float, bool]]:
         """The words in the rings and just outside, nearest first: cosine, and whether mined."""
         mined = {self.near[k][1] for k in self.drawn_near}
-        words = sorted(self.cosines.items(), key=lambda item: -item[1])
-        return [(word, cosine, word in mined) for word, cosine in words]
+        words = sorted(self.compared, key=lambda compared: -compared[2])
+        return [(word, cosine, word in mined) for _, word, cosine in words]
 
     def part(self, start: int, stop: int) -> "Plan":
         """The concepts from number `start` to before `stop`, with what their rows need."""
@@ -91,7 +91,7 @@ class Plan:
             outside=outside,
             drawn_near=drawn_near,
             drawn_far=drawn_far,
-            cosines={},
+            compared=(),
             centres={},
             contested=(),
         )

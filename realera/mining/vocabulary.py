@@ -267,9 +267,9 @@ def choose_words(
                 below[number].append(k)
     near: list[tuple[int, str]] = []
     far: list[tuple[int, str]] = []
-    found: dict[str, float] = {}
+    compared: list[tuple[int, str, float]] = []
     for number, concept in enumerate(concepts):
-        found |= {words[k]: float(cosine[k]) for k in inside[number] + below[number]}
+        compared += [(number, words[k], float(cosine[k])) for k in inside[number] + below[number]]
         kept = [words[k] for k in inside[number] if words[k].casefold() not in struck]
         # The concept is its own first neighbour, so that no ring is ever empty.
         near += [(number, word) for word in (concept.name, *kept)]
@@ -288,7 +288,7 @@ def choose_words(
         near=tuple(near),
         far=tuple(far),
         outside=outside,
-        cosines=found,
+        compared=tuple(compared),
         centres=centres,
         contested=contested,
     )

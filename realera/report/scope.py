@@ -66,15 +66,16 @@ def scope(
     words: Sequence[str] | None = None,
     template: str | None = None,
     centres: Mapping[str, Tensor] | None = None,
+    owners: Sequence[int] | None = None,
 ) -> tuple[WordEffect, ...]:
     """The reach of the edit over `words`, the most moved first.
 
-    words: words to look at, the whole vocabulary unless given. Each counts for the concept that it
-        is nearest to
+    words: words to look at, the whole vocabulary unless given
     template: template of the words ("{}" for prompts as they are), each concept's own first one
         unless given
     centres: template -> row that closeness is measured around, [dim]; the words' own mean unless
         given
+    owners: number of the concept that each word counts for, the nearest one unless given
 
     Raises ValueError when the erasure was made for another encoder, or there is no word.
     """
@@ -89,17 +90,20 @@ def scope(
         )
     templates = [template or concept.templates[0] for concept in concepts]
     numbers = torch.full((4, len(listed)), -torch.inf)  # closeness, moved, share, concept
+    of_word = None if owners is None else torch.tensor(owners)
     for t in dict.fromkeys(templates):
         x = vocabulary_rows(text, t) if words is None else word_rows(text, t, listed)
         centre = x.mean(0) if centres is None else centres[t]
         change = edit(x) - x
         moved = change.norm(dim=-1) / x.norm(dim=-1)
         for n in (n for n, of_concept in enumerate(templates) if of_concept == t):
-            closeness = cosine_similarity(x - centre, concept_rows[n] - centre, dim=-1)
+            some = slice(None) if of_word is None else (of_word == n).nonzero()[:, 0]
+            closeness = cosine_similarity(x[some] - centre, concept_rows[n] - centre, dim=-1)
             wanted = anchor_rows[n] - concept_rows[n]
-            share = change @ wanted / (wanted @ wanted)
-            these = torch.stack([closeness, moved, share, torch.full_like(moved, n)])
-            numbers = torch.where(closeness > numbers[0], these, numbers)
+            share = change[some] @ wanted / (wanted @ wanted)
+            these = torch.stack([closeness, moved[some], share, torch.full_like(share, n)])
+            nearer = closeness > numbers[0, some]
+            numbers[:, some] = torch.where(nearer, these, numbers[:, some])
     effects = []
     for word, (closeness, moved, share, n) in zip(listed, numbers.T.tolist(), strict=True):
         prompt = templates[int(n)].replace("{}", word)

@@ -1,0 +1,288 @@
+"""`realera erase` and `realera demo`: Algorithm 1 part by part, and all that it leaves on disk."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from ..concepts import COLUMNS, STYLE_TEMPLATES, TEMPLATES, concepts_in, read_concepts, read_lines
+from ..settings import (
+    BUNDLED,
+    POSITIVE_COUNT,
+    SEED,
+    SOURCES,
+    BeyondSettings,
+    NeighborSettings,
+    Settings,
+    SolveSettings,
+    Training,
+)
+from .options import (
+    check_option,
+    device_of,
+    device_options,
+    file_options,
+    load,
+    number,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from ..edit.erasure import Erasure
+    from ..pipelines.interface import Diffusion
+
+DEMO = "airplane -> tree"
+DEMO_PROMPTS = (
+    "a photo of the airplane",
+    "a photo of a jet",
+    "taking off from the runway",
+    "a photo of a dog",
+    "a photo of a ship",
+    "a photo of a flower",
+)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from ..evaluation.scorers import miniature_classifier
+    from ..evaluation.tasks import miniature_task
+    from .evaluate import EVALUATION, write_evaluation
+
+    options.concept, options.concepts, options.prompt = [DEMO], None, list(DEMO_PROMPTS)
+    model, erasure = _erase(options, EVALUATION)
+    with progress_bar("evaluation") as progress:
+        text = write_evaluation(
+            Path(options.out),
+            model,
+            {"erased": erasure},
+            miniature_task("airplane"),
+            miniature_classifier(),
+            options.images,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(text)
+
+
+def run_erase(options: argparse.Namespace) -> None:
+    _erase(options)
+
+
+def _erase(
+    options: argparse.Namespace, more_outputs: Sequence[str] = ()
+) -> "tuple[Diffusion, Erasure]":
+    """Algorithm 1 of the concepts of the command line or of a CSV file.
+
+    more_outputs: names of files that the command writes into the same folder
+    """
+    templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
+    if options.concepts is None:
+        lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
+        concepts = concepts_in(lines, templates)
+    else:
+        concepts, left_out = read_concepts(options.concepts, templates)
+    read = [path for path in (options.concepts, options.words) if path]
+    options.words = read_lines(options.words) if options.words else None
+    options.exclude = [*(options.exclude or ()), *left_out]
+    settings, training = _settings(options), _training(options)
+
+    from ..algorithm import fit, plan_mining
+    from ..anchor_warnings import anchor_warnings
+    from ..checkpoints.families import locate
+    from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
+    from .output_folder import Folder, make_writable
+
+    folder = Folder(Path(options.out), str(options.model), options.overwrite)
+    folder.refuse_existing(more_outputs, read)
+    if options.engine == "ray":
+        import_ray()
+    state = folder.path.resolve() / FOLDER  # workers run in folders of their own
+    source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
+    make_writable(folder.path)
+    model = load(options)
+    job = Job(source, options.dtype, device_of(options), settings.solve, state).of(model.text)
+    with progress_bar("words") as progress:
+        plan = plan_mining(model.text, concepts, settings.neighbor, settings.beyond, progress)
+    for warning in anchor_warnings(model.text, plan):
+        print(f"warning: {warning}", file=sys.stderr)
+    parts = plan.parts(options.group)
+    state.mkdir(exist_ok=True)
+    with progress_bar("sums", "part") as progress:
+        sums = summed(job, parts, model.text, options.engine, progress)
+    with progress_bar("bank") as progress:
+        note = {"model": str(options.model)}
+        erasure = fit(model.text, plan, sums, settings.solve, note, progress)
+    losses: dict[int, float] = {}
+    if training is not None:
+        with progress_bar("alignment", "step") as progress:
+            learned = aligned(job, parts, model, erasure, training, options.engine, progress)
+        erasure = erasure.with_lora(learned.lora, asdict(training))
+        losses = {step: fmean(values) for step, values in learned.losses.items()}
+    prompts = [t.replace("{}", c.name) for c in concepts for t in c.templates][:2]
+    with progress_bar("images") as progress:
+        report = folder.write_all(
+            model,
+            erasure,
+            plan,
+            losses,
+            options.prompt or [*prompts, *settings.beyond.preserve],
+            tolerance=options.tolerance,
+            seed=options.seed,
+            checks=options.check or 0,
+            progress=progress,
+        )
+    clear(state)
+    print(report)
+    return model, erasure
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """The settings that the options of their names give."""
+    names = Settings().flat()
+    return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
+
+
+def _training(options: argparse.Namespace) -> Training | None:
+    """As `_settings`, of the alignment; None without a training step."""
+    names = [own.name for own in fields(Training) if own.name in options]
+    return Training(**{name: getattr(options, name) for name in names}) if options.steps else None
+
+
+# ---------------------------------------------------------------- options
+
+
+def add_demo(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", choices=BUNDLED, default=BUNDLED[0], help="bundled model to use")
+    _erase_options(sub, out="realera-demo", steps=100)
+    sub.add_argument(
+        "--images",
+        type=number(POSITIVE_COUNT),
+        default=2,
+        help="images per prompt of the evaluation",
+    )
+
+
+def add_erase(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",
+        help="concept to erase, and the anchor to draw instead; repeat for several",
+    )  # fmt: skip
+    what.add_argument(
+        "--concepts", metavar="FILE",
+        help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}; a | separates "
+        "templates, and words to leave out",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prompt", action="append", help="prompt to draw before and after; repeat for several"
+    )
+    _erase_options(sub, out="realera-out", steps=200)
+
+
+def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
+    neighbor, beyond, solve = NeighborSettings(), BeyondSettings(), SolveSettings()
+    sub.add_argument("-o", "--out", default=out, help="folder to write to")
+    sub.add_argument(
+        "--style", action="store_true", help="use templates that name a style ('an artwork by {}')"
+    )
+    sub.add_argument(
+        "--template", action="append",
+        help="prompt that names the concept, with {} in its place; repeat for several",
+    )  # fmt: skip
+    mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
+    mining.add_argument(
+        "--source", choices=SOURCES, default=neighbor.source,
+        help="source of neighbours: random directions (isotropic), steps towards everyday prompts "
+        "(bank), or words (vocabulary)",
+    )  # fmt: skip
+    mining.add_argument(
+        "--neighbors", type=int, default=neighbor.neighbors,
+        help="number of neighbours M: words per concept, or steps per prompt",
+    )  # fmt: skip
+    mining.add_argument(
+        "--beyond", type=int, default=beyond.beyond,
+        help="number of beyond points N: words per concept, or steps per prompt",
+    )  # fmt: skip
+    for name, help in (
+        ("s1", "largest cosine of a neighbour with the concept; default: by source"),
+        ("s2", "smallest cosine of a neighbour with the concept; default: by source"),
+        ("beyond-s2", "cosine with the concept below which beyond points lie; default: S2"),
+        ("d1", "largest step to a neighbour; default: where the expected cosine falls to S2"),
+        ("d1-anchor", "radius of the ball around the anchor; default: a tenth of D1"),
+        ("d2", "largest step to a beyond point; default: where the expected cosine falls to 0"),
+    ):
+        mining.add_argument(f"--{name}", type=float, help=help)
+    mining.add_argument(
+        "--words", metavar="FILE",
+        help="text file of words, phrases or prompts, one per line, to search besides the "
+        "vocabulary",
+    )  # fmt: skip
+    mining.add_argument(
+        "--exclude", action="append",
+        help="word to leave out of the neighbours and to preserve; repeat for several",
+    )  # fmt: skip
+    mining.add_argument(
+        "--preserve", action="append",
+        help="prompt that must keep its meaning; repeat for several",
+    )  # fmt: skip
+    mining.add_argument(
+        "--beyond-seed", type=int,
+        help="seed of the beyond points; default: derived from --seed",
+    )  # fmt: skip
+    edit = sub.add_argument_group("closed form (Eq. 7)")
+    edit.add_argument(
+        "--lambda1", type=float, default=solve.lambda1, help="weight of what is preserved"
+    )
+    edit.add_argument(
+        "--lambda2", type=float, default=solve.lambda2, help="weight of staying near the original"
+    )
+    edit.add_argument(
+        "--away", type=float, default=solve.away,
+        help="how far everyday prompts go away from the concept and the words around it, 0 to 2: "
+        "more leaves fewer words that draw it",
+    )  # fmt: skip
+    edit.add_argument(
+        "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
+        help="do not preserve everyday prompts (the preservation bank)",
+    )  # fmt: skip
+    training = sub.add_argument_group("alignment (Eq. 8-9)")
+    training.add_argument(
+        "--steps", type=int, default=steps, help="training steps; 0: closed form only"
+    )
+    training.add_argument(
+        "--rank", type=int, default=Training().rank, help="rank of the LoRA of every projection"
+    )
+    training.add_argument(
+        "--learning-rate", type=float, default=Training().learning_rate, help="step size of AdamW"
+    )
+    training.add_argument(
+        "--batch", type=int, default=Training().batch, help="prompts per training step"
+    )
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
+    )
+    training.add_argument(
+        "--adversarial", type=int, default=Training().adversarial,
+        help="number of contexts that are optimised to bring the concept back, and then aligned; "
+        "try 12 with --rank 16 --learning-rate 5e-4 --batch 12",
+    )  # fmt: skip
+    sub.add_argument(
+        "--engine", choices=("local", "ray"), default="local",
+        help="where parts are computed: in this process, or on a Ray cluster",
+    )  # fmt: skip
+    sub.add_argument(
+        "--group", type=number(POSITIVE_COUNT), default=16,
+        help="concepts per part, which is summed at once and trains one LoRA",
+    )  # fmt: skip
+    sub.add_argument(
+        "--seed", type=number(SEED), default=0, help="seed of draws, training and images"
+    )
+    check_option(sub)
+    file_options(sub)
+    device_options(sub)
