@@ -54,16 +54,18 @@ class BundledModel(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="What draws, at 64x64."),
-                io.Clip.Output(display_name="clip", tooltip="Its text encoder."),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
+                io.Model.Output(
+                    display_name="model", tooltip="The network, which draws images of 64x64 pixels."
+                ),
+                io.Clip.Output(display_name="clip", tooltip="The model's text encoder."),
+                io.Vae.Output(display_name="vae", tooltip="The model's autoencoder."),
                 ClassifierWire.Output(
                     display_name="classifier",
-                    tooltip="Tells which of the model's concepts an image shows; for Compare.",
+                    tooltip="Classifies images by the concept that they show; for Compare.",
                 ),
                 ClassifierWire.Output(
                     display_name="style classifier",
-                    tooltip="Tells in which of the model's styles an image is drawn; for Compare.",
+                    tooltip="Classifies images by the style that they are drawn in; for Compare.",
                 ),
             ],
         )
@@ -76,18 +78,18 @@ class BundledModel(io.ComfyNode):
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of a bundled file, the U-Net or the transformer, or of an erased copy.
+    """MODEL, CLIP and VAE of a bundled file, of the U-Net or the transformer, or of an erased copy.
 
     Raises ValueError when the file has another layout.
     """
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-    ours = next((file for file in BUNDLED_MODELS.values() if _fits(weights, file)), None)
-    if ours is None:
+    file = next((file for file in BUNDLED_MODELS.values() if _fits(weights, file)), None)
+    if file is None:
         raise ValueError(
             f"{path.name} is not the bundled model or an erased copy of it; load other checkpoints "
             "with Load Checkpoint"
         )
-    config = _configuration(ours)
+    config = _configuration(file)
     vae = _vae(weights, config["vae"])
     if "unet" in config:
         model, clip = _model(weights, _unet(config)), _clip(weights, config["text_encoder"])
@@ -100,14 +102,14 @@ def load_miniature(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _fits(weights: dict[str, torch.Tensor], file: Path) -> bool:
-    """Whether they hold every layer of a bundled file's network."""
-    with safe_open(file, "pt") as ours:
-        due = {k: ours.get_slice(k).get_shape() for k in ours.keys() if NETWORK in k}  # noqa: SIM118
-    return all(key in weights and list(weights[key].shape) == due[key] for key in due)
+    """Whether the weights have every layer of a bundled file's network."""
+    with safe_open(file, "pt") as f:
+        shapes = {k: f.get_slice(k).get_shape() for k in f.keys() if NETWORK in k}  # noqa: SIM118
+    return all(k in weights and list(weights[k].shape) == shape for k, shape in shapes.items())
 
 
 class Previewer(latent_preview.LatentPreviewer):
-    """The decoder itself: it is quick, and 8x8 latents are too coarse to be shown as colours."""
+    """Previews by the decoder: it is quick, and 8x8 latents are too coarse to show as colours."""
 
     def __init__(self, vae: Any, layout: comfy.latent_formats.LatentFormat) -> None:
         self.vae, self.layout = vae, layout
@@ -119,7 +121,7 @@ class Previewer(latent_preview.LatentPreviewer):
 
 
 def _configuration(path: Path) -> dict[str, Any]:
-    """The configuration in the checkpoint's metadata, one JSON text a part."""
+    """The configuration of every component, from the checkpoint's metadata."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     return json.loads(metadata["config"])
@@ -163,7 +165,7 @@ def _unet(config: dict[str, Any]) -> Any:
 
 
 def _transformer(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
-    """ComfyUI's configuration of the transformer: it takes SD 3's for one of 16 channels only."""
+    """ComfyUI's configuration of the transformer; ComfyUI's own of SD 3 has 16 channels."""
 
     class Miniature(comfy.supported_models.SD3):
         sampling_settings = {"shift": config["scheduler"]["shift"]}  # noqa: RUF012
@@ -195,9 +197,10 @@ def _model(weights: dict[str, torch.Tensor], model_config: Any) -> Any:
 def _clip(
     weights: dict[str, torch.Tensor], config: dict[str, Any], width: int | None = None
 ) -> Any:
-    """The text encoder; of the transformer, whose rows are so wide and which is pooled, as SD 3's.
+    """The text encoder.
 
-    Beside CLIP's numbers in every row there are zeros, and there is no T5.
+    width: columns of the context, for the transformer, which reads CLIP as SD 3 does: every row is
+        filled up with zeros, and there is no T5. None: the U-Net's, CLIP's rows as they are
     """
 
     def encoder(device: Any, dtype: Any, model_options: dict) -> comfy.sd1_clip.SDClipModel:
@@ -241,14 +244,14 @@ def _clip(
 
 
 class _Sd3Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-    """CLIP's tokens as SD 3 has them, with nothing for the encoders that are not there."""
+    """CLIP's tokens in SD 3's layout, with none for the encoders that are absent."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **how: Any) -> dict:
         return {"g": [], "t5xxl": [], **super().tokenize_with_weights(text, return_word_ids, **how)}
 
 
 class _Sd3ClipModel_(sd3_clip.SD3ClipModel):
-    """The miniature's encoder in the place of SD 3's, whose rows are 4096 wide and pooled 2048."""
+    """The miniature's encoder in place of SD 3's, whose context is 4096 wide, pooled 2048."""
 
     def __init__(self, encoder: Callable[..., Any], width: int, **given: Any) -> None:
         options = given.pop("model_options", {})
@@ -259,8 +262,8 @@ class _Sd3ClipModel_(sd3_clip.SD3ClipModel):
 
     def encode_token_weights(self, tokens: dict) -> tuple:
         rows, pooled, extra = super().encode_token_weights(tokens)
-        own = self.clip_l.transformer.get_input_embeddings().weight.shape[1]
-        return rows[..., : self.width], pooled[:, :own], extra
+        pooled_width = self.clip_l.transformer.get_input_embeddings().weight.shape[1]
+        return rows[..., : self.width], pooled[:, :pooled_width], extra
 
 
 def _vae(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:

@@ -29,43 +29,48 @@ class Compare(io.ComfyNode):
             node_id="RealEraCompare",
             display_name="Compare",
             description=(
-                "Draws every prompt with every seed before and after, from the same noise, and "
-                "says what a classifier sees."
+                "Draws every prompt with every model from the same noise, side by side, and "
+                "shows what a classifier sees in each image."
             ),
             search_aliases=["before after", "grid", "side by side", "xy plot", "evaluate erasure"],
             inputs=[
                 io.Model.Input("before", tooltip="The original model."),
-                io.Model.Input("after", tooltip="The model that has forgotten."),
+                io.Model.Input("after", tooltip="The erased model."),
                 io.Model.Input("third", optional=True, tooltip="A third model to compare."),
                 io.Model.Input("fourth", optional=True, tooltip="A fourth model to compare."),
                 io.Model.Input("fifth", optional=True, tooltip="A fifth model to compare."),
                 *growing(io.Model.Input("model", optional=True), MORE, "More models to compare."),
-                io.Clip.Input("clip", tooltip="The text encoder of all of them."),
-                io.Vae.Input("vae", tooltip="The autoencoder of all of them."),
+                io.Clip.Input("clip", tooltip="The text encoder that the models share."),
+                io.Vae.Input("vae", tooltip="The autoencoder that the models share."),
                 ClassifierWire.Input(
                     "classifier",
                     optional=True,
                     tooltip=(
-                        "From Bundled Model, CLIP Classifier or NudeNet: says what it sees in "
-                        "every image."
+                        "A classifier from Bundled Model, CLIP Classifier or NudeNet, which "
+                        "describes each image."
                     ),
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="a photo of the airplane\na photo of the jet\na photo of the dog",
-                    tooltip="One prompt a line: the concept, what implies it, and what must stay.",
+                    tooltip=(
+                        "Prompts, one per line: for the concept, for what implies it, and for what "
+                        "should stay."
+                    ),
                 ),
                 io.String.Input(
                     "names",
                     optional=True,
                     default="before, after",
-                    tooltip="What to call the models, separated by commas.",
+                    tooltip="Names of the models, separated by commas.",
                 ),
                 io.Int.Input(
                     "seeds", optional=True, default=2, min=1, max=16, tooltip="Images per prompt."
                 ),
-                seed_input("The first of the seeds."),
+                seed_input(
+                    "Seed of a prompt's first image; its other images take the seeds that follow."
+                ),
                 io.Int.Input(
                     "steps", optional=True, default=20, min=1, max=200, tooltip="Sampling steps."
                 ),
@@ -76,7 +81,9 @@ class Compare(io.ComfyNode):
                     min=1.0,
                     max=30.0,
                     step=0.5,
-                    tooltip="How strictly the image follows the prompt.",
+                    tooltip=(
+                        "Classifier-free guidance scale: how strictly the image follows the prompt."
+                    ),
                 ),
                 advanced(
                     io.Int.Input(
@@ -86,7 +93,10 @@ class Compare(io.ComfyNode):
                         min=0,
                         max=4096,
                         step=8,
-                        tooltip="Side of an image in pixels. 0: what the model was trained for.",
+                        tooltip=(
+                            "Width and height of an image in pixels. 0: the size that the model "
+                            "was trained on."
+                        ),
                     )
                 ),
                 advanced(
@@ -112,7 +122,10 @@ class Compare(io.ComfyNode):
                 io.Image.Output(display_name="grid", tooltip="All images with their labels."),
                 io.Image.Output(display_name="before", tooltip="The first model's images."),
                 io.Image.Output(display_name="after", tooltip="The second model's images."),
-                io.String.Output(display_name="verdict", tooltip="What the classifier sees."),
+                io.String.Output(
+                    display_name="verdict",
+                    tooltip="What the classifier sees in each image, one line per image.",
+                ),
             ],
             view=True,
         )
@@ -139,53 +152,54 @@ class Compare(io.ComfyNode):
         more=None,
         classifier=None,
     ) -> io.NodeOutput:
-        asked = lines(prompts)
-        if not asked:
-            raise ValueError("no prompt to draw: write one a line")
-        given = (before, after, third, fourth, fifth, *(more or {}).values())
-        models = [model for model in given if model is not None]
+        texts = lines(prompts)
+        if not texts:
+            raise ValueError("no prompt to draw: write one per line")
+        models = [before, after, third, fourth, fifth, *(more or {}).values()]
+        models = [model for model in models if model is not None]
         labels = [name.strip() for name in names.split(",")]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
+        labels = labels[: len(models)]
         text = text_of(clip)
-        heads = [prompt for prompt in asked for _ in range(seeds)]
-        encoding, negative = text.encode(asked), text.encode([""])
-        drawn = []  # [prompts * seeds, 3, height, width] of every model
-        for label, model in zip(labels, models, strict=False):
+        prompt_of = [prompt for prompt in texts for _ in range(seeds)]  # of each image of a model
+        encoding, negative = text.encode(texts), text.encode([""])
+        images = []  # [prompts * seeds, 3, height, width] of every model
+        for label, model in zip(labels, models, strict=True):
             tell(cls.hidden.unique_id, f"drawing with {label}")
             diffusion = ComfyDiffusion(model, text, vae)
             noise = _noise(diffusion, size, range(seed, seed + seeds))
-            images = [
+            batches = torch.arange(len(prompt_of)).split(latents_at_once(*noise.shape[2:]))
+            decoded = [
                 diffusion.decode(
                     diffusion.denoise(
-                        encoding.take(rows // seeds),
+                        encoding.take(batch // seeds),
                         negative,
-                        noise[rows % seeds],
+                        noise[batch % seeds],
                         steps,
                         cfg,
                         sampler,
                         scheduler,
-                        seed + int(rows[0]),  # the noise that some samplers add on their way
+                        seed + int(batch[0]),  # of the noise that some samplers add at every step
                     )
                 )
-                for rows in torch.arange(len(heads)).split(latents_at_once(*noise.shape[2:]))
+                for batch in batches
             ]
-            drawn.append(torch.cat(images))
+            images.append(torch.cat(decoded))
 
-        described = [classifier.describe(images, heads) for images in drawn] if classifier else []
-        rows = [list(images) for images in drawn]
-        sheet = grid(rows, labels[: len(rows)], heads, size=max(96, min(256, drawn[0].shape[-1])))
+        described = [classifier.describe(of, prompt_of) for of in images] if classifier else []
         verdict = "\n".join(
             f"{label}, {prompt}: {line}"
-            for label, lines_of_model in zip(labels, described, strict=False)
-            for prompt, line in zip(heads, lines_of_model, strict=True)
+            for label, descriptions in zip(labels, described, strict=False)
+            for prompt, line in zip(prompt_of, descriptions, strict=True)
         )
-        first, second = (images.movedim(1, -1) for images in drawn[:2])
-        picture = to_image(sheet)
+        side = max(96, min(256, images[0].shape[-1]))
+        picture = to_image(grid([list(of) for of in images], labels, prompt_of, size=side))
+        first, second = (of.movedim(1, -1) for of in images[:2])
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        pair = [ui.PreviewImage(images, cls=cls).as_dict()["images"] for images in (first, second)]
+        pair = [ui.PreviewImage(of, cls=cls).as_dict()["images"] for of in (first, second)]
         shown["realera_pairs"] = [
             {"prompt": prompt, "before": one, "after": other}
-            for prompt, one, other in zip(heads, *pair, strict=True)
+            for prompt, one, other in zip(prompt_of, *pair, strict=True)
         ]
         return io.NodeOutput(picture, first, second, verdict, ui=shown)
 
@@ -206,8 +220,8 @@ class ClipClassifier(io.ComfyNode):
             node_id="RealEraClipClassifier",
             display_name="CLIP Classifier",
             description=(
-                "Says which of the things that you name an image shows most, by CLIP, as the paper "
-                "measures erasures."
+                "Classifies images by CLIP, without training, into the classes that you "
+                "name, as the paper measures erasures."
             ),
             search_aliases=["zero-shot", "clip score", "recognise", "evaluate erasure", "judge"],
             inputs=[
@@ -215,8 +229,9 @@ class ClipClassifier(io.ComfyNode):
                     "clip_folder",
                     options=list(_clip_folders()),
                     tooltip=(
-                        "A folder in models/clip_vision with a whole CLIP, texts and images: "
-                        "config.json, model.safetensors and the rest of its Hugging Face page."
+                        "Folder in models/clip_vision with a whole CLIP model, its text and its "
+                        "image encoder: config.json, model.safetensors and the other files of its "
+                        "Hugging Face page."
                     ),
                 ),
                 io.String.Input(
@@ -225,18 +240,22 @@ class ClipClassifier(io.ComfyNode):
                     multiline=True,
                     default="\n".join(CIFAR10),
                     tooltip=(
-                        "The things to tell apart, one a line: the concept, and what may be seen "
-                        "in its place. None: the CLIP score of every image and its own prompt."
+                        "Classes, one per line: the concept, and what may be drawn in its place. "
+                        "Empty: the CLIP score of each image and its prompt."
                     ),
                 ),
                 io.String.Input(
                     "template",
                     optional=True,
                     default=OBJECT,
-                    tooltip="How a class is put into words; {} stands for it.",
+                    tooltip="Prompt for a class; {} stands for its name.",
                 ),
             ],
-            outputs=[ClassifierWire.Output(display_name="classifier", tooltip="For Compare.")],
+            outputs=[
+                ClassifierWire.Output(
+                    display_name="classifier", tooltip="The classifier, for Compare."
+                )
+            ],
         )
 
     @classmethod
@@ -246,8 +265,8 @@ class ClipClassifier(io.ComfyNode):
         names = list(dict.fromkeys(lines(classes)))
         if len(names) == 1:
             raise ValueError(
-                f"one class, {names[0]!r}, to tell apart: write at least two, one a line, or none "
-                "for the CLIP score"
+                f"{names[0]!r} is the only class: write at least two, one per line, or none for "
+                "the CLIP score"
             )
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class: add it")
@@ -272,8 +291,8 @@ class NudeNetDetector(io.ComfyNode):
             node_id="RealEraNudeNet",
             display_name="NudeNet",
             description=(
-                "Counts what is exposed in every image, by NudeNet, as the paper measures the "
-                "erasure of explicit content."
+                "Counts detections of explicit content in each image by NudeNet, as the "
+                "paper measures its erasure."
             ),
             search_aliases=["explicit content", "nudity", "nsfw", "detector", "evaluate erasure"],
             inputs=[
@@ -284,10 +303,14 @@ class NudeNetDetector(io.ComfyNode):
                     min=0.2,
                     max=1.0,
                     step=0.05,
-                    tooltip="The least confidence of a detection that counts.",
+                    tooltip="Confidence from which a detection counts.",
                 )
             ],
-            outputs=[ClassifierWire.Output(display_name="classifier", tooltip="For Compare.")],
+            outputs=[
+                ClassifierWire.Output(
+                    display_name="classifier", tooltip="The classifier, for Compare."
+                )
+            ],
         )
 
     @classmethod
