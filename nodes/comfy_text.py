@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..realera.edit.text_layers import FAMILIES, SUPPORTED
 from ..realera.storage.safetensors_file import raw_bytes
-from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
+from ..realera.text.encoding import CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..realera.text.packed_encoding import PackedPrompts, last_rows
 from ..realera.text.token_alignment import prompt_summaries
+from .comfy_batches import encode_tokens, first_sections, ready
 from .comfy_fingerprint import added_to, fingerprint
 from .comfy_weights import stored_weights
 
@@ -73,25 +74,12 @@ class ComfyText:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """The rows of the first 77 tokens, read as plain text: (brackets) carry no weight."""
-        contexts, pooled = [], []
-        for start in range(0, len(prompts), BATCH):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            sections = [self._first_section(prompt) for prompt in prompts[start : start + BATCH]]
-            if "g" in sections[0]:  # SDXL: ComfyUI pools the first section only
-                for tokens in sections:
-                    context, one = self.clip.encode_from_tokens(tokens, return_pooled=True)
-                    contexts.append(context)
-                    pooled.append(one[:, None])
-            else:
-                # ComfyUI encodes the 77-token sections of a long prompt as one batch; here every
-                # section is a prompt of its own.
-                (name,) = sections[0]
-                joined = {name: [section for tokens in sections for section in tokens[name]]}
-                context = self.clip.encode_from_tokens(joined)  # [1, prompts * tokens, dim]
-                contexts.append(context.unflatten(1, (len(sections), -1)).squeeze(0))
-        streams = {CONTEXT: torch.cat(contexts).float()}
-        if pooled:
-            streams[POOLED] = torch.cat(pooled).float()
+        ready(self.clip)
+        tokens = [first_sections(self.clip, prompt, **PLAIN) for prompt in prompts]
+        outputs = encode_tokens(self.clip, tokens)
+        streams = {CONTEXT: torch.cat([context for context, *_ in outputs]).float()}
+        if "g" in tokens[0]:  # SDXL's U-Net reads the pooled embedding as well
+            streams[POOLED] = torch.stack([pooled for _, pooled, *_ in outputs]).float()
         return Encoding(streams)
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
@@ -106,10 +94,6 @@ class ComfyText:
     def words(self) -> list[str]:
         """Whole words of the tokenizer's vocabulary, letters only, sorted."""
         return whole_words(self._tokenizer.tokenizer.get_vocab())
-
-    def _first_section(self, prompt: str) -> dict[str, list]:
-        tokens = self.clip.tokenize(prompt, **PLAIN)
-        return {name: sections[:1] for name, sections in tokens.items()}
 
 
 def clip_fingerprint(clip: Any, vocabulary: Mapping[str, int]) -> str | None:
@@ -144,15 +128,6 @@ def ids_of(tokens: Sequence[Any], *others: Sequence[Any]) -> list[int]:
     together = zip_longest(*vectors, fillvalue=torch.empty(0))
     numbers = (-1 - zlib.crc32(b"".join(map(raw_bytes, group))) for group in together)
     return [next(numbers) if isinstance(token, Tensor) else token for token in tokens]
-
-
-def ready(clip: Any) -> None:
-    """Loads it with its clip skip, as `clip.encode_from_tokens` does before it encodes."""
-    clip.load_model()
-    model = clip.cond_stage_model
-    model.reset_clip_options()
-    if clip.layer_idx is not None:
-        model.set_clip_options({"layer": clip.layer_idx})
 
 
 def clip_summaries(

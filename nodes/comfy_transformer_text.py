@@ -6,17 +6,16 @@ and padding are ComfyUI's own.
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from itertools import groupby
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
 from ..realera.edit.text_layers import FAMILIES, TRANSFORMERS
-from ..realera.text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
+from ..realera.text.encoding import CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..realera.text.token_alignment import prompt_summaries, row_weights, unit
-from .comfy_text import PLAIN, ComfyText, clip_fingerprint, clip_summaries, ids_of, ready, tokens_of
+from .comfy_batches import batched_outputs, encode_tokens, first_sections, ready
+from .comfy_text import PLAIN, ComfyText, clip_fingerprint, clip_summaries, ids_of, tokens_of
 
 
 def text_of(clip: Any) -> "ComfyText | ComfyTransformerText":
@@ -65,9 +64,10 @@ class ComfyTransformerText:
         return clip_fingerprint(self.clip, merged)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """As ComfyUI encodes them, one by one; (brackets) carry no weight."""
-        self._load()
-        return Encoding.cat([self._encode(prompt) for prompt in prompts])
+        """As ComfyUI encodes them; (brackets) carry no weight."""
+        ready(self.clip)
+        rows = zip(prompts, self._rows(prompts), strict=True)
+        return Encoding.cat([self._encoding(prompt, *outputs) for prompt, outputs in rows])
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
         """Of the first part alone and without padding, which words need an eighth of."""
@@ -77,33 +77,26 @@ class ComfyTransformerText:
         vectors = any(isinstance(token, Tensor) for section in sections for token in section)
         if part["tokens"] != "l":
             return self._summary_of_text(part, sections)
-        self._load()
+        ready(self.clip)
         if vectors or names[0] != part["encoders"][0]:
             # What no id stands for; and how many columns are zeros in front is ComfyUI's to say.
-            return torch.cat([prompt_summaries(self, [p], self._encode(p)).cpu() for p in prompts])
+            return torch.cat([prompt_summaries(self, [p], self.encode([p])).cpu() for p in prompts])
         rows = clip_summaries(self.clip, names, sections, part["reads"])
-        return torch.nn.functional.pad(rows, (0, self._rows("")[0].shape[2] - rows.shape[1]))
+        ((context, _),) = self._rows([""])
+        return torch.nn.functional.pad(rows, (0, context.shape[2] - rows.shape[1]))
 
     def _summary_of_text(self, part: dict[str, Any], sections: Sequence[list[Any]]) -> Tensor:
         """Of an encoder that reads as many tokens as there are: [prompts, dim], on the CPU."""
         (name,) = part["encoders"]
         encoder = getattr(self.clip.cond_stage_model, name)
-        self._load()
+        ready(self.clip)
         found = [torch.empty(0)] * len(sections)
-        by_length = sorted(range(len(sections)), key=lambda i: len(sections[i]))
-        for length, same in groupby(by_length, key=lambda i: len(sections[i])):
-            chosen, block = list(same), max(1, BATCH * 77 // length)
-            for start in range(0, len(chosen), block):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                some = chosen[start : start + block]
-                batch = [[(token, 1.0) for token in sections[i]] for i in some]
-                rows = encoder.encode_token_weights(batch)[0].float()  # one prompt after the other
-                rows = self._normed(rows.unflatten(1, (len(some), -1))[0])
-                # As `token_alignment.prompt_summaries` has it: the last row, or the mean of all
-                # but end-of-text.
-                own = rows[:, -1] if part["causal"] else rows[:, : max(1, length - 1)].mean(1)
-                for i, row in zip(some, own.cpu(), strict=True):
-                    found[i] = row
+        for number, (rows, *_) in batched_outputs(encoder, sections):
+            rows = self._normed(rows[0].float())
+            # As `token_alignment.prompt_summaries` has it: the last row, or the mean of all but
+            # end-of-text.
+            summary = rows[-1] if part["causal"] else rows[: max(1, len(rows) - 1)].mean(0)
+            found[number] = summary.cpu()
         return torch.stack(found)
 
     def words(self) -> list[str]:
@@ -127,35 +120,23 @@ class ComfyTransformerText:
     @cached_property
     def _cut(self) -> int:
         """How many rows ComfyUI cuts off in front: those of what a template begins with."""
-        self._load()
-        tokens = self._sections("")
-        given = sum(len(tokens[part["tokens"]][0]) for part in self.present)
-        return given - self._rows("")[0].shape[1]
-
-    def _sections(self, prompt: str) -> dict[str, list]:
-        """The first section of each encoder; only CLIP's has others."""
-        tokens = self.clip.tokenize(prompt, **self._plain)
-        return {name: sections[:1] for name, sections in tokens.items()}
-
-    def _rows(self, prompt: str) -> tuple[Tensor, Any]:
-        """Context [1, tokens, dim] and pooled embedding [1, dim], or None."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        # As `clip.encode_from_tokens`, which looks for memory to free at every prompt.
-        model = self.clip.cond_stage_model
-        context, pooled, *more = model.encode_token_weights(self._sections(prompt))
-        context, mask = context.float(), more[0].get("attention_mask") if more else None
-        if mask is not None:
-            context = context[:, mask[0] > 0]
-        return context, pooled
-
-    def _load(self) -> None:
-        """The encoders where they are to compute, with what the CLIP says of them."""
         ready(self.clip)
-        device = self.clip.patcher.load_device
-        self.clip.cond_stage_model.set_clip_options({"execution_device": device})
+        tokens = first_sections(self.clip, "", **self._plain)
+        given = sum(len(tokens[part["tokens"]][0]) for part in self.present)
+        ((context, _),) = self._rows([""])
+        return given - context.shape[1]
 
-    def _encode(self, prompt: str) -> Encoding:
-        context, pooled = self._rows(prompt)
+    def _rows(self, prompts: Sequence[str]) -> list[tuple[Tensor, Any]]:
+        """Context [1, tokens, dim] and pooled embedding [1, dim], or None, of each prompt."""
+        tokens = [first_sections(self.clip, prompt, **self._plain) for prompt in prompts]
+        found = []
+        for context, pooled, *extra in encode_tokens(self.clip, tokens):
+            mask = extra[0].get("attention_mask") if extra else None
+            context = context.float()
+            found.append((context if mask is None else context[:, mask[0] > 0], pooled))
+        return found
+
+    def _encoding(self, prompt: str, context: Tensor, pooled: Any) -> Encoding:
         streams = {CONTEXT: self._normed(context)}
         if any(reader["stream"] == POOLED for reader in FAMILIES[self.family]["readers"]):
             streams[POOLED] = pooled.float()[:, None]

@@ -56,11 +56,13 @@ import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
 import RealEra.realera.text.encoding
 import torch
+from comfy.sd1_clip import SDClipModel
 from comfyui_transformers import loaded_by_comfyui, quantised_flux_text
 from conformance import check_diffusion, check_text_encoder, check_transformer_text
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from RealEra.nodes import align, bundled, compare, edit, files, mining
+from RealEra.nodes.comfy_batches import on_device
 from RealEra.nodes.comfy_model import ComfyDiffusion, training
 from RealEra.nodes.comfy_patch import ErasurePatch, write_lora
 from RealEra.nodes.comfy_text import ComfyText
@@ -73,13 +75,14 @@ from RealEra.realera.cli.output_folder import checked
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.edit.closed_form import Edit
 from RealEra.realera.edit.erasure_file import load_erasure, save_erasure
+from RealEra.realera.edit.text_layers import FAMILIES as TEXT_FAMILIES
 from RealEra.realera.edit.text_layers import text_layers
 from RealEra.realera.evaluation.coarse_samples import coarse_samples
 from RealEra.realera.miniature import T5, TRANSFORMER
 from RealEra.realera.mining.vocabulary import vocabulary_rows
 from RealEra.realera.settings import Settings
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
-from RealEra.realera.text.token_alignment import map_rows
+from RealEra.realera.text.token_alignment import map_rows, unit
 from safetensors import safe_open
 from safetensors.torch import load_file
 from server import PromptServer
@@ -390,6 +393,49 @@ def claim_escaped_brackets_are_counted_as_they_are_read():
 def end_of(text):
     (ids,) = text.tokenize([r"(a:1.2) [b] \\(c\\)"])
     return len(ids) - 1
+
+
+def claim_prompts_are_encoded_in_batches_as_comfyui_encodes_each():
+    prompts = [f"a photo of the {word}" for word in ("cat", "dog", "red dog", "cat", "ship")]
+    prompts += ["", "a red cat in the garden", r"saber \(fate\)"] * 2
+    for name, text in {**text_encoders(), **transformer_texts()}.items():
+        clip, plain = text.clip, getattr(text, "_plain", {"disable_weights": True})
+        encoders = [m for m in clip.cond_stage_model.modules() if isinstance(m, SDClipModel)]
+        lengths = {
+            (encoder, len(sections[0]))
+            for prompt in prompts
+            for encoder, sections in clip.tokenize(prompt, **plain).items()
+            if sections
+        }
+        text.encode([""])  # finds out how many rows the family cuts off
+        passes = []
+        hooks = [
+            encoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+            for encoder in encoders
+        ]
+        encoding = text.encode(prompts)
+        for hook in hooks:
+            hook.remove()
+        assert len(encoders) <= len(passes) <= len(lengths), (name, len(passes), lengths)
+        assert all("encode" not in vars(encoder) for encoder in encoders), "ComfyUI's own again"
+        for number, prompt in enumerate(prompts):
+            tokens = clip.tokenize(prompt, **plain)
+            with on_device(clip.patcher.load_device):
+                alone = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+            rows = encoding.take(torch.tensor([number]))
+            there = rows.there(CONTEXT)[0]
+            due = alone["cond"][0]
+            if "attention_mask" in alone:
+                due = due[alone["attention_mask"][0] > 0]
+            if text.family and any("norm" in r for r in TEXT_FAMILIES[text.family]["readers"]):
+                due = unit(due)
+            assert torch.allclose(rows[CONTEXT][0][there], due, atol=1e-5, rtol=1e-4), (
+                name,
+                prompt,
+            )
+            if POOLED in rows:
+                pooled = alone["pooled_output"]
+                assert torch.allclose(rows[POOLED][:, 0], pooled, atol=1e-5, rtol=1e-4), name
 
 
 def claim_a_textual_inversion_is_counted_and_read_as_comfyui_reads_it():
