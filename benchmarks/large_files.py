@@ -18,7 +18,7 @@ import diffusers
 import torch
 
 from benchmarks.tables import markdown_table
-from realera.checkpoints.families import network_files
+from realera.checkpoints.families import open_network
 from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
@@ -80,7 +80,7 @@ def sparse_file(title: str, path: Path) -> int:
 
 def erasure_for(path: Path) -> Erasure:
     """A random T of every stream that the file's network reads."""
-    ((file, keys),) = network_files(path)
+    ((file, keys),) = open_network(path)[1]
     edits = {}
     for key, name in keys.items():
         kind, width = text_layer_kind(name), file.entries[key].shape[1]
@@ -105,7 +105,7 @@ def one(title: str) -> dict[str, float]:
         grown = peak() - before
         old, new = open_tensors(path), open_tensors(out)
         changed = [
-            key for key in network_files(path)[0][1] if not new.read(key).equal(old.read(key))
+            key for key in open_network(path)[1][0][1] if not new.read(key).equal(old.read(key))
         ]
         out.unlink()
         start = time.perf_counter()

@@ -403,7 +403,8 @@ def test_erasing_twice_keeps_both_notes(tmp_path, pipelines, singles):
     notes = json.loads(metadata_of(tmp_path / "two.safetensors")["realera"])
     assert [note["from"]["file"] for note in notes] == ["sd1.safetensors", "one.safetensors"]
     # Text of another tool under our key is not lost either.
-    save_file(load_file(singles["sd1"]), tmp_path / "in", {"realera": "not JSON"})
+    metadata = metadata_of(singles["sd1"]) | {"realera": "not JSON"}
+    save_file(load_file(singles["sd1"]), tmp_path / "in", metadata)
     write_checkpoint(tmp_path / "in", erasure, tmp_path / "out")
     assert json.loads(metadata_of(tmp_path / "out")["realera"])[0] == "not JSON"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from realera.checkpoints.lora_kinds import adapter_of
+from realera.checkpoints.file_kinds import adapter_of
 from realera.storage.safetensors_file import BITS, DTYPES, open_tensors, write_tensors
 
 

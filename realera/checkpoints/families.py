@@ -1,12 +1,11 @@
-"""Model families: which one a file is of, from its header alone.
+"""Model families: which one a model belongs to, from the headers of its files alone.
 
-A family is data: the JSON files beside this one hold the configurations of its parts in diffusers'
-terms. A checkpoint may carry its own instead, as JSON in its metadata under "config".
+A family is data: a JSON file in `realera/families` holds the configurations of its parts in
+diffusers' terms. A U-Net of another width may carry its configurations as JSON in its metadata,
+under "config".
 """
 
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,35 +16,50 @@ from torch import Tensor
 
 from ..edit.text_layers import (
     FAMILIES,
+    LAYOUTS,
     SUPPORTED,
+    TRANSFORMERS,
     canonical,
     gain_of,
     text_layer_kind,
     transformer_of,
 )
-from ..settings import BUNDLED
-from ..storage.safetensors_file import DTYPES, PICKLES, TensorFile, open_tensors
+from ..storage.safetensors_file import DTYPES, Entry, TensorFile, open_tensors
 from ..text.encoding import CONTEXT, POOLED
+from .file_kinds import kind_of
 from .fp8_scales import FLOATS, scale_of, weight_of
-from .lora_kinds import adapter_of
+from .layouts import (
+    AVERAGE,
+    CONTROLNET,
+    COPIES,
+    NETWORK,
+    locate,
+    network_folders,
+    read_json,
+    shard_of,
+    standard_key,
+    weight_files,
+)
 
-UNET = "model.diffusion_model."  # of a transformer, too
-_PREFIX = r"(?:model\.)?diffusion_model\."
 PARTS = ("unet", "vae", "text_encoder", "scheduler")  # and SDXL's text_encoder_2
-_WEIGHTS = (
-    # model.fp16-00001-of-00003.safetensors, or model-00001-of-00003.fp16.safetensors as once named
-    r"[\w-]+?(?:-(?P<place>\d{5}-of-\d{5}))?"
-    r"(?:\.(?P<variant>\w+)(?:-(?P<late_place>\d{5}-of-\d{5}))?)?\.safetensors"
+_FIRST_LAYERS = ("input_blocks.0.0", "conv_in")  # of a U-Net in either layout
+_UNET_LAYERS = (
+    "middle_block.1.transformer_blocks.0.attn2.to_k",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """What kind of model a file holds.
+    """The family of a model, and the configurations of its parts.
 
-    name, title: of the family; dim: of the context; pooled: of the pooled embedding, else None
-    in_channels: of a U-Net, 4, or 9 for inpainting; dtype: in which the file stores the projections
-    config: the parts' configurations in diffusers' terms
+    name: name of the JSON file of the family; "own" for a U-Net with configurations of its own
+    title: name that users know
+    dim: width of a context row
+    pooled: width of the pooled embedding, or None
+    in_channels: input channels of a U-Net, 4 or, for inpainting, 9; 0 for a transformer
+    dtype: data type in which the file stores the layers that read the context
+    config: configurations of the parts in diffusers' terms
     """
 
     name: str
@@ -62,183 +76,74 @@ class Family:
         return FAMILIES[self.name]["pipeline"]
 
 
-def family_of(source: str | os.PathLike[str]) -> Family:
-    """The family of a single file or diffusers folder, from headers alone.
+Files = list[tuple[TensorFile, dict[str, str]]]
 
-    Raises ValueError that names the families that work when it is of none of them.
+
+def family_of(source: str | os.PathLike[str]) -> Family:
+    """The family of a model. Parameter and errors as for `open_network`."""
+    return open_network(source)[0]
+
+
+def open_network(source: str | os.PathLike[str]) -> tuple[Family, Files]:
+    """The family of a model, and the files of its network with the tensors that an erasure changes.
+
+    source: checkpoint file, diffusers folder, or name of a bundled model
+
+    Returns for each file a map from key to canonical layer name. It includes the copies that some
+    models hold: a U-Net's running average under the canonical names of the U-Net, and ControlNets,
+    which read the same text, under those names behind CONTROLNET.
+
+    Raises FileNotFoundError, and ValueError that says what the source holds when that is no model
+    of a supported family, or one that cannot be erased.
     """
     path = locate(source)
-    files = network_files(path)
-    transformer = transformer_of(_layers([file for file, _ in files]).values())
-    if transformer is not None:
-        return _transformer_family(path, transformer[0], files)
-    entries = {name: file.entries[key] for file, keys in files for key, name in keys.items()}
-    name = family_like({layer: entry.shape for layer, entry in entries.items()})
-    projection = next(e for layer, e in entries.items() if _stream(layer) == CONTEXT)
-    dim, pooled = projection.shape[1], len({_stream(layer) for layer in entries}) > 1
+    controlnets: list[Path] = []
     if path.is_dir():
-        config = {
-            part.parent.name: read_json(part.read_bytes(), part)
-            for part in path.glob("*/config.json")
-        }
-        if pooled and "text_encoder_2" not in config:
-            raise ValueError(f"{path} is no whole SDXL folder: it lacks text_encoder_2/config.json")
-    elif own := _own_configuration(files[0][0], pooled):
-        config = own
-    elif name is not None:
-        config = FAMILIES[name]
+        folder, controlnets = network_folders(path)
+        files = [open_tensors(file) for file in weight_files(folder)[0]]
     else:
-        raise ValueError(
-            f"{path} has cross-attention over embeddings of {dim} numbers"
-            f"{' and pooled ones' if pooled else ''}, which fits none of {SUPPORTED}"
-        )
-    first = next(
-        (
-            file.entries[key]
-            for file, _ in files
-            for key in (
-                UNET + "input_blocks.0.0.weight",
-                "input_blocks.0.0.weight",
-                "conv_in.weight",
-            )
-            if key in file.entries
-        ),
-        None,
-    )
-    if first is None or len(first.shape) != 4:
-        raise ValueError(f"{path} lacks the U-Net's first convolution: it is not a whole U-Net")
-    return Family(
-        name or "own",
-        FAMILIES[name]["title"] if name else "a model with a configuration of its own",
-        dim,
-        config["text_encoder_2"]["projection_dim"] if pooled else None,
-        first.shape[1],
-        DTYPES[projection.dtype],
-        config,
-    )
-
-
-def _transformer_family(
-    path: Path, name: str, files: Sequence[tuple[TensorFile, Mapping[str, str]]]
-) -> Family:
-    """The family of a transformer, from its files."""
-    entries = {layer: file.entries[key] for file, keys in files for key, layer in keys.items()}
-    by_stream = {_stream(layer): entry for layer, entry in entries.items()}
-    pooled = by_stream.get(POOLED)
-    own = files[0][0].metadata.get("config", "{}") if path.is_file() else "{}"
-    return Family(
-        name,
-        FAMILIES[name]["title"],
-        by_stream[CONTEXT].shape[1],
-        None if pooled is None else pooled.shape[1],
-        0,
-        DTYPES[by_stream[CONTEXT].dtype],
-        read_json(own, path),
-    )
-
-
-def family_like(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The name of the family whose layers that read the text have these shapes, if it is known.
-
-    shapes: canonical name -> [out, in]
-    """
-    dim = next(shape[1] for layer, shape in shapes.items() if _stream(layer) == CONTEXT)
-    several = len({_stream(layer) for layer in shapes}) > 1
-    for name, known in FAMILIES.items():
-        unet = known.get("unet", {})
-        if unet.get("cross_attention_dim") == dim and ("text_encoder_2" in known) == several:
-            return name
-    return None
-
-
-def _stream(layer: str) -> str | None:
-    kind = text_layer_kind(layer)
-    return None if kind is None else kind.stream
-
-
-def weight_files(folder: Path) -> tuple[list[Path], str | None]:
-    """The safetensors files of a part and the variant that is loaded: "fp16", say, or None.
-
-    None where the files without a variant are there; they come last. Raises ValueError when there
-    is no file, or a shard is missing.
-    """
-    paths: list[tuple[bool, Path, str | None]] = []
-    shards: dict[tuple[str | None, int], set[int]] = {}
-    for path in folder.glob("*.safetensors"):
-        match = re.fullmatch(_WEIGHTS, path.name)
-        variant = match["variant"] if match else None
-        paths.append((variant is None, path, variant))
-        if match and (place := match["place"] or match["late_place"]):
-            number, total = map(int, place.split("-of-"))
-            shards.setdefault((variant, total), set()).add(number)
-    if not paths:
-        pickled = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
-        raise ValueError(
-            f"{pickled[0]} is a pickle and is refused: load the pipeline where you trust it and "
-            "save it again with save_pretrained(folder, safe_serialization=True)"
-            if pickled
-            else f"{folder.parent} is no diffusers pipeline folder that can be read: it has no "
-            f"{folder.name}/*.safetensors"
-        )
-    for (variant, total), numbers in shards.items():
-        missing = set(range(1, total + 1)) - numbers
-        if missing:
+        files = [open_tensors(path)]
+        if (shards := shard_of(path)) > 1:
             raise ValueError(
-                f"{folder} lacks shard {min(missing)} of {total} of its "
-                f"{variant or 'full'} weights: get it again"
+                f"{path} is one of {shards} shards of a model: give the folder of the pipeline"
             )
-    paths.sort(key=lambda found: found[:2])
-    return [path for _, path, _ in paths], paths[-1][2]
+    if kind := kind_of(files[0]):
+        raise ValueError(f"{path} holds {kind} and no model: give the checkpoint that it is for")
+    erasable = _erasable_keys(path, files)
+    if not _reads_context(name for keys in erasable for name in keys.values()):
+        raise ValueError(f"{path} {_unknown_network(_layers(files).values())}")
+    family = _family(path, files, erasable)
+    network = list(zip(files, erasable, strict=True))
+    for folder in controlnets:
+        files = [open_tensors(file) for file in weight_files(folder)[0]]
+        for file, keys in zip(files, _erasable_keys(folder, files), strict=True):
+            network.append((file, {key: CONTROLNET + name for key, name in keys.items()}))
+    return family, network
 
 
-def _own_configuration(file: TensorFile, pooled: bool) -> dict[str, Any]:
-    """The configuration that a file carries, empty when there is none of every part."""
-    config = read_json(file.metadata.get("config", "{}"), file.path)
-    needed = (*PARTS, "text_encoder_2") if pooled else PARTS
-    return config if all(isinstance(config.get(part), dict) for part in needed) else {}
+def _erasable_keys(path: Path, files: Sequence[TensorFile]) -> list[dict[str, str]]:
+    """For each file, key -> canonical layer name of the weights of all layers that read text.
 
-
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The path of a model; BUNDLED names those that ship with the project."""
-    if source in BUNDLED:
-        from .. import miniature
-
-        return miniature.CHECKPOINT if source == "miniature" else miniature.TRANSFORMER
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a checkpoint file or a diffusers folder"
-        )
-    return path
-
-
-def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
-    """The files of the network, each with key -> canonical name of what an erasure may change."""
-    folder = path / ("transformer" if (path / "transformer").is_dir() else "unet")
-    files = [open_tensors(p) for p in (weight_files(folder)[0] if path.is_dir() else [path])]
+    Raises ValueError when one of them is quantised or no matrix.
+    """
     layers = _layers(files)
     names = {
         layer: name
         for layer, name in canonical(layers.values()).items()
         if text_layer_kind(name) is not None
     }
-    if CONTEXT not in map(_stream, names.values()):
-        if adapter := adapter_of(files[0]):
-            raise ValueError(
-                f"{path} holds a {adapter.kind} and no model: give the checkpoint that it is for"
-            )
-        raise ValueError(
-            f"{path} has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v) "
-            f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
-        )
     _refuse_without_weight(path, layers)
     erasable: list[dict[str, str]] = [{} for _ in files]
     for (n, key), layer in layers.items():
         if layer not in names or not key.endswith(".weight"):
             continue
-        # Some checkpoints hold a second U-Net, the running average; dots are left out of its names.
-        average = "model_ema.diffusion_model" + f"{names[layer]}.weight".replace(".", "")
-        for stored in (key, average):
+        name = names[layer]
+        weights = {
+            key: name,
+            AVERAGE + f"{name}.weight".replace(".", ""): name,
+            f"{CONTROLNET}{name}.weight": CONTROLNET + name,
+        }
+        for stored, stored_name in weights.items():
             entry = files[n].entries.get(stored)
             if entry is None:
                 continue
@@ -254,8 +159,154 @@ def network_files(path: Path) -> list[tuple[TensorFile, dict[str, str]]]:
                     "layout of ComfyUI or diffusers"
                 )
             scale_of(files[n], stored)  # raises where the numbers mean something unknown
-            erasable[n][stored] = names[layer]
-    return list(zip(files, erasable, strict=True))
+            erasable[n][stored] = stored_name
+    return erasable
+
+
+def _family(
+    path: Path, files: Sequence[TensorFile], erasable: Sequence[Mapping[str, str]]
+) -> Family:
+    """The family of a network with these layers that read text.
+
+    Raises ValueError when the layers are those of no supported family, or the U-Net is not whole.
+    """
+    layers = _layers(files)
+    entries = {
+        name: file.entries[key]
+        for file, keys in zip(files, erasable, strict=True)
+        for key, name in keys.items()
+        if not key.startswith(COPIES)
+    }
+    by_stream = {_stream(name): entry for name, entry in entries.items()}
+    context, pooled = by_stream[CONTEXT], by_stream.get(POOLED)
+    dim, dtype = context.shape[1], DTYPES[context.dtype]
+    transformer = transformer_of(layers.values())
+    if transformer is not None:
+        name, _ = transformer
+        config = {} if path.is_dir() else _configuration(files[0])
+        width = None if pooled is None else pooled.shape[1]
+        return Family(name, FAMILIES[name]["title"], dim, width, 0, dtype, config)
+
+    known = family_like({layer: entry.shape for layer, entry in entries.items()})
+    if path.is_dir():
+        config = {
+            part.parent.name: read_json(part.read_bytes(), part)
+            for part in path.glob("*/config.json")
+        }
+        if pooled is not None and "text_encoder_2" not in config:
+            raise ValueError(f"{path} is no whole SDXL folder: it lacks text_encoder_2/config.json")
+    elif known is not None:
+        config = FAMILIES[known]
+    else:
+        config = _configuration(files[0])
+        needed = PARTS if pooled is None else (*PARTS, "text_encoder_2")
+        if not all(isinstance(config.get(part), dict) for part in needed):
+            raise ValueError(
+                f"{path} {_unknown_family(next(iter(entries)), dim, pooled is not None)}"
+            )
+    first = _first_convolution(files, layers)
+    if first is None:
+        raise ValueError(f"{path} lacks the U-Net's first convolution: it is not a whole U-Net")
+    width = None if pooled is None else config["text_encoder_2"].get("projection_dim")
+    if pooled is not None and not isinstance(width, int):
+        raise ValueError(f"{path}: the configuration of text_encoder_2 lacks its projection_dim")
+    return Family(
+        known or "own",
+        FAMILIES[known]["title"] if known else "a model with a configuration of its own",
+        dim,
+        width,
+        first.shape[1],
+        dtype,
+        config,
+    )
+
+
+def _first_convolution(
+    files: Sequence[TensorFile], layers: Mapping[tuple[int, str], str]
+) -> Entry | None:
+    for (n, key), layer in layers.items():
+        entry = files[n].entries[key]
+        if layer in _FIRST_LAYERS and len(entry.shape) == 4:
+            return entry
+    return None
+
+
+def _unknown_family(layer: str, dim: int, pooled: bool) -> str:
+    """What is said of a network whose layers read text and are of no family, without the path."""
+    if "attn2" not in layer:
+        return (
+            f"has a layer {layer!r} that may read text, in a network of no family that RealEra "
+            f"knows; it works on {SUPPORTED}"
+        )
+    return (
+        f"has cross-attention over embeddings of {dim} numbers{' and pooled ones' * pooled}, which "
+        f"fits none of {SUPPORTED}"
+    )
+
+
+def _unknown_network(layers: Iterable[str]) -> str:
+    """What is said of a file in which no layer is known to read text, without the path."""
+    layers = set(layers)
+    marks = (known["marks"][layout][0] for known in TRANSFORMERS.values() for layout in LAYOUTS)
+    for mark in (*_UNET_LAYERS, *marks):
+        for prefix in {layer.removesuffix(mark) for layer in layers if layer.endswith("." + mark)}:
+            if _reads_context(canonical(layer.removeprefix(prefix) for layer in layers).values()):
+                return (
+                    f"holds a network whose keys begin with {prefix!r}, a prefix that RealEra does "
+                    f"not know: rename them to begin with {NETWORK!r}"
+                )
+    return (
+        "has no cross-attention K/V projections of a U-Net (attn2.to_k, attn2.to_v) and no other "
+        f"layer that is known to read the text: RealEra works on {SUPPORTED}"
+    )
+
+
+def family_like(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of the U-Net family whose layers that read text have these shapes, or None.
+
+    shapes: canonical layer name -> [out, in]
+    """
+    dim = next(shape[1] for layer, shape in shapes.items() if _stream(layer) == CONTEXT)
+    pooled = POOLED in {_stream(layer) for layer in shapes}
+    for name, known in FAMILIES.items():
+        unet = known.get("unet", {})
+        if unet.get("cross_attention_dim") == dim and ("text_encoder_2" in known) == pooled:
+            return name
+    return None
+
+
+def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
+    """Canonical layer name -> gain of the RMS norm in front of the layer, as `gain_of` reads it."""
+    files = list(files)
+    layers = _layers(files)
+    names = canonical(layers.values())
+    places = {names[layer]: place for place, layer in layers.items()}
+    found = {}
+    for name in places:
+        kind = text_layer_kind(name)
+        if kind is not None and kind.norm in places:
+            n, key = places[kind.norm]
+            found[name] = gain_of(weight_of(files[n], key))
+    return found
+
+
+def _stream(layer: str) -> str | None:
+    kind = text_layer_kind(layer)
+    return None if kind is None else kind.stream
+
+
+def _reads_context(names: Iterable[str]) -> bool:
+    return any(_stream(name) == CONTEXT for name in names)
+
+
+def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
+    """(number of the file, key) -> name of the layer in the layout of the file, no prefix."""
+    return {
+        (n, key): standard_key(key).removeprefix(NETWORK).removesuffix(".weight")
+        for n, file in enumerate(files)
+        for key in file.entries
+        if not key.endswith(".bias")
+    }
 
 
 def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) -> None:
@@ -278,38 +329,12 @@ def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) ->
             )
 
 
-def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
-    """What the norms in front of a network's readers multiply with, canonical name of the reader ->
-    `gain_of`."""
-    files = list(files)
-    layers = _layers(files)
-    names = canonical(layers.values())
-    at = {names[layer]: place for place, layer in layers.items()}
-    found = {}
-    for name in at:
-        kind = text_layer_kind(name)
-        if kind is not None and kind.norm in at:
-            n, key = at[kind.norm]
-            found[name] = gain_of(weight_of(files[n], key))
-    return found
+def _configuration(file: TensorFile) -> dict[str, Any]:
+    """The object under "config" in a file's metadata; {} when there is none.
 
-
-def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
-    """The layers of a network's files, by number of the file and key, as its layout calls them."""
-    return {
-        (n, key): re.sub(_PREFIX, "", key, count=1).removesuffix(".weight")
-        for n, file in enumerate(files)
-        for key in file.entries
-        if not key.endswith(".bias")
-    }
-
-
-def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    """A configuration as an object. Raises ValueError that names its path when it is none."""
+    The metadata of a stranger's checkpoint may hold anything under that name.
+    """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds a configuration that is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a configuration that is not a JSON object")
-    return content
+        return read_json(file.metadata.get("config", "{}"), file.path)
+    except ValueError:
+        return {}

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     create_diffusers_clip_model_from_ldm,
@@ -47,10 +48,11 @@ from ..pipelines.transformer import TransformerModel, TransformerText
 from ..pipelines.unet import DiffusersModel, DiffusersText
 from ..storage.safetensors_file import TensorFile, open_tensors
 from ..text.encoding import TextEncoder
-from .families import FAMILIES, PARTS, UNET, Family, family_of, locate, read_json, weight_files
+from .families import FAMILIES, PARTS, Family, family_of
 from .fp8_scales import FLOATS, is_companion, weight_of
+from .layouts import NETWORK, VAE, locate, read_json, standard_key, weight_files
 
-VAE = "first_stage_model."
+ENCODERS = "text_encoders."  # prefix of the text encoders of a transformer in a single file
 BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CLIP_VOCABULARY = 49408
@@ -97,16 +99,11 @@ def load_model(
         return DiffusersModel(pipeline.to(device))
 
     file = open_tensors(path)
-    text, states = _text(file, family, dtype), [_state(file, part, dtype) for part in (UNET, VAE)]
-    with _configuration_folder(family) as folder, _explained(file, family):
-        options: dict[str, Any] = {"config": folder, "local_files_only": True}
-        if dtype != torch.float32:  # the converters' own default, and they warn of a needless cast
-            options["torch_dtype"] = dtype
-        unet = UNet2DConditionModel.from_single_file(states[0], subfolder="unet", **options)
-        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
-    for part in (unet, vae):
-        _check_complete(part, file)
-    scheduler, sample_size = _prediction(file, family)
+    text = _text(file, family, dtype)
+    unet = _file_part(UNet2DConditionModel, file, NETWORK, family, "unet", dtype)
+    vae = _file_part(AutoencoderKL, file, VAE, family, "vae", dtype)
+    with _explained(file, family):
+        scheduler, sample_size = _prediction(file, family)
     unet.register_to_config(sample_size=sample_size)
     parts = {"unet": unet, "vae": vae, "scheduler": DDIMScheduler.from_config(scheduler)}
     return DiffusersModel(pipeline_class(**parts, **_text_parts(text), **unused).to(device))
@@ -156,16 +153,9 @@ def _transformer_model(
         return TransformerModel(_transformer_pipeline(path, family, dtype).to(device))
     text, config = _transformer_text(source, family, dtype, device), family.config
     file = open_tensors(path)
-    states = [_state(file, part, dtype) for part in (UNET, VAE)]
-    kind = getattr(diffusers, family.pipeline["transformer"])
-    with _configuration_folder(family) as folder, _explained(file, family):
-        options: dict[str, Any] = {"config": folder, "local_files_only": True}
-        if dtype != torch.float32:  # as above
-            options["torch_dtype"] = dtype
-        transformer = kind.from_single_file(states[0], subfolder="transformer", **options)
-        vae = AutoencoderKL.from_single_file(states[1], subfolder="vae", **options)
-    for part in (transformer, vae):
-        _check_complete(part, file)
+    transformer_class = getattr(diffusers, family.pipeline["transformer"])
+    transformer = _file_part(transformer_class, file, NETWORK, family, "transformer", dtype)
+    vae = _file_part(AutoencoderKL, file, VAE, family, "vae", dtype)
     pipeline_class = getattr(diffusers, family.pipeline["class"])
     takes = inspect.signature(pipeline_class).parameters
     pipeline = pipeline_class(
@@ -188,10 +178,19 @@ def _transformer_text(
         pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
         return TransformerText(pipeline.to(device), family.name)
     if not {"transformer", "vae", "text_encoder", "scheduler"} <= family.config.keys():
+        inside = sorted(
+            {key.split(".")[1] for key in open_tensors(path).entries if key.startswith(ENCODERS)}
+        )
         raise ValueError(
-            f"{path} is a {family.title} transformer without its text encoders: make the erasure "
-            "in ComfyUI, or from the diffusers folder of the model; `realera apply` writes it into "
-            "this file"
+            f"{path} is a {family.title} "
+            + (
+                f"file whose text encoders ({', '.join(inside)}) RealEra reads in ComfyUI and in a "
+                "diffusers folder only"
+                if inside
+                else "transformer without its text encoders"
+            )
+            + ": make the erasure in ComfyUI, or from the diffusers folder of the model; `realera "
+            "apply` writes it into this file"
         )
     # The bundled transformer reads by the encoder of the miniature, which its file leaves out.
     clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
@@ -215,6 +214,40 @@ def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **part
     return getattr(diffusers, family.pipeline["class"]).from_pretrained(
         path, torch_dtype=dtype, local_files_only=True, **parts
     )
+
+
+def _file_part(
+    part_class: Any,
+    file: TensorFile,
+    prefix: str,
+    family: Family,
+    name: str,
+    dtype: torch.dtype,
+) -> Any:
+    """A part of a single file.
+
+    prefix: beginning of the keys of the part; name: name of the part in a pipeline
+
+    Raises ValueError when the file lacks a tensor of the part.
+    """
+    state = _state(file, prefix, dtype)
+    if not state:
+        raise _lacking(file, name, prefix)
+    with _configuration_folder(family) as folder, _explained(file, family):
+        options: dict[str, Any] = {"config": folder, "subfolder": name, "local_files_only": True}
+        if dtype != torch.float32:  # the converters' default, and they warn of a needless cast
+            options["torch_dtype"] = dtype
+        try:
+            part = part_class.from_single_file(dict(state), **options)
+        except NotImplementedError:  # some tensors have no numbers
+            with torch.device("meta"):
+                part = part_class.from_config(part_class.load_config(folder, subfolder=name))
+            loadable: Any = SINGLE_FILE_LOADABLE_CLASSES[part_class.__name__]
+            found = loadable["checkpoint_mapping_fn"](checkpoint=dict(state), config=part.config)
+            _refuse_incomplete(part, file, part.state_dict().keys() - found.keys())
+            raise
+    _refuse_incomplete(part, file, [n for n, t in part.named_parameters() if t.is_meta])
+    return part
 
 
 def _folder_part(part_class: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -303,7 +336,8 @@ def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText
                 local_files_only=True,
             )
             tokenizers.append(_tokenizer(config["vocab_size"], config["pad_token_id"]))
-        _check_complete(encoder, file)
+        missing = [name for name, tensor in encoder.named_parameters() if tensor.is_meta]
+        _refuse_incomplete(encoder, file, missing)
         encoders.append(encoder)
     return DiffusersText(tokenizers, encoders)
 
@@ -324,6 +358,8 @@ def _text_state(
         for home in homes
         for key, tensor in _state(file, home, dtype).items()
     }
+    if not found:
+        raise _lacking(file, f"text_encoder{suffix}", homes[-1])
     plain, open_clip = "cond_stage_model.transformer.", f"{homes[-1]}model."
     state, projection = {}, None  # [width, pooled width]
     for name, tensor in found.items():
@@ -388,12 +424,15 @@ def _prediction(file: TensorFile, family: Family) -> tuple[dict[str, Any], int]:
     scheduler, size = dict(family.config["scheduler"]), family.config["unet"]["sample_size"]
     # SD 2.x does not say whether it predicts epsilon or v. As ComfyUI does, we tell the two apart
     # by a norm's bias, which the v-prediction training left far wider.
-    bias = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    bias = NETWORK + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
     wide = (
         family.name == "sd2"
         and family.in_channels == 4
-        and bias in file.entries
-        and float(file.read(bias).float().std(correction=0)) > 0.09
+        and any(
+            float(file.read(key).float().std(correction=0)) > 0.09
+            for key in file.entries
+            if standard_key(key) == bias
+        )
     )
     if wide or "v_pred" in file.entries or file.metadata.get("modelspec.prediction_type") == "v":
         scheduler["prediction_type"] = "v_prediction"
@@ -403,12 +442,19 @@ def _prediction(file: TensorFile, family: Family) -> tuple[dict[str, Any], int]:
     return scheduler, size
 
 
+def _lacking(file: TensorFile, part: str, prefix: str) -> ValueError:
+    return ValueError(
+        f"{file.path} lacks its {part}: no key begins with {prefix!r}. Make the erasure from the "
+        "full checkpoint; `realera apply` writes it into this file"
+    )
+
+
 def _state(file: TensorFile, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parameters below a prefix. Raises ValueError when one cannot be read (`weight_of`)."""
     return {
-        key: weight_of(file, key).to(dtype)
+        standard_key(key): weight_of(file, key).to(dtype)
         for key, entry in file.entries.items()
-        if key.startswith(prefix)
+        if standard_key(key).startswith(prefix)
         and (entry.dtype in FLOATS or key.endswith("weight"))
         and not is_companion(key)
         and not key.endswith(BUFFERS)
@@ -448,10 +494,9 @@ def _explained(file: TensorFile, family: Family) -> Iterator[None]:
         ) from error
 
 
-def _check_complete(part: nn.Module, file: TensorFile) -> None:
-    missing = [name for name, tensor in part.named_parameters() if tensor.is_meta]
+def _refuse_incomplete(part: nn.Module, file: TensorFile, missing: Collection[str]) -> None:
     if missing:
         raise ValueError(
-            f"{file.path} lacks {len(missing)} tensors of {type(part).__name__}, {missing[0]} "
+            f"{file.path} lacks {len(missing)} tensors of {type(part).__name__}, {min(missing)!r} "
             "among them: get the full checkpoint"
         )

@@ -40,8 +40,9 @@ from ..storage.safetensors_file import (
     writing,
 )
 from ..text.encoding import POOLED
-from .families import family_like, family_of, gains, locate, network_files, read_json
+from .families import family_like, gains, open_network
 from .fp8_scales import stored, weight_of
+from .layouts import AVERAGE, CONTROLNET, locate, read_json
 
 DOWN = ".lora_down.weight"
 NOTHING: Mapping[str, Tensor] = {}
@@ -86,32 +87,40 @@ def write_checkpoint(
     """
     path, target = locate(source), Path(destination)
     refuse_source(target, path)
-    files = network_files(path)
+    _, files = open_network(path)
     _check_fit(erasure, {name for _, keys in files for name in keys.values()}, path)
-    gain = gains(file for file, _ in files)
     note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
+    folders = {file.path.parent for file, _ in files}
+    gain = {at: gains(file for file, _ in files if file.path.parent == at) for at in folders}
 
-    def erased(name: str, weight: Tensor) -> Tensor:
-        return erasure.erased(name, weight, edit_strength, lora_strength, gain.get(name))
+    def stream(file: TensorFile, keys: Mapping[str, str], part: Path) -> None:
+        def erased(name: str, weight: Tensor) -> Tensor:
+            layer = name.removeprefix(CONTROLNET)
+            # The LoRA was trained for the network's own layers, which a ControlNet's are not.
+            strength = lora_strength if layer == name else 0.0
+            factor = gain[file.path.parent].get(layer)
+            return erasure.erased(layer, weight, edit_strength, strength, factor)
+
+        _stream(file, keys, erased, note, part)
 
     if not path.is_dir():
         refuse_pickle_name(target)
         with writing(target, overwrite) as temporary:
             _check_space(temporary, path.stat().st_size)
-            _stream(*files[0], erased, note, temporary)
+            stream(*files[0], temporary)
         return
 
-    copied = _copied(path)
+    rewritten = {file.path for file, _ in files}
+    copied = [part for part in _copied(path) if part not in rewritten]
     with _writing_folder(target, overwrite) as temporary:
-        written = [*copied, *(file.path for file, _ in files)]
-        _check_space(temporary, sum(part.stat().st_size for part in written))
+        _check_space(temporary, sum(part.stat().st_size for part in (*copied, *rewritten)))
         for part in copied:
             copy = temporary / part.relative_to(path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(part, copy)
         for file, keys in files:
-            with writing(temporary / file.path.parent.name / file.path.name) as part:
-                _stream(file, keys, erased, note, part)
+            with writing(temporary / file.path.relative_to(path)) as part:
+                stream(file, keys, part)
 
 
 def _copied(path: Path) -> list[Path]:
@@ -127,7 +136,10 @@ def _copied(path: Path) -> list[Path]:
     named = {
         name: kind
         for name, kind in read_json(index.read_bytes(), index).items()
-        if isinstance(kind, list) and name not in NETWORKS and "UNet" not in str(kind)
+        if isinstance(kind, list)
+        and name not in NETWORKS
+        and "UNet" not in str(kind)
+        and "ControlNet" not in str(kind)
     }
     for name, kind in named.items():
         if all(kind) and name not in DISPENSABLE and not (path / name).is_dir():
@@ -154,15 +166,18 @@ def write_lora(
     path = locate(source)
     refuse_source(destination, path)
     replaced_file(destination, overwrite)  # raises before the work
-    files, weights = network_files(path), {}
+    family, files = open_network(path)
+    weights = {}
     for file, keys in files:
         for key, name in keys.items():
-            if not key.startswith("model_ema."):  # the running average, which no loader draws with
+            # A LoRA is loaded onto the network alone, and no loader draws with its running average.
+            if not (name.startswith(CONTROLNET) or key.startswith(AVERAGE)):
                 weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
                 weights[name] = weight.half() if fp8 else weight
     _check_fit(erasure, weights.keys(), path)
-    kind, gain = family_of(path).name, gains(file for file, _ in files)
-    return save_lora(weights, erasure, destination, tolerance, overwrite, kind, gain)
+    network = files[0][0].path.parent
+    gain = gains(file for file, _ in files if file.path.parent == network)
+    return save_lora(weights, erasure, destination, tolerance, overwrite, family.name, gain)
 
 
 def save_lora(
@@ -299,7 +314,7 @@ def _stream(
 
     def header() -> bytes:
         source = {"file": file.path.name, "sha256": digest.hexdigest()}
-        notes = [*_notes(file), {**note, "from": source}]
+        notes = [*erasure_notes(file), {**note, "from": source}]
         kept = {k: v for k, v in file.metadata.items() if k not in HASHES}
         return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
 
@@ -340,8 +355,11 @@ def _stream(
         raise ValueError(f"{file.path} changed while it was read: try again")
 
 
-def _notes(file: TensorFile) -> list[Any]:
-    """What was erased from the file before; whatever else stands in its place is kept as it is."""
+def erasure_notes(file: TensorFile) -> list[Any]:
+    """Provenance of the erasures that a checkpoint or LoRA carries, the earliest first.
+
+    What another tool wrote under the same key is returned as it is.
+    """
     text = file.metadata.get("realera", "[]")
     try:
         earlier = json.loads(text)

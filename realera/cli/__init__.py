@@ -185,30 +185,35 @@ def run_scope(options: argparse.Namespace) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    from ..checkpoints.families import family_of, locate, network_files
-    from ..checkpoints.lora_kinds import adapter_of
+    from ..checkpoints.families import open_network
+    from ..checkpoints.file_kinds import adapter_of, kind_of
+    from ..checkpoints.layouts import CONTROLNET, locate
+    from ..checkpoints.writing import erasure_notes
     from ..edit.erasure_file import load_erasure
     from ..storage.safetensors_file import open_tensors
 
     path = locate(options.file)
-    file = network_files(path)[0][0] if path.is_dir() else open_tensors(path)
-    metadata = dict(file.metadata)
-    if "realera_erasure" in metadata:
+    file = open_network(path)[1][0][0] if path.is_dir() else open_tensors(path)
+    if "realera_erasure" in file.metadata:
         erasure = load_erasure(path)
         edits = ", ".join(f"{stream} of {edit.dim}" for stream, edit in erasure.edits.items())
         print(f"RealEra erasure: {edits} numbers, {len(erasure.lora)} LoRAs")
         print(json.dumps(erasure.provenance, indent=1, ensure_ascii=False))
         return
-    if "realera" in metadata:
+    if "realera" in file.metadata:
         print("carries an erasure:")
-        print(json.dumps(json.loads(metadata["realera"]), indent=1, ensure_ascii=False))
+        print(json.dumps(erasure_notes(file), indent=1, ensure_ascii=False))
     adapter = adapter_of(file)
     if adapter is not None:
         rank = "" if adapter.rank is None else f", rank {adapter.rank} at most"
         print(f"{adapter.kind} of {adapter.layers} layers{rank}")
+    elif kind := kind_of(file):
+        print(kind)
     else:
-        family = family_of(path)
+        family, network = open_network(path)
         print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")
+        if any(name.startswith(CONTROLNET) for _, keys in network for name in keys.values()):
+            print("with a ControlNet, which reads the same text: `realera apply` erases in both")
 
 
 def run_cache(options: argparse.Namespace) -> None:
