@@ -19,6 +19,7 @@ from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.edit.text_layers import TRANSFORMERS, guidance_of, text_layers, transformer_of
 from realera.miniature import CONCEPTS, load_classifier
 from realera.mining.preservation_bank import bank_prompts
+from realera.mining.vocabulary import FAR_WORDS, NEAR_WORDS
 from realera.pipelines.transformer import TransformerModel
 from realera.settings import BeyondSettings, NeighborSettings, Training
 from realera.text.encoding import CONTEXT, POOLED, Encoding
@@ -462,6 +463,40 @@ def test_padding_does_not_own_the_sums():
     pairs = replace(mining.pairs, e=Encoding(alone), target=Encoding(dict(mining.pairs.target)))
     bare = replace(mining, neighbourhood=replace(mining.neighbourhood, pairs=pairs))
     assert float(collect(bare)[CONTEXT].erase.trace()) > 5 * weighted
+
+
+@pytest.mark.parametrize("name", ["flux1", "sd3", "z_image"])
+def test_padding_is_stored_once_and_given_back_whole(name):
+    e = model_of(name).text.encode(ASKED)
+    few, back = e.compact(), e.compact().expanded()
+    for stream, rows in e.items():
+        assert back[stream].shape == rows.shape
+        weight = e.weights.get(stream, torch.ones(rows.shape[:2]))
+        content, padding = weight >= 1, (weight > 0) & (weight < 1)
+        assert torch.equal(back[stream][content], rows[content])
+        torch.testing.assert_close(back.weights.get(stream, weight), weight)
+        for own, again, these in zip(rows, back[stream], padding, strict=True):
+            if these.any():
+                assert again[these].allclose(own[these].mean(0), atol=1e-6)
+        assert few[stream].shape[1] <= content.sum(1).max() + 1
+        total = (
+            few[stream] * few.weights.get(stream, torch.ones(few[stream].shape[:2]))[..., None]
+        ).sum(1)
+        torch.testing.assert_close(total, (rows * weight[..., None]).sum(1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_ring_of_flux_takes_less_than_100_mb_of_a_concept():
+    """Each word its own tokens and one row of padding, of 4,096 numbers in float32 (B10)."""
+    mining = mined("flux1")
+    around, (dim, longest) = mining.neighbourhood, (4096, 512)
+    around.encode_all()
+    read = [*around.near.read.values(), *around.far.read.values(), mining.neighbors, mining.beyond]
+    rows = [len(one.pair) * one.e[CONTEXT].shape[1] for one in read]
+    (ids,) = mining.text.parts[0].tokenize([around.near.prompts([0])[0]])
+    assert max(one.e[CONTEXT].shape[1] for one in read) <= len(ids) + 4 < longest / 10
+    words = len(around.near.read) + len(around.far.read)
+    # At most 64 words in the ring and 64 outside, each as e and e*, and what was drawn of them.
+    assert sum(rows) / words * (NEAR_WORDS + FAR_WORDS) * 2 * dim * 4 < 100e6
 
 
 def test_stepping_towards_the_bank_needs_equal_rows():

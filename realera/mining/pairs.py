@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..concepts import Concept
-from ..text.encoding import BATCH, Encoding, TextEncoder
+from ..text.encoding import BATCH, Encoding, TextEncoder, longer, repeated
 from ..text.token_alignment import map_rows, prompt_summaries
 
 
@@ -92,13 +92,24 @@ class MinedRows:
     pair: Tensor
     words: tuple[str, ...] = ()
 
+    def expanded(self) -> "MinedRows":
+        """With as many rows as a model reads."""
+        repeats = self.e.repeats
+        span = {s: repeated(own, repeats[s]) for s, own in self.span.items() if s in repeats}
+        e, target = self.e.expanded(), self.target.expanded()
+        return MinedRows(e, target, {**self.span, **span}, self.pair, self.words)
+
     @staticmethod
     def cat(mined: Sequence["MinedRows"]) -> "MinedRows":
-        """The draws of all, one after the other; they have equally many rows."""
+        """The draws of all, one after the other, as `Encoding.cat`."""
+        e, span = Encoding.cat([one.e for one in mined]), {}
+        for stream, rows in e.items():
+            parts = [longer(one.span[stream], rows.shape[1]) for one in mined]
+            span[stream] = torch.cat(parts)
         return MinedRows(
-            Encoding.cat([one.e for one in mined]),
+            e,
             Encoding.cat([one.target for one in mined]),
-            {s: torch.cat([one.span[s] for one in mined]) for s in mined[0].span},
+            span,
             torch.cat([one.pair for one in mined]),
             tuple(word for one in mined for word in one.words),
         )

@@ -15,10 +15,11 @@ from torch.nn.functional import normalize
 from ..concepts import Concept, holds_name
 from ..edit.closed_form import BankGram
 from ..storage.cache import cached
-from ..text.encoding import CONTEXT, TextEncoder
+from ..text.encoding import CONTEXT, Encoding, TextEncoder
 from ..text.token_alignment import prompt_embeddings, prompt_summaries
 
 BATCH = 64
+ROWS = 8192  # in float64 at once: 268 MB of Flux
 RELATED = 0.55  # centred cosine with a concept from which on a prompt means it
 
 
@@ -80,8 +81,9 @@ def encode_bank(
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
             for stream in encoding:
-                rows = encoding.weighed(stream).cpu().double().flatten(0, 1)
-                grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
+                for rows in encoding.weighed(stream).flatten(0, 1).split(ROWS):
+                    some = rows.cpu().double()
+                    grams[stream] = grams.get(stream, 0.0) + some.T @ some
             whole = prompt_embeddings(text, batch, encoding)
             for stream, rows in whole.items():
                 means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
@@ -121,6 +123,7 @@ def drop_related_prompts(bank: Bank, text: TextEncoder, concepts: Sequence[Conce
     )
     if not dropped:
         return bank
-    encoded = text.encode(dropped)
+    parts = (dropped[n : n + BATCH] for n in range(0, len(dropped), BATCH))
+    encoded = Encoding.cat([text.encode(some).compact() for some in parts])
     rows = {stream: encoded.weighed(stream).cpu() for stream in encoded}
     return replace(bank, dropped=dropped, rows=rows)

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from ..concepts import Concept
 from ..storage.cache import cached
 from ..text.encoding import BATCH, Encoding, TextEncoder
-from ..text.token_alignment import RowMap, map_rows, prompt_embeddings
+from ..text.token_alignment import map_rows, prompt_embeddings
 from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs, first_summaries
 from .plan import Plan, Progress, Words
@@ -36,12 +36,14 @@ class LazyPrompts:
     """Words in the first template of the concept each is nearest to, encoded when they are drawn.
 
     rows: word, concept and template of each; pair: int64 [n], the pair of that concept and template
+    read: what was encoded, by index: a word's e, e* and span, its padding as one row
     """
 
     text: TextEncoder = field(repr=False)
+    pairs: Pairs = field(repr=False)
     rows: tuple[tuple[str, Concept, str], ...]
     pair: Tensor
-    read: dict[int, tuple[Encoding, RowMap, RowMap]] = field(default_factory=dict, repr=False)
+    read: dict[int, MinedRows] = field(default_factory=dict, repr=False)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -51,25 +53,32 @@ class LazyPrompts:
         """The words of `index` in their templates."""
         return [self.rows[k][2].replace("{}", self.rows[k][0]) for k in index]
 
-    def take(self, index: Tensor) -> tuple[Encoding, RowMap, RowMap]:
-        """The words of int64 `index` [n > 0] as encoded, and as `token_alignment.map_rows` places
-        them in
-        their concept's prompt and in the anchor's."""
+    def take(self, index: Tensor) -> MinedRows:
+        """The words of int64 `index` [n] as encoded, and where they go.
+
+        A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
+        the concept it keeps.
+        """
+        if not len(index):
+            e = self.pairs.e.take(index).compact()
+            span = {s: rows[index.to(rows.device)] for s, rows in self.pairs.span.items()}
+            return MinedRows(e, e, self.pairs.e.take(index).compact_mask(span), self.pair[index])
         new = sorted(set(index.tolist()) - self.read.keys())
-        if new:
-            rows = [self.rows[k] for k in new]
-            e = self.text.encode(self.prompts(new))
+        for some in (new[n : n + BATCH] for n in range(0, len(new), BATCH)):
+            rows, pair = [self.rows[k] for k in some], self.pair[torch.tensor(some)]
+            e = self.text.encode(self.prompts(some))
             concept = map_rows(self.text, [(w, c.name, t) for w, c, t in rows], e)
             anchor = map_rows(self.text, [(w, c.anchor, t) for w, c, t in rows], e)
-            for n, k in enumerate(new):
+            own = concept.target(e, self.pairs.e.take(pair))
+            its = anchor.target(e, self.pairs.anchor.take(pair))
+            target = Encoding({s: e[s] + its[s] - own[s] for s in e}, e.weights).compact()
+            span, e = e.compact_mask(anchor.span), e.compact()
+            for n, k in enumerate(some):
                 one = torch.tensor([n])
-                self.read[k] = e.take(one), concept.take(one), anchor.take(one)
-        found = [self.read[k] for k in index.tolist()]
-        return (
-            Encoding.cat([e for e, _, _ in found]),
-            RowMap.cat([concept for _, concept, _ in found]),
-            RowMap.cat([anchor for _, _, anchor in found]),
-        )
+                here = {s: rows[n : n + 1] for s, rows in span.items()}
+                word = (self.rows[k][0],)
+                self.read[k] = MinedRows(e.take(one), target.take(one), here, pair[one], word)
+        return MinedRows.cat([self.read[k] for k in index.tolist()])
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,9 @@ class VocabularyNeighbourhood:
     far: LazyPrompts
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
-        near = self.mined(self.near, torch.tensor(self.plan.drawn_near, dtype=torch.int64))
-        return near, self._kept(torch.tensor(self.plan.drawn_far, dtype=torch.int64))
+        near = self.near.take(torch.tensor(self.plan.drawn_near, dtype=torch.int64))
+        far = self.far.take(torch.tensor(self.plan.drawn_far, dtype=torch.int64))
+        return near, replace(far, target=far.e)
 
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
@@ -92,13 +102,14 @@ class VocabularyNeighbourhood:
 
         of: pairs, one for each concept unless given; words stand in the concept's first template
         """
-        return self.mined(self.near, self._draw(self.near, count, generator, of))
+        return self._draw(self.near, count, generator, of)
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
         """As `neighbors`, of the words just outside; they keep their outputs."""
-        return self._kept(self._draw(self.far, count, generator, of))
+        far = self._draw(self.far, count, generator, of)
+        return replace(far, target=far.e)
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:
@@ -121,7 +132,7 @@ class VocabularyNeighbourhood:
         sizes = torch.bincount(self.pairs.concept[near.pair]).tolist()
         for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
             parts = [
-                prompt_embeddings(near.text, near.prompts(some.tolist()), near.take(some)[0])
+                prompt_embeddings(near.text, near.prompts(some.tolist()), near.take(some).e)
                 for some in own.split(BATCH)
             ]
             found.append({s: torch.cat([rows[s] for rows in parts]).mean(0) for s in parts[0]})
@@ -132,35 +143,13 @@ class VocabularyNeighbourhood:
             if len(words.pair):
                 words.take(torch.arange(len(words.pair)))
 
-    def mined(self, words: LazyPrompts, take: Tensor) -> MinedRows:
-        """The neighbours of int64 `take`, of near or far words.
-
-        A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
-        the concept it keeps.
-        """
-        pair = words.pair[take]
-        if not len(take):
-            nothing = self.pairs.e.take(take)
-            span = {s: rows[take.to(rows.device)] for s, rows in self.pairs.span.items()}
-            return MinedRows(nothing, nothing, span, pair)
-        e, concept, anchor = words.take(take)
-        own = concept.target(e, self.pairs.e.take(pair))
-        its = anchor.target(e, self.pairs.anchor.take(pair))
-        target = Encoding({s: e[s] + its[s] - own[s] for s in e}, e.weights)
-        return MinedRows(
-            e, target, anchor.span, pair, tuple(words.rows[k][0] for k in take.tolist())
-        )
-
-    def _kept(self, take: Tensor) -> MinedRows:
-        far = self.mined(self.far, take)
-        return replace(far, target=far.e)
-
     def _draw(
         self, words: LazyPrompts, count: int, generator: torch.Generator, of: Sequence[int] | None
-    ) -> Tensor:
+    ) -> MinedRows:
         concept = self.pairs.concept
         pairs = self.pairs.first.tolist() if of is None else list(of)
-        return drawn(concept[words.pair], count, generator, concept[pairs].tolist())
+        chosen = drawn(concept[words.pair], count, generator, concept[pairs].tolist())
+        return words.take(chosen).expanded()
 
 
 def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
@@ -192,7 +181,7 @@ def _prompts(text: TextEncoder, words: Words, pairs: Pairs) -> LazyPrompts:
     concepts = [pairs.concepts[number] for number, _ in words]
     rows = [(word, c, c.templates[0]) for (_, word), c in zip(words, concepts, strict=True)]
     pair = torch.tensor([first[number] for number, _ in words], dtype=torch.int64)
-    return LazyPrompts(text, tuple(rows), pair)
+    return LazyPrompts(text, pairs, tuple(rows), pair)
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:

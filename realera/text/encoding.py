@@ -28,10 +28,13 @@ class Encoding(Mapping[str, Tensor]):
     weights: stream -> how much each row counts, [prompts, tokens]; 0 for a row that is not there,
         since another prompt is longer; the padding of one prompt counts as one row. Every row
         counts 1 where there are none
+    repeats: stream -> how many rows of a model's input each row stands for, int64 [prompts,
+        tokens]; one where there are none
     """
 
     streams: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    repeats: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, stream: str) -> Tensor:
         return self.streams[stream]
@@ -74,13 +77,46 @@ class Encoding(Mapping[str, Tensor]):
         return Encoding(*(_each(lambda t: t.cpu(), of) for of in self._parts))
 
     @property
-    def _parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        return self.streams, self.weights
+    def _parts(self) -> tuple[Mapping[str, Tensor], ...]:
+        return self.streams, self.weights, self.repeats
+
+    def compact(self) -> "Encoding":
+        """The padding of each prompt as one row, its mean, that counts as much.
+
+        Of 512 rows of T5 a short prompt keeps about ten; `expanded` gives all of them back.
+        """
+        streams, weights, repeats = dict(self.streams), dict(self.weights), {}
+        for stream, weight in self.weights.items():
+            padding, kept, order = _kept_rows(weight)
+            count = padding.sum(1)
+            mean = (self[stream] * padding[..., None]).sum(1) / count.clamp(min=1)[:, None]
+            rows = torch.where(padding[..., None], mean[:, None], self[stream])
+            repeat = torch.where(padding, count[:, None], 1) * kept
+            streams[stream] = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))
+            weights[stream] = kept.gather(1, order).to(weight)
+            repeats[stream] = repeat.gather(1, order)
+        return Encoding(streams, weights, repeats)
+
+    def compact_mask(self, mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of stream -> bool [prompts, tokens] the rows that `compact` keeps."""
+        found = dict(mask)
+        for stream, weight in self.weights.items():
+            _, kept, order = _kept_rows(weight)
+            found[stream] = (mask[stream] & kept).gather(1, order)
+        return found
+
+    def expanded(self) -> "Encoding":
+        """As many rows as a model reads."""
+        streams, weights = dict(self.streams), dict(self.weights)
+        for stream, repeats in self.repeats.items():
+            streams[stream] = repeated(streams[stream], repeats)
+            weights[stream] = repeated(weights[stream] / repeats.clamp(min=1), repeats)
+        return Encoding(streams, weights)
 
     @staticmethod
     def cat(encodings: Sequence["Encoding"]) -> "Encoding":
         """The prompts of all, one after the other; shorter ones get rows of weight 0."""
-        streams, weights = {}, {}
+        streams, weights, repeats = {}, {}, {}
         for stream in encodings[0]:
             longest = max(e[stream].shape[1] for e in encodings)
             rows = [longer(e[stream], longest) for e in encodings]
@@ -89,7 +125,19 @@ class Encoding(Mapping[str, Tensor]):
             if len(lengths) > 1 or any(stream in e.weights for e in encodings):
                 own = [e.weights.get(stream, torch.ones_like(e[stream][..., 0])) for e in encodings]
                 weights[stream] = torch.cat([longer(w, longest) for w in own])
-        return Encoding(streams, weights)
+            if any(stream in e.repeats for e in encodings):
+                numbers = [e.repeats.get(stream, e.there(stream).long()) for e in encodings]
+                repeats[stream] = torch.cat([longer(n, longest) for n in numbers])
+        return Encoding(streams, weights, repeats)
+
+
+def _kept_rows(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows are padding and which are kept, bool [prompts, tokens], and the places of the
+    latter, first to last, int64 [prompts, rows]: all but the padding, and one for that."""
+    padding = (weights > 0) & (weights < 1)
+    kept = (weights >= 1) | (padding & (padding.cumsum(1) == 1))
+    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
+    return padding, kept, order[:, : int(kept.sum(1).max()) if len(kept) else 0]
 
 
 def _each(change: Callable[[Tensor], Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +149,14 @@ def longer(rows: Tensor, length: int) -> Tensor:
     if rows.shape[1] == length:
         return rows
     return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
+
+
+def repeated(rows: Tensor, repeats: Tensor) -> Tensor:
+    """[prompts, tokens, ...] with every row as often as int64 `repeats` [prompts, tokens] says."""
+    longest = int(repeats.sum(1).amax()) if len(repeats) else 0
+    parts = zip(rows, repeats, strict=True)
+    found = [longer(own.repeat_interleave(n, 0)[None], longest) for own, n in parts]
+    return torch.cat(found) if found else rows
 
 
 def alike(*encodings: Encoding) -> list[Tensor]:
