@@ -140,7 +140,7 @@ def one_by_one(
 
     Returns e_c and e*_c of every accepted draw, [2, draws, rows, dim], and how many were drawn.
     """
-    (s2, s1), (shell,) = ring.plan.neighbor.cosines, ring.radii[CONTEXT]
+    (s2, s1), (shell, *_) = ring.plan.neighbor.cosines, ring.radii[CONTEXT]
     pairs, found, drawn = ring.pairs, [], 0
     for i in range(len(pairs.prompts)):
         span = pairs.span[CONTEXT][i]

@@ -200,7 +200,7 @@ def test_radii_that_a_user_names_reach_as_far_in_every_stream(texts):
         neighbor = NeighborSettings(source="isotropic", d1=d1, d1_anchor=d1_anchor)
         plan = Plan((AIRPLANE,), neighbor, BeyondSettings(d2=d2))
         found = radii_of(plan, pairs)
-        return {stream: around for stream, (around,) in found.items()}
+        return {stream: around for stream, (around, *_) in found.items()}
 
     auto = radii()
     d1, d2 = 1.1 * auto[CONTEXT].d1, 1.2 * auto[CONTEXT].d2

@@ -543,7 +543,7 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     words = ["airplane", "plane", "jet", "dog", "ship", "tree"]
     monkeypatch.setattr(model.text, "words", lambda: words)
     mining = mine(model.text, job.neighbourhood.pairs.concepts, NeighborSettings(s2=0.3), FAR)
-    inside = {word for word in mining.neighbourhood.near.words if word in words}
+    inside = {word for _, word in mining.plan.near if word in words}
     outside = [word for _, word in mining.plan.outside]
     assert inside and outside and {*outside} | inside == {*words} and not inside & {*outside}
     around = mining.neighbourhood

@@ -170,7 +170,7 @@ def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shar
     given = bank if source == "bank" else None
     ring = points_around(text, pairs, given, source=source, shared_noise=shared_noise)
     near, far = ring.neighbors(12, drawn()), ring.beyond(12, drawn())
-    (shell,), e, target = ring.radii[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
+    (shell, *_), e, target = ring.radii[CONTEXT], pairs.e[CONTEXT], pairs.target[CONTEXT]
     s2, s1 = ring.plan.neighbor.cosines
     for mined, low, high in ((near, s2, s1), (far, -1.0, s2)):
         assert mined.pair.bincount().tolist() == [12] * len(pairs.prompts)
@@ -242,7 +242,7 @@ def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(text, pairs,
 def test_many_neighbours_have_the_moments_that_geometry_predicts(text, pairs):
     """A neighbour is (R - c r) ê + s r u, with c, s the cosine and sine between -e and v̂."""
     ring = points_around(text, pairs)
-    (shell,), e, span = ring.radii[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
+    (shell, *_), e, span = ring.radii[CONTEXT], pairs.e[CONTEXT][0], pairs.span[CONTEXT][0]
     near = ring.neighbors(3000, drawn(), of=[0]).e[CONTEXT]
     own = e[span]
     rows = near[:, span]  # [draws, rows, dim]
@@ -327,21 +327,20 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
     monkeypatch.setattr("realera.mining.vocabulary.NEAR_WORDS", 3)
     monkeypatch.setattr("realera.mining.vocabulary.FAR_WORDS", 2)
     few = words_around(text, two, s2=0.4)
-    assert len(few.near.rows) == 3 * len(two.concepts)
-    assert len(few.far.rows) == 2 * len(two.concepts)
+    assert len(few.plan.near) == 3 * len(two.concepts)
+    assert len(few.plan.far) == 2 * len(two.concepts)
     for first in two.first.tolist():
         kept, all_near = (
-            [w for w, p in zip(r.near.words, r.near.pair.tolist(), strict=True) if p == first]
-            for r in (few, words)
+            [w for n, w in r.plan.near if two.first[n] == first] for r in (few, words)
         )
         assert kept == all_near[:3] and len(all_near) > 3
 
 
 def test_beyond_words_lie_below_their_own_limit(text, two, words):
     ring = words_around(text, two, s2=0.4, beyond_s2=0.3)
-    assert set(ring.near.words) == set(words.near.words)
-    assert max(cosines(ring)[word] for word in ring.far.words) < 0.3
-    assert max(cosines(words)[word] for word in words.far.words) > 0.3
+    assert ring.plan.near == words.plan.near
+    assert max(cosines(ring)[word] for _, word in ring.plan.far) < 0.3
+    assert max(cosines(words)[word] for _, word in words.plan.far) > 0.3
 
 
 def test_the_vocabulary_is_encoded_once_for_an_encoder_and_a_template(text, two, monkeypatch):
@@ -452,7 +451,7 @@ def test_one_in_so_many_bank_prompts_is_stepped_towards(text, pairs, bank, monke
     plan = Plan(pairs.concepts, NeighborSettings(source="bank"), BeyondSettings())
     plan = SOURCES["bank"].complete(text, plan, lambda done, total: None)
     assert plan.steps == ("", prompts[7])  # of 9, the empty one first; one names the concept
-    (radii,) = SOURCES["bank"].neighbourhood(text, plan, pairs).radii[CONTEXT]
+    radii, *_ = SOURCES["bank"].neighbourhood(text, plan, pairs).radii[CONTEXT]
     assert torch.equal(radii.candidates, text.encode(plan.steps)[CONTEXT])
 
 

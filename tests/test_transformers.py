@@ -131,7 +131,7 @@ def test_rows_are_what_the_readers_read(name):
 def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(name):
     """As of prompts that are encoded alone, however long the others are."""
     text, mining = model_of(name).text, mined(name)
-    prompts = [template.replace("{}", word) for word, _, template in mining.neighbourhood.near.rows]
+    prompts = mining.neighbourhood.near.prompts(range(len(mining.plan.near)))
     alone = [prompt_embeddings(text, [prompt], text.encode([prompt])) for prompt in prompts]
     assert prompts[0] == ASKED[0] and len(prompts) > 1
     for stream, sums in collect(mining).items():

@@ -51,7 +51,7 @@ class Neighbourhood(Protocol):
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:
-        """stream -> radii around each concept; none where neighbours are words."""
+        """stream -> radii around each prompt; none where neighbours are words."""
 
     @property
     def has_beyond(self) -> bool:

@@ -1,4 +1,4 @@
-"""The ring of random steps around every concept (Sec. 4.1-4.2; Alg. 1, l. 4-22).
+"""Random steps around every concept (Sec. 4.1-4.2; Alg. 1, l. 4-22).
 
 A neighbour is e + r v̂, a step from the concept's embedding towards v: random noise, v ~ N(0, I), as
 in the paper; or the row of a bank prompt at the same position, so that the step goes towards things
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..settings import S2, BeyondSettings
 from ..storage.safetensors_file import digest
-from ..text.encoding import Encoding, TextEncoder
+from ..text.encoding import CONTEXT, Encoding, TextEncoder
 from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs
 from .plan import Plan, Progress
@@ -24,86 +24,66 @@ from .preservation_bank import drop_related_prompts, encode_bank
 
 BLOCK = 16  # draws tried at once: 4 MB of a whole span in SD 1.x, which a cache holds
 MAX_DRAWS = 1024 * BLOCK
-EVERY = 4  # one in so many bank prompts is stepped towards
+EVERY = 4  # every so many prompts of the bank are stepped towards
 
 
 @dataclass(frozen=True)
 class GaussianNeighbourhood:
     """As `neighbourhood.Neighbourhood`, of random steps.
 
-    radii: stream -> radii around each concept
+    radii: stream -> radii around each prompt
     """
 
     plan: Plan
     pairs: Pairs
-    radii: Mapping[str, tuple[Radii, ...]]
+    radii: Mapping[str, Sequence[Radii]]
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
-        """Each concept's draws have a seed of their own, so that they are those of any part."""
-        plan = self.plan
-        beyond = plan.beyond or BeyondSettings(beyond=0)
-        seed = plan.neighbor.seed if beyond.beyond_seed is None else beyond.beyond_seed
-        kinds = (
-            (self.neighbors, plan.neighbor.neighbors, "neighbors", plan.neighbor.seed),
-            (self.beyond, beyond.beyond, "beyond", seed),
-        )
-        near, far = (
-            MinedRows.cat(
-                [
-                    draw(count, seeded(seed, purpose, concept.name), self.pairs.of(n))
-                    for n, concept in enumerate(plan.concepts)
-                ]
-            )
-            for draw, count, purpose, seed in kinds
-        )
-        return near, far
+        """The draws around each concept have a seed of their own: they are those of any part."""
+        neighbor, beyond = self.plan.neighbor, self.plan.beyond or BeyondSettings(beyond=0)
+        beyond_seed = neighbor.seed if beyond.beyond_seed is None else beyond.beyond_seed
+        near, far = [], []
+        for n, concept in enumerate(self.plan.concepts):
+            prompts = self.pairs.of(n)
+            generator = seeded(neighbor.seed, "neighbors", concept.name)
+            near.append(self.neighbors(neighbor.neighbors, generator, prompts))
+            generator = seeded(beyond_seed, "beyond", concept.name)
+            far.append(self.beyond(beyond.beyond, generator, prompts))
+        return MinedRows.cat(near), MinedRows.cat(far)
 
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` neighbours around each of the pairs `of`, all unless given."""
-        pairs, of = self.pairs, self._around(of)
         s2, s1 = self.plan.neighbor.cosines
-        e, target = {}, {}
-        for stream in self.radii:
-            concept_rows, anchor_rows = pairs.e[stream], pairs.target[stream]
-            contexts, targets = [concept_rows[:0]], [anchor_rows[:0]]
-            for i in of:
-                around = self._radii(stream, i)
-                direction, radius = self._draw(
-                    stream, i, count, (0.0, around.d1), (s2, s1), generator
-                )
-                tolerance = around.d1_anchor * torch.rand(count, generator=generator)
-                contexts.append(torch.addcmul(concept_rows[i], radius, direction))
-                tolerance = tolerance[:, None, None].to(direction)
-                targets.append(torch.addcmul(anchor_rows[i], tolerance, direction))
-            e[stream], target[stream] = torch.cat(contexts), torch.cat(targets)
-        return self._mined(e, target, of, count)
+
+        def drawn(stream: str, i: int, radii: Radii) -> tuple[Tensor, Tensor]:
+            v, r = self._steps(stream, i, count, (0.0, radii.d1), (s2, s1), generator)
+            r_anchor = radii.d1_anchor * torch.rand(count, generator=generator)
+            e, target = self.pairs.e[stream][i], self.pairs.target[stream][i]
+            return torch.addcmul(e, r, v), torch.addcmul(target, r_anchor[:, None, None].to(v), v)
+
+        return self._mined(drawn, count, of)
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` beyond points around each of the pairs `of`, all unless given."""
-        of, e = self._around(of), {}
-        for stream in self.radii:
-            concept_rows = self.pairs.e[stream]
-            contexts = [concept_rows[:0]]
-            for i in of:
-                around = self._radii(stream, i)
-                direction, radius = self._draw(
-                    stream, i, count, (around.d1, around.d2), (-1.0, self.plan.farthest), generator
-                )
-                contexts.append(concept_rows[i] + radius * direction)
-            e[stream] = torch.cat(contexts)
-        return self._mined(e, e, of, count)
+        cosines = -1.0, self.plan.farthest
+
+        def drawn(stream: str, i: int, radii: Radii) -> tuple[Tensor, Tensor]:
+            v, r = self._steps(stream, i, count, (radii.d1, radii.d2), cosines, generator)
+            e = self.pairs.e[stream][i] + r * v
+            return e, e[:0]
+
+        mined = self._mined(drawn, count, of)
+        return replace(mined, target=mined.e)
 
     @property
     def has_beyond(self) -> bool:
         return True
 
     def replan(self, plan: Plan) -> "GaussianNeighbourhood":
-        steps = {stream: around[0].candidates for stream, around in self.radii.items()}
-        return replace(self, plan=plan, radii=radii_of(plan, self.pairs, steps))
+        candidates = {stream: radii[0].candidates for stream, radii in self.radii.items()}
+        return replace(self, plan=plan, radii=radii_of(plan, self.pairs, candidates))
 
     def representatives(self) -> dict[str, Tensor]:
         return {}
@@ -111,26 +91,33 @@ class GaussianNeighbourhood:
     def encode_all(self) -> None:
         pass
 
-    def _around(self, of: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self.pairs.prompts)) if of is None else of
-
-    def _radii(self, stream: str, i: int) -> Radii:
-        return self.radii[stream][int(self.pairs.concept[i])]
-
     def _mined(
-        self, e: dict[str, Tensor], target: dict[str, Tensor], of: Sequence[int], count: int
+        self,
+        drawn: Callable[[str, int, Radii], tuple[Tensor, Tensor]],
+        count: int,
+        of: Sequence[int] | None,
     ) -> MinedRows:
+        """What is drawn around each of the pairs `of`, all unless given.
+
+        drawn: stream, pair and radii -> rows e and e* of `count` draws, [count, tokens, dim]
+        """
+        of = range(len(self.pairs.prompts)) if of is None else of
+        e, target = {}, {}
+        for stream, radii in self.radii.items():
+            nothing = self.pairs.e[stream][:0], self.pairs.e[stream][:0]
+            rows = [nothing, *(drawn(stream, i, radii[i]) for i in of)]
+            e[stream], target[stream] = map(torch.cat, zip(*rows, strict=True))
         pair = torch.tensor(of, dtype=torch.int64).repeat_interleave(count)
         span = {stream: rows[pair.to(rows.device)] for stream, rows in self.pairs.span.items()}
         weights = self.pairs.e.take(pair).weights
         return MinedRows(Encoding(e, weights), Encoding(target, weights), span, pair)
 
-    def _draw(
+    def _steps(
         self,
         stream: str,
         i: int,
         count: int,
-        radii: tuple[float, float],
+        lengths: tuple[float, float],
         cosines: tuple[float, float],
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
@@ -138,41 +125,40 @@ class GaussianNeighbourhood:
 
         Directions are zero outside the span. Blocks are drawn and their acceptable part kept.
         """
-        shell = self._radii(stream, i)
-        e, span = self.pairs.e[stream][i], self.pairs.span[stream][i]
-        own = e[span]  # [rows, dim]
-        around = own - shell.centre[span]
-        rows, dim = own.shape
-        squared = around.square().sum(-1)  # [rows]
-        directions, radius = e.new_zeros(count, *e.shape), e.new_zeros(count, 1, 1)
-        low, high = radii
+        radii, shared_noise = self.radii[stream][i], self.plan.neighbor.shared_noise
+        context, span = self.pairs.e[stream][i], self.pairs.span[stream][i]
+        e = context[span]  # [rows, dim]
+        centred = e - radii.centre[span]
+        rows, dim = e.shape
+        squared = centred.square().sum(-1)  # [rows]
+        directions, radius = e.new_zeros(count, *context.shape), e.new_zeros(count, 1, 1)
+        (low, high), (least, most) = lengths, cosines
         have = tried = 0
         while have < count and tried < MAX_DRAWS:
-            # About one draw in three is accepted with the default ring.
+            # About one draw in three is accepted with the default cosines.
             block = min(BLOCK, 2 * (count - have) + 2)
-            if shell.candidates is None:
-                noise_rows = 1 if self.plan.neighbor.shared_noise else rows
-                v = torch.randn(block, noise_rows, dim, generator=generator).to(own)
+            if radii.candidates is None:
+                noise_rows = 1 if shared_noise else rows
+                v = torch.randn(block, noise_rows, dim, generator=generator).to(e)
             else:
-                pick = torch.randint(len(shell.candidates), (block,), generator=generator)
-                v = shell.candidates[pick.to(own.device)][:, span]
-            step = v - own
+                pick = torch.randint(len(radii.candidates), (block,), generator=generator)
+                v = radii.candidates[pick.to(e.device)][:, span]
+            step = v - e
             length = step.norm(dim=-1)  # [block, rows]
-            r = low + (high - low) * torch.rand(block, 1, generator=generator).to(own)
-            along = torch.einsum("nrd,rd->nr", step, around) / length
-            moved = squared + r * (2 * along + r)  # |around + r v̂|²
+            r = low + (high - low) * torch.rand(block, 1, generator=generator).to(e)
+            along = torch.einsum("nrd,rd->nr", step, centred) / length
+            moved = squared + r * (2 * along + r)  # |centred + r v̂|²
             cosine = ((squared + r * along) / (squared * moved).sqrt()).mean(-1)
-            accepted = (cosine >= cosines[0]) & (cosine <= cosines[1])
-            chosen = accepted.nonzero()[: count - have, 0]
-            now = slice(have, have + len(chosen))
-            directions[now, span] = step[chosen] / length[chosen, :, None]
-            radius[now, 0] = r[chosen]
+            accepted = ((cosine >= least) & (cosine <= most)).nonzero()[: count - have, 0]
+            now = slice(have, have + len(accepted))
+            directions[now, span] = step[accepted] / length[accepted, :, None]
+            radius[now, 0] = r[accepted]
             have, tried = now.stop, tried + block
         if have < count:
             raise ValueError(
                 f"{tried} draws around {self.pairs.prompts[i]!r} gave {have} of {count} with a "
-                f"radius in [{low:.3g}, {high:.3g}) and a cosine in [{cosines[0]:.2f}, "
-                f"{cosines[1]:.2f}]: widen S2..S1, or leave D1 and D2 auto"
+                f"radius in [{low:.3g}, {high:.3g}) and a cosine in [{least:.2f}, {most:.2f}]: "
+                "widen S2..S1, or leave D1 and D2 auto"
             )
         return directions, radius
 
@@ -207,8 +193,8 @@ def seeded(seed: int, purpose: str, name: str) -> torch.Generator:
 
 def radii_of(
     plan: Plan, pairs: Pairs, candidates: Mapping[str, Tensor | None] | None = None
-) -> dict[str, tuple[Radii, ...]]:
-    """stream -> the radii around each concept, every range resolved and checked.
+) -> dict[str, list[Radii]]:
+    """stream -> radii around each prompt, alike for those of a concept, resolved and checked.
 
     candidates: the v's to step towards in each stream, noise unless given
 
@@ -216,22 +202,22 @@ def radii_of(
     proportion to its own automatic ones. Raises ValueError for a range that no draw can satisfy,
     with one that works.
     """
-    given = (plan.neighbor.d1, plan.neighbor.d1_anchor, (plan.beyond or BeyondSettings()).d2)
-    found: dict[str, tuple[Radii, ...]] = {}
-    units: list[float] = []  # the automatic D1 of the context, which is the first stream
+    named = (plan.neighbor.d1, plan.neighbor.d1_anchor, (plan.beyond or BeyondSettings()).d2)
+    found: dict[str, list[Radii]] = {stream: [] for stream in pairs.e}
+    units: list[float] = []  # each concept's automatic D1 in the context
     for stream, e in pairs.e.items():
-        steps, around = (candidates or {}).get(stream), []
-        if steps is None:
+        v = (candidates or {}).get(stream)
+        if v is None:
             centre = torch.zeros_like(e[0])
             lengths = torch.full(e.shape[1:2], math.sqrt(e.shape[2])).to(centre)
         else:
-            centre = steps.mean(0)
-            lengths = (steps - centre).norm(dim=-1).mean(0)  # [tokens]
+            centre = v.mean(0)
+            lengths = (v - centre).norm(dim=-1).mean(0)  # [tokens]
         norms = (e - centre).norm(dim=-1)
         for n in range(len(pairs.concepts)):
-            own = list(pairs.of(n))
-            span = pairs.span[stream][own]
-            norm, spread = norms[own][span], lengths.expand(len(own), -1)[span]
+            prompts = list(pairs.of(n))
+            span = pairs.span[stream][prompts]
+            norm, spread = norms[prompts][span], lengths.expand(len(prompts), -1)[span]
             distance = partial(_distance_at, norm=norm, spread=spread)
             if not math.isfinite(distance(plan.farthest)):
                 limit = float((-norm / torch.hypot(norm, spread)).mean())
@@ -241,11 +227,11 @@ def radii_of(
                     "default"
                 )
             automatic = distance(plan.neighbor.cosines[0])
-            if len(units) == n:
+            if stream == CONTEXT:  # the first
                 units.append(automatic)
-            radii = _radii(plan, distance, *(r and r * (automatic / units[n]) for r in given))
-            around.append(Radii(*radii, centre, steps))
-        found[stream] = tuple(around)
+            d1, d1_anchor, d2 = (d and d * (automatic / units[n]) for d in named)
+            radii = Radii(*_checked(plan, distance, d1, d1_anchor, d2), centre, v)
+            found[stream] += [radii] * len(prompts)
     return found
 
 
@@ -258,7 +244,7 @@ def _alike(one: Encoding, other: Encoding) -> bool:
     )
 
 
-def _radii(
+def _checked(
     plan: Plan,
     distance: Callable[[float], float],
     d1: float | None,

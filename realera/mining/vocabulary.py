@@ -1,9 +1,9 @@
-"""The ring of words around every concept: Sec. 4.1-4.2 with what prompts can say in place of noise.
+"""Words around every concept: Sec. 4.1-4.2 with what prompts can say in place of noise.
 
 Every word of the tokenizer's vocabulary is put in the concept's template and compared with it on
 the row that has seen the whole prompt, around the vocabulary's mean, since the rows of one encoder
 share a large common part. The words inside the ring are neighbours, those just outside beyond
-points; nothing is random but their choice, and a user can read them and strike one out. Where
+points; nothing is random but their choice, and a user can read them and leave one out. Where
 Alg. 1 makes a neighbour the anchor (l. 8), a word goes the way of its concept: "runway" becomes
 what it is beside an airplane, and the anchor.
 """
@@ -32,84 +32,106 @@ CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
 
 
 @dataclass(frozen=True)
-class LazyPrompts:
-    """Words in the first template of the concept each is nearest to, encoded when they are drawn.
+class WordRows:
+    """Words in the first template of their concepts, encoded when they are drawn.
 
-    rows: word, concept and template of each; pair: int64 [n], the pair of that concept and template
-    read: what was encoded, by index: a word's e, e* and span, its padding as one row
+    words: number of a concept and a word, concept by concept
+    read: index -> e, e* and span of a word that was encoded, its padding as one row
     """
 
     text: TextEncoder = field(repr=False)
     pairs: Pairs = field(repr=False)
-    rows: tuple[tuple[str, Concept, str], ...]
-    pair: Tensor
+    words: Words
     read: dict[int, MinedRows] = field(default_factory=dict, repr=False)
 
     @property
-    def words(self) -> tuple[str, ...]:
-        return tuple(word for word, _, _ in self.rows)
+    def concept(self) -> Tensor:
+        """The concept of each word, int64 [words]."""
+        return torch.tensor([number for number, _ in self.words], dtype=torch.int64)
+
+    def placed(self, index: Sequence[int]) -> list[tuple[str, Concept, str]]:
+        """Word, concept and template of each of `index`."""
+        words = [self.words[k] for k in index]
+        concepts = [self.pairs.concepts[number] for number, _ in words]
+        return [(w, c, c.templates[0]) for (_, w), c in zip(words, concepts, strict=True)]
 
     def prompts(self, index: Sequence[int]) -> list[str]:
         """The words of `index` in their templates."""
-        return [self.rows[k][2].replace("{}", self.rows[k][0]) for k in index]
+        return [template.replace("{}", word) for word, _, template in self.placed(index)]
 
     def take(self, index: Tensor) -> MinedRows:
-        """The words of int64 `index` [n] as encoded, and where they go.
+        """The words of int64 `index` [n], and where they go.
 
         A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
         the concept it keeps.
         """
         if not len(index):
-            e = self.pairs.e.take(index).compact()
-            span = {s: rows[index.to(rows.device)] for s, rows in self.pairs.span.items()}
-            return MinedRows(e, e, self.pairs.e.take(index).compact_mask(span), self.pair[index])
+            nothing = self.pairs.e.take(index)
+            span = {s: rows[:0] for s, rows in self.pairs.span.items()}
+            return MinedRows(nothing, nothing, span, index)
         new = sorted(set(index.tolist()) - self.read.keys())
-        for some in (new[n : n + BATCH] for n in range(0, len(new), BATCH)):
-            rows, pair = [self.rows[k] for k in some], self.pair[torch.tensor(some)]
-            e = self.text.encode(self.prompts(some))
-            concept = map_rows(self.text, [(w, c.name, t) for w, c, t in rows], e)
-            anchor = map_rows(self.text, [(w, c.anchor, t) for w, c, t in rows], e)
-            own = concept.target(e, self.pairs.e.take(pair))
-            its = anchor.target(e, self.pairs.anchor.take(pair))
-            target = Encoding({s: e[s] + its[s] - own[s] for s in e}, e.weights).compact()
-            span, e = e.compact_mask(anchor.span), e.compact()
-            for n, k in enumerate(some):
-                one = torch.tensor([n])
-                here = {s: rows[n : n + 1] for s, rows in span.items()}
-                word = (self.rows[k][0],)
-                self.read[k] = MinedRows(e.take(one), target.take(one), here, pair[one], word)
+        for n in range(0, len(new), BATCH):
+            self._encode(new[n : n + BATCH])
         return MinedRows.cat([self.read[k] for k in index.tolist()])
+
+    def draw(self, count: int, generator: torch.Generator, of: Sequence[int]) -> MinedRows:
+        """`count` words of each of the concepts `of`, with as many rows as a model reads."""
+        return self.take(drawn(self.concept, count, generator, of)).expanded()
+
+    def _encode(self, index: Sequence[int]) -> None:
+        placed, pair = self.placed(index), self.pairs.first[self.concept[torch.tensor(index)]]
+        e = self.text.encode(self.prompts(index))
+        concept = map_rows(self.text, [(w, c.name, t) for w, c, t in placed], e)
+        anchor = map_rows(self.text, [(w, c.anchor, t) for w, c, t in placed], e)
+        concept_rows = concept.target(e, self.pairs.e.take(pair))
+        anchor_rows = anchor.target(e, self.pairs.anchor.take(pair))
+        target = Encoding({s: e[s] + anchor_rows[s] - concept_rows[s] for s in e}, e.weights)
+        span, e, target = e.compact_mask(anchor.span), e.compact(), target.compact()
+        for n, k in enumerate(index):
+            one, row = torch.tensor([n]), {s: rows[n : n + 1] for s, rows in span.items()}
+            word = (placed[n][0],)
+            self.read[k] = MinedRows(e.take(one), target.take(one), row, pair[one], word)
 
 
 @dataclass(frozen=True)
 class VocabularyNeighbourhood:
-    """As `neighbourhood.Neighbourhood`, of words: near and far ones as the plan has them."""
+    """As `neighbourhood.Neighbourhood`, of words: near and far ones as the plan has them.
+
+    Words stand in the first template of their concept, whichever pairs they are drawn around.
+    """
 
     plan: Plan
     pairs: Pairs
-    near: LazyPrompts
-    far: LazyPrompts
+    near: WordRows
+    far: WordRows
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
-        near = self.near.take(torch.tensor(self.plan.drawn_near, dtype=torch.int64))
-        far = self.far.take(torch.tensor(self.plan.drawn_far, dtype=torch.int64))
+        near, far = (
+            words.take(torch.tensor(index, dtype=torch.int64))
+            for words, index in ((self.near, self.plan.drawn_near), (self.far, self.plan.drawn_far))
+        )
         return near, replace(far, target=far.e)
 
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` words of each prompt's concept, or all where the ring holds fewer.
+        """`count` words of each pair's concept, or all where the ring holds fewer.
 
-        of: pairs, one for each concept unless given; words stand in the concept's first template
+        of: pairs, one for each concept unless given
         """
-        return self._draw(self.near, count, generator, of)
+        return self.near.draw(count, generator, self._concepts(of))
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
         """As `neighbors`, of the words just outside; they keep their outputs."""
-        far = self._draw(self.far, count, generator, of)
+        far = self.far.draw(count, generator, self._concepts(of))
         return replace(far, target=far.e)
+
+    def _concepts(self, of: Sequence[int] | None) -> Sequence[int]:
+        """The concept of each pair."""
+        pairs = self.pairs.first if of is None else torch.tensor(of)
+        return self.pairs.concept[pairs].tolist()
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:
@@ -121,7 +143,7 @@ class VocabularyNeighbourhood:
         return {number for number, _ in self.plan.far} == set(range(len(self.plan.concepts)))
 
     def replan(self, plan: Plan) -> "VocabularyNeighbourhood":
-        return replace(self, plan=plan, far=_prompts(self.near.text, plan.far, self.pairs))
+        return replace(self, plan=plan, far=WordRows(self.far.text, self.pairs, plan.far))
 
     def representatives(self) -> dict[str, Tensor]:
         """Of each concept the mean of all words of its ring, its name among them, whichever were
@@ -129,59 +151,42 @@ class VocabularyNeighbourhood:
         if not self.plan.drawn_near:
             return {}
         near, found = self.near, []
-        sizes = torch.bincount(self.pairs.concept[near.pair]).tolist()
-        for own in torch.arange(len(near.rows)).split(sizes):  # they lie concept by concept
+        for index in torch.arange(len(near.words)).split(torch.bincount(near.concept).tolist()):
             parts = [
                 prompt_embeddings(near.text, near.prompts(some.tolist()), near.take(some).e)
-                for some in own.split(BATCH)
+                for some in index.split(BATCH)
             ]
             found.append({s: torch.cat([rows[s] for rows in parts]).mean(0) for s in parts[0]})
         return {stream: torch.cat([rows[stream] for rows in found]) for stream in found[0]}
 
     def encode_all(self) -> None:
         for words in (self.near, self.far):
-            if len(words.pair):
-                words.take(torch.arange(len(words.pair)))
-
-    def _draw(
-        self, words: LazyPrompts, count: int, generator: torch.Generator, of: Sequence[int] | None
-    ) -> MinedRows:
-        concept = self.pairs.concept
-        pairs = self.pairs.first.tolist() if of is None else list(of)
-        chosen = drawn(concept[words.pair], count, generator, concept[pairs].tolist())
-        return words.take(chosen).expanded()
+            words.take(torch.arange(len(words.words)))
 
 
-def drawn(whose: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
-    """`count` words at random of each of the concepts `of`, or all where there are fewer: int64.
+def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
+    """Indices of `count` words at random of each of the concepts `of`, or of all where there are
+    fewer: int64, in the order of `of`.
 
-    In the order of `of`; as long as there are enough, a concept that is asked for again gets other
-    words. whose: the number of every word's concept, int64 [words]
+    A concept that comes again in `of` gets other words, as long as there are enough.
+    concept: concept of each word, int64 [words]
     """
-    shuffled = torch.randperm(len(whose), generator=generator)
-    by_concept = shuffled[whose[shuffled].argsort(stable=True)]
-    sizes = torch.bincount(whose, minlength=max(of, default=0) + 1)
-    own = by_concept.split(sizes.tolist())
-    asked: Counter[int] = Counter()  # how often each concept was
+    shuffled = torch.randperm(len(concept), generator=generator)
+    by_concept = shuffled[concept[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(concept, minlength=max(of, default=0) + 1)
+    words = by_concept.split(sizes.tolist())
+    times: Counter[int] = Counter()  # how often each concept came
     parts = [shuffled[:0]]
     for n in of:
-        parts.append(own[n].roll(-count * asked[n])[:count])
-        asked[n] += 1
+        parts.append(words[n].roll(-count * times[n])[:count])
+        times[n] += 1
     return torch.cat(parts)
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeighbourhood:
     """The words of the plan around its concepts' pairs; none is encoded yet."""
-    near, far = (_prompts(text, words, pairs) for words in (plan.near, plan.far))
+    near, far = (WordRows(text, pairs, words) for words in (plan.near, plan.far))
     return VocabularyNeighbourhood(plan, pairs, near, far)
-
-
-def _prompts(text: TextEncoder, words: Words, pairs: Pairs) -> LazyPrompts:
-    first = pairs.first.tolist()
-    concepts = [pairs.concepts[number] for number, _ in words]
-    rows = [(word, c, c.templates[0]) for (_, word), c in zip(words, concepts, strict=True)]
-    pair = torch.tensor([first[number] for number, _ in words], dtype=torch.int64)
-    return LazyPrompts(text, pairs, tuple(rows), pair)
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
@@ -196,8 +201,8 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
     generator = torch.Generator().manual_seed(neighbor.seed)
 
     def draw(words: Words, count: int) -> tuple[int, ...]:
-        whose = torch.tensor([number for number, _ in words], dtype=torch.int64)
-        return tuple(drawn(whose, count, generator, range(len(plan.concepts))).tolist())
+        concept = torch.tensor([number for number, _ in words], dtype=torch.int64)
+        return tuple(drawn(concept, count, generator, range(len(plan.concepts))).tolist())
 
     plan = replace(plan, drawn_near=draw(plan.near, neighbor.neighbors))
     if beyond is None:
@@ -216,7 +221,7 @@ def choose_words(
     """
     concepts, outer = plan.concepts, plan.farthest
     s2, s1 = plan.neighbor.cosines
-    struck = {word.casefold() for word in plan.neighbor.exclude}
+    excluded = {word.casefold() for word in plan.neighbor.exclude}
     names = {concept.name.casefold() for concept in concepts}
     vocabulary = text.words()
     known = torch.tensor([word.casefold() not in names for word in vocabulary], dtype=torch.bool)
@@ -259,7 +264,7 @@ def choose_words(
     compared: list[tuple[int, str, float]] = []
     for number, concept in enumerate(concepts):
         compared += [(number, words[k], float(cosine[k])) for k in inside[number] + below[number]]
-        kept = [words[k] for k in inside[number] if words[k].casefold() not in struck]
+        kept = [words[k] for k in inside[number] if words[k].casefold() not in excluded]
         # The concept is its own first neighbour, so that no ring is ever empty.
         near += [(number, word) for word in (concept.name, *kept)]
         far += [(number, words[k]) for k in below[number]]

@@ -134,7 +134,7 @@ def loss_curve(
 def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
     """The points around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
 
-    Distances are means over the span's rows; D1 and D2 are means over the concepts.
+    Distances are means over the span's rows; D1 and D2 are means over the prompts.
     """
     radii, pairs = around.radii[CONTEXT], around.pairs.e[CONTEXT]
     figure = _figure(7, 4.2)
