@@ -692,8 +692,12 @@ def test_out_of_memory_names_what_helps(model, job, monkeypatch, error):
     monkeypatch.setattr(model, "predict", fail)
     with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
         run(model, job)
-    for way in ("step 1", "--batch", "--gradient-checkpointing", "--steps 0", "LoRA Align"):
+    for way in ("step 1", "--batch 1", "--gradient-checkpointing", "--steps 0", "LoRA Align"):
         assert way in str(raised.value)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
+        run(model, job, replace(SHORT, batch=1, gradient_checkpointing=True))
+    for helpless in ("--batch", "--gradient-checkpointing"):
+        assert helpless not in str(raised.value)
 
 
 def test_another_error_of_the_network_is_left_as_it_is(model, job, monkeypatch):

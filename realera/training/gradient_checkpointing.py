@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,28 +20,27 @@ from .student_teacher import StudentTeacher
 # A residual or attention block of a U-Net, and a transformer's, as diffusers and ComfyUI name them.
 UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
 TRANSFORMER_BLOCK = r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
+ROOM = 1.1  # peak of a step / saved activations; 1.01 to 1.04 in `benchmarks/results/memory.md`
 
 
-def checkpointed_where_needed(
-    networks: StudentTeacher, term: LossTerm, on: bool
-) -> AbstractContextManager[None]:
-    """Gradient checkpointing where it is on, or where the free memory does not hold the activations
-    of the term, with a warning.
+def needs_checkpointing(networks: StudentTeacher, term: LossTerm) -> bool:
+    """Whether the free memory is too small for the activations of the term, with a warning if so.
 
-    Where the device does not tell its free memory, as a CPU, it stays as it is.
+    False where the device does not tell its free memory, as a CPU.
     """
-    network, device = networks.model.network, term.z_t.device
-    free = None if on else free_bytes(device)
-    if free is not None:
-        needed = activation_bytes(networks, next(term.parts()))
-        on = needed > free
-        if on:
-            warnings.warn(
-                f"gradient checkpointing is on: a step needs {needed / 2**30:.1f} GiB for "
-                f"activations and {free / 2**30:.1f} GiB are free on {device}",
-                stacklevel=3,
-            )
-    return checkpointed(network) if on else nullcontext()
+    device = term.z_t.device
+    free = free_bytes(device)
+    if free is None:
+        return False
+    needed = ROOM * activation_bytes(networks, term)
+    if needed <= free:
+        return False
+    warnings.warn(
+        f"gradient checkpointing is on: a step needs {needed / 2**30:.1f} GiB for activations and "
+        f"{free / 2**30:.1f} GiB are free on {device}",
+        stacklevel=3,
+    )
+    return True
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from ..edit.erasure import Lora
 from ..pipelines.interface import Diffusion
 from ..settings import Training
 from .adversarial import adversarial_terms, filter_words
-from .gradient_checkpointing import checkpointed_where_needed
+from .gradient_checkpointing import checkpointed, needs_checkpointing
 from .inputs import TrainingInputs
 from .lora import with_lora
 from .objective import backward, loss_terms
@@ -50,10 +50,11 @@ def align(
         networks = student_teacher(model, inputs.erasure)
         if training.adversarial:
             inputs = filter_words(networks, inputs, training)
-        first = loss_terms(model, inputs, training, 1)[0]
+        part = next(loss_terms(model, inputs, training, 1)[0].parts())
+        checkpointing = training.gradient_checkpointing or needs_checkpointing(networks, part)
         with (
-            checkpointed_where_needed(networks, first, training.gradient_checkpointing),
-            _explained(saved, training),
+            checkpointed(model.network) if checkpointing else nullcontext(),
+            _explained(saved, training, len(part.z_t), checkpointing),
             saved.when_interrupted(),
         ):
             for step in range(saved.step + 1, training.steps + 1):
@@ -74,8 +75,14 @@ def align(
 
 
 @contextmanager
-def _explained(saved: TrainingState, training: Training) -> Iterator[None]:
-    """Errors of a step say which step it was and what would help."""
+def _explained(
+    saved: TrainingState, training: Training, at_once: int, checkpointing: bool
+) -> Iterator[None]:
+    """Errors of a step say which step it was and what would help.
+
+    at_once: number of samples that the network is given at once; a batch of more needs no more
+        memory
+    """
     try:
         yield
     except FloatingPointError as error:
@@ -86,9 +93,10 @@ def _explained(saved: TrainingState, training: Training) -> Iterator[None]:
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
+        ways = [f"use --batch {at_once - 1} or less"] if at_once > 1 else []
+        ways += [] if checkpointing else ["use --gradient-checkpointing"]
+        ways.append("leave the alignment out with --steps 0")
         raise torch.cuda.OutOfMemoryError(
-            f"out of memory at step {saved.step + 1} of the alignment: lower --batch (now "
-            f"{training.batch}), use --gradient-checkpointing, or leave the alignment out with "
-            "--steps 0. In ComfyUI: batch and gradient_checkpointing of LoRA Align, or the erasure "
-            "of Closed-Form Edit as it is"
+            f"out of memory at step {saved.step + 1} of the alignment: {', or '.join(ways)}. "
+            "(ComfyUI: batch and gradient_checkpointing of LoRA Align, or no LoRA Align)"
         ) from error
