@@ -1,4 +1,4 @@
-"""The text side of the bundled transformer: the miniature's CLIP as SD 3 reads one, and a T5."""
+"""The text encoders of the bundled transformer: CLIP as in SD 3, and T5."""
 
 import json
 from collections.abc import Sequence
@@ -16,12 +16,16 @@ from ..pipelines.unet import DiffusersText
 from ..text.encoding import CONTEXT, POOLED, EncoderPart, Encoding
 from ..text.token_alignment import prompt_summaries, row_weights
 
-WIDTH = 512  # of the context, whose first half CLIP fills
+WIDTH = 512  # of a context row; CLIP's rows have half of it
 
 
 class SiblingText(DiffusersText):
-    """CLIP's rows with zeros behind them, T5's after those where there is one; CLIP's end-of-text
-    row is the pooled embedding."""
+    """The context is CLIP's rows, padded with zeros to WIDTH, followed by T5's rows where there is
+    a T5; the pooled embedding is CLIP's end-of-text row.
+
+    clip: text encoder of the bundled U-Net
+    t5: transformers' T5EncoderModel, or None
+    """
 
     def __init__(self, clip: DiffusersText, t5: Any = None):
         super().__init__(clip.tokenizers, clip.encoders)
@@ -55,12 +59,12 @@ class SiblingText(DiffusersText):
         return pad(rows, (0, WIDTH - rows.shape[-1]))
 
     def _t5_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """CLIP's tokens without start-of-text, which T5 has none of."""
+        """CLIP's tokens without start-of-text, which T5 does not have."""
         return [ids[1:] for ids in self.tokenize(prompts)]
 
     @torch.no_grad()
     def _t5_rows(self, prompts: Sequence[str]) -> Tensor:
-        """[prompts, 77, 512], padding read like any token, as in SD 3."""
+        """T5's rows, [prompts, 77, 512]; padding is attended to, as in SD 3."""
         length, config = self.tokenizers[0].model_max_length, self.t5.config
         rows = []
         for ids in self._t5_ids(prompts):

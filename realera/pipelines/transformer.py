@@ -1,12 +1,12 @@
-"""diffusers' side of `encoding.py` for transformers: whatever its pipelines can draw with.
+"""diffusers pipelines with a transformer behind the interfaces `TextEncoder` and `Diffusion`.
 
-How a family encodes, packs and asks its network, its own pipeline knows: we let it make one step,
-with a scheduler that asks at our times and hands back the prediction.
+Every family's own pipeline knows how to encode prompts, pack latents and call its network. It is
+run for one step, with a scheduler that sets our times and returns the network's prediction.
 """
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
@@ -32,30 +32,34 @@ from ..text.token_alignment import prompt_summaries, row_weights, unit
 from .fingerprint import Fingerprint, described
 from .interface import latents_at_once
 
-DEFAULT_SIZE = 128  # of a latent's side, where the pipeline does not say: 1,024 pixels
-EMBEDDED_GUIDANCE = 3.5  # of networks that are told the guidance, as FLUX.1 dev is
+DEFAULT_SIDE = 128  # of a latent whose pipeline does not say: images of 1,024 pixels
+EMBEDDED_GUIDANCE = 3.5  # guidance scale that networks such as FLUX.1 dev take as an input
 
 
 class TransformerText:
-    """The text side of a pipeline of a family that `families/` knows."""
+    """The text encoders of a diffusers pipeline.
+
+    pipeline: diffusers pipeline with a transformer
+    family: name of its family, a file in `families/`
+    """
 
     def __init__(self, pipeline: Any, family: str):
         self.pipeline, self.family = pipeline, FAMILIES[family]
         self._fingerprint = Fingerprint()
-        self.how = self.family["pipeline"]
+        self.spec = self.family["pipeline"]
 
     @cached_property
     def parts(self) -> Sequence[EncoderPart]:
-        """One a tokenizer that spans are told by; those of encoders that are missing are not."""
+        """One per tokenizer whose rows make the context; without those of missing encoders."""
         parts, first = [], 0
-        *_, last = self.how["tokenizers"]
-        for name, how in self.how["tokenizers"].items():
+        *_, last = self.spec["tokenizers"]
+        for name, spec in self.spec["tokenizers"].items():
             tokenizer = getattr(self.pipeline, name)
-            rows = None if name == last else how["rows"]
+            rows = None if name == last else spec["rows"]
             if tokenizer is not None:
-                read = _reader(tokenizer, how.get("template", "{}"), how.get("cut", 0))
-                parts.append(EncoderPart(read, how["rows"], how["causal"], first, rows))
-            first += how["rows"]
+                tokenize = _tokenize(tokenizer, spec.get("template", "{}"), spec.get("cut", 0))
+                parts.append(EncoderPart(tokenize, spec["rows"], spec["causal"], first, rows))
+            first += spec["rows"]
         return parts
 
     @property
@@ -65,7 +69,7 @@ class TransformerText:
 
     @property
     def fingerprint(self) -> str:
-        parts: list[object] = [type(self.pipeline).__name__, self.how["tokenizers"]]
+        parts: list[object] = [type(self.pipeline).__name__, self.spec["tokenizers"]]
         for name, part in sorted(self.pipeline.components.items()):
             if name.startswith("tokenizer") and part is not None:
                 parts.append(sorted(part.get_vocab().items()))
@@ -78,38 +82,35 @@ class TransformerText:
         )
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """Of rows without the padding, which words need an eighth of."""
-        rows = []
+        # Encoded without padding, which takes an eighth of the time for words.
+        rows, last = [], self.parts[-1]
         for i in range(0, len(prompts), BATCH):
-            some = prompts[i : i + BATCH]
-            last = self.parts[-1]
-            longest = max(map(len, last.tokenize(some)))
-            rows.append(prompt_summaries(self, some, self._encode(some, min(longest, last.length))))
+            batch = prompts[i : i + BATCH]
+            length = min(max(map(len, last.tokenize(batch))), last.length)
+            rows.append(prompt_summaries(self, batch, self._encode(batch, length)))
         return torch.cat(rows)
 
     def words(self) -> list[str]:
-        return whole_words(getattr(self.pipeline, next(iter(self.how["tokenizers"]))).get_vocab())
+        return whole_words(getattr(self.pipeline, next(iter(self.spec["tokenizers"]))).get_vocab())
 
     @torch.no_grad()
-    def _encode(self, prompts: Sequence[str], longest: int | None = None) -> Encoding:
-        """longest: the rows of the last encoder; the family's own number of them unless given."""
-        takes = inspect.signature(self.pipeline.encode_prompt).parameters
+    def _encode(self, prompts: Sequence[str], length: int | None = None) -> Encoding:
+        """length: number of rows of the last encoder, the family's default unless given"""
+        parameters = inspect.signature(self.pipeline.encode_prompt).parameters
         options: dict[str, Any] = {}
-        for name in takes:
+        for name in parameters:
             if name in ("prompt", "prompt_2", "prompt_3"):
                 options[name] = list(prompts)
-        if "do_classifier_free_guidance" in takes:
+        if "do_classifier_free_guidance" in parameters:
             options["do_classifier_free_guidance"] = False
-        *_, how = self.how["tokenizers"].values()
-        options["max_sequence_length"] = longest or how["rows"]
-        out = self.pipeline.encode_prompt(**options)
-        given = {name: out[place] for name, place in self.how["encoded"].items()}
-        context, mask = given["context"], given.get("mask")
-        if isinstance(context, list):  # a tensor a prompt
-            parts = [Encoding({CONTEXT: rows[None].float()}) for rows in context]
-            context = Encoding.cat(parts)
-            there = context.there(CONTEXT)
-            context = context[CONTEXT]
+        *_, last = self.spec["tokenizers"].values()
+        options["max_sequence_length"] = length or last["rows"]
+        outputs = self.pipeline.encode_prompt(**options)
+        encoded = {name: outputs[place] for name, place in self.spec["encoded"].items()}
+        context, mask = encoded["context"], encoded.get("mask")
+        if isinstance(context, list):  # a tensor per prompt
+            joined = Encoding.cat([Encoding({CONTEXT: rows[None].float()}) for rows in context])
+            context, there = joined[CONTEXT], joined.there(CONTEXT)
         else:
             context = context.float()
             there = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
@@ -119,26 +120,29 @@ class TransformerText:
         if any("norm" in reader for reader in self.family["readers"]):
             context = unit(context)
         streams = {CONTEXT: context}
-        if POOLED in given:
-            streams[POOLED] = given[POOLED].float()[:, None]
+        if POOLED in encoded:
+            streams[POOLED] = encoded[POOLED].float()[:, None]
         weights = row_weights(self.parts, prompts, there)
         return Encoding(streams, {} if (weights == 1).all() else {CONTEXT: weights})
 
 
-def _reader(tokenizer: Any, template: str, cut: int) -> Any:
-    """`Part.tokenize` of a tokenizer whose family puts prompts in a template."""
+def _tokenize(tokenizer: Any, template: str, cut: int) -> Callable[[Sequence[str]], Any]:
+    """`EncoderPart.tokenize` of a family that puts prompts in a template.
 
-    def read(prompts: Sequence[str]) -> list[list[int]]:
+    cut: number of tokens at the start of the filled template that the encoder's output lacks
+    """
+
+    def tokenize(prompts: Sequence[str]) -> list[list[int]]:
         ids = tokenizer([template.replace("{}", p) for p in prompts], verbose=False).input_ids
         return [row[cut:] for row in ids]
 
-    return read
+    return tokenize
 
 
-class _Once(FlowMatchEulerDiscreteScheduler):
-    """Asks the network once, at the times that `asked` holds, and hands back its prediction."""
+class _OneStep(FlowMatchEulerDiscreteScheduler):
+    """One step at the times `at`, [n], whose result is the network's prediction."""
 
-    asked: Tensor
+    at: Tensor
 
     def set_timesteps(
         self,
@@ -148,18 +152,22 @@ class _Once(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: Any = None,
     ) -> None:
-        self.num_inference_steps, self.timesteps = 1, [self.asked]
+        self.num_inference_steps, self.timesteps = 1, [self.at]
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
         return (model_output,)
 
 
 class TransformerModel:
-    """A diffusers pipeline with a flow-matching transformer behind our protocol.
+    """A diffusers pipeline with a flow-matching transformer as a `Diffusion` model.
 
-    Times are sigmas: z_t = (1 - σ) z + σ noise, and the prediction is noise - z.
-    text: the pipeline's own unless given. Device and dtype are the pipeline's. Raises ValueError
-    when it is of no family that we know.
+    Times are sigmas: z_t = (1 - σ) z + σ noise, and the prediction is noise - z. Device and dtype
+    are the pipeline's.
+
+    pipeline: diffusers pipeline with a transformer
+    text: encoder of its prompts, the pipeline's own unless given
+
+    Raises ValueError when the pipeline is of no family in `families/`.
     """
 
     def __init__(self, pipeline: Any, text: TextEncoder | None = None):
@@ -169,14 +177,14 @@ class TransformerModel:
         family = family_in(self.network)
         if family is None:
             raise ValueError(f"{type(pipeline).__name__} is of no family that RealEra knows")
-        self.how = FAMILIES[family]["pipeline"]
+        self.spec = FAMILIES[family]["pipeline"]
         self.text = text or TransformerText(pipeline, family)
         self.scheduler = pipeline.scheduler
         pipeline.set_progress_bar_config(disable=True)
         config = self.vae.config
         channels = config.get("latent_channels") or config.z_dim
         side = self.network.config.get("sample_size")
-        side = side or getattr(pipeline, "default_sample_size", DEFAULT_SIZE)
+        side = side or getattr(pipeline, "default_sample_size", DEFAULT_SIDE)
         self.latent_shape = (int(channels), int(side), int(side))
 
     @property
@@ -195,12 +203,13 @@ class TransformerModel:
         latents = latents.to(device, self.network.dtype)
         # In float32: half types round 1000 σ to steps of 4, and each pipeline casts as it needs.
         times = times.to(device).expand(len(latents))
-        # One call a length: no family's masks are needed where every row is there.
+        # Prompts of equal length go together, so that no family's mask is needed.
         parts, order = [], []
-        for of in alike(encoding):
-            here = of.to(latents.device)
-            parts.append(self._ask(latents[here], times[here], rows_of(encoding.take(of))))
-            order.append(here)
+        for prompts in alike(encoding):
+            index = prompts.to(device)
+            rows = rows_of(encoding.take(prompts))
+            parts.append(self._predict_alike(latents[index], times[index], rows))
+            order.append(index)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -211,14 +220,14 @@ class TransformerModel:
     ) -> Tensor:
         n, z = encoding.prompts, noise.to(self.network.device)
         sigmas = [*self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist(), 0.0]
-        asked = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
-        for now, later in pairwise(sigmas):
-            copies = torch.cat([z] * (asked.prompts // n))
-            v = self.predict(copies, torch.tensor([now]), asked)
+        both = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
+        for sigma, next_sigma in pairwise(sigmas):
+            copies = torch.cat([z] * (both.prompts // n))
+            v = self.predict(copies, torch.tensor([sigma]), both)
             if guidance != 1:
-                without, towards = v.chunk(2)
-                v = torch.lerp(without, towards, guidance)
-            z = z + (later - now) * v
+                negative_v, positive_v = v.chunk(2)
+                v = torch.lerp(negative_v, positive_v, guidance)
+            z = z + (next_sigma - sigma) * v
         return z
 
     @torch.no_grad()
@@ -229,9 +238,9 @@ class TransformerModel:
         return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1] of as many latents as the VAE is given at once."""
+        """Images in [-1, 1] of latents that the VAE is given at once."""
         config, vae = self.vae.config, self.vae
-        if config.get("latents_mean"):  # Qwen-Image's, of videos: a mean and a deviation a channel
+        if config.get("latents_mean"):  # Qwen-Image's VAE of videos normalises each channel
             mean, std = (
                 torch.tensor(config[name]).to(latents)[:, None, None]
                 for name in ("latents_mean", "latents_std")
@@ -241,7 +250,7 @@ class TransformerModel:
         return vae.decode(latents / config.scaling_factor + shift).sample
 
     def _shifted(self, sigmas: Tensor) -> Tensor:
-        """Sigmas as the family spaces them: more of them in the noise for larger images."""
+        """Sigmas on the family's schedule, which has more high sigmas for larger images."""
         config = self.scheduler.config
         shift = float(config.get("shift") or 1.0)
         if config.get("use_dynamic_shifting"):
@@ -251,30 +260,31 @@ class TransformerModel:
             shift = math.exp(low + (high - low) * (tokens - few) / (many - few))
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
-    def _ask(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """The network's prediction, by its pipeline's own step; every prompt has as many rows."""
+    def _predict_alike(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """`predict` for prompts of equal length, by one step of the pipeline."""
         pipeline, (n, channels, height, width) = self.pipeline, latents.shape
         rows = {stream: values.to(latents) for stream, values in rows.items()}
-        names = self.how["given"]
-        given: dict[str, Any] = {names[CONTEXT]: rows[CONTEXT]}
-        if self.how.get("listed"):
-            given[names[CONTEXT]] = list(rows[CONTEXT])
+        names = self.spec["given"]
+        options: dict[str, Any] = {names[CONTEXT]: rows[CONTEXT]}
+        if self.spec.get("listed"):
+            options[names[CONTEXT]] = list(rows[CONTEXT])
         if POOLED in names:
-            given[names[POOLED]] = rows[POOLED][:, 0]
+            options[names[POOLED]] = rows[POOLED][:, 0]
         if "mask" in names:
-            given[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0], dtype=torch.bool)
+            options[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0], dtype=torch.bool)
         call = type(pipeline).__call__
         if self.network.config.get("guidance_embeds"):
-            given["guidance_scale"] = EMBEDDED_GUIDANCE
+            options["guidance_scale"] = EMBEDDED_GUIDANCE
         elif "true_cfg_scale" in inspect.signature(call).parameters:
-            given["true_cfg_scale"] = 1.0
+            options["true_cfg_scale"] = 1.0
         else:
-            given["guidance_scale"] = 0.0  # off: what every pipeline takes for it
+            options["guidance_scale"] = 0.0  # every pipeline takes that for off
         packs, scale = hasattr(pipeline, "_pack_latents"), pipeline.vae_scale_factor
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
-        with self._asking(times):
-            out = inspect.unwrap(call)(  # the pipelines' own runs without gradients
+        with self._one_step(times):
+            # Unwrapped, since pipelines run without gradients.
+            out = inspect.unwrap(call)(
                 pipeline,
                 latents=latents,
                 height=height * scale,
@@ -282,18 +292,19 @@ class TransformerModel:
                 num_inference_steps=1,
                 output_type="latent",
                 return_dict=False,
-                **given,
+                **options,
             )[0]
         if packs:
             out = pipeline._unpack_latents(out, height * scale, width * scale, scale)
         return out.reshape(n, channels, height, width).float()
 
     @contextmanager
-    def _asking(self, times: Tensor) -> Iterator[None]:
-        once = _Once.from_config(self.scheduler.config)
-        once.asked = times * once.config.num_train_timesteps
+    def _one_step(self, times: Tensor) -> Iterator[None]:
+        """The pipeline makes one step at these times."""
+        scheduler = _OneStep.from_config(self.scheduler.config)
+        scheduler.at = times * scheduler.config.num_train_timesteps
         try:
-            self.pipeline.scheduler = once
+            self.pipeline.scheduler = scheduler
             yield
         finally:
             self.pipeline.scheduler = self.scheduler

@@ -1,4 +1,4 @@
-"""diffusers' side of `encoding.py`: a pipeline's text encoders and its U-Net."""
+"""diffusers pipelines with a U-Net behind the interfaces `TextEncoder` and `Diffusion`."""
 
 import copy
 import json
@@ -16,7 +16,10 @@ from .interface import latents_at_once
 
 
 class DiffusersText:
-    """The text side of a diffusers pipeline: CLIP encoders, side by side where there are two."""
+    """The CLIP encoders of a diffusers pipeline, side by side in the context where there are two.
+
+    tokenizers, encoders: tokenizers and text encoders of transformers, one or two each
+    """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[Any]):
         self.tokenizers, self.encoders = list(tokenizers), [e.train(False) for e in encoders]
@@ -41,7 +44,7 @@ class DiffusersText:
         return self._fingerprint.of(self.encoders, *parts)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        # verbose=False: no warning about the length, which the caller checks and explains
+        # verbose=False: no warning about the length, which the caller checks
         return self.tokenizers[0](list(prompts), verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
@@ -72,14 +75,14 @@ class DiffusersText:
 
     @torch.no_grad()
     def _forward(self, ids: Sequence[Tensor], packed: PackedPrompts | None = None) -> Encoding:
-        """ids: one int64 [prompts, tokens] per encoder."""
-        given = {}
+        """ids: token ids for each encoder, int64 [prompts, tokens]"""
+        options = {}
         if packed is not None:
             weight = next(self.encoders[0].parameters())
-            given = {"attention_mask": packed.mask(weight)}
-            given["position_ids"] = packed.places.to(self.device)
+            options = {"attention_mask": packed.mask(weight)}
+            options["position_ids"] = packed.places.to(self.device)
         outputs = [
-            encoder(rows.to(self.device), output_hidden_states=True, **given)
+            encoder(rows.to(self.device), output_hidden_states=True, **options)
             for encoder, rows in zip(self.encoders, ids, strict=True)
         ]
         if len(outputs) == 1:
@@ -90,9 +93,9 @@ class DiffusersText:
 
 
 class DiffusersModel:
-    """A diffusers Stable Diffusion pipeline (1.x, 2.x, XL, inpainting) behind our protocol.
+    """A diffusers Stable Diffusion pipeline (1.x, 2.x, XL, inpainting) as a `Diffusion` model.
 
-    Device and dtype are the pipeline's own. Raises ValueError when it has no U-Net to edit.
+    Device and dtype are the pipeline's. Raises ValueError when it has no U-Net.
     """
 
     def __init__(self, pipeline: Any):
