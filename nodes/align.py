@@ -21,8 +21,8 @@ from .schema import Erasure, MiningWire, advanced, schema, seed_input
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-PREVIEWED = 4  # concepts at most
-MEANED = 20  # losses
+PREVIEWED = 4  # concepts in a preview at most
+AVERAGED = 20  # last losses in the mean that is shown
 
 
 class LoraAlign(io.ComfyNode):
@@ -121,7 +121,7 @@ class LoraAlign(io.ComfyNode):
                         default=DEFAULTS.gradient_checkpointing,
                         tooltip=(
                             "Needs much less memory and up to half more time, for the same LoRA. "
-                            "Try it before a smaller batch."
+                            "It comes on by itself where the free memory would not do without it."
                         ),
                     )
                 ),
@@ -222,13 +222,14 @@ class LoraAlign(io.ComfyNode):
             anchors = _by_concept(diffusion.encoded(latents["samples"]), len(pairs.concepts))
         if latents is None or adversarial:
             tell(node, "drawing images to train on")
-        # Before the U-Net is loaded to be trained: what draws and encodes may take it out again.
-        lesson = training_inputs(diffusion, mining, erasure, run, anchors, images)
+        # Before the network is loaded to be trained, since drawing and encoding may unload it.
+        inputs = training_inputs(diffusion, mining, erasure, run, anchors, images)
 
         losses: dict[int, float] = {}
         report = reporter(node, "aligning")
-        asked, empty = pairs.e.take(pairs.first[: min(batch, PREVIEWED)]), mining.text.encode([""])
-        noise = torch.randn(lesson.anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
+        prompts = pairs.e.take(pairs.first[: min(batch, PREVIEWED)])
+        empty = mining.text.encode([""])
+        noise = torch.randn(inputs.anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
         painter = previewer(model) if preview_every else None
 
         def on_step(step: int, loss: float) -> None:
@@ -239,18 +240,18 @@ class LoraAlign(io.ComfyNode):
             preview = None
             if painter is not None and step % preview_every == 0:
                 with torch.no_grad():
-                    drawn = preview_latents(diffusion, erasure, asked, empty, noise)
-                    row = torch.cat(list(drawn), dim=-1)[None]  # side by side
+                    latents = preview_latents(diffusion, erasure, prompts, empty, noise)
+                    row = torch.cat(list(latents), dim=-1)[None]  # side by side
                     preview = painter.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)
 
         state = state_path(resume) if resume else None
         with training(model):
-            lora = align(diffusion, lesson, run, on_step=on_step, state=state)
+            lora = align(diffusion, inputs, run, on_step=on_step, state=state)
         picture = to_image(plots.loss_curve(losses))
-        last = list(losses.values())[-MEANED:]
-        said = f"{steps} steps, the last {len(last)} with a loss of {sum(last) / len(last):.4f}"
-        shown = {"realera_loss": list(losses.items()), "text": [said]}
+        last = list(losses.values())[-AVERAGED:]
+        summary = f"{steps} steps, the last {len(last)} with a loss of {sum(last) / len(last):.4f}"
+        shown = {"realera_loss": list(losses.items()), "text": [summary]}
         aligned = erasure.with_lora(lora, asdict(run))
         return io.NodeOutput(aligned, picture, ui=shown)
 

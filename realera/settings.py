@@ -293,7 +293,8 @@ class Training:
     """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
 
     rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
-    gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding
+    gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding;
+        comes on by itself where the free memory of a GPU is too small without it
     adversarial: contexts that are sought between the steps, by gradient, to bring the concept back,
         and then aligned; 0: none, as in the paper
     """

@@ -265,7 +265,9 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--batch", type=int, default=Training().batch, help="prompts per training step"
     )
     training.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, up to half more time"
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, up to half more time; on by itself where the free memory is too small",
     )
     training.add_argument(
         "--adversarial", type=int, default=Training().adversarial,

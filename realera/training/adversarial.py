@@ -48,10 +48,10 @@ class Contexts:
     mean: Tensor
     square: Tensor
 
-    def encoding(self, pairs: Pairs, some: Tensor) -> Encoding:
-        """Contexts of int64 index `some`, with the other streams of the prompts they started as."""
-        prompts = pairs.e.take(self.pair[some])
-        return replace(prompts, streams={**prompts, CONTEXT: self.rows[some.to(self.rows.device)]})
+    def encoding(self, pairs: Pairs, index: Tensor) -> Encoding:
+        """Contexts of int64 `index` [n], with the other streams of the prompts they started as."""
+        prompts = pairs.e.take(self.pair[index])
+        return replace(prompts, streams={**prompts, CONTEXT: self.rows[index.to(self.rows.device)]})
 
     def restart(self, pairs: Pairs, pair: Tensor, which: Tensor) -> "Contexts":
         """Restarts the contexts of bool `which` [contexts] as the prompts of `pair` [contexts]."""
@@ -151,11 +151,11 @@ def context_terms(
     teacher: the prompts p by pair: `pairs.e` to find contexts, `pairs.anchor` to align them
     """
     terms, count = [], len(contexts.pair)
-    for some in torch.arange(count).split(training.batch):
-        pair = contexts.pair[some]
+    for index in torch.arange(count).split(training.batch):
+        pair = contexts.pair[index]
         z_t, t = noised_images(model, adversarial.images, pairs.concept[pair], generator)
-        student = contexts.encoding(pairs, some)
-        terms.append(LossTerm(z_t, t, student, teacher.take(pair), len(some) / count))
+        student = contexts.encoding(pairs, index)
+        terms.append(LossTerm(z_t, t, student, teacher.take(pair), len(index) / count))
     return terms
 
 
@@ -172,9 +172,9 @@ def preserved_terms(
         concept = torch.randint(len(images), (training.batch,), generator=generator)
         z_t, t = noised_images(model, images, concept, generator)
         preserved = adversarial.preserved
-        some = torch.randint(preserved.prompts, (training.batch,), generator=generator)
-        some[0] = 0  # the empty prompt, which is half of classifier-free guidance
-        p = preserved.take(some)
+        index = torch.randint(preserved.prompts, (training.batch,), generator=generator)
+        index[0] = 0  # the empty prompt, which is half of classifier-free guidance
+        p = preserved.take(index)
         terms.append(LossTerm(z_t, t, p, p, PRESERVED_WEIGHT / 2))
     return terms
 
@@ -217,25 +217,25 @@ def filter_words(
         return inputs
     model, scores = networks.model, []
     with networks.teacher():
-        for some in torch.arange(len(adversarial.pair)).split(training.batch):
-            scores.append(concept_score(model, pairs, adversarial, some, training.seed))
+        for index in torch.arange(len(adversarial.pair)).split(training.batch):
+            scores.append(concept_score(model, pairs, adversarial, index, training.seed))
     harmless = (torch.cat(scores) < MIN_SCORE).nonzero()[:, 0]
     preserved = Encoding.cat([adversarial.preserved, adversarial.words.take(harmless)])
     return replace(inputs, adversarial=replace(adversarial, preserved=preserved))
 
 
 def concept_score(
-    model: Diffusion, pairs: Pairs, adversarial: AdversarialInputs, some: Tensor, seed: int
+    model: Diffusion, pairs: Pairs, adversarial: AdversarialInputs, index: Tensor, seed: int
 ) -> Tensor:
     """How far the prediction by a word goes from the empty prompt's to its concept's: about 0 to 1.
 
-    some: indices of words, int64 [n]; the same seed gives the same noise
+    index: indices of words, int64 [n]; the same seed gives the same noise
 
     Returns the mean over SCORED of ⟨ε_w - ε_0, ε_c - ε_0⟩ / |ε_c - ε_0|², [n].
     """
-    generator, words = torch.Generator().manual_seed(seed), adversarial.words.take(some)
-    pair, place = adversarial.pair[some].unique(return_inverse=True)
-    empty, score = adversarial.preserved.take(torch.zeros_like(pair)), torch.zeros(len(some))
+    generator, words = torch.Generator().manual_seed(seed), adversarial.words.take(index)
+    pair, place = adversarial.pair[index].unique(return_inverse=True)
+    empty, score = adversarial.preserved.take(torch.zeros_like(pair)), torch.zeros(len(index))
     times = model.times(TIMES, generator).sort().values
     for n, quantile in enumerate(SCORED):
         z = adversarial.images[pairs.concept[pair], n % adversarial.images.shape[1]]

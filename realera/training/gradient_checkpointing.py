@@ -82,19 +82,23 @@ def checkpointed(network: nn.Module) -> Iterator[None]:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **options)
             # ComfyUI writes where it is in the network into a dict that all blocks share.
-            given = [dict(x) if isinstance(x, dict) else x for x in (*inputs, *options.values())]
+            arguments = [
+                dict(x) if isinstance(x, dict) else x for x in (*inputs, *options.values())
+            ]
 
-            def once(*given: Any) -> Tensor:
+            def once(*arguments: Any) -> Tensor:
                 # A transformer's trained layers lie in front of all blocks, so the blocks' inputs
                 # have gradients, and some blocks write into them.
                 if in_transformer:
-                    given = tuple(x.clone() if isinstance(x, Tensor) else x for x in given)
-                named = dict(zip(options, given[len(inputs) :], strict=True))
+                    arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+                named = dict(zip(options, arguments[len(inputs) :], strict=True))
                 with differentiable() if in_transformer else nullcontext():
-                    return forward(*given[: len(inputs)], **named)
+                    return forward(*arguments[: len(inputs)], **named)
 
             # Reentrant, a block that writes into its inputs is run again as autograd runs it.
-            return checkpoint(once, *given, use_reentrant=in_transformer, preserve_rng_state=False)
+            return checkpoint(
+                once, *arguments, use_reentrant=in_transformer, preserve_rng_state=False
+            )
 
         return run
 

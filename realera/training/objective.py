@@ -47,10 +47,10 @@ class LossTerm:
         if n <= at_once:
             yield self
             return
-        for some in torch.arange(n).split(at_once):
-            z_t, t = (tensor[some.to(tensor.device)] for tensor in (self.z_t, self.t))
-            share = self.weight * len(some) / n
-            yield LossTerm(z_t, t, self.p.take(some), self.p_star.take(some), share)
+        for index in torch.arange(n).split(at_once):
+            z_t, t = (tensor[index.to(tensor.device)] for tensor in (self.z_t, self.t))
+            share = self.weight * len(index) / n
+            yield LossTerm(z_t, t, self.p.take(index), self.p_star.take(index), share)
 
 
 def loss_terms(
@@ -60,18 +60,18 @@ def loss_terms(
 
     step: number of the step, from 1; the same number and seed draw the same terms
     """
-    around, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
+    neighbourhood, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
     generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
     chosen = torch.randint(len(pairs.prompts), (training.batch,), generator=generator)
     z_t, t = noised_images(model, inputs.anchors, pairs.concept[chosen], generator)
 
     if step % 2:  # Eq. 8
         return [LossTerm(z_t, t, pairs.e.take(chosen), pairs.anchor.take(chosen))]
-    near = around.neighbors(1, generator, chosen.tolist())  # Eq. 9
+    near = neighbourhood.neighbors(1, generator, chosen.tolist())  # Eq. 9
     # A mined word stands in one template of its own, and the anchor in the same.
     terms = [LossTerm(z_t, t, near.e, pairs.anchor.take(near.pair))]
     if inputs.beyond:
-        far = around.beyond(1, generator, chosen.tolist()).e
+        far = neighbourhood.beyond(1, generator, chosen.tolist()).e
         terms.append(LossTerm(z_t, t, far, far))
     return terms
 

@@ -109,16 +109,16 @@ class TrainingState:
 def run_id(model: Diffusion, inputs: TrainingInputs, training: Training) -> str:
     """Hash of everything that decides the trained LoRA: a run resumes a state of the same hash."""
     free = {"steps": 0, "save_every": 0, "gradient_checkpointing": False}  # may change between runs
-    around, generator = inputs.neighbourhood, torch.Generator().manual_seed(training.seed)
+    neighbourhood, generator = inputs.neighbourhood, torch.Generator().manual_seed(training.seed)
     # A draw of each kind tells neighbourhoods apart: their ranges, noise and words.
-    drawn = [around.neighbors(1, generator)]
-    drawn += [around.beyond(1, generator)] if inputs.beyond else []
+    drawn = [neighbourhood.neighbors(1, generator)]
+    drawn += [neighbourhood.beyond(1, generator)] if inputs.beyond else []
     adversarial = inputs.adversarial
     return digest(
         model.fingerprint,
         {**asdict(training), **free},
         *(part for mined in drawn for part in (mined.words, mined.e, mined.target)),
-        around.pairs.anchor,
+        neighbourhood.pairs.anchor,
         {stream: edit.matrix for stream, edit in inputs.erasure.edits.items()},
         *inputs.erasure.lora.values(),
         inputs.anchors,
