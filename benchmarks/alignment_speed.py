@@ -93,7 +93,7 @@ def inputs_for(model: DiffusersModel, name: str) -> TrainingInputs:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
     anchors = torch.randn(1, 4, *model.latent_shape, generator=generator)
-    return TrainingInputs(ring, True, Erasure({CONTEXT: Edit(matrix)}), anchors)
+    return TrainingInputs(ring, True, Erasure({CONTEXT: Edit.from_matrix(matrix)}), anchors)
 
 
 def ours(model: DiffusersModel, inputs: TrainingInputs, training: Training) -> float:

@@ -106,7 +106,7 @@ def one(count: int, way: str) -> dict[str, float]:
 
 def solving(width: int) -> float:
     rows = torch.randn(2, 400, width)
-    sums = Sums.zeros(width).erasing(rows[0], rows[1])
+    sums = Sums.zeros(width).add_erased(rows[0], rows[1])
     return worked(lambda: solve(sums, None, 0.1, 0.1))
 
 

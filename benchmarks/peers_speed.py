@@ -78,9 +78,9 @@ def ours(network: Network, size: Size, concepts: int, rows: int, ridge: float) -
 
     sums = Sums.zeros(size.dim)
     for e, target in blocks():
-        sums = sums.erasing(e, target)
-    edit = solve(sums, None, 0.1, ridge / float(sums.erase.diagonal().mean()))
-    return [edit.on_weight(layer.weight) for layer in network.layers()]
+        sums = sums.add_erased(e, target)
+    edit = solve(sums, None, 0.1, ridge / float(sums.gram.diagonal().mean()))
+    return [edit.apply_to_weight(layer.weight) for layer in network.layers()]
 
 
 def module_of(path: str) -> Any:

@@ -4,8 +4,9 @@
 
 A file of SDXL's true layout in fp16, random; `cp`'s way (read, write, on the disk), the same with
 the hash that the erased file notes, and `write_checkpoint`, in turn and the fastest of `--repeats`.
-Beside seconds on the clock: processor seconds, those that the products W T need at least at this
-machine's own rate, and the peak of memory above what the process had before.
+T is random, of the highest rank that one concept in five templates can have (RANKS).
+Beside seconds on the clock: processor seconds, those that the products W (T - I) need at least at
+this machine's own rate, and the peak of memory above what the process had before.
 """
 
 import argparse
@@ -33,12 +34,16 @@ from realera.text.encoding import CONTEXT, POOLED
 from tools.layout import to_ldm
 
 RESULTS = Path("benchmarks/results")
+# Stream -> dimension and rank: the rows of five prompts of 77 tokens from the concept on have 73
+# shifts e* - e each, and the pooled embedding one a prompt; T1 adds the concept's own two rows and
+# the mean's, in each of two encoder parts.
+RANKS = {CONTEXT: (2048, 5 * 73 + 6), POOLED: (1280, 5 + 3)}
 
 
 def write_random(name: str, path: Path) -> float:
     """A checkpoint of the family's layout in fp16, one block of noise over and over.
 
-    Returns the operations that W T of its projections takes.
+    Returns the operations that W (T - I) of its projections takes.
     """
     state = to_ldm({part: network.state_dict() for part, network in parts(name).items()}, False)
     entries, position, operations = {}, 0, 0.0
@@ -46,7 +51,7 @@ def write_random(name: str, path: Path) -> float:
         entries[key] = Entry("F16", tuple(tensor.shape), position, position + 2 * tensor.numel())
         position = entries[key].end
         if "attn2.to_k" in key or "attn2.to_v" in key:
-            operations += 2.0 * tensor.numel() * tensor.shape[1]
+            operations += 4.0 * tensor.numel() * RANKS[CONTEXT][1]
     generator = torch.Generator().manual_seed(0)
     noise = 0.02 * torch.randn(CHUNK // 2, generator=generator)
     block = noise.half().numpy().tobytes()
@@ -71,9 +76,9 @@ def copied(source: Path, target: Path, hashed: bool) -> None:
 def erased(source: Path, target: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     edits = {}
-    for stream, dim in ((CONTEXT, 2048), (POOLED, 1280)):
-        matrix = torch.eye(dim) + 0.01 * torch.randn(dim, dim, generator=generator)
-        edits[stream] = Edit(matrix)
+    for stream, (dim, rank) in RANKS.items():
+        up = torch.randn(dim, rank, generator=generator) / dim
+        edits[stream] = Edit(up, torch.randn(rank, dim, generator=generator))
     write_checkpoint(source, Erasure(edits), target, overwrite=True)
 
 
@@ -124,7 +129,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             print(way, row, flush=True)
     for row in found.values():
         row |= {"GB/s": size / 1e9 / row["s"], "share of a copy": found["copy"]["s"] / row["s"]}
-    found["erased"]["least core s of W T"] = operations / rate
+    found["erased"]["least core s of W (T - I)"] = operations / rate
     with writing(options.out / "saving.json", overwrite=True) as part:
         part.write_text(json.dumps({"GB": size / 1e9, **found}, indent=1) + "\n")
     draw(found, options.out / "saving.png")

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts += [concept.templates[0].replace("{}", word) for word in mined.neighbors.words]
         prompts += [concept.templates[0].replace("{}", word) for word in mined.beyond.words]
         least, _ = worked(lambda: text.encode(prompts))
-    kept = erasure.kept[CONTEXT].dropped
+    kept = erasure.bank[CONTEXT].dropped
     found = {
         "prompts read": len(prompts),
         "bank prompts dropped": len(kept),

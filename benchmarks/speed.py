@@ -78,9 +78,9 @@ def machine(n: int = 2048) -> dict[str, float]:
 
 def ours(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list[Tensor]:
     """Sums once, one Cholesky solve, one product a layer."""
-    sums = Sums.zeros(e.shape[1]).erasing(e, target)
+    sums = Sums.zeros(e.shape[1]).add_erased(e, target)
     edit = solve(sums, None, SOLVE.lambda1, SOLVE.lambda2)
-    return [edit.on_weight(weight) for weight in weights]
+    return [edit.apply_to_weight(weight) for weight in weights]
 
 
 def layer_by_layer(weights: Sequence[Tensor], e: Tensor, target: Tensor) -> list[Tensor]:

@@ -23,7 +23,6 @@ from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.checkpoints.writing import lora_tensors
 from realera.concepts import parse_concepts
-from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.text_layers import text_layers
 from realera.evaluation.evaluate import evaluate
@@ -41,11 +40,8 @@ TOLERANCES = (0.0, 1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4)
 
 def cut(erasure: Erasure, tolerance: float) -> tuple[Erasure, int]:
     """The erasure as a LoRA file of this tolerance carries it, and the file's rank."""
-    matrix = erasure.edits[CONTEXT].matrix
-    if not tolerance:
-        return erasure, len(matrix)
-    down, up, _ = erasure.edits[CONTEXT].factors(tolerance)
-    return replace(erasure, edits={CONTEXT: Edit(torch.eye(len(matrix)) + up @ down)}), len(down)
+    edit = erasure.edits[CONTEXT].split(tolerance)[0] if tolerance else erasure.edits[CONTEXT]
+    return replace(erasure, edits={CONTEXT: edit}), edit.rank
 
 
 def rms(images: dict[str, Tensor], others: dict[str, Tensor], prompts: Sequence[str]) -> float:

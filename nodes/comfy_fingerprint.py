@@ -8,6 +8,7 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor
 
+from ..realera.edit.closed_form import Edit
 from ..realera.storage.safetensors_file import digest
 
 # What nodes add to a ModelPatcher beside the patches of its weights.
@@ -54,6 +55,8 @@ def _contents(value: Any) -> Any:
         return value
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
+    if isinstance(value, Edit):
+        return [value.up, value.down]
     if isinstance(value, Mapping):
         return [[_contents(key), _contents(entry)] for key, entry in value.items()]
     if isinstance(value, list | tuple):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.lora
 import comfy.weight_adapter
@@ -15,7 +16,7 @@ from ..realera.edit.erasure import (
     Erasure,
     affected_layers,
     concepts_of,
-    erased_weight,
+    erase_weight,
     refuse_misfit,
 )
 from ..realera.edit.text_layers import family_in, text_layers
@@ -28,10 +29,12 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
     ComfyUI runs the patches of a weight in the order they were added and on the device of the
     moment, so W is the weight of the MODEL that was given: its own, with the LoRAs that came
     before; a LoRA added later acts on top. Where it loads weights dynamically, it makes the patch
-    anew from (loaded_keys, weights) with the tensors moved: all that the patch needs is in them.
+    anew from (loaded_keys, weights), after it has pinned and moved the tensors in `weights`, layer
+    by layer. The edit is none of them: all layers share its factors, which `_on` moves once.
 
-    weights: canonical layer name, names of the concepts, T or None, its strength, the LoRA's A and
-        B or None, its strength, the gain of the RMS norm in front or None
+    weights: canonical layer name, names of the concepts, edit or None, its strength, the LoRA's A
+        and B or None, its strength, the gain of the RMS norm in front, [in]; [1] where there is
+        none, for ComfyUI fails to pin a patch without tensors
     """
 
     name = "realera"
@@ -44,7 +47,7 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
         return set(self.weights[1])
 
     @property
-    def matrix(self) -> Tensor | None:
+    def edit(self) -> Edit | None:
         return self.weights[2]
 
     def calculate_weight(
@@ -58,13 +61,25 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        layer, _, matrix, edit_strength, a, b, lora_strength, gain = self.weights
-        edit = None if matrix is None else Edit(matrix)
+        layer, _, edit, edit_strength, a, b, lora_strength, gain = self.weights
         lora = None if a is None else (a, b)
         refuse_misfit(layer, weight.shape, edit, lora)
+        edit = None if edit is None else _on(edit, weight.device)
         full = weight.float()  # half precision would be rounded twice
-        erased = erased_weight(layer, full, edit, lora, edit_strength, lora_strength, gain)
+        erased = erase_weight(layer, full, edit, lora, edit_strength, lora_strength, gain)
         return (full + function(strength * (erased - full))).to(weight.dtype)
+
+
+# An edit -> its copy on the device where it was used last, as long as the edit is there.
+_MOVED: WeakKeyDictionary[Edit, Edit] = WeakKeyDictionary()
+
+
+def _on(edit: Edit, device: torch.device) -> Edit:
+    """The edit on a device, where the next layer finds it."""
+    moved = _MOVED.get(edit)
+    if moved is None or moved.up.device != device:
+        moved = _MOVED[edit] = edit.to(device)
+    return moved
 
 
 def apply_erasure(
@@ -89,9 +104,9 @@ def apply_erasure(
             )
         edit, lora = erasure.edits.get(reader.kind.stream), erasure.lora.get(name)
         refuse_misfit(name, shape, edit, lora)
-        matrix = None if edit is None else edit.matrix
         a, b = lora or (None, None)
-        weights = (name, concepts, matrix, edit_strength, a, b, lora_strength, reader.gain)
+        gain = torch.ones(1) if reader.gain is None else reader.gain
+        weights = (name, concepts, edit, edit_strength, a, b, lora_strength, gain)
         patches[f"diffusion_model.{reader.path}.weight"] = ErasurePatch(set(), weights)
     erased = model.clone()
     # ComfyUI leaves out, without a word, what it does not find.
@@ -116,13 +131,11 @@ def refuse_partial(model: Any, erasure: Erasure) -> None:
 
 def refuse_edited(model: Any, erasure: Erasure) -> None:
     """Raises ValueError when the MODEL carries this erasure, or one of a same concept, already."""
-    names, matrices = _names(erasure), [edit.matrix for edit in erasure.edits.values()]
+    names, edits = _names(erasure), erasure.edits.values()
     for patch in _erasures(list(model.patches.values())):
-        same = any(
-            patch.matrix is matrix
-            or (patch.matrix.shape == matrix.shape and torch.equal(patch.matrix, matrix))
-            for matrix in matrices
-            if patch.matrix is not None
+        same = patch.edit is not None and any(
+            torch.equal(patch.edit.up, edit.up) and torch.equal(patch.edit.down, edit.down)
+            for edit in edits
         )
         twice = ", ".join(sorted(patch.concepts & names))
         if same or twice:

@@ -172,7 +172,8 @@ def fit(
         e = text.encode(plan.preserved[n : n + BATCH])
         for stream in e:
             rows = e.weighed(stream)[e.there(stream)]
-            sums[stream] = sums[stream].preserving(rows, settings.pair_weight)
+            weight = settings.lambda1 * settings.pair_weight
+            sums[stream] = sums[stream].add_preserved(rows, weight)
     if settings.bank:
         bank = encode_bank(text, progress=progress)
         kept = drop_related_prompts(bank, text, plan.concepts).kept
@@ -209,15 +210,16 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     representatives, found = concept_representatives(mining), {}
     for stream, e in pairs.e.items():
-        sums = replace(Sums.zeros(e.shape[-1]), concepts=representatives[stream])
+        sums = replace(Sums.zeros(e.shape[-1]), representatives=representatives[stream])
         for rows, spans, weight in (
             (pairs, pairs.span, settings.pair_weight),
             (near, near.span, 1.0),
         ):
             span = spans[stream]
             targets = rows.target.weighed(stream)[span]
-            sums = sums.erasing(rows.e.weighed(stream)[span], targets, weight)
-        found[stream] = sums.preserving(far.e.weighed(stream)[far.span[stream]])
+            sums = sums.add_erased(rows.e.weighed(stream)[span], targets, weight)
+        beyond = far.e.weighed(stream)[far.span[stream]]
+        found[stream] = sums.add_preserved(beyond, settings.lambda1)
     return found
 
 

@@ -36,7 +36,7 @@ FILE = re.compile(  # whole, or hidden and unfinished as `safetensors_file.besid
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
 )
-TENSORS = ("erase", "moved", "preserve", "concepts")  # of Sums
+TENSORS = ("gram", "shift_cov", "representatives")  # of Sums
 
 
 @dataclass(frozen=True)

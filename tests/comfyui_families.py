@@ -179,7 +179,7 @@ def diffusions(vae):
 
 
 def random_edit(dim):
-    return Edit(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
+    return Edit.from_matrix(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
 
 
 def random_erasure(model, rank=2):
@@ -265,7 +265,7 @@ def check(family, layout, dtype):
     wrong = 0.0
     for name, reader in text_layers(model.diffusion_model).items():
         before, after = weight_of(patcher, reader.path), weight_of(erased, reader.path)
-        due = erasure.erased(name, before, 1.0, 0.5, reader.gain)
+        due = erasure.erased_weight(name, before, 1.0, 0.5, reader.gain)
         wrong = max(wrong, float((after - due).abs().max()))
     comfy.model_management.load_models_gpu([erased])
     loaded = ComfyDiffusion(erased, None).predict(z_t, sigma, encoding)

@@ -216,15 +216,28 @@ def claim_a_patch_is_prepared_for_dynamic_vram_and_gives_the_same_weight():
         size = patch.memory_required()
         room = torch.zeros(size, dtype=torch.uint8)
         patch.prepare(room, None, copy=True, commit=True)
-        # The tensors must have moved into the room that ComfyUI gave.
-        moved = patch.prepared_patches[0][1].weights[2]
+        # The tensors must have moved into the room that ComfyUI gave; all layers share the edit.
+        _, _, edit, _, moved, *_ = patch.prepared_patches[0][1].weights
         assert room.data_ptr() <= moved.data_ptr() < room.data_ptr() + size
+        assert edit is erasure.edits[reader.kind.stream]
         weight = reader.layer.weight
         given = patch(weight.detach().clone())
         assert torch.equal(given, weight_of(made, reader.path)), name
-        assert torch.allclose(given, erasure.erased(name, weight, 1.0, 0.5), atol=1e-6)
+        assert torch.allclose(given, erasure.erased_weight(name, weight, 1.0, 0.5), atol=1e-6)
         patch.clear_prepared()
         assert patch.prepared_patches is None
+
+
+def claim_what_dynamic_vram_pins_of_an_edit_is_a_kilobyte_a_layer_and_never_nothing():
+    """To pin no byte fails: the host buffer it would lie in is empty."""
+    low_vram = getattr(comfy.model_patcher, "LowVramPatch", None)
+    if not hasattr(low_vram, "prepare"):
+        raise Skipped("this ComfyUI does not prepare patches")
+    patcher, erasure = random_sd1()
+    made = apply_erasure(patcher, replace(erasure, lora={}))
+    sizes = [low_vram(key, made.patches).memory_required() for key in patches_of(made)]
+    assert len(sizes) == len(text_layers(patcher.model.diffusion_model))
+    assert all(0 < size <= 1024 for size in sizes)
 
 
 def claim_the_gain_of_a_norm_in_front_goes_where_dynamic_vram_moves_a_patch():
@@ -242,9 +255,9 @@ def claim_the_gain_of_a_norm_in_front_goes_where_dynamic_vram_moves_a_patch():
     gain = patch.prepared_patches[0][1].weights[-1]
     assert room.data_ptr() <= gain.data_ptr() < room.data_ptr() + len(room)
     weight = reader.layer.weight.detach()
-    due = erasure.erased(name, weight, gain=reader.gain)
+    due = erasure.erased_weight(name, weight, gain=reader.gain)
     assert torch.allclose(patch(weight.clone()), due, atol=1e-6)
-    assert not torch.allclose(erasure.erased(name, weight), due, atol=1e-4)
+    assert not torch.allclose(erasure.erased_weight(name, weight), due, atol=1e-4)
 
 
 def claim_a_layer_computes_with_a_prepared_patch_as_comfyui_casts_it():
@@ -256,7 +269,7 @@ def claim_a_layer_computes_with_a_prepared_patch_as_comfyui_casts_it():
     made = apply_erasure(patcher, erasure)
     (name, reader), *_ = text_layers(patcher.model.diffusion_model).items()
     rows = torch.randn(2, 5, reader.layer.in_features)
-    due = torch.nn.functional.linear(rows, erasure.erased(name, reader.layer.weight))
+    due = torch.nn.functional.linear(rows, erasure.erased_weight(name, reader.layer.weight))
     patch = low_vram(f"diffusion_model.{reader.path}.weight", made.patches)
     patch.prepare(torch.zeros(patch.memory_required(), dtype=torch.uint8), None)
     reader.layer.comfy_cast_weights = True
@@ -958,7 +971,7 @@ def claim_a_second_way_for_the_text_that_is_left_as_it_was_shows():
         half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]})
         with refused("no edit of the pooled embedding"):
             apply_erasure(patcher, half)
-        still = Edit(torch.eye(erasure.edits[POOLED].dim))
+        still = Edit.from_matrix(torch.eye(erasure.edits[POOLED].dim))
         left = replace(erasure, edits={**half.edits, POOLED: still})
         z, sigma = torch.randn(2, 16, 16, 16), patcher.model.model_sampling.sigmas[[100, 800]]
         both, one = (
@@ -990,7 +1003,7 @@ def claim_a_quantised_transformer_is_erased_as_the_one_that_it_stands_for():
             weights = {
                 n: r.layer.weight for n, r in text_layers(whole.model.diffusion_model).items()
             }
-            due = {name: erasure.erased(name, weight) for name, weight in weights.items()}
+            due = {name: erasure.erased_weight(name, weight) for name, weight in weights.items()}
             z, sigma = torch.randn(2, 16, 16, 16), whole.model.model_sampling.sigmas[[100, 800]]
 
             def drawn(patcher, z=z, sigma=sigma, rows=encoding):

@@ -1,5 +1,6 @@
 """Algorithm 1 as a whole: what an erasure was made by is what it says, and a stage is one call."""
 
+import copy
 import pickle
 import re
 import subprocess
@@ -170,7 +171,7 @@ def test_the_parts_of_a_plan_add_up_to_the_whole_whatever_the_source(
     joint = collect(realise(text, plan))
     monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
     for stream, sums in sum_parts(text, plan, SolveSettings()).items():
-        for tensor in ("erase", "moved", "preserve"):
+        for tensor in ("gram", "shift_cov"):
             own, its = getattr(sums, tensor), getattr(joint[stream], tensor)
             assert its.any() and float((own - its).abs().max()) < 1e-5 * float(its.abs().max())
 
@@ -277,3 +278,26 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     (written,) = tmp_path.iterdir()
     assert written.name == "no-airplane.safetensors"
     assert names["erasure"].provenance["settings"]["preserve"] == ("a rocket",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_erasures_of_an_encoder_in_half_precision_merge_with_those_of_it_in_float32(
+    pipelines, monkeypatch, dtype
+):
+    prompts = ["a red kite", "a wooden chair", "two bowls of soup", "an airplane", "a dog"] * 8
+    prompts = [f"{prompt}, {n}" for n, prompt in enumerate(prompts)]
+    monkeypatch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: prompts)
+    single = text_of(pipelines["sdxl"])
+    half = copy.deepcopy(pipelines["sdxl"])
+    half.text_encoder.to(dtype), half.text_encoder_2.to(dtype)
+    near, far = NeighborSettings(source="isotropic", neighbors=1), BeyondSettings(beyond=0)
+
+    def erased(text, name):
+        return erase(mine(text, [Concept(name, "ground")], near, far))
+
+    one, two = erased(single, "airplane"), erased(single, "dog")
+    mixed = Erasure.merge([one, erased(text_of(half), "dog")])
+    for stream, edit in Erasure.merge([one, two]).edits.items():
+        change = edit.matrix - torch.eye(edit.dim)
+        assert (mixed.edits[stream].matrix - edit.matrix).norm() < 0.05 * change.norm()
+    assert mixed.bank[CONTEXT].dropped.keys() >= {"an airplane, 3", "a dog, 4"}

@@ -53,13 +53,18 @@ def job(model):
     return TrainingInputs(mining.neighbourhood, True, erase(mining, NO_BANK), anchors)
 
 
-def with_edit(job, matrix):
+def with_edit(job, edit):
     """The same lesson on top of another T."""
-    return replace(job, erasure=Erasure({CONTEXT: Edit(matrix)}))
+    return replace(job, erasure=Erasure({CONTEXT: edit}))
 
 
-def matrix_of(job):
-    return job.erasure.edits[CONTEXT].matrix
+def edit_of(job):
+    return job.erasure.edits[CONTEXT]
+
+
+def endless(job):
+    """Its edit, with numbers that are not finite."""
+    return Edit(edit_of(job).up * torch.inf, edit_of(job).down)
 
 
 def state_of(unet) -> dict[str, torch.Tensor]:
@@ -91,7 +96,7 @@ def test_a_full_disk_under_the_state_is_a_warning_and_the_training_goes_on(
 
 
 def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job):
-    untouched = with_edit(job, torch.eye(len(matrix_of(job))))
+    untouched = with_edit(job, Edit.from_matrix(torch.eye(edit_of(job).dim)))
     losses: dict[float, list[float]] = {}
     for rate in (1e-12, 3e-2):
         seen = losses[rate] = []
@@ -113,7 +118,7 @@ def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
     with pytest.raises(KeyboardInterrupt):
         run(model, job, on_step=cancel)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        run(model, with_edit(job, matrix_of(job) * torch.inf))
+        run(model, with_edit(job, endless(job)))
     assert same(before, state_of(model.network))
     assert modules == [name for name, _ in model.network.named_modules()]
     assert gradients == [p.requires_grad for p in model.network.parameters()]
@@ -167,7 +172,7 @@ def test_gradient_checkpointing_trains_the_same_lora_and_is_undone(model, job, t
         assert torch.allclose(a, again[name][0], rtol=1e-3, atol=1e-6)
         assert torch.allclose(b, again[name][1], rtol=1e-3, atol=1e-6)
     with pytest.raises(FloatingPointError):
-        run(model, with_edit(job, matrix_of(job) * torch.inf), thrifty)
+        run(model, with_edit(job, endless(job)), thrifty)
     assert not any("forward" in vars(module) for module in model.network.modules())
     # One that ran out of memory may go on with it.
     state = tmp_path / "state.safetensors"
@@ -265,7 +270,7 @@ def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name)
     edits = {}
     for stream, rows in encoding.items():
         dim = rows.shape[-1]
-        edits[stream] = Edit(torch.eye(dim) + 0.1 * torch.randn(dim, dim, generator=g))
+        edits[stream] = Edit.from_matrix(torch.eye(dim) + 0.1 * torch.randn(dim, dim, generator=g))
     lora = {
         layer: (
             torch.randn(2, reader.layer.in_features, generator=g),

@@ -3,12 +3,13 @@
 import argparse
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from benchmarks import (
     ablation,
@@ -28,6 +29,8 @@ from benchmarks import (
 from benchmarks.tables import markdown_table
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
+from realera.edit.closed_form import Edit
+from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.edit.text_layers import trained_layers
 from realera.evaluation.coarse_samples import coarse_samples
 from realera.evaluation.report import Report, Score, harmonic_mean
@@ -363,19 +366,21 @@ def test_results_are_valid_json(tmp_path):
 
 
 def test_one_erasure_in_both_formats_is_unchanged_and_another_is_not(tmp_path):
-    half = torch.eye(3) / 3
-    first = {"edit": half, "sums.erase": half.double(), "sums.bank": torch.zeros(3, 3)}
-    second = {"edit.context": half, "sums.context.erase": half.double()}
-    moved = second | {"sums.context.erase": half.double() * (1 + 1e-9)}
-    for folder, tensors, number in (("a", first, 1), ("b", second, 2), ("c", moved, 2)):
-        (tmp_path / folder).mkdir()
-        metadata = {"realera_erasure": str(number), "realera": '{"lambda1": 0.1, "seeds": [1, 2]}'}
-        save_file(tensors, tmp_path / folder / "erasure.safetensors", metadata)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    path = Path(__file__).parent / "data/erasure-2.safetensors"
+    shutil.copy(path, tmp_path / "a" / "erasure.safetensors")
+    erasure = load_erasure(path)
+    save_erasure(erasure, tmp_path / "b" / "erasure.safetensors")
+    edit = erasure.edits[CONTEXT]
+    more = Edit(edit.up * (1 + 1e-5), edit.down)
+    other = replace(erasure, edits={**erasure.edits, CONTEXT: more})
+    save_erasure(other, tmp_path / "c" / "erasure.safetensors")
     same = unchanged.compare(tmp_path / "a", tmp_path / "b")
-    assert same.unchanged and (same.compared, same.largest, same.notes) == (3, 0, ())
-    other = unchanged.compare(tmp_path / "a", tmp_path / "c")
-    assert other.largest == pytest.approx(1e-9)
-    assert other.unlike == (other.where,) == ("erasure.safetensors: sums.context.erase",)
+    assert same.unchanged and same.largest < 1e-6 and same.notes == ()
+    changed = unchanged.compare(tmp_path / "a", tmp_path / "c")
+    assert "erasure.safetensors: T - I, context" in changed.unlike
+    assert changed.largest > 9e-6
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,9 @@ def test_no_command_begins_with_what_other_libraries_lack(tmp_path):
 
 def test_a_console_that_lacks_letters_is_no_reason_to_fail(tmp_path, monkeypatch):
     path = tmp_path / "erasure.safetensors"
-    save_erasure(Erasure({CONTEXT: Edit(torch.eye(64))}, provenance={"concepts": ["猫"]}), path)
+    save_erasure(
+        Erasure({CONTEXT: Edit.from_matrix(torch.eye(64))}, provenance={"concepts": ["猫"]}), path
+    )
     said = {name: io.TextIOWrapper(io.BytesIO(), "cp1252") for name in ("stdout", "stderr")}
     for name, stream in said.items():
         monkeypatch.setattr(sys, name, stream)

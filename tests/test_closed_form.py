@@ -14,8 +14,11 @@ from realera.edit.closed_form import (
     BankGram,
     Edit,
     Sums,
+    condensed,
+    shift_cov_of,
     solve,
 )
+from realera.edit.triangles import pack, unpack
 
 seeds = st.integers(0, 10_000)
 QUICK = settings(max_examples=25, deadline=None)
@@ -34,7 +37,7 @@ def brute(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 @given(seeds, st.integers(2, 12), st.integers(1, 20), st.integers(1, 20), st.floats(0.01, 10))
 def test_the_edit_is_the_brute_force_least_squares_solution(seed, dim, n, m, lambda1):
     e, target, kept = rows_of(seed, dim, n), rows_of(seed + 1, dim, n), rows_of(seed + 2, dim, m)
-    sums = Sums.zeros(dim).erasing(e, target).preserving(kept)
+    sums = Sums.zeros(dim).add_erased(e, target).add_preserved(kept, lambda1)
     ridge = 1e-3
     edit = solve(sums, None, lambda1, ridge)
 
@@ -53,10 +56,10 @@ def test_the_edit_is_the_brute_force_least_squares_solution(seed, dim, n, m, lam
 @given(seeds, st.permutations(range(9)))
 def test_the_order_of_rows_and_batches_does_not_matter(seed, order):
     e, target = rows_of(seed, 6, 9), rows_of(seed + 1, 6, 9)
-    together = solve(Sums.zeros(6).erasing(e, target), None, 0.1, 0.1)
+    together = solve(Sums.zeros(6).add_erased(e, target), None, 0.1, 0.1)
     apart = Sums.zeros(6)
     for i in order:
-        apart = apart.erasing(e[i : i + 1], target[i : i + 1])
+        apart = apart.add_erased(e[i : i + 1], target[i : i + 1])
     assert torch.allclose(together.matrix, solve(apart, None, 0.1, 0.1).matrix, atol=1e-4)
 
 
@@ -66,8 +69,9 @@ def test_sums_of_two_concepts_add_up_to_the_joint_fit(seed):
     first = rows_of(seed, 8, 3), rows_of(seed + 1, 8, 3)
     second = rows_of(seed + 2, 8, 5), rows_of(seed + 3, 8, 5)
     kept = rows_of(seed + 4, 8, 4)
-    joint = Sums.zeros(8).erasing(*first).erasing(*second).preserving(kept)
-    merged = Sums.zeros(8).erasing(*first).preserving(kept) + Sums.zeros(8).erasing(*second)
+    joint = Sums.zeros(8).add_erased(*first).add_erased(*second).add_preserved(kept, 0.1)
+    merged = Sums.zeros(8).add_erased(*first).add_preserved(kept, 0.1)
+    merged = merged + Sums.zeros(8).add_erased(*second)
     assert torch.allclose(*(solve(s, None, 0.1, 0.1).matrix for s in (joint, merged)), atol=1e-5)
 
 
@@ -77,7 +81,8 @@ def test_a_preserved_row_maps_to_what_it_mapped_to_as_its_weight_grows(seed):
     e, target, kept = rows_of(seed, 10, 4), rows_of(seed + 1, 10, 4), rows_of(seed + 2, 10, 3)
     errors = []
     for lambda1 in (0.1, 10.0, 1e5):
-        edit = solve(Sums.zeros(10).erasing(e, target).preserving(kept), None, lambda1, 1e-9)
+        sums = Sums.zeros(10).add_erased(e, target).add_preserved(kept, lambda1)
+        edit = solve(sums, None, lambda1, 1e-9)
         errors.append(float((edit(kept.float()) - kept).norm() / kept.norm()))
     assert errors[2] < 1e-3
     assert errors[2] <= errors[0] + 1e-6
@@ -86,10 +91,10 @@ def test_a_preserved_row_maps_to_what_it_mapped_to_as_its_weight_grows(seed):
 def test_a_heavy_pair_stays_exact_among_many_mined_rows():
     e, target = rows_of(0, 32, 1), rows_of(1, 32, 1)
     near = e + 0.5 * rows_of(2, 32, 400)
-    sums = Sums.zeros(32).erasing(near, target.expand(400, -1))
+    sums = Sums.zeros(32).add_erased(near, target.expand(400, -1))
 
     def error(weight: float) -> float:
-        edit = solve(sums.erasing(e, target, weight), None, 0.1, 1e-6)
+        edit = solve(sums.add_erased(e, target, weight), None, 0.1, 1e-6)
         return float((edit(e.float()) - target).norm() / (e - target).norm())
 
     assert error(1e6) < 1e-3 < error(1.0)
@@ -97,7 +102,7 @@ def test_a_heavy_pair_stays_exact_among_many_mined_rows():
 
 def test_one_row_alone_gives_a_finite_edit_that_leaves_orthogonal_rows():
     e, target = rows_of(0, 16, 1), rows_of(1, 16, 1)
-    edit = solve(Sums.zeros(16).erasing(e, target), None, 0.1, 1e-6)
+    edit = solve(Sums.zeros(16).add_erased(e, target), None, 0.1, 1e-6)
     other = rows_of(2, 16, 1)
     other = other - (other @ e.T) / (e @ e.T) * e
     assert torch.allclose(edit(e.float()), target.float(), atol=1e-3)
@@ -107,45 +112,98 @@ def test_one_row_alone_gives_a_finite_edit_that_leaves_orthogonal_rows():
 @QUICK
 @given(seeds, st.floats(1e-4, 0.3))
 def test_low_rank_factors_keep_the_edit_to_the_stated_tolerance(seed, tolerance):
-    edit = Edit(torch.eye(12) + rows_of(seed, 12, 12).float())
-    down, up, cut = edit.factors(tolerance)
+    edit = Edit.from_matrix(torch.eye(12) + rows_of(seed, 12, 12).float())
+    cut, rest = edit.split(tolerance)
     change = edit.matrix - torch.eye(12)
-    error = (up @ down - change).norm()
+    error = (cut.matrix - edit.matrix).norm()
     assert error <= tolerance * change.norm() + 1e-4
-    assert abs(float(error) - cut) < 1e-3
+    assert abs(float(error - (rest.up @ rest.down).norm())) < 1e-3
 
 
 def test_an_edited_weight_reads_a_row_as_the_weight_reads_the_edited_row():
-    edit = Edit(torch.eye(8) + 0.1 * rows_of(0, 8, 8).float())
+    edit = Edit.from_matrix(torch.eye(8) + 0.1 * rows_of(0, 8, 8).float())
     weight, row = rows_of(1, 8, 5).float(), rows_of(2, 8, 1).float()
-    assert torch.allclose(row @ edit.on_weight(weight).T, edit(row) @ weight.T, atol=1e-5)
-    assert torch.equal(edit.on_weight(weight, strength=0.0), weight)
-    assert edit.on_weight(weight.half()).dtype == torch.float16
+    assert torch.allclose(row @ edit.apply_to_weight(weight).T, edit(row) @ weight.T, atol=1e-5)
+    assert torch.equal(edit.apply_to_weight(weight, strength=0.0), weight)
+    gain = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 1.0, 0.1, 4.0])
+    gained = edit.apply_to_weight(weight, gain=gain)
+    assert torch.allclose(gain * row @ gained.T, edit(row) * gain @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gain", [None, torch.linspace(0.01, 300, 64)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_an_edit_leaves_alone_keeps_its_bits_and_of_all_else_the_change_is_rounded(
+    dtype, gain, autocast
+):
+    """T maps the first 8 columns; the last 56 columns, and rows that read only those, stay."""
+    dim, rows = 64, rows_of(0, 64, 40).float()
+    change = torch.zeros(dim, dim)
+    change[:8, :8] = 0.1 * rows_of(1, 8, 8).float()
+    edit, weight = Edit.from_matrix(torch.eye(dim) + change), rows.to(dtype)
+    weight[:10, :8] = 0
+    for strength in (1.0, 0.3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            new = edit.apply_to_weight(weight, strength, gain)
+        assert new.dtype == dtype
+        assert torch.equal(new[:10], weight[:10]) and torch.equal(new[:, 8:], weight[:, 8:])
+        scale = torch.ones(dim) if gain is None else gain
+        due = weight.double() * scale @ (strength * change.double()) / scale
+        missing = (new.double() - weight.double() - due)[:, :8]
+        rounding = torch.finfo(dtype).eps * (weight.double() + due)[:, :8].abs()
+        assert (missing.abs() <= rounding + (2e-2 if autocast else 1e-5) * due.abs().max()).all()
 
 
 @pytest.mark.parametrize(("lambda1", "lambda2"), [(0.1, 0.0), (-1.0, 1e-4)])
 def test_a_lambda_that_can_make_the_system_singular_is_refused(lambda1, lambda2):
-    sums = Sums.zeros(4).erasing(rows_of(0, 4, 1), rows_of(1, 4, 1))
+    sums = Sums.zeros(4).add_erased(rows_of(0, 4, 1), rows_of(1, 4, 1))
     with pytest.raises(ValueError, match="λ1"):
         solve(sums, None, lambda1, lambda2)
 
 
-def test_banks_that_differ_by_rounding_add_up_and_by_a_prompt_do_not():
-    rows = rows_of(0, 1000, 8)
-    bank = rows.T.double() @ rows.double()
+def bank_of(rows: torch.Tensor, dropped=(), name: str = "") -> BankGram:
+    rows = rows.double()
+    return BankGram(pack(rows.T @ rows), rows[:1].float(), dict(dropped), name)
 
-    mean = rows.mean(0, keepdim=True)
-    one, same = (
-        BankGram(gram, mean, dropped)
-        for gram, dropped in (
-            (bank, {"a cat": rows[:1]}),
-            (bank * (1 + 1e-8), {"a dog": rows[1:2]}),
-        )
-    )
-    assert torch.equal((one | same).gram, bank)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_banks_of_one_name_add_up_whatever_the_encoder_computes_in(dtype):
+    rows = rows_of(0, 8, 1000)
+    one = bank_of(rows, {"a cat": rows[:1].float()}, "a bank")
+    same = bank_of(rows.to(dtype), {"a dog": rows[1:2].float()}, "a bank")
+    assert torch.equal((one | same).triangle, one.triangle)
     assert (one | same).dropped.keys() == {"a cat", "a dog"}
-    with pytest.raises(ValueError, match="different preservation banks"):
-        one | BankGram(bank + rows[:1].T.double() @ rows[:1].double(), mean)
+
+
+def test_another_bank_is_refused_by_its_name_and_another_encoder_by_its_rows():
+    rows = rows_of(0, 8, 1000)
+    one = bank_of(rows, name="a bank")
+    for other in (
+        bank_of(rows, name="another"),  # a prompt more would be a thousandth of the sums
+        bank_of(rows_of(1, 8, 1000) * torch.linspace(0.5, 1.5, 8), name="a bank"),
+        bank_of(rows_of(0, 9, 1000), name="a bank"),
+    ):
+        with pytest.raises(ValueError, match="different preservation banks"):
+            one | other
+    assert torch.equal((one | bank_of(rows)).triangle, one.triangle)  # of an older file, nameless
+
+
+@QUICK
+@given(seeds, st.integers(1, 12))
+def test_a_packed_gram_matrix_comes_back_whatever_its_rank(seed, rank):
+    rows = rows_of(seed, 12, rank) * torch.logspace(0, 3, 12, dtype=torch.float64)
+    gram = rows.T @ rows
+    triangle = pack(gram)
+    assert triangle.dtype == torch.float32 and len(triangle) == 78
+    assert (unpack(triangle) - gram).norm() <= 1e-6 * gram.norm()
+
+
+def test_condensed_rows_have_the_gram_matrix_of_all():
+    rows = torch.cat([rows_of(0, 8, 5), rows_of(1, 8, 1).expand(60, -1)]).float()
+    few = condensed(rows)
+    assert len(few) == 6
+    gram = rows.T @ rows
+    assert (few.T @ few - gram).norm() <= 1e-5 * gram.norm()
 
 
 def test_sums_of_two_families_are_not_merged():
@@ -159,9 +217,9 @@ def test_sums_of_two_families_are_not_merged():
 
 
 def problem(seed: int, dim: int = 7):
-    """Rows to erase, their targets, rows to preserve, and all of them as sums."""
+    """Rows to erase, their targets, rows to preserve, and the sums of the first two."""
     e, target, kept = rows_of(seed, dim, 5), rows_of(seed + 1, dim, 5), rows_of(seed + 2, dim, 9)
-    return e, target, kept, Sums.zeros(dim).erasing(e, target, 2.0).preserving(kept)
+    return e, target, kept, Sums.zeros(dim).add_erased(e, target, 2.0)
 
 
 def objective(w, w_org, e, target, kept, lambda1, ridge):
@@ -179,7 +237,7 @@ def ridge_of(e, kept, lambda1, lambda2):
 @given(seeds, st.integers(1, 20), st.floats(0.01, 10), st.floats(1e-3, 1.0))
 def test_one_t_makes_the_gradient_of_eq_7_vanish_for_every_layer(seed, out, lambda1, lambda2):
     e, target, kept, sums = problem(seed)
-    matrix = solve(sums, None, lambda1, lambda2).matrix.double()
+    matrix = solve(sums.add_preserved(kept, lambda1), None, lambda1, lambda2).matrix.double()
     ridge = ridge_of(e, kept, lambda1, lambda2)
     for layer in range(3):  # the same T whatever the layer's own weight is
         w_org = rows_of(seed + 10 + layer, 7, out)
@@ -201,13 +259,13 @@ def test_sums_are_a_monoid_any_partition_in_any_order_gives_the_same_t(seed, of)
     e, target = rows_of(seed, 6, 12), rows_of(seed + 1, 6, 12)
     workers = [Sums.zeros(6) for _ in range(4)]
     for row, worker in enumerate(of):
-        workers[worker] = workers[worker].erasing(e[row : row + 1], target[row : row + 1])
+        workers[worker] = workers[worker].add_erased(e[row : row + 1], target[row : row + 1])
     a, b, c, d = workers
-    whole = Sums.zeros(6).erasing(e, target)
+    whole = Sums.zeros(6).add_erased(e, target)
     trees = (a + b + c + d, d + (c + (b + a)), (a + d) + (Sums.zeros(6) + c) + b)
     expected = solve(whole, None, 0.1, 0.1).matrix
     for tree in trees:
-        torch.testing.assert_close(tree.moved, whole.moved, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tree.shift_cov, whole.shift_cov, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(solve(tree, None, 0.1, 0.1).matrix, expected)
 
 
@@ -216,11 +274,11 @@ def test_sums_are_a_monoid_any_partition_in_any_order_gives_the_same_t(seed, of)
 def test_a_rotated_and_scaled_embedding_gives_the_rotated_t(seed, scale):
     e, target, kept, sums = problem(seed)
     q = torch.linalg.qr(rows_of(seed + 3, 7, 7)).Q
-    turned = Sums.zeros(7).erasing(scale * e @ q.T, scale * target @ q.T, 2.0)
-    turned = turned.preserving(scale * kept @ q.T)
-    own = solve(sums, None, 0.1, 0.1).matrix.double()
+    turned = Sums.zeros(7).add_erased(scale * e @ q.T, scale * target @ q.T, 2.0)
+    turned = turned.add_preserved(scale * kept @ q.T, 0.1)
+    matrix = solve(sums.add_preserved(kept, 0.1), None, 0.1, 0.1).matrix.double()
     other = solve(turned, None, 0.1, 0.1).matrix.double()
-    torch.testing.assert_close(other, q @ own @ q.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other, q @ matrix @ q.T, rtol=1e-4, atol=1e-5)
 
 
 @QUICK
@@ -228,10 +286,9 @@ def test_a_rotated_and_scaled_embedding_gives_the_rotated_t(seed, scale):
 def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_as_if_not(seed):
     sums = problem(seed)[-1]
     bank, dropped = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 3)
-    whole = torch.cat([bank, dropped])
-    kept = BankGram(whole.T @ whole, whole[:1], {"a cat": dropped.float()})
+    kept = bank_of(torch.cat([bank, dropped]), {"a cat": dropped.float()})
     by_gram = solve(sums, kept, 0.3, 0.1)
-    by_rows = solve(sums.preserving(bank), None, 0.3, 0.1)
+    by_rows = solve(sums.add_preserved(bank, 0.3), None, 0.3, 0.1)
     torch.testing.assert_close(by_gram.matrix, by_rows.matrix, rtol=1e-4, atol=1e-5)
 
 
@@ -244,8 +301,9 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
     e, target, preserved, sums = problem(seed)
     bank, mean = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 2)
     v = rows_of(seed + 6, 7, 4)  # of two concepts
-    kept = BankGram(bank.T @ bank, mean)
-    matrix = solve(replace(sums, concepts=v), kept, lambda1, 0.1, away).matrix.double()
+    kept = BankGram(pack(bank.T @ bank), mean)
+    sums = replace(sums.add_preserved(preserved, lambda1), representatives=v)
+    matrix = solve(sums, kept, lambda1, 0.1, away).matrix.double()
 
     way = torch.cat([mean, mean]) - v
     unit, root = torch.eye(7, dtype=torch.float64), (SHIFT_RIDGE * way.square().sum()).sqrt()
@@ -262,7 +320,7 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
 
 
 def test_without_a_bank_nothing_goes_away_and_nothing_goes_towards():
-    sums = replace(problem(0)[-1], concepts=rows_of(6, 7, 1))
+    sums = replace(problem(0)[-1], representatives=rows_of(6, 7, 1))
     assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
     with pytest.raises(ValueError, match=r"away = -0\.5: it must be at least 0"):
         solve(sums, None, 0.1, 0.1, -0.5)
@@ -272,9 +330,40 @@ def test_without_a_bank_nothing_goes_away_and_nothing_goes_towards():
 @given(seeds, st.floats(1e-3, 0.3))
 def test_no_factors_of_that_rank_come_nearer_to_the_edit(seed, tolerance):
     """Eckart and Young: the cut is the norm of the singular values that are left out."""
-    edit = Edit(torch.eye(9) + rows_of(seed, 9, 9).float())
-    down, up, cut = edit.factors(tolerance)
-    values = torch.linalg.svdvals(edit.matrix.double() - torch.eye(9, dtype=torch.float64))
-    assert cut == pytest.approx(float(values[len(down) :].norm()), abs=1e-9)
-    error = (up.double() @ down.double() - (edit.matrix.double() - torch.eye(9))).norm()
-    assert float(error) == pytest.approx(cut, abs=1e-4)
+    edit = Edit.from_matrix(torch.eye(9) + rows_of(seed, 9, 9).float())
+    cut, rest = edit.split(tolerance)
+    values = torch.linalg.svdvals(edit.up.double() @ edit.down.double())
+    norm = float((rest.up @ rest.down).norm())
+    assert norm == pytest.approx(float(values[cut.rank :].norm()), rel=1e-4, abs=1e-5)
+    assert float((cut.matrix - edit.matrix).norm()) == pytest.approx(norm, abs=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(300, 20), (300, 200), (40, 100)])
+def test_an_edit_has_no_more_directions_than_rows_and_is_the_solution_to_1e_6(dim, count):
+    e, target = rows_of(0, dim, count), rows_of(1, dim, count)
+    sums = Sums.zeros(dim).add_erased(e, target)
+    edit = solve(sums, None, 0.1, 0.1)
+    assert edit.rank <= min(dim, count)
+    ridge = 0.1 * sums.gram.diagonal().mean() * torch.eye(dim, dtype=torch.float64)
+    due = torch.linalg.solve(sums.gram + ridge, sums.shift_cov.T).T
+    assert (edit.up.double() @ edit.down.double() - due).norm() <= 1e-6 * due.norm()
+    again = solve(sums, None, 0.1, 0.1)
+    assert torch.equal(edit.up, again.up) and torch.equal(edit.down, again.down)
+
+
+@QUICK
+@given(seeds, st.floats(0, 2))
+def test_the_sums_of_an_edit_follow_from_it_and_from_their_gram_matrix(seed, away):
+    *_, sums = problem(seed)
+    sums = replace(sums, representatives=rows_of(seed + 6, 7, 2).float())
+    solved = bank_of(rows_of(seed + 4, 7, 11)), 0.3, 0.1, away
+    edit = solve(sums, *solved)
+    found = shift_cov_of(edit, sums.gram, sums.representatives, *solved)
+    assert (found - sums.shift_cov).norm() <= 1e-5 * sums.shift_cov.norm()
+
+
+def test_an_edit_that_moves_nothing_is_of_rank_one():
+    rows = rows_of(0, 30, 4)
+    edit = solve(Sums.zeros(30).add_erased(rows, rows), None, 0.1, 0.1)
+    assert edit.rank == 1 and torch.equal(edit.matrix, torch.eye(30))
+    assert Edit.from_matrix(torch.eye(30)).rank == 1

@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def erasure(tmp_path):
     path = tmp_path / "erasure.safetensors"
-    save_erasure(Erasure({CONTEXT: Edit(torch.eye(256))}), path)
+    save_erasure(Erasure({CONTEXT: Edit.from_matrix(torch.eye(256))}), path)
     return path
 
 
@@ -265,7 +265,7 @@ def test_a_link_is_followed_and_stays(tmp_path):
 
 def test_a_link_to_a_folder_is_followed_and_stays(tmp_path, folders):
     target, link = tmp_path / "real", tmp_path / "link"
-    plain = Erasure({CONTEXT: Edit(torch.eye(32))})
+    plain = Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))})
     write_checkpoint(folders["sd1"], plain, target)
     link.symlink_to("real")
     before = (target / "model_index.json").stat().st_ino
@@ -313,9 +313,9 @@ def test_a_run_that_would_replace_what_it_reads_is_refused_before_the_work(
 
 def test_a_folder_that_holds_the_erasure_is_not_replaced(tmp_path, folders, capsys):
     out = tmp_path / "out"
-    write_checkpoint(folders["sd1"], Erasure({CONTEXT: Edit(torch.eye(32))}), out)
+    write_checkpoint(folders["sd1"], Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))}), out)
     inside = out / "erasure.safetensors"
-    save_erasure(Erasure({CONTEXT: Edit(torch.eye(32))}), inside)
+    save_erasure(Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))}), inside)
     command = ["apply", str(folders["sd1"]), str(inside), str(out), "--overwrite"]
     assert main(command) == 1 and inside.exists()
     assert "one lies in the other" in capsys.readouterr().err
@@ -354,7 +354,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
 
 
 def test_a_folder_that_a_killed_run_had_moved_away_comes_back(tmp_path, folders):
-    plain, out = Erasure({CONTEXT: Edit(torch.eye(32))}), tmp_path / "out"
+    plain, out = Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))}), tmp_path / "out"
     gone = ended()
     old, half = (tmp_path / f".out.{HOST}-{gone}.realera-{end}" for end in ("old", "tmp"))
     write_checkpoint(folders["sd1"], plain, old)

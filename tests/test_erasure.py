@@ -12,31 +12,34 @@ from realera.edit.closed_form import BankGram, Edit, Sums, solve
 from realera.edit.erasure import Erasure, concepts_of, erase_in_place, temporarily_erased
 from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.edit.text_layers import canonical, diffusers_names, text_layers, trained_layers
+from realera.edit.triangles import pack, unpack
 from realera.text.encoding import CONTEXT, POOLED
 
 DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
+OLD_SUMS = ("erase", "moved", "preserve")
 NAME, ADDED = "middle_block.1.transformer_blocks.0.attn2.to_k", "label_emb.0.0"
 
 
 def random_sums(dim, seed):
     g = torch.Generator().manual_seed(seed)
     rows, targets = torch.randn(6, dim, generator=g), torch.randn(6, dim, generator=g)
-    sums = replace(Sums.zeros(dim).erasing(rows, targets), concepts=rows[:2])
-    return sums.preserving(torch.randn(9, dim, generator=g))
+    sums = replace(Sums.zeros(dim).add_erased(rows, targets), representatives=rows[:2])
+    return sums.add_preserved(torch.randn(9, dim, generator=g), 0.2)
 
 
 def random_bank(seed, dim=DIM):
     rows = torch.randn(200, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     dropped = torch.randn(7, dim, generator=torch.Generator().manual_seed(seed)) / 10
-    return BankGram(rows.T @ rows, rows[:1].float(), {f"a prompt about {seed}": dropped})
+    mean = rows[:1].float()
+    return BankGram(pack(rows.T @ rows), mean, {f"a prompt about {seed}": dropped}, "a bank")
 
 
 def random_erasure(seed=0, names=()):
     g = torch.Generator().manual_seed(seed)
     sums = {CONTEXT: random_sums(DIM, seed), POOLED: random_sums(POOLED_DIM, seed)}
-    kept = {CONTEXT: random_bank(seed)}
+    bank = {CONTEXT: random_bank(seed)}
     note = {"concepts": ["äirplane"], "seed": seed}
-    erasure = Erasure.fit(sums, kept, 0.2, 1e-3, note, 0.6)
+    erasure = Erasure.fit(sums, bank, 0.2, 1e-3, note, 0.6)
     lora = {n: (torch.randn(2, DIM, generator=g), torch.randn(32, 2, generator=g)) for n in names}
     return erasure.with_lora(lora, {"steps": 3}) if names else erasure
 
@@ -61,18 +64,18 @@ def test_the_erased_weight_is_w_t_plus_b_a_in_the_weights_dtype(dtype):
     for s, r in [(1.0, 1.0), (0.3, 0.0), (0.0, 2.0)]:
         t = torch.eye(DIM) + s * (erasure.edits[CONTEXT].matrix - torch.eye(DIM))
         expected = weight.double() @ t.double() + r * (b.double() @ a.double())
-        got = erasure.erased(NAME, weight, s, r)
+        got = erasure.erased_weight(NAME, weight, s, r)
         assert got.dtype == dtype
         torch.testing.assert_close(
             got.double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-3 * float(s + r)
         )
-    assert torch.equal(erasure.erased(NAME, weight, 0.0, 0.0), weight)
+    assert torch.equal(erasure.erased_weight(NAME, weight, 0.0, 0.0), weight)
 
 
 def test_only_the_pooled_columns_of_the_added_embedding_change():
     erasure = random_erasure()
     weight = torch.randn(16, POOLED_DIM + 48, generator=torch.Generator().manual_seed(1))
-    erased = erasure.erased(ADDED, weight)
+    erased = erasure.erased_weight(ADDED, weight)
     assert torch.equal(erased[:, POOLED_DIM:], weight[:, POOLED_DIM:])
     expected = weight[:, :POOLED_DIM] @ erasure.edits[POOLED].matrix
     torch.testing.assert_close(erased[:, :POOLED_DIM], expected)
@@ -80,15 +83,15 @@ def test_only_the_pooled_columns_of_the_added_embedding_change():
 
 def test_an_erasure_of_another_family_is_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"96 numbers and middle_.*to_k reads 768"):
-        random_erasure().erased(NAME, torch.zeros(2, 768))
+        random_erasure().erased_weight(NAME, torch.zeros(2, 768))
 
 
 def test_a_result_that_is_not_finite_is_refused():
-    erasure = Erasure({CONTEXT: Edit(1e6 * torch.eye(4))})
+    erasure = Erasure({CONTEXT: Edit.from_matrix(1e6 * torch.eye(4))})
     with pytest.raises(ValueError, match=r"would not be finite in torch\.float16"):
-        erasure.erased(NAME, torch.ones(2, 4, dtype=torch.float16))
+        erasure.erased_weight(NAME, torch.ones(2, 4, dtype=torch.float16))
     with pytest.raises(ValueError, match="to_k holds numbers that are not finite before"):
-        erasure.erased(NAME, torch.full((2, 4), torch.nan))
+        erasure.erased_weight(NAME, torch.full((2, 4), torch.nan))
 
 
 def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipelines):
@@ -101,7 +104,7 @@ def test_apply_changes_exactly_the_erased_layers_and_applied_restores_them(pipel
             n for n, tensor in unet.state_dict().items() if not torch.equal(tensor, before[n])
         }
         for name, reader in layers.items():
-            expected = erasure.erased(name, before[reader.path + ".weight"], 0.5, 2.0)
+            expected = erasure.erased_weight(name, before[reader.path + ".weight"], 0.5, 2.0)
             assert torch.equal(reader.layer.weight, expected)
     assert changed == {reader.path + ".weight" for reader in layers.values()}
     assert "add_embedding.linear_1.weight" in changed
@@ -117,9 +120,9 @@ def test_a_refused_apply_leaves_the_unet_as_it_was(pipelines):
         erase_in_place(random_erasure(), unet)
     stray = {"input_blocks.9.1.transformer_blocks.0.attn2.to_k": (torch.ones(1, 32),) * 2}
     with pytest.raises(ValueError, match=r"LoRA for input_blocks\.9"):
-        erase_in_place(Erasure({CONTEXT: Edit(torch.eye(32) * 2)}, stray), unet)
+        erase_in_place(Erasure({CONTEXT: Edit.from_matrix(torch.eye(32) * 2)}, stray), unet)
     with pytest.raises(ValueError, match="reads 32"):
-        erase_in_place(Erasure({CONTEXT: Edit(torch.eye(48))}), unet)
+        erase_in_place(Erasure({CONTEXT: Edit.from_matrix(torch.eye(48))}), unet)
     assert all(torch.equal(tensor, before[n]) for n, tensor in unet.state_dict().items())
 
 
@@ -143,14 +146,17 @@ def test_an_erasure_comes_back_as_it_was_saved(saved):
     for name, pair in erasure.lora.items():
         assert all(torch.equal(x, y) for x, y in zip(again.lora[name], pair, strict=True))
     for stream, edit in erasure.edits.items():
-        assert torch.equal(again.edits[stream].matrix, edit.matrix)
-        for part in ("erase", "moved", "preserve", "concepts"):
-            own, its = getattr(again.sums[stream], part), getattr(erasure.sums[stream], part)
-            assert torch.equal(own, its)
-    assert again.kept.keys() == {CONTEXT}
-    assert torch.equal(again.kept[CONTEXT].gram, erasure.kept[CONTEXT].gram)
-    assert torch.equal(again.kept[CONTEXT].mean, erasure.kept[CONTEXT].mean)
-    assert again.kept[CONTEXT].dropped.keys() == erasure.kept[CONTEXT].dropped.keys()
+        for part in ("up", "down"):
+            assert torch.equal(getattr(again.edits[stream], part), getattr(edit, part))
+        for part in ("triangle", "representatives"):
+            sums, due = (getattr(of.sums[stream], part) for of in (again, erasure))
+            assert torch.equal(sums, due)
+    assert again.bank.keys() == {CONTEXT}
+    bank, due = again.bank[CONTEXT], erasure.bank[CONTEXT]
+    assert torch.equal(bank.triangle, due.triangle) and torch.equal(bank.mean, due.mean)
+    assert bank.dropped.keys() == due.dropped.keys() and bank.name == due.name == "a bank"
+    assert all(torch.equal(rows, due.dropped[prompt]) for prompt, rows in bank.dropped.items())
+    assert again.sums_ids == erasure.sums_ids and len(again.sums_ids) == 1
     assert again.provenance == erasure.provenance
     assert (again.lambda1, again.lambda2, again.away) == (0.2, 1e-3, 0.6)
 
@@ -171,22 +177,29 @@ def test_saving_never_overwrites_unasked(saved):
     assert not load_erasure(path).sums
 
 
-def test_saved_sums_merge_to_exactly_the_joint_fit(tmp_path):
+def far_apart(one, other) -> float:
+    """|T - T'| over |T - I|."""
+    change = (edit.up.double() @ edit.down.double() for edit in (one, other))
+    one, other = change
+    return float((one - other).norm() / one.norm())
+
+
+def test_saved_sums_merge_to_the_joint_fit(tmp_path):
     parts = [random_erasure(seed, [NAME]) for seed in (1, 2, 3)]
     for number, part in enumerate(parts):
         save_erasure(part, tmp_path / f"{number}.safetensors")
     merged = Erasure.merge([load_erasure(tmp_path / f"{n}.safetensors") for n in range(3)])
     joint = random_sums(DIM, 1) + random_sums(DIM, 2) + random_sums(DIM, 3)
-    kept = random_bank(1) | random_bank(2) | random_bank(3)
-    assert torch.equal(merged.edits[CONTEXT].matrix, solve(joint, kept, 0.2, 1e-3, 0.6).matrix)
+    bank = random_bank(1) | random_bank(2) | random_bank(3)
+    assert far_apart(solve(joint, bank, 0.2, 1e-3, 0.6), merged.edits[CONTEXT]) < 2e-6
     weight = torch.zeros(32, DIM)
     added = sum(part.lora[NAME][1] @ part.lora[NAME][0] for part in parts)
-    torch.testing.assert_close(merged.erased(NAME, weight), added, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.erased_weight(NAME, weight), added, atol=1e-5, rtol=1e-5)
     assert merged.provenance["merged"] == [part.provenance for part in parts]
     # The merged one can be merged again.
     four = Erasure.merge([merged, random_erasure(4)])
-    expected = solve(joint + random_sums(DIM, 4), kept | random_bank(4), 0.2, 1e-3, 0.6).matrix
-    assert torch.equal(four.edits[CONTEXT].matrix, expected)
+    expected = solve(joint + random_sums(DIM, 4), bank | random_bank(4), 0.2, 1e-3, 0.6)
+    assert far_apart(expected, four.edits[CONTEXT]) < 2e-6
 
 
 def test_what_cannot_be_merged_says_why():
@@ -194,15 +207,26 @@ def test_what_cannot_be_merged_says_why():
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
     with pytest.raises(ValueError, match=r"λ1, λ2 and away are \(1\.0, 0\.1, 1\.6\)"):
-        Erasure.merge([erasure, Erasure.fit(erasure.sums, erasure.kept)])
+        Erasure.merge([erasure, Erasure.fit(erasure.unpacked_sums(), erasure.bank)])
     with pytest.raises(ValueError, match="different model families"):
         Erasure.merge(
             [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, away=0.6)]
         )
     with pytest.raises(ValueError, match="one with a bank and one without"):
-        Erasure.merge([erasure, Erasure.fit(erasure.sums, None, 0.2, 1e-3, away=0.6)])
+        Erasure.merge([erasure, Erasure.fit(erasure.unpacked_sums(), None, 0.2, 1e-3, away=0.6)])
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
+
+
+def test_the_same_sums_are_not_counted_twice(tmp_path):
+    one, other = random_erasure(1), random_erasure(2)
+    save_erasure(one, tmp_path / "one.safetensors")
+    save_erasure(Erasure.merge([one, other]), tmp_path / "both.safetensors")
+    again, both = (load_erasure(tmp_path / f"{name}.safetensors") for name in ("one", "both"))
+    for erasures in ([one, one], [one, other, again], [again, both], [both, both]):
+        with pytest.raises(ValueError, match=r"number \d and \d hold the sums of the same erasure"):
+            Erasure.merge(erasures)
+    assert len(Erasure.merge([both, random_erasure(3)]).sums_ids) == 3
 
 
 def test_what_one_erasure_preserves_another_may_not_erase():
@@ -235,23 +259,40 @@ def test_a_strange_provenance_is_no_reason_not_to_merge(note):
     assert Erasure.merge([one, other]).sums
 
 
-def test_a_file_of_the_first_format_loads_and_merges():
-    """tests/data/erasure-1.safetensors, written by release 0.1: T, sums, bank and LoRA of both
-    streams, of small random numbers."""
-    path = Path(__file__).parent / "data" / "erasure-1.safetensors"
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_of_an_older_format_loads_and_merges(number):
+    """tests/data/erasure-N.safetensors, written by releases 0.1 and 0.2: T, sums, bank and LoRA of
+    both streams, of small random numbers."""
+    path = Path(__file__).parent / "data" / f"erasure-{number}.safetensors"
     stored, erasure = load_file(path), load_erasure(path)
+    assert (erasure.lambda1, erasure.lambda2, erasure.away) == (0.2, 1e-3, 0.6 * (number == 2))
+    solved, sums = (0.2, 1e-3, erasure.away), {}
     for stream, prefix in ((CONTEXT, ""), (POOLED, "pooled_")):
-        assert torch.equal(erasure.edits[stream].matrix, stored[f"{prefix}edit"])
-        for part in ("erase", "moved", "preserve"):
-            assert torch.equal(getattr(erasure.sums[stream], part), stored[f"{prefix}sums.{part}"])
-        again = solve(erasure.sums[stream], erasure.kept.get(stream), 0.2, 1e-3)
-        assert torch.equal(again.matrix, erasure.edits[stream].matrix)
-    assert torch.equal(erasure.kept[CONTEXT].gram, stored["sums.bank"])
-    assert list(erasure.kept[CONTEXT].dropped) == ["a prompt about 0"]
-    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0 and erasure.away == 0
-    merged = Erasure.merge([erasure, erasure])
-    twice = solve(erasure.sums[CONTEXT] + erasure.sums[CONTEXT], erasure.kept[CONTEXT], 0.2, 1e-3)
-    assert torch.equal(merged.edits[CONTEXT].matrix, twice.matrix)
+        names = {1: (f"{prefix}edit", f"{prefix}sums."), 2: (f"edit.{stream}", f"sums.{stream}.")}
+        edit, (name, sums_name) = erasure.edits[stream], names[number]
+        due = stored[name] - torch.eye(edit.dim)
+        assert (edit.up @ edit.down - due).norm() < 2e-6 * due.norm()
+        erased, moved, preserved = (stored[f"{sums_name}{part}"] for part in OLD_SUMS)
+        v = stored.get(f"{sums_name}concepts", torch.zeros(0, edit.dim))
+        sums[stream] = Sums(erased + 0.2 * preserved, moved - erased, v)
+        assert far_apart(solve(sums[stream], erasure.bank.get(stream), *solved), edit) < 2e-6
+        found = erasure.unpacked_sums()[stream]
+        assert (found.gram - sums[stream].gram).norm() < 1e-6 * found.gram.norm()
+        assert torch.equal(found.representatives, v)
+    gram = stored["sums.bank" if number == 1 else "kept.context.gram"]
+    assert (unpack(erasure.bank[CONTEXT].triangle) - gram).norm() < 1e-6 * gram.norm()
+    assert erasure.bank.keys() == {CONTEXT}
+    assert list(erasure.bank[CONTEXT].dropped) == ["a prompt about 0"]
+    assert len(erasure.lora) == 1 and erasure.provenance["seed"] == 0
+    g = torch.Generator().manual_seed(1)
+    rows, targets = torch.randn(2, 6, erasure.edits[CONTEXT].dim, generator=g)
+    added = {s: Sums.zeros(e.dim) for s, e in erasure.edits.items()}
+    added = {s: of.add_erased(rows[:, : of.dim], targets[:, : of.dim]) for s, of in added.items()}
+    other = Erasure.fit(added, erasure.bank, 0.2, 1e-3, away=erasure.away)
+    joint = solve(sums[CONTEXT] + added[CONTEXT], erasure.bank[CONTEXT], *solved)
+    assert far_apart(joint, Erasure.merge([erasure, other]).edits[CONTEXT]) < 2e-6
+    with pytest.raises(ValueError, match="sums of the same erasure"):
+        Erasure.merge([erasure, erasure])
 
 
 # --- a file from a stranger ----------------------------------------------------------------------
@@ -268,7 +309,7 @@ def rewritten(path, tensors=(), metadata=(), without=()):
     return path
 
 
-SQUARE = torch.eye(DIM)
+SQUARE, TRIANGLE = torch.eye(DIM), DIM * (DIM + 1) // 2
 
 
 @pytest.mark.parametrize(
@@ -278,24 +319,26 @@ SQUARE = torch.eye(DIM)
         ({"tensors": {"lora.../../x.down": SQUARE}}, "is not the name of a cross-attention"),
         ({"tensors": {"lora.middle_block.1.attn2.to_k.down": SQUARE}}, "is not the name"),
         (
-            {"tensors": {"edit.context": SQUARE.double()}},
-            r"'edit.context' is F64 \[96, 96\], expected F32",
+            {"tensors": {"edit.context.up": SQUARE.double()}},
+            r"'edit.context.up' is F64 \[96, 96\], expected F32",
         ),
-        ({"tensors": {"edit.context": torch.ones(DIM, DIM + 1)}}, "96 x 97, not square"),
-        ({"tensors": {"edit.context": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
-        ({"tensors": {"edit.context": torch.ones(1, 9000)}}, r"F32 \[1, 9000\]"),
+        ({"tensors": {"edit.context.up": torch.ones(DIM, DIM + 1)}}, r"down' is F32 .* \[97, 96\]"),
+        ({"tensors": {"edit.context.up": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
+        ({"tensors": {"edit.context.up": torch.ones(1, 9000)}}, r"F32 \[1, 9000\]"),
         (
-            {"tensors": {"edit.context": torch.full((DIM, DIM), torch.nan)}},
-            "'edit.context' holds numbers that are not",
+            {"tensors": {"sums.context.triangle": torch.full((TRIANGLE,), torch.nan)}},
+            "'sums.context.triangle' holds numbers that are not",
         ),
-        ({"tensors": {"kept.context.gram": SQUARE}}, "'kept.context.gram' is F32"),
-        ({"tensors": {"sums.context.moved": torch.eye(5).double()}}, r"moved' is F64 \[5, 5\]"),
-        ({"tensors": {"kept.context.dropped.0": torch.ones(7, 5)}}, r"0' is F32 \[7, 5\]"),
+        ({"tensors": {"bank.context.triangle": SQUARE}}, r"triangle' is F32 \[96, 96\]"),
+        ({"tensors": {"sums.context.triangle": torch.ones(15)}}, r"is F32 \[15\]"),
+        ({"tensors": {"bank.context.dropped.0": torch.ones(7, 5)}}, r"0' is F32 \[7, 5\]"),
         ({"tensors": {"edit.other": SQUARE}}, "'edit.other', which does not belong"),
-        ({"without": ["edit.context"]}, "lacks the edit of the context"),
-        ({"without": ["sums.context.erase"]}, "'sums.context"),
-        ({"without": ["kept.context.gram"]}, "'kept.context.gram'"),
-        ({"metadata": {"realera_erasure": "3"}}, "format is '3'"),
+        ({"tensors": {"edit.context": SQUARE}}, "'edit.context', which does not belong"),
+        ({"without": ["edit.context.up"]}, "lacks the edit of the context"),
+        ({"without": ["edit.context.down"]}, "'edit.context.down'"),
+        ({"without": ["sums.context.triangle"]}, "'sums.context"),
+        ({"without": ["bank.context.triangle"]}, "'bank.context.triangle'"),
+        ({"metadata": {"realera_erasure": "4"}}, "format is '4'"),
         ({"metadata": {"realera": "{not json"}}, "not a sound"),
         ({"metadata": {"realera": "[]"}}, "not a sound"),
         ({"metadata": {"realera": "[" * 100_000}}, "not a sound"),

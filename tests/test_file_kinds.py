@@ -31,7 +31,7 @@ def metadata_of(path):
 
 def edit(dim):
     g = torch.Generator().manual_seed(3)
-    return Edit(torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim)
+    return Edit.from_matrix(torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim)
 
 
 def prefixed(prefix, state):
@@ -294,8 +294,8 @@ def test_the_controlnet_of_a_full_file_is_erased_too(tmp_path, singles, capsys):
     erasure = Erasure({CONTEXT: edit(32)}, {layer: (torch.ones(1, 32), torch.ones(32, 1))})
     write_checkpoint(source, erasure, out)
     found, edited = load_file(out), Erasure(erasure.edits)
-    assert torch.equal(found[TO_K], erasure.erased(layer, state[TO_K]))
-    assert torch.equal(found[control], edited.erased(layer, state[control]))
+    assert torch.equal(found[TO_K], erasure.erased_weight(layer, state[TO_K]))
+    assert torch.equal(found[control], edited.erased_weight(layer, state[control]))
     write_lora(source, erasure, tmp_path / "lora")
     write_lora(singles["sd1 one layer"], erasure, tmp_path / "plain")
     assert Path(tmp_path / "lora").read_bytes() == Path(tmp_path / "plain").read_bytes()
@@ -316,7 +316,7 @@ def test_the_controlnet_of_a_folder_is_erased_too(tmp_path, pipelines):
     changed = {key for key in old if not torch.equal(old[key], new[key])}
     assert changed == {key for key in old if re.search(r"attn2\.to_[kv]\.weight", key)}
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-    expected = erasure.erased(
+    expected = erasure.erased_weight(
         "middle_block.1.transformer_blocks.0.attn2.to_k", old[f"{key}.weight"]
     )
     assert torch.equal(new[f"{key}.weight"], expected)

@@ -36,7 +36,7 @@ def make_erasure(name="sd1", size=1.0):
     """T = size (I + noise), with a LoRA on one layer."""
     g = torch.Generator().manual_seed(3)
     dim = DIM[name]
-    edit = Edit(size * (torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim))
+    edit = Edit.from_matrix(size * (torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim))
     lora = (torch.randn(2, dim, generator=g), size * torch.randn(32, 2, generator=g) / 10)
     return Erasure({CONTEXT: edit}, {TO_K.removeprefix(UNET): lora}, provenance={"seed": 7})
 
@@ -148,7 +148,7 @@ def test_a_scaled_file_is_erased_in_its_own_layout_to_the_rounding_of_fp8(
     erased, kept, renewed = set(), 0, 0
     _, ((_, keys),) = open_network(small)
     for key, layer in keys.items():
-        expected = erasure.erased(layer, open_tensors(plain).read(key))
+        expected = erasure.erased_weight(layer, open_tensors(plain).read(key))
         if key.endswith("label_emb.0.0.weight"):
             continue  # which is not scaled, and not erased either
         scale = key.removesuffix("weight") + names[0]
@@ -551,7 +551,9 @@ def test_shards_in_the_older_naming_are_read_as_diffusers_reads_them(tmp_path, p
     before, after = (
         load_model(p).network.get_submodule(layer).weight for p in (source, tmp_path / "out")
     )
-    expected = make_erasure().erased("middle_block.1.transformer_blocks.0.attn2.to_v", before)
+    expected = make_erasure().erased_weight(
+        "middle_block.1.transformer_blocks.0.attn2.to_v", before
+    )
     torch.testing.assert_close(after, expected)
     write_lora(source, make_erasure(), tmp_path / "lora.safetensors")
 
@@ -691,7 +693,7 @@ def test_a_lora_names_the_family_of_the_model_however_it_is_stored(tmp_path, kin
     dim = FAMILIES[name]["unet"]["cross_attention_dim"]
     edit = torch.eye(dim)
     edit[0, 1] = 1
-    write_lora(source, Erasure({CONTEXT: Edit(edit)}), tmp_path / "lora")
+    write_lora(source, Erasure({CONTEXT: Edit.from_matrix(edit)}), tmp_path / "lora")
     metadata = metadata_of(tmp_path / "lora")
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (base, v2)
     assert metadata["ss_network_module"] == "networks.lora"

@@ -64,10 +64,10 @@ def test_parts_of_any_size_add_up_to_the_joint_fit(texts, concepts, plans, name,
     for stream, edit in joint.edits.items():
         change = edit.matrix - torch.eye(edit.dim)
         assert (erasure.edits[stream].matrix - edit.matrix).norm() < 1e-4 * change.norm()
-        for part in ("erase", "moved", "preserve"):
-            own, its = (getattr(e.sums[stream], part) for e in (erasure, joint))
+        for part in ("gram", "shift_cov"):
+            own, its = (getattr(e.unpacked_sums()[stream], part) for e in (erasure, joint))
             assert torch.allclose(own, its, rtol=1e-4, atol=1e-5 * float(its.abs().max()))
-        own, its = (e.sums[stream].concepts for e in (erasure, joint))
+        own, its = (e.sums[stream].representatives for e in (erasure, joint))
         order = [rows[:, 0].argsort() for rows in (own, its)]  # a part's rings follow its names
         torch.testing.assert_close(own[order[0]], its[order[1]], rtol=1e-4, atol=1e-4)
     assert erasure.provenance["concepts"] == joint.provenance["concepts"]
@@ -79,7 +79,7 @@ def test_a_bank_loses_the_prompts_that_any_part_erases(texts, concepts, plans, m
     monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
     one, two = (sum_parts(text, part, NO_BANK) for part in plans["sd1"].parts(3))
     erasure = fit(text, plans["sd1"], add_sums(one, two))
-    assert set(erasure.kept[CONTEXT].dropped) == set(prompts[:2])
+    assert set(erasure.bank[CONTEXT].dropped) == set(prompts[:2])
     joint = erase(mine(text, concepts, NEAR, FAR)).edits[CONTEXT].matrix
     assert torch.allclose(erasure.edits[CONTEXT].matrix, joint, atol=1e-4)
 
@@ -376,6 +376,6 @@ def test_a_killed_worker_is_replaced_and_the_sums_are_those_of_one_process(tmp_p
     finally:
         ray.shutdown()
     assert killed.exists() and told[-1] == (len(NAMES), len(NAMES))
-    for part in ("erase", "moved", "preserve"):
+    for part in ("gram", "shift_cov"):
         own, its = (getattr(sums[CONTEXT], part) for sums in (many, single))
         assert torch.allclose(own, its, rtol=1e-12, atol=1e-9)

@@ -64,7 +64,7 @@ def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_k
 
 
 def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model):
-    erasure = Erasure({CONTEXT: Edit(torch.eye(32))})
+    erasure = Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))})
     prompts = {
         r.concept: r.prompt for r in scope(erasure, tiny_model.text, CONCEPTS, ["plane"] * 4)
     }
@@ -108,14 +108,16 @@ def test_a_check_leaves_the_model_as_it_was_and_sees_what_an_erasure_does(name, 
     assert {r.word for r in found[:3]} == {r.word for r in effects[:3]}
     assert all(r.drawn > 1e-3 for r in found[:3])
     assert found == checked(model, erasure, CONCEPTS[:1], effects, 3)
-    still = replace(erasure, edits={s: Edit(torch.eye(e.dim)) for s, e in erasure.edits.items()})
+    still = replace(
+        erasure, edits={s: Edit.from_matrix(torch.eye(e.dim)) for s, e in erasure.edits.items()}
+    )
     same = checked(model, still, CONCEPTS[:1], effects, 3)
     assert all(r.drawn == pytest.approx(0, abs=1e-3) for r in same[:3])
 
 
 def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
     before = tiny_model.fingerprint
-    erasure = Erasure({CONTEXT: Edit(2 * torch.eye(32))})
+    erasure = Erasure({CONTEXT: Edit.from_matrix(2 * torch.eye(32))})
     effects = scope(erasure, tiny_model.text, CONCEPTS, WORDS)
     with temporarily_erased(erasure, tiny_model.network):
         assert tiny_model.fingerprint != before

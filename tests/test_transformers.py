@@ -137,7 +137,7 @@ def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(name):
     for stream, sums in collect(mining).items():
         each = torch.cat([own[stream] for own in alone])
         due = torch.cat([each[0], each.mean(0)])
-        torch.testing.assert_close(sums.concepts, due, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(sums.representatives, due, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,7 +294,7 @@ def test_behind_a_norm_the_gain_belongs_to_the_reader(name):
     ((_, reader),) = text_layers(model_of(name).network).items()
     erasure, rows = erasure_of(name), unit(torch.randn(5, 32))
     edit, weight = erasure.edits[CONTEXT], reader.layer.weight.detach()
-    new = erasure.erased(reader.name, weight, gain=reader.gain)
+    new = erasure.erased_weight(reader.name, weight, gain=reader.gain)
     got = (rows * reader.gain) @ new.T
     torch.testing.assert_close(got, (edit(rows) * reader.gain) @ weight.T, atol=1e-4, rtol=1e-4)
 
@@ -306,7 +306,7 @@ def test_a_second_way_of_the_text_is_edited_too(name):
     assert erasure.edits.keys() == {CONTEXT, POOLED}
     with temporarily_erased(erasure, model.network):
         both = prediction(model)
-    half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]}, sums={}, kept={})
+    half = replace(erasure, edits={CONTEXT: erasure.edits[CONTEXT]}, sums={}, bank={})
     with temporarily_erased(half, model.network):
         assert not torch.allclose(prediction(model)[:1], both[:1], atol=1e-4)
 
@@ -458,11 +458,11 @@ def test_one_name_of_a_tied_weight_is_enough(kept, folders, tmp_path):
 def test_padding_does_not_own_the_sums():
     """Two hundred and fifty near-copies of one padding row count as one."""
     mining = mined("flux1")
-    weighted = float(collect(mining)[CONTEXT].erase.trace())
+    weighted = float(collect(mining)[CONTEXT].gram.trace())
     alone = {s: mining.pairs.e.streams[s] for s in mining.pairs.e}
     pairs = replace(mining.pairs, e=Encoding(alone), target=Encoding(dict(mining.pairs.target)))
     bare = replace(mining, neighbourhood=replace(mining.neighbourhood, pairs=pairs))
-    assert float(collect(bare)[CONTEXT].erase.trace()) > 5 * weighted
+    assert float(collect(bare)[CONTEXT].gram.trace()) > 5 * weighted
 
 
 @pytest.mark.parametrize("name", ["flux1", "sd3", "z_image"])

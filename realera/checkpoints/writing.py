@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..edit.closed_form import Edit
 from ..edit.erasure import Erasure, refuse_misfit
 from ..edit.text_layers import (
     FAMILIES,
@@ -47,6 +49,7 @@ from .layouts import AVERAGE, CONTROLNET, locate, read_json
 DOWN = ".lora_down.weight"
 NOTHING: Mapping[str, Tensor] = {}
 CHUNK = 16 << 20  # bytes copied at once
+AHEAD = 2  # erased tensors in memory that are not written yet
 # Of the weights as they were: tools that look a file up by them would take it for the unerased one.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 NETWORKS = ("unet", "transformer")
@@ -56,14 +59,15 @@ WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpe
 
 @dataclass(frozen=True)
 class Cut:
-    """How well a LoRA file carries T - I: its rank and the Frobenius norm of what was cut.
+    """How a LoRA file differs from the erasure, in the layers that read one stream.
 
-    relative: `cut` over the norm of T - I
+    rank: rank of T - I in the file
+    error: norm (Frobenius) of what the file lacks of the weights' change, the rounding of its
+        tensors included, over the norm of that change
     """
 
     rank: int
-    cut: float
-    relative: float
+    error: float
 
 
 def write_checkpoint(
@@ -99,7 +103,7 @@ def write_checkpoint(
             # The LoRA was trained for the network's own layers, which a ControlNet's are not.
             strength = lora_strength if layer == name else 0.0
             factor = gain[file.path.parent].get(layer)
-            return erasure.erased(layer, weight, edit_strength, strength, factor)
+            return erasure.erased_weight(layer, weight, edit_strength, strength, factor)
 
         _stream(file, keys, erased, note, part)
 
@@ -222,8 +226,9 @@ def lora_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Cut]]:
     """The whole erasure as a LoRA for these weights, and what it leaves out.
 
-    W_org (T - I) + B A = [W_org up, B] [down; A], with T - I = up down up to the relative Frobenius
-    norm `tolerance`. Its strength, where it is loaded, scales T - I and the trained part alike.
+    W_org (T - I) + B A = [W_org up, B] [down; A], where up down leaves out at most a share
+    `tolerance` of |T - I| (Frobenius). The strength of the LoRA scales T - I and the trained part
+    alike.
     U-Nets in kohya's layout, which ComfyUI, A1111/Forge and diffusers load; a transformer in the
     layout of its family.
 
@@ -232,46 +237,63 @@ def lora_tensors(
     Raises ValueError when the erasure does not fit them, or the tolerance is not between 0 and 1.
     """
     TOLERANCES.check("tolerance", tolerance)
-    factors = {stream: edit.factors(tolerance) for stream, edit in erasure.edits.items()}
+    splits = {stream: edit.split(tolerance) for stream, edit in erasure.edits.items()}
     kinds = {name: kind for name in weights if (kind := text_layer_kind(name)) is not None}
     prefixes = _prefixes(kinds, family)
     tensors: dict[str, Tensor] = {}
+    lacking, change = dict.fromkeys(splits, 0.0), dict.fromkeys(splits, 0.0)  # squared norms
     for name, kind in kinds.items():
-        weight = weights[name]
-        edit = erasure.reads(name)
-        if edit is None:
+        stored = weights[name]
+        if kind.stream not in splits:
             continue
-        refuse_misfit(name, weight.shape, edit, erasure.lora.get(name))
-        down, up, _ = factors[kind.stream]
-        dtype = torch.float16 if weight.dtype.itemsize == 1 else weight.dtype
-        weight = weight.float().cpu()
-        narrow = nn.functional.pad(down, (0, weight.shape[1] - down.shape[1]))
-        if name in gain:
-            weight, narrow = weight * gain[name].cpu(), narrow / gain[name].cpu()
-        wide = weight[:, : len(up)] @ up
+        refuse_misfit(name, stored.shape, erasure.edits[kind.stream], erasure.lora.get(name))
+        weight = stored.float().cpu()
+        (up, down), (cut_up, cut_down) = (
+            _lora_of(edit, weight, gain.get(name)) for edit in splits[kind.stream]
+        )
         if name in erasure.lora:
             a, b = erasure.lora[name]
-            narrow, wide = torch.cat([narrow, a.float()]), torch.cat([wide, b.float()], dim=1)
-        prefix = prefixes[name]
-        if family in TRANSFORMERS:
-            tensors[prefix + ".lora_A.weight"] = narrow.to(dtype)
-            tensors[prefix + ".lora_B.weight"] = wide.to(dtype)
-        else:
-            tensors[prefix + ".alpha"] = torch.tensor(float(len(narrow)))
-            tensors[prefix + DOWN] = narrow.to(dtype)
-            tensors[prefix + ".lora_up.weight"] = wide.to(dtype)
-        for factor in (narrow.to(dtype), wide.to(dtype)):
+            down, up = torch.cat([down, a.float()]), torch.cat([up, b.float()], dim=1)
+        # Loaders cast a LoRA; bfloat16 would round off more than the tolerance leaves out.
+        dtype = torch.float32 if stored.dtype == torch.float32 else torch.float16
+        rounded_up, rounded_down = up.to(dtype), down.to(dtype)
+        for factor in (rounded_up, rounded_down):
             if not factor.isfinite().all():
                 raise ValueError(
                     f"the LoRA of {name} would not be finite in {dtype}: the model's weight is "
                     "broken, or too large for that type"
                 )
-    cuts = {}
-    for stream, (down, _, cut) in factors.items():
-        matrix = erasure.edits[stream].matrix
-        change = float(torch.linalg.norm(matrix - torch.eye(len(matrix))))
-        cuts[stream] = Cut(len(down), cut, cut / change if change else 0.0)
-    return tensors, cuts
+        prefix = prefixes[name]
+        if family in TRANSFORMERS:
+            tensors[prefix + ".lora_A.weight"] = rounded_down
+            tensors[prefix + ".lora_B.weight"] = rounded_up
+        else:
+            tensors[prefix + ".alpha"] = torch.tensor(float(len(down)))
+            tensors[prefix + DOWN] = rounded_down
+            tensors[prefix + ".lora_up.weight"] = rounded_up
+        change[kind.stream] += _square_norm([up, cut_up], [down, cut_down])
+        lacking[kind.stream] += _square_norm(
+            [rounded_up.float() - up, up, -cut_up],
+            [rounded_down.float(), rounded_down.float() - down, cut_down],
+        )
+    return tensors, {
+        stream: Cut(edit.rank, (lacking[stream] / change[stream]) ** 0.5 if change[stream] else 0.0)
+        for stream, (edit, _) in splits.items()
+    }
+
+
+def _lora_of(edit: Edit, weight: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    """W_org (T - I) as factors [out, rank], [rank, in]."""
+    down = nn.functional.pad(edit.down, (0, weight.shape[1] - edit.dim))
+    if gain is not None:
+        weight, down = weight * gain.cpu(), down / gain.cpu()
+    return weight[:, : edit.dim] @ edit.up, down
+
+
+def _square_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:
+    """|Σ up @ down|² (Frobenius), without the product itself."""
+    up, down = torch.cat([*ups], dim=1), torch.cat([*downs])
+    return float(((up.T @ up).double() * (down @ down.T).double()).sum().clamp_min(0))
 
 
 def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[str, str]:
@@ -306,9 +328,14 @@ def _stream(
     note: Mapping[str, Any],
     destination: Path,
 ) -> None:
-    """Copies a file tensor by tensor, passing what is erasable through `erased(name, weight)`.
+    """Copies a file tensor by tensor, with the result of `erased(name, weight)` for the erasable
+    ones; every tensor keeps its place, dtype and shape.
 
-    weight: in float32; every tensor keeps its place, type and shape
+    This thread reads and writes, another one hashes, a third one erases, AHEAD tensors at most
+    before they are written.
+
+    erasable: key -> canonical layer name
+    erased: takes the weight in float32
     """
     digest = hashlib.sha256()
 
@@ -318,37 +345,52 @@ def _stream(
         kept = {k: v for k, v in file.metadata.items() if k not in HASHES}
         return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
 
-    scales: dict[int, bytes] = {}  # place in the data -> what stands there in the end
+    def erase(key: str) -> dict[str, Tensor]:
+        return stored(file, key, erased(erasable[key], weight_of(file, key).float()))
+
     with (
         file.path.open("rb") as source,
         destination.open("wb") as out,
-        ThreadPoolExecutor(1) as beside,  # hashes while this thread reads, multiplies and writes
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as erasing,
     ):
-        start = len(header())
-        out.seek(start)  # the header comes last: it holds the hash of all that is read here
-        hashed = beside.submit(digest.update, source.read(file.start))
+        start = len(header())  # the header comes last: it holds the hash of all that is read here
+        hashed = hashing.submit(digest.update, source.read(file.start))
+        waiting: deque[Future[dict[str, Tensor]]] = deque()
+        scales: dict[str, Tensor] = {}  # written last: each may come before its weight or after
 
         def read(size: int) -> bytes:
             nonlocal hashed
             data = source.read(size)
             hashed.result()  # one piece in memory behind this one, never more
-            hashed = beside.submit(digest.update, data)
+            hashed = hashing.submit(digest.update, data)
             return data
+
+        def write(key: str, tensor: Tensor) -> None:
+            out.seek(start + file.entries[key].begin)
+            out.write(raw_bytes(tensor))
+
+        def write_erased(ahead: int) -> None:
+            while waiting and (waiting[0].done() or len(waiting) > ahead):
+                for key, tensor in waiting.popleft().result().items():
+                    if key in erasable:
+                        write(key, tensor)
+                    else:
+                        scales[key] = tensor
 
         for key, entry in sorted(file.entries.items(), key=lambda item: item[1].begin):
             if key in erasable:
                 read(entry.end - entry.begin)
-                new = stored(file, key, erased(erasable[key], weight_of(file, key).float()))
-                out.write(raw_bytes(new.pop(key)))
-                # A scale may come before its weight or after.
-                scales |= {file.entries[k].begin: raw_bytes(scale) for k, scale in new.items()}
-                continue
-            for position in range(entry.begin, entry.end, CHUNK):
-                out.write(read(min(CHUNK, entry.end - position)))
+                waiting.append(erasing.submit(erase, key))
+            else:
+                out.seek(start + entry.begin)
+                for position in range(entry.begin, entry.end, CHUNK):
+                    out.write(read(min(CHUNK, entry.end - position)))
+            write_erased(AHEAD)
+        write_erased(0)
+        for key, scale in scales.items():
+            write(key, scale)
         hashed.result()
-        for place, data in scales.items():
-            out.seek(start + place)
-            out.write(data)
         out.seek(0)
         out.write(header())
     if destination.stat().st_size != start + file.path.stat().st_size - file.start:

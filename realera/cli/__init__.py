@@ -86,7 +86,9 @@ def run_apply(options: argparse.Namespace) -> None:
             raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
         cuts = write_lora(options.model, erasure, options.out, options.tolerance, options.overwrite)
         for stream, cut in cuts.items():
-            print(f"{options.out}: {stream} of rank {cut.rank}, {cut.relative:.2%} of T - I cut")
+            print(
+                f"{options.out}: {stream} of rank {cut.rank}, {cut.error:.2%} of the edit left out"
+            )
         return
     write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
     print(options.out)

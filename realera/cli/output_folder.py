@@ -109,7 +109,7 @@ class Folder:
         save_erasure(erasure, self.path / whole, self.overwrite)
         write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
         cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
-        return f"LoRA of rank {cut.rank}, {cut.relative:.2%} of T - I cut"
+        return f"LoRA of rank {cut.rank}, {cut.error:.2%} of the edit left out"
 
 
 def checked(

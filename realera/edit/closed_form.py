@@ -2,12 +2,17 @@
 
     min_W  Σ_E |W e - W_org e*|² + λ1 Σ_Pre |W e - W_org e|² + λ2 |W - W_org|²
 
-is solved by W = W_org T with the same T for every layer that reads the same stream of the text.
+is solved by W = W_org T with the same T for every layer that reads the same stream of the text:
 
-Beyond the paper, what is kept of everyday prompts need not stay where it was: most words that draw
-a concept lie among them, outside of every ring. It follows T1, the *wide* edit, which moves every
-row away from the concepts and from what lies around them, by how much it has of either, beside what
-all prompts share.
+    T - I = (Σ_E (e* - e) eᵀ) (Σ_E e eᵀ + λ1 Σ_Pre e eᵀ + λ2 I)⁻¹
+
+It has as many directions as there are different shifts e* - e, at most, so it is kept as two thin
+factors.
+
+Beyond the paper, the rows of the preservation bank need not stay where they were: most words that
+draw a concept lie among them, outside of every neighbourhood. Their target is T1 e, where the *wide
+edit* T1 moves every row away from the concepts and from the words around them, in proportion to
+what the row has of either beside what all prompts share.
 """
 
 from collections.abc import Mapping
@@ -16,145 +21,233 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# The wide edit: its ridge, in units of Σ |m - v|², and how much of that way the mean goes. In CLIP
-# all prompts share half of a row or more, in the bundled encoder a tenth.
+from .triangles import unpack
+
+# Share of |T - I| (Frobenius) that its factors may leave out: as much as a dense T in float32 lost
+# by rounding, whose diagonal is near 1.
+RANK_TOLERANCE = 5e-7
+PROBES = 64  # directions of T - I that are sought at once
+# The wide edit: its ridge, in units of Σ |m - v|², and the share of m - v by which the mean moves.
+# In CLIP all prompts share half of a row or more, in the bundled encoder a tenth.
 SHIFT_RIDGE, MEAN_SHIFT = 0.1, 0.1
-MEAN_WEIGHT = 100.0  # what the mean counts, beside the rows of the concepts
+MEAN_WEIGHT = 100.0  # of the mean, beside the rows of the concepts
+# Share of the bank's Gram matrix by which two encodings of it may differ: bfloat16 takes 0.0064 on
+# the bundled encoder, float16 0.0002. One more prompt is about 0.001, and changes the bank's name.
+ENCODER_TOLERANCE = 2e-2
+CONDENSED_TOLERANCE = 1e-3  # moves T by 1e-7 of |T - I| on the bundled encoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
-    """T of Eq. 7: W = W_org T.
+    """T of Eq. 7, W = W_org T, as two thin factors: T = I + up down.
 
-    matrix: T, float32 [dim, dim]
+    up: float32 [dim, rank]
+    down: float32 [rank, dim]
     """
 
-    matrix: Tensor
+    up: Tensor
+    down: Tensor
+
+    @staticmethod
+    def from_matrix(matrix: Tensor) -> "Edit":
+        """The factors of a dense T [dim, dim], to RANK_TOLERANCE."""
+        change = matrix.double() - torch.eye(len(matrix), dtype=torch.float64)
+        return _low_rank(change, torch.eye(len(matrix), dtype=torch.float64))
 
     @property
     def dim(self) -> int:
-        return len(self.matrix)
+        return len(self.up)
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def matrix(self) -> Tensor:
+        """T as a dense matrix, float32 [dim, dim]."""
+        return torch.eye(self.dim, device=self.up.device) + self.up @ self.down
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Edit":
+        return Edit(self.up.to(device, dtype), self.down.to(device, dtype))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """T e for every row e: [..., dim] -> [..., dim]."""
-        return rows @ self.matrix.to(rows).T
+        """T e of every row e: [..., dim] -> [..., dim]."""
+        edit = self.to(rows.device, rows.dtype)
+        return rows + rows @ edit.down.T @ edit.up.T
 
-    def on_weight(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """W_org (I + strength (T - I)) for a layer [out, dim], in the weight's own dtype."""
-        matrix = self.matrix.to(weight.device)
-        full = weight.float()
-        return torch.lerp(full, full @ matrix, strength).to(weight.dtype)
+    def apply_to_weight(
+        self, weight: Tensor, strength: float | Tensor = 1.0, gain: Tensor | None = None
+    ) -> Tensor:
+        """W_org (I + strength (T - I)) of a layer, in the weight's dtype.
 
-    def factors(self, tolerance: float) -> tuple[Tensor, Tensor, float]:
-        """T - I as low-rank factors for a LoRA file.
+        Computed in float32, where only the change is rounded: a row of W_org with
+        W_org (T - I) = 0 keeps its bits.
 
-        Returns (down [rank, dim], up [dim, rank], cut): T - I = up @ down, where `cut`, the
-        Frobenius norm of what was dropped, is at most `tolerance` times that of T - I.
+        weight: [out, dim]
+        gain: [dim], of the RMS norm in front of the layer: T is of the rows before it
         """
-        change = self.matrix.double() - torch.eye(len(self.matrix), dtype=torch.float64)
-        u, s, vh = torch.linalg.svd(change)
-        tail = s.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of what is left from here on
-        rank = max(1, int((tail > tolerance * tail[0]).sum()))
-        cut = float(tail[rank]) if rank < len(tail) else 0.0
-        root = s[:rank].sqrt()
-        return (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float(), cut
+        edit, full = self.to(weight.device), weight.float()
+        up, down = strength * edit.up, edit.down
+        if gain is not None:
+            gain = gain.to(full)
+            up, down = gain[:, None] * up, down / gain
+        # Autocast gives a product in half precision; added in place, it takes no more memory.
+        return (full @ up @ down).float().add_(full).to(weight.dtype)
+
+    def split(self, tolerance: float) -> tuple["Edit", "Edit"]:
+        """The edit of the smallest rank within a share `tolerance` of |T - I| (Frobenius), and what
+        it leaves out of T - I, as an edit of its own."""
+        return _split(self.up.double(), self.down.double(), tolerance)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """All that Eq. 7 needs of the rows it was given.
+    """All that Eq. 7 needs of the rows of E and Pre.
 
     A monoid: the sums of different concepts, batches and machines add up, in any order.
 
-    erase: Σ w e eᵀ over E, float64 [dim, dim]
-    moved: Σ w e* eᵀ over E, float64 [dim, dim]
-    preserve: Σ w e eᵀ over Pre, float64 [dim, dim]
-    concepts: what stands for the concepts and the words around them
-    (`algorithm.concept_representatives`), each in
-        every part in turn, float32 [rows * parts, dim]
+    gram: Σ_E w e eᵀ + λ1 Σ_Pre w e eᵀ, float64 [dim, dim]
+    shift_cov: Σ_E w (e* - e) eᵀ, float64 [dim, dim]
+    representatives: rows that stand for the concepts and the words around them
+        (`algorithm.concept_representatives`), each in every encoder part in turn, float32
+        [rows * parts, dim]
     """
 
-    erase: Tensor
-    moved: Tensor
-    preserve: Tensor
-    concepts: Tensor
+    gram: Tensor
+    shift_cov: Tensor
+    representatives: Tensor
 
     @staticmethod
     def zeros(dim: int) -> "Sums":
         nothing = torch.zeros(dim, dim, dtype=torch.float64)
-        return Sums(nothing, nothing, nothing, torch.zeros(0, dim))
+        return Sums(nothing, nothing, torch.zeros(0, dim))
 
-    def erasing(self, rows: Tensor, targets: Tensor, weight: float = 1.0) -> "Sums":
-        """With the rows e [n, dim] to be mapped to W_org e* of the targets [n, dim]."""
-        rows, targets = rows.cpu().double(), targets.cpu().double()
+    @property
+    def dim(self) -> int:
+        return len(self.gram)
+
+    def add_erased(self, rows: Tensor, targets: Tensor, weight: float = 1.0) -> "Sums":
+        """The sums with more of E: rows e [n, dim] that become targets e* [n, dim]."""
+        rows, targets = rows.cpu().double(), targets.cpu().double()  # some devices lack float64
         return replace(
             self,
-            erase=self.erase + weight * rows.T @ rows,
-            moved=self.moved + weight * targets.T @ rows,
+            gram=self.gram + weight * rows.T @ rows,
+            shift_cov=self.shift_cov + weight * (targets - rows).T @ rows,
         )
 
-    def preserving(self, rows: Tensor, weight: float = 1.0) -> "Sums":
-        """With the rows [n, dim] of Pre, to be mapped to what they were mapped to."""
-        rows = rows.cpu().double()  # some devices have no float64
-        return replace(self, preserve=self.preserve + weight * rows.T @ rows)
+    def add_preserved(self, rows: Tensor, weight: float) -> "Sums":
+        """The sums with more of Pre: rows [n, dim] that stay. weight: λ1 times a row's own."""
+        rows = rows.cpu().double()
+        return replace(self, gram=self.gram + weight * rows.T @ rows)
 
     def __add__(self, other: "Sums") -> "Sums":
         """The sums of a joint fit. Raises ValueError when the two are of different dimensions."""
-        if self.erase.shape != other.erase.shape:
+        if self.dim != other.dim:
             raise ValueError(
-                f"sums of dimension {len(self.erase)} and {len(other.erase)} do not add up: "
-                "the erasures belong to different model families"
+                f"sums of dimension {self.dim} and {other.dim} do not add up: the erasures belong "
+                "to different model families"
             )
         return Sums(
-            self.erase + other.erase,
-            self.moved + other.moved,
-            self.preserve + other.preserve,
-            torch.cat([self.concepts, other.concepts]),
+            self.gram + other.gram,
+            self.shift_cov + other.shift_cov,
+            torch.cat([self.representatives, other.representatives]),
         )
 
 
 @dataclass(frozen=True)
-class BankGram:
-    """What is preserved whatever is erased: the bank, as one encoder reads a stream of it.
+class PackedSums:
+    """The sums of a fitted edit, as an erasure keeps them for merging.
 
-    gram: Σ e eᵀ over its rows, float64 [dim, dim]
-    mean: of what stands for its prompts (`token_alignment.prompt_embeddings`), float32 [parts, dim]
-    dropped: prompts that are too close to a concept and do not count, prompt -> [tokens, dim]
+    `Sums.shift_cov` is not among them: it follows from the edit (`shift_cov_of`).
+
+    triangle: `Sums.gram`, packed (`triangles.pack`)
+    representatives: as in `Sums`
     """
 
-    gram: Tensor
+    triangle: Tensor
+    representatives: Tensor
+
+
+@dataclass(frozen=True)
+class BankGram:
+    """The preservation bank, as one text encoder reads a stream of it.
+
+    triangle: Σ e eᵀ over its rows, packed (`triangles.pack`)
+    mean: mean of its prompts' embeddings (`token_alignment.prompt_embeddings`), float32
+        [parts, dim]
+    dropped: prompts too close to a concept to be preserved, prompt -> rows [n, dim]
+        (`condensed`)
+    name: hash of the prompts and of the encoder's dimensions; "" where it is unknown
+    """
+
+    triangle: Tensor
     mean: Tensor
     dropped: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def dim(self) -> int:
+        return self.mean.shape[1]
+
+    @property
+    def preserved(self) -> Tensor:
+        """Σ e eᵀ without the dropped prompts, float64 [dim, dim]."""
+        gram = unpack(self.triangle)
+        for rows in self.dropped.values():
+            gram -= rows.double().T @ rows.double()
+        return gram
 
     def __or__(self, other: "BankGram") -> "BankGram":
-        """What both keep. Raises ValueError when the two are not of one bank.
+        """The bank without the dropped prompts of both.
 
-        Banks of one encoder differ by rounding between machines and programs, about 1e-9 of their
-        norm; one prompt more is about 1e-3.
+        Raises ValueError when the two are different banks. Those of one encoder in float32, float16
+        and bfloat16 differ by less than ENCODER_TOLERANCE and are the same bank.
         """
-        if (
-            self.gram.shape != other.gram.shape
-            or (self.gram - other.gram).norm() > 1e-5 * self.gram.norm()
-        ):
+        if not self.is_same(other):
             raise ValueError(
                 "the sums were made with different preservation banks or text encoders: "
                 "fit both with the same bank before merging"
             )
         return replace(self, dropped={**self.dropped, **other.dropped})
 
+    def is_same(self, other: "BankGram") -> bool:
+        """Whether both are the same prompts, as encoders with the same weights read them."""
+        if self.mean.shape != other.mean.shape or (
+            self.name and other.name and self.name != other.name
+        ):
+            return False
+        if torch.equal(self.triangle, other.triangle):
+            return True
+        gram = unpack(self.triangle)
+        return bool((gram - unpack(other.triangle)).norm() <= ENCODER_TOLERANCE * gram.norm())
+
+
+def condensed(rows: Tensor) -> Tensor:
+    """The fewest rows [n, dim] whose Gram matrix is that of rows [tokens, dim], float32.
+
+    They leave out CONDENSED_TOLERANCE of the rows' norm: the padding of a prompt is nearly one row.
+    """
+    rows = rows.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)  # in ascending order
+    left_out = values.clamp_min(0).cumsum(0)
+    return (vectors[:, left_out > CONDENSED_TOLERANCE**2 * left_out[-1]].T @ rows).float()
+
 
 def solve(
-    sums: Sums, kept: BankGram | None, lambda1: float, lambda2: float, away: float = 0.0
+    sums: Sums, bank: BankGram | None, lambda1: float, lambda2: float, away: float = 0.0
 ) -> Edit:
-    """T = (E*ᵀE + λ1 (PᵀP + T1 KᵀK) + λ2 T1)(EᵀE + λ1 (PᵀP + KᵀK) + λ2 I)⁻¹.
+    """T - I = (S + (T1 - I)(λ1 KᵀK + λ2 I)) (G + λ1 KᵀK + λ2 I)⁻¹.
 
-    P are the rows of Pre and K those of what is kept. λ2 is in units of the mean diagonal of the
-    system, so that it means the same for every text encoder. away: how far T1 moves the rows V that
-    stand for the concepts, in units of their way to the mean m of what is kept; m itself goes
-    SHARED of it. T1 = I + away D, where D is the least squares of D v = m - v and of
-    D m = SHARED (m - v), with a ridge of WIDE Σ |m - v|², so that many concepts move no row much
-    farther than a few. 0, or nothing kept, is Eq. 7 as printed. Raises ValueError when a λ is not
-    positive, away is negative or nothing is to be erased.
+    G and S are `sums.gram` and `sums.shift_cov`, K the rows of the bank. λ2 is in units of the mean
+    diagonal of the system, so that it means the same for every text encoder.
+
+    T1 = I + away D moves each row v that stands for a concept towards the mean m of the bank, and m
+    itself by MEAN_SHIFT of that: D is the least squares of D v = m - v and D m = MEAN_SHIFT (m - v)
+    with a ridge of SHIFT_RIDGE Σ |m - v|², so that many concepts move no row much farther than a
+    few.
+
+    away: strength of T1; with 0, or without a bank, Eq. 7 is solved as printed
+    Raises ValueError when λ1 or `away` is negative, λ2 is not positive or E is empty.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
@@ -163,29 +256,99 @@ def solve(
         )
     if away < 0:
         raise ValueError(f"away = {away}: it must be at least 0")
-    if not sums.erase.any():
+    if not sums.gram.any():
         raise ValueError("no row to erase: add the pairs of a concept to the sums first")
-    preserve = sums.preserve
-    if kept is not None:
-        preserve = preserve + kept.gram
-        for rows in kept.dropped.values():
-            preserve = preserve - rows.double().T @ rows.double()
-    unit = torch.eye(len(preserve), dtype=torch.float64)
-    system = sums.erase + lambda1 * preserve
-    ridge = lambda2 * system.diagonal().mean() * unit
-    wanted = sums.moved + lambda1 * preserve + ridge
-    if kept is not None and away and len(sums.concepts):
-        v, means = sums.concepts.double(), kept.mean.double()
-        way = means.repeat(len(v) // len(means), 1) - v
-        size = way.square().sum()
-        firm = MEAN_WEIGHT * (size / means.square().sum()).sqrt()
-        rows = torch.cat([v, firm * means])
-        goals = torch.cat([way, firm * MEAN_SHIFT * way.view(-1, *means.shape).mean(0)])
-        change = _right(goals.T @ rows, rows.T @ rows + SHIFT_RIDGE * size * unit)  # D
-        wanted = wanted + away * change @ (lambda1 * (preserve - sums.preserve) + ridge)
-    return Edit(_right(wanted, system + ridge).float().contiguous())
+    system, bank_shift = _system(sums.gram, sums.representatives, bank, lambda1, lambda2, away)
+    return _low_rank(sums.shift_cov + bank_shift, torch.linalg.cholesky(system))
 
 
-def _right(numerator: Tensor, system: Tensor) -> Tensor:
-    """numerator @ system⁻¹ of a positive definite system."""
-    return torch.cholesky_solve(numerator.T, torch.linalg.cholesky(system)).T
+def shift_cov_of(
+    edit: Edit,
+    gram: Tensor,
+    representatives: Tensor,
+    bank: BankGram | None,
+    lambda1: float,
+    lambda2: float,
+    away: float,
+) -> Tensor:
+    """`Sums.shift_cov` of the sums that `solve` made this edit from, float64 [dim, dim]."""
+    system, bank_shift = _system(gram, representatives, bank, lambda1, lambda2, away)
+    return edit.up.double() @ (edit.down.double() @ system) - bank_shift
+
+
+def _system(
+    gram: Tensor,
+    representatives: Tensor,
+    bank: BankGram | None,
+    lambda1: float,
+    lambda2: float,
+    away: float,
+) -> tuple[Tensor, Tensor]:
+    """The system of Eq. 7, and what the bank adds to `Sums.shift_cov`, float64 [dim, dim]."""
+    preserved = torch.zeros_like(gram) if bank is None else lambda1 * bank.preserved
+    system = gram + preserved
+    ridge = lambda2 * system.diagonal().mean()
+    preserved.diagonal().add_(ridge)
+    bank_shift = torch.zeros_like(gram)
+    if bank is not None and away and len(representatives):
+        left, right = _wide_edit(representatives.double(), bank.mean.double())
+        bank_shift = away * left @ (right @ preserved)
+    return gram + preserved, bank_shift
+
+
+def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [dim, k], [k, dim] of D, as `solve` defines it. v: [n * parts, dim]"""
+    shifts = means.repeat(len(v) // len(means), 1) - v
+    size = shifts.square().sum()
+    weight = MEAN_WEIGHT * (size / means.square().sum()).sqrt()
+    rows = torch.cat([v, weight * means])
+    goals = torch.cat([shifts, weight * MEAN_SHIFT * shifts.view(-1, *means.shape).mean(0)])
+    if len(rows) > rows.shape[1]:  # the same least squares with fewer rows
+        basis, rows = torch.linalg.qr(rows)
+        goals = basis.T @ goals
+    unit = torch.eye(len(rows), dtype=torch.float64)
+    system = rows @ rows.T + SHIFT_RIDGE * size * unit
+    return goals.T, torch.cholesky_solve(rows, torch.linalg.cholesky(system))
+
+
+def _low_rank(numerator: Tensor, cholesky: Tensor) -> Edit:
+    """T - I = numerator @ system⁻¹ as factors, to RANK_TOLERANCE.
+
+    Its range is found by random probes until new ones lie in it (Halko, Martinsson and Tropp 2011,
+    Alg. 4.2); the probes have a seed of their own, so that T is the same in every run.
+
+    cholesky: lower Cholesky factor of the system
+    """
+    dim = len(numerator)
+    generator = torch.Generator().manual_seed(0)
+    basis, size = numerator[:, :0], 0.0
+    while basis.shape[1] < dim:
+        count = min(PROBES, dim - basis.shape[1])
+        probes = torch.randn(dim, count, generator=generator, dtype=torch.float64)
+        images = numerator @ torch.cholesky_solve(probes, cholesky)
+        size = size or float(images.square().mean())
+        images = images - basis @ (basis.T @ images)
+        # A tenth: the factors are truncated to the tolerance in the end.
+        if basis.shape[1] and images.square().mean() <= (0.1 * RANK_TOLERANCE) ** 2 * size:
+            break
+        images = torch.linalg.qr(images).Q
+        images = torch.linalg.qr(images - basis @ (basis.T @ images)).Q
+        basis = torch.cat([basis, images], dim=1)
+    right = torch.cholesky_solve(numerator.T @ basis, cholesky).T
+    return _split(basis, right, RANK_TOLERANCE)[0]
+
+
+def _split(left: Tensor, right: Tensor, tolerance: float) -> tuple[Edit, Edit]:
+    """left @ right cut to the tolerance (Eckart and Young), and the rest.
+
+    left: float64 [dim, k]
+    right: float64 [k, dim]
+    """
+    (left, outer), (right, inner) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(outer @ inner.T)
+    tail = s.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of this singular value and the rest
+    rank = max(1, int((tail > tolerance * tail[0]).sum()))
+    up, down = left @ (u * s.sqrt()), s.sqrt()[:, None] * vh @ right.T
+    up, down = up.float(), down.float()
+    cut = Edit(up[:, :rank].contiguous(), down[:rank].contiguous())
+    return cut, Edit(up[:, rank:].contiguous(), down[rank:].contiguous())

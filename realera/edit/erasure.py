@@ -1,4 +1,4 @@
-"""What travels: the edits, the LoRA, the sums they came from, and where it all came from."""
+"""What an erasure is made of: edits, LoRA, the sums for merging, and its provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..concepts import Concept, holds_name
 from ..settings import STRENGTHS, SolveSettings
-from .closed_form import BankGram, Edit, Sums, solve
+from ..storage.safetensors_file import digest
+from .closed_form import BankGram, Edit, PackedSums, Sums, shift_cov_of, solve
 from .text_layers import TextLayer, text_layer_kind, text_layers
+from .triangles import pack, unpack
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 DEFAULTS = SolveSettings()
@@ -23,45 +25,50 @@ class Erasure:
 
     edits: stream -> T
     lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
-    sums, kept: stream -> what Eq. 7 was solved from with lambda1, lambda2 and away, for merging
+    sums, bank: stream -> what T was solved from with lambda1, lambda2 and away, for merging; both
+        empty where that was not saved
+    sums_ids: hash of the sums of every single erasure that was merged into this one, or of its own
     provenance: JSON: concepts, settings, versions, source, scope
     """
 
     edits: Mapping[str, Edit]
     lora: Lora = field(default_factory=dict)
-    sums: Mapping[str, Sums] = field(default_factory=dict)
-    kept: Mapping[str, BankGram] = field(default_factory=dict)
+    sums: Mapping[str, PackedSums] = field(default_factory=dict)
+    bank: Mapping[str, BankGram] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     lambda1: float = DEFAULTS.lambda1
     lambda2: float = DEFAULTS.lambda2
     away: float = DEFAULTS.away
+    sums_ids: tuple[str, ...] = ()
 
     @staticmethod
     def fit(
         sums: Mapping[str, Sums],
-        kept: Mapping[str, BankGram] | None = None,
+        bank: Mapping[str, BankGram] | None = None,
         lambda1: float = DEFAULTS.lambda1,
         lambda2: float = DEFAULTS.lambda2,
         provenance: Mapping[str, Any] | None = None,
         away: float = DEFAULTS.away,
     ) -> "Erasure":
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
-        kept = kept or {}
-        away = away if kept else 0.0  # nothing is there that could go
-        edits = {s: solve(own, kept.get(s), lambda1, lambda2, away) for s, own in sums.items()}
-        return Erasure(edits, {}, sums, kept, provenance or {}, lambda1, lambda2, away)
+        bank = bank or {}
+        away = away if bank else 0.0  # it moves the rows of the bank
+        edits = {s: solve(of, bank.get(s), lambda1, lambda2, away) for s, of in sums.items()}
+        packed = {s: PackedSums(pack(of.gram), of.representatives) for s, of in sums.items()}
+        note, ids = provenance or {}, (sums_id(packed),)
+        return Erasure(edits, {}, packed, bank, note, lambda1, lambda2, away, ids)
 
     def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
-        """With a LoRA trained on top of the edit and of the LoRA that it had."""
+        """The erasure with a LoRA that was trained on top of its edit and LoRA."""
         provenance = {**self.provenance, "training": dict(training)}
         return replace(self, lora=joined(self.lora, lora), provenance=provenance)
 
-    def reads(self, name: str) -> Edit | None:
-        """T of what the layer with this canonical name reads, or None where it stays."""
+    def edit_of(self, name: str) -> Edit | None:
+        """T of the layer with this canonical name, or None where the layer stays."""
         kind = text_layer_kind(name)
         return None if kind is None else self.edits.get(kind.stream)
 
-    def erased(
+    def erased_weight(
         self,
         name: str,
         weight: Tensor,
@@ -71,18 +78,18 @@ class Erasure:
     ) -> Tensor:
         """The weight [out, in] of the layer with this canonical name after the erasure.
 
-        As `erased_weight`; raises ValueError, too, when the erasure does not fit the layer.
+        As `erase_weight`; raises ValueError, too, when the erasure does not fit the layer.
         """
-        edit, lora = self.reads(name), self.lora.get(name)
+        edit, lora = self.edit_of(name), self.lora.get(name)
         refuse_misfit(name, weight.shape, edit, lora)
-        return erased_weight(name, weight, edit, lora, edit_strength, lora_strength, gain)
+        return erase_weight(name, weight, edit, lora, edit_strength, lora_strength, gain)
 
     @staticmethod
     def merge(erasures: Sequence["Erasure"]) -> "Erasure":
         """One erasure of all their concepts: the closed form of their joint sums; LoRAs add up.
 
         Raises ValueError when one was saved without its sums or with other λ, banks or families,
-        and when one preserves what another erases.
+        when two hold the same sums, and when one preserves what another erases.
         """
         if not erasures:
             raise ValueError("nothing to merge: give at least one erasure")
@@ -92,29 +99,58 @@ class Erasure:
                 raise ValueError("an erasure without its sums cannot be merged: make it again")
             if one.edits.keys() != first.edits.keys():
                 raise ValueError("erasures of different model families cannot be merged")
-            if one.kept.keys() != first.kept.keys():
+            if one.bank.keys() != first.bank.keys():
                 raise ValueError(
                     "the sums were made with different preservation banks or text encoders, one "
                     "with a bank and one without: fit both with the same bank before merging"
                 )
-            here, there = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
-            if here != there:
+            values, due = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
+            if values != due:
                 raise ValueError(
-                    f"λ1, λ2 and away are {here} in one erasure and {there} in another: fit all "
+                    f"λ1, λ2 and away are {values} in one erasure and {due} in another: fit all "
                     "with the same ones"
                 )
+        _refuse_same_sums(erasures)
         _refuse_contradictions([note for one in erasures for note in notes_of(one)])
-        sums, kept, lora = dict(first.sums), dict(first.kept), first.lora
+        sums, bank, lora = first.unpacked_sums(), dict(first.bank), first.lora
         for other in others:
-            sums = {stream: own + other.sums[stream] for stream, own in sums.items()}
-            kept = {stream: own | other.kept[stream] for stream, own in kept.items()}
+            added = other.unpacked_sums()
+            sums = {stream: of + added[stream] for stream, of in sums.items()}
+            bank = {stream: of | other.bank[stream] for stream, of in bank.items()}
             lora = joined(lora, other.lora)
         provenance = {"merged": [one.provenance for one in erasures]}
-        merged = Erasure.fit(sums, kept, first.lambda1, first.lambda2, provenance, first.away)
-        return replace(merged, lora=lora)
+        merged = Erasure.fit(sums, bank, first.lambda1, first.lambda2, provenance, first.away)
+        ids = tuple(id_ for one in erasures for id_ in one.sums_ids)
+        return replace(merged, lora=lora, sums_ids=ids)
+
+    def unpacked_sums(self) -> dict[str, Sums]:
+        """stream -> the sums that its edit was solved from, within 1e-6 of |T - I| for T."""
+        found = {}
+        for stream, packed in self.sums.items():
+            gram, v = unpack(packed.triangle), packed.representatives
+            solved = (self.bank.get(stream), self.lambda1, self.lambda2, self.away)
+            found[stream] = Sums(gram, shift_cov_of(self.edits[stream], gram, v, *solved), v)
+        return found
 
 
-def erased_weight(
+def sums_id(sums: Mapping[str, PackedSums]) -> str:
+    """A hash by which the sums of an erasure are known again."""
+    return digest({stream: [of.triangle, of.representatives] for stream, of in sums.items()})
+
+
+def _refuse_same_sums(erasures: Sequence[Erasure]) -> None:
+    seen: dict[str, int] = {}
+    for number, one in enumerate(erasures, 1):
+        for sums in one.sums_ids:
+            if sums in seen:
+                raise ValueError(
+                    f"erasures number {seen[sums]} and {number} hold the sums of the same erasure, "
+                    "which would count twice: give each erasure once"
+                )
+        seen |= dict.fromkeys(one.sums_ids, number)
+
+
+def erase_weight(
     name: str,
     weight: Tensor,
     edit: Edit | None,
@@ -123,22 +159,22 @@ def erased_weight(
     lora_strength: float = 1.0,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """W_org (I + s (T - I)) + s' B A of a layer [out, in], T in its first columns.
+    """W_org (I + s (T - I)) + s' B A of a layer, where T is of its first columns.
 
-    gain: of the RMS norm in front, [in]: W_org diag(gain) is what reads the rows that T is of.
-    Computed in float32 and rounded once to the weight's dtype. Raises ValueError when a strength
-    is not finite, when the weight is not finite before, and when it is not after.
+    Computed in float32 and rounded once to the weight's dtype.
+
+    name: canonical layer name, for the errors
+    weight: W_org [out, in]
+    edit_strength, lora_strength: s and s'
+    gain: [in], of the RMS norm in front of the layer
+    Raises ValueError when a strength is not finite, when the weight is not finite before, and when
+    it is not after.
     """
     STRENGTHS.check("edit_strength", edit_strength)
     STRENGTHS.check("lora_strength", lora_strength)
     full = weight.float()
     if edit is not None:
-        own = full[:, : edit.dim]
-        if gain is None:
-            edited = edit.on_weight(own, edit_strength)
-        else:
-            gain = gain.to(own)
-            edited = edit.on_weight(own * gain, edit_strength) / gain
+        edited = edit.apply_to_weight(full[:, : edit.dim], edit_strength, gain)
         full = torch.cat([edited, full[:, edit.dim :]], dim=1)
     if lora is not None:
         a, b = (factor.to(full) for factor in lora)
@@ -258,7 +294,7 @@ def erase_in_place(
     layers = affected_layers(erasure, network)
     with torch.no_grad():
         erased = {
-            name: erasure.erased(
+            name: erasure.erased_weight(
                 name, reader.layer.weight, edit_strength, lora_strength, reader.gain
             )
             for name, reader in layers.items()
@@ -271,7 +307,7 @@ def erase_in_place(
 def temporarily_erased(
     erasure: Erasure, network: nn.Module, edit_strength: float = 1.0, lora_strength: float = 1.0
 ) -> Iterator[None]:
-    """`apply` within the block; the network's own weights come back afterwards."""
+    """`erase_in_place` within the block; the weights are as before afterwards."""
     layers = [reader.layer for reader in affected_layers(erasure, network).values()]
     kept = [layer.weight.detach().clone() for layer in layers]
     try:

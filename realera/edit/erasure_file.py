@@ -1,13 +1,18 @@
 """The file an erasure travels in: written whole, and read as if a stranger had written it.
 
-Format 2: `edit.STREAM`, `sums.STREAM.PART`, `kept.STREAM.gram|mean`, `kept.STREAM.dropped.N` and
-`lora.LAYER.down|up`, with a JSON header; older files lack `sums.STREAM.concepts` and `mean`.
-Format 1 held one stream under bare names, a second one under `pooled_` names, and the bank among
-the sums; it is still read.
+Format 3: `edit.STREAM.up|down` (T - I = up down), `sums.STREAM.triangle|representatives`,
+`bank.STREAM.triangle|mean|dropped.N` and `lora.LAYER.down|up`, with a JSON header. The triangles
+are `triangles.pack`'s. The bank is in the file, not its name alone, so that erasures merge where
+their text encoder is not.
+
+Two older formats are still read. Format 2 held dense matrices, T as `edit.STREAM`, the float64 sums
+`sums.STREAM.erase|moved|preserve` and `sums.STREAM.concepts`, and the bank as
+`kept.STREAM.gram|mean|dropped.N`. Format 1 held one stream under bare names, a second one under
+`pooled_` names, and the bank among the sums.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -22,15 +27,16 @@ from ..storage.safetensors_file import (
     writing,
 )
 from ..text.encoding import CONTEXT, POOLED
-from .closed_form import BankGram, Edit, Sums
-from .erasure import Erasure
+from .closed_form import BankGram, Edit, PackedSums, condensed
+from .erasure import Erasure, sums_id
 from .text_layers import KINDS, text_layer_kind
+from .triangles import pack
 
-FORMAT = "2"
+FORMAT = "3"
 MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 8192, 4096, 4 << 30, 32 << 20
 MAX_ROWS = 1 << 20  # that stand for concepts
 STREAMS = tuple(dict.fromkeys(kind.stream for kind in KINDS))
-SQUARE = ("erase", "moved", "preserve")
+SQUARE = ("erase", "moved", "preserve")  # of format 2
 
 
 def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = False) -> None:
@@ -39,22 +45,28 @@ def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = 
     Raises FileExistsError when it exists, ValueError when its name is one of pickles.
     """
     refuse_pickle_name(path)
-    tensors: dict[str, Tensor] = {f"edit.{s}": edit.matrix for s, edit in erasure.edits.items()}
+    tensors: dict[str, Tensor] = {}
+    for stream, edit in erasure.edits.items():
+        tensors |= {f"edit.{stream}.up": edit.up, f"edit.{stream}.down": edit.down}
     for name, (a, b) in erasure.lora.items():
-        tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"] = a, b
+        tensors |= {f"lora.{name}.down": a, f"lora.{name}.up": b}
     for stream, sums in erasure.sums.items():
-        tensors |= {f"sums.{stream}.{part}": getattr(sums, part) for part in SQUARE}
-        if len(sums.concepts):
-            tensors[f"sums.{stream}.concepts"] = sums.concepts
-    for stream, kept in erasure.kept.items():
-        tensors |= {f"kept.{stream}.gram": kept.gram, f"kept.{stream}.mean": kept.mean}
-        for i, rows in enumerate(kept.dropped.values()):
-            tensors[f"kept.{stream}.dropped.{i}"] = rows
+        tensors[f"sums.{stream}.triangle"] = sums.triangle
+        if len(sums.representatives):
+            tensors[f"sums.{stream}.representatives"] = sums.representatives
+    for stream, bank in erasure.bank.items():
+        tensors |= {f"bank.{stream}.triangle": bank.triangle, f"bank.{stream}.mean": bank.mean}
+        for i, rows in enumerate(bank.dropped.values()):
+            tensors[f"bank.{stream}.dropped.{i}"] = rows
     header = {
         "lambda1": erasure.lambda1,
         "lambda2": erasure.lambda2,
         "away": erasure.away,
-        "dropped": {stream: list(kept.dropped) for stream, kept in erasure.kept.items()},
+        "bank": {
+            stream: {"name": bank.name, "dropped": list(bank.dropped)}
+            for stream, bank in erasure.bank.items()
+        },
+        "sums_ids": erasure.sums_ids,
         "provenance": erasure.provenance,
     }
     metadata = {"format": "pt", "realera_erasure": FORMAT, "realera": json.dumps(header)}
@@ -87,43 +99,34 @@ def _read(file: TensorFile) -> Erasure:
     found = file.metadata.get("realera_erasure")
     if found is None:
         raise ValueError("it is none; 'realera erase' and Save Erasure write one beside their LoRA")
-    if found not in ("1", FORMAT):
-        raise ValueError(f"its format is {found!r}, not {FORMAT!r} or '1'")
+    if found not in ("1", "2", FORMAT):
+        raise ValueError(f"its format is {found!r}, not '1', '2' or {FORMAT!r}")
     header = json.loads(file.metadata["realera"])
     if not isinstance(header["provenance"], dict):
         raise ValueError("its provenance is not a JSON object")
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
-    away = float(header.get("away", 0.0))  # older files do not know it
+    away = float(header.get("away", 0.0))  # older files lack it
     if not 0 <= away < float("inf"):
         raise ValueError(f"away = {away} is no distance")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")
 
-    names = _first_format(header) if found == "1" else {}
-    dropped = header["dropped"] if found == FORMAT else _first_dropped(header)
-    keys = _Keys(file, names)
-    dim = {
-        stream: keys.square(f"edit.{stream}") for stream in STREAMS if keys.has(f"edit.{stream}")
-    }
-    if CONTEXT not in dim:
+    keys = _Keys(file, _first_names(header) if found == "1" else {})
+    if found == FORMAT:
+        banks = {s: (str(of["name"]), of["dropped"]) for s, of in header["bank"].items()}
+    else:
+        dropped = header["dropped"] if found == "2" else _first_dropped(header)
+        banks = {stream: ("", prompts) for stream, prompts in dropped.items()}
+    content = (_Format3 if found == FORMAT else _Format2)(keys)
+    if CONTEXT not in content.dim:
         raise ValueError(f"it lacks the edit of the {CONTEXT}")
-    summed = [stream for stream in dim if keys.has(f"sums.{stream}.erase")]
-    for stream in summed:
-        for part in SQUARE:
-            keys.check(f"sums.{stream}.{part}", ["F64"], dim[stream], dim[stream])
-        if keys.has(f"sums.{stream}.concepts"):
-            keys.check(f"sums.{stream}.concepts", ["F32"], -1, dim[stream], most=MAX_ROWS)
-    for stream, prompts in dropped.items():
-        keys.check(f"kept.{stream}.gram", ["F64"], dim[stream], dim[stream])
-        if keys.has(f"kept.{stream}.mean"):
-            keys.check(f"kept.{stream}.mean", ["F32"], -1, dim[stream])
+    for stream, (_, prompts) in banks.items():
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"it dropped a prompt of the {stream} that is not text")
-        for i in range(len(prompts)):
-            keys.check(f"kept.{stream}.dropped.{i}", ["F32"], -1, dim[stream])
+        content.check_bank(stream, len(prompts))
     layers = keys.layers()
     for layer in layers:
         kind = text_layer_kind(layer)
@@ -132,50 +135,129 @@ def _read(file: TensorFile) -> Erasure:
         rank = file.entries[f"lora.{layer}.down"].shape[0]
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"the LoRA of {layer!r} has rank {rank}")
-        keys.check(f"lora.{layer}.down", ["F32", "F16", "BF16"], rank, dim[kind.stream])
-        keys.check(f"lora.{layer}.up", ["F32", "F16", "BF16"], -1, rank)
+        keys.check(f"lora.{layer}.down", "F32/F16/BF16", rank, content.dim[kind.stream])
+        keys.check(f"lora.{layer}.up", "F32/F16/BF16", -1, rank)
     keys.refuse_others()
 
-    read = keys.read
-
-    def rows(key: str, none: Tensor) -> Tensor:
-        return read(key) if keys.has(key) else none
-
-    sums = {
-        stream: Sums(
-            **{part: read(f"sums.{stream}.{part}") for part in SQUARE},
-            concepts=rows(f"sums.{stream}.concepts", torch.zeros(0, dim[stream])),
-        )
-        for stream in summed
-    }
-    kept = {
-        stream: BankGram(
-            read(f"kept.{stream}.gram"),
-            rows(f"kept.{stream}.mean", torch.zeros(1, dim[stream])),
-            {p: read(f"kept.{stream}.dropped.{i}") for i, p in enumerate(prompts)},
-        )
-        for stream, prompts in dropped.items()
-    }
-    for stream, one in kept.items():
-        count = len(sums[stream].concepts) if stream in sums else 0
-        if count % len(one.mean):
+    edits = {stream: content.edit(stream) for stream in content.dim}
+    sums = {stream: content.sums(stream, lambda1) for stream in content.summed}
+    read = ((stream, content.bank(stream, *of)) for stream, of in banks.items())
+    bank = {stream: of for stream, of in read if of is not None}
+    for stream, of in bank.items():
+        count = len(sums[stream].representatives) if stream in sums else 0
+        if count % len(of.mean):
             raise ValueError(
-                f"{count} rows stand for concepts in the {stream}, of {len(one.mean)} parts each"
+                f"{count} rows stand for concepts in the {stream}, of {len(of.mean)} parts each"
             )
+    ids = header.get("sums_ids")  # older files lack them
     return Erasure(
-        {stream: Edit(read(f"edit.{stream}")) for stream in dim},
-        {layer: (read(f"lora.{layer}.down"), read(f"lora.{layer}.up")) for layer in layers},
+        edits,
+        {n: (keys.read(f"lora.{n}.down"), keys.read(f"lora.{n}.up")) for n in layers},
         sums,
-        {stream: one for stream, one in kept.items() if one.gram.any()},
+        bank,
         header["provenance"],
         lambda1,
         lambda2,
         away,
+        tuple(map(str, [sums_id(sums)] if ids is None else ids)),
     )
 
 
-def _first_format(header: Mapping[str, Any]) -> dict[str, str]:
-    """Today's name -> the one that format 1 had."""
+class _Format3:
+    """The streams of a file in today's format: checked first, then read.
+
+    dim: stream -> dimension; summed: streams with sums
+    """
+
+    def __init__(self, keys: "_Keys") -> None:
+        self.keys, self.dim = keys, dict[str, int]()
+        for stream in STREAMS:
+            if keys.has(f"edit.{stream}.up"):
+                dim, rank = keys.check(f"edit.{stream}.up", "F32", -1, -1)
+                keys.check(f"edit.{stream}.down", "F32", rank, dim)
+                self.dim[stream] = dim
+        self.summed = [stream for stream in self.dim if keys.has(f"sums.{stream}.triangle")]
+        for stream in self.summed:
+            self._check_triangle(f"sums.{stream}.triangle", self.dim[stream])
+            if keys.has(f"sums.{stream}.representatives"):
+                shape = -1, self.dim[stream]
+                keys.check(f"sums.{stream}.representatives", "F32", *shape, most=MAX_ROWS)
+
+    def _check_triangle(self, key: str, dim: int) -> None:
+        self.keys.check(key, "F32", dim * (dim + 1) // 2)
+
+    def check_bank(self, stream: str, dropped: int) -> None:
+        self._check_triangle(f"bank.{stream}.triangle", self.dim[stream])
+        self.keys.check(f"bank.{stream}.mean", "F32", -1, self.dim[stream])
+        for i in range(dropped):
+            self.keys.check(f"bank.{stream}.dropped.{i}", "F32", -1, self.dim[stream])
+
+    def edit(self, stream: str) -> Edit:
+        return Edit(self.keys.read(f"edit.{stream}.up"), self.keys.read(f"edit.{stream}.down"))
+
+    def sums(self, stream: str, lambda1: float) -> PackedSums:
+        nothing = torch.zeros(0, self.dim[stream])
+        return PackedSums(
+            self.keys.read(f"sums.{stream}.triangle"),
+            self.keys.read(f"sums.{stream}.representatives", nothing),
+        )
+
+    def bank(self, stream: str, name: str, dropped: list[str]) -> BankGram:
+        read = self.keys.read
+        rows = {p: read(f"bank.{stream}.dropped.{i}") for i, p in enumerate(dropped)}
+        return BankGram(read(f"bank.{stream}.triangle"), read(f"bank.{stream}.mean"), rows, name)
+
+
+class _Format2:
+    """As `_Format3`, of the dense matrices of the formats before."""
+
+    def __init__(self, keys: "_Keys") -> None:
+        self.keys, self.dim = keys, dict[str, int]()
+        for stream in STREAMS:
+            if keys.has(f"edit.{stream}"):
+                rows, columns = keys.check(f"edit.{stream}", "F32", -1, -1)
+                if rows != columns:
+                    raise ValueError(f"the edit of the {stream} is {rows} x {columns}, not square")
+                self.dim[stream] = rows
+        self.summed = [stream for stream in self.dim if keys.has(f"sums.{stream}.erase")]
+        for stream in self.summed:
+            dim = self.dim[stream]
+            for part in SQUARE:
+                keys.check(f"sums.{stream}.{part}", "F64", dim, dim)
+            if keys.has(f"sums.{stream}.concepts"):
+                keys.check(f"sums.{stream}.concepts", "F32", -1, dim, most=MAX_ROWS)
+
+    def check_bank(self, stream: str, dropped: int) -> None:
+        dim = self.dim[stream]
+        self.keys.check(f"kept.{stream}.gram", "F64", dim, dim)
+        if self.keys.has(f"kept.{stream}.mean"):
+            self.keys.check(f"kept.{stream}.mean", "F32", -1, dim)
+        for i in range(dropped):
+            self.keys.check(f"kept.{stream}.dropped.{i}", "F32", -1, dim)
+
+    def edit(self, stream: str) -> Edit:
+        return Edit.from_matrix(self.keys.read(f"edit.{stream}"))
+
+    def sums(self, stream: str, lambda1: float) -> PackedSums:
+        erase, _, preserve = (self.keys.read(f"sums.{stream}.{part}") for part in SQUARE)
+        rows = self.keys.read(f"sums.{stream}.concepts", torch.zeros(0, self.dim[stream]))
+        return PackedSums(pack(erase + lambda1 * preserve), rows)
+
+    def bank(self, stream: str, name: str, dropped: list[str]) -> BankGram | None:
+        """None where the file was made without a bank, which format 1 stores as zeros."""
+        gram = self.keys.read(f"kept.{stream}.gram")
+        if not gram.any():
+            return None
+        mean = self.keys.read(f"kept.{stream}.mean", torch.zeros(1, self.dim[stream]))
+        rows = {
+            prompt: condensed(self.keys.read(f"kept.{stream}.dropped.{i}"))
+            for i, prompt in enumerate(dropped)
+        }
+        return BankGram(pack(gram), mean, rows, name)
+
+
+def _first_names(header: Mapping[str, Any]) -> dict[str, str]:
+    """Name in format 2 -> name in format 1."""
     names = {}
     for stream, prefix in ((CONTEXT, ""), (POOLED, "pooled_")):
         names[f"edit.{stream}"] = f"{prefix}edit"
@@ -188,12 +270,15 @@ def _first_format(header: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _first_dropped(header: Mapping[str, Any]) -> dict[str, Any]:
-    own = {CONTEXT: header.get("sums"), POOLED: header.get("pooled_sums")}
-    return {stream: prompts for stream, prompts in own.items() if prompts is not None}
+    prompts = {CONTEXT: header.get("sums"), POOLED: header.get("pooled_sums")}
+    return {stream: of for stream, of in prompts.items() if of is not None}
 
 
 class _Keys:
-    """The tensors of a file, each checked before it is read and each expected."""
+    """The tensors of a file, each checked before any is read, and none that is not expected.
+
+    names: name in format 2 -> name in the file, where they differ
+    """
 
     def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
         self.file, self.names, self.left = file, names, set(file.entries)
@@ -201,31 +286,28 @@ class _Keys:
     def has(self, key: str) -> bool:
         return self.names.get(key, key) in self.file.entries
 
-    def check(self, key: str, dtypes: Sequence[str], *shape: int, most: int = MAX_DIM) -> None:
-        """shape: the size of each axis, or -1 where the file decides, up to `most`."""
+    def check(self, key: str, dtypes: str, *shape: int, most: int = MAX_DIM) -> tuple[int, ...]:
+        """The shape of a tensor, after a check.
+
+        dtypes: the allowed ones, "F32/F16"
+        shape: size of each axis; -1 for any size up to `most`
+        """
         key = self.names.get(key, key)
         entry = self.file.entries[key]
         fits = len(entry.shape) == len(shape) and all(
-            own == due or (due == -1 and 1 <= own <= most)
-            for own, due in zip(entry.shape, shape, strict=True)
+            size == due or (due == -1 and 1 <= size <= most)
+            for size, due in zip(entry.shape, shape, strict=True)
         )
-        if entry.dtype not in dtypes or not fits:
+        if entry.dtype not in dtypes.split("/") or not fits:
             raise ValueError(
-                f"{key!r} is {entry.dtype} {list(entry.shape)}, expected {'/'.join(dtypes)} "
+                f"{key!r} is {entry.dtype} {list(entry.shape)}, expected {dtypes} "
                 f"{[due if due >= 0 else 'any' for due in shape]}"
             )
         self.left.remove(key)
-
-    def square(self, key: str) -> int:
-        """The side of a float32 matrix."""
-        self.check(key, ["F32"], -1, -1)
-        rows, columns = self.file.entries[self.names.get(key, key)].shape
-        if rows != columns:
-            raise ValueError(f"{key!r} is {rows} x {columns}, not square")
-        return rows
+        return entry.shape
 
     def layers(self) -> list[str]:
-        """The layers that have a LoRA."""
+        """Names of the layers that have a LoRA."""
         ends = (".down", ".up")
         return sorted(
             {
@@ -240,7 +322,10 @@ class _Keys:
         if self.left:
             raise ValueError(f"it holds {sorted(self.left)[0]!r}, which does not belong there")
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, default: Tensor | None = None) -> Tensor:
+        """A tensor that was checked; `default` where the file lacks it."""
+        if default is not None and not self.has(key):
+            return default
         tensor = self.file.read(self.names.get(key, key))
         if not tensor.isfinite().all():
             raise ValueError(f"{key!r} holds numbers that are not finite")

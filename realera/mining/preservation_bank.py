@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts import Concept, holds_name
-from ..edit.closed_form import BankGram
+from ..edit.closed_form import BankGram, condensed
+from ..edit.triangles import pack
 from ..storage.cache import cached
+from ..storage.safetensors_file import digest
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
 from ..text.token_alignment import prompt_embeddings, prompt_summaries
 
@@ -28,7 +30,7 @@ class Bank:
     """Running sums over the rows of every bank prompt, as one text encoder reads them.
 
     prompts: the prompts, the empty one first (classifier-free guidance draws with it)
-    grams: stream -> Σ w e eᵀ over all rows of all prompts, float64 [dim, dim]
+    grams: stream -> Σ w e eᵀ over all rows of all prompts, packed (`triangles.pack`)
     means: stream -> the mean of what stands for a prompt (`token_alignment.prompt_embeddings`),
     float32 [parts, dim]
     summary: of every prompt, the context row that has seen all of it, [prompts, dim]
@@ -49,10 +51,19 @@ class Bank:
             stream: BankGram(
                 gram,
                 self.means[stream],
-                dict(zip(self.dropped, self.rows.get(stream, ()), strict=True)),
+                {
+                    p: condensed(r)
+                    for p, r in zip(self.dropped, self.rows.get(stream, ()), strict=True)
+                },
+                self.name,
             )
             for stream, gram in self.grams.items()
         }
+
+    @property
+    def name(self) -> str:
+        """A hash of the prompts and of the encoder's dimensions: by it, `BankGram`s are merged."""
+        return digest(self.prompts, {s: list(mean.shape) for s, mean in self.means.items()})
 
 
 def bank_prompts() -> tuple[str, ...]:
@@ -89,11 +100,11 @@ def encode_bank(
                 means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
             summary.append(whole[CONTEXT][:, 0].float().cpu())
             progress(start + len(batch), len(prompts))
-        named = {f"gram.{stream}": gram for stream, gram in grams.items()}
+        named = {f"gram.{stream}": pack(gram) for stream, gram in grams.items()}
         named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
         return {"summary": torch.cat(summary), **named}
 
-    made = cached("bank", [text.fingerprint, prompts, "means"], encode)
+    made = cached("bank", [text.fingerprint, prompts, "triangles"], encode)
     grams, means = (
         {key.removeprefix(kind): tensor for key, tensor in made.items() if key.startswith(kind)}
         for kind in ("gram.", "mean.")

@@ -73,7 +73,8 @@ def student_mode(
             return last[stream][1]
         key = (stream, rows.device, rows.dtype)
         if key not in edits:
-            edits[key] = Edit(_like(erasure.edits[stream].matrix, rows))
+            edit = erasure.edits[stream]
+            edits[key] = Edit(_like(edit.up, rows), _like(edit.down, rows))
         edit = edits[key]
         if gain is None:
             new = edit(rows[..., : edit.dim])
