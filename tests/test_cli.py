@@ -192,7 +192,7 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
     arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK]
     assert main([*arguments, "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
-    monkeypatch.setattr("realera.cli.evaluate.evaluate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("realera.cli.evaluation_files.evaluate", lambda *_: pytest.fail("too late"))
     assert main(["evaluate", "miniature", "airplane", "-o", str(tmp_path / "file" / "out")]) == 1
     assert str(tmp_path / "file" / "out") in capsys.readouterr().err
 

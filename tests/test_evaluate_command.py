@@ -94,7 +94,9 @@ def test_captions_have_a_clip_score(demo, prompts, clip_folder, tmp_path):
 def test_the_papers_concepts_are_scored_as_in_the_paper(
     concept, scorer, name, singles, clip_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("realera.cli.evaluate.Sampling", lambda **how: Sampling(steps=1, **how))
+    monkeypatch.setattr(
+        "realera.cli.evaluation_files.Sampling", lambda **how: Sampling(steps=1, **how)
+    )
     rest = ["--clip", str(clip_folder), "--images", "1", "-o", str(tmp_path)]
     assert main(["evaluate", str(singles["sd1"]), concept, *scorer, *rest]) == 0
     report = stored(tmp_path)["original"]

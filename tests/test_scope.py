@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from realera.algorithm import erase, mine
+from realera.checkpoints import loading
+from realera.cli import main
 from realera.cli.output_folder import checked, scope_text
 from realera.concepts import Concept
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
+from realera.edit.erasure_file import save_erasure
 from realera.evaluation.coarse_samples import COARSE, coarse_samples
 from realera.pipelines import sampling
 from realera.pipelines.transformer import TransformerModel
@@ -132,3 +135,23 @@ def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
     with pytest.raises(KeyboardInterrupt):
         checked(tiny_model, erasure, CONCEPTS, effects, 2, interrupted)
     assert calls == [4 + 2, 2] and tiny_model.fingerprint == before
+
+
+def test_the_command_computes_on_the_device_and_in_the_precision_that_it_is_given(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "erasure.safetensors"
+    provenance = {"concepts": [{"name": "airplane", "anchor": "tree", "templates": ["a {}"]}]}
+    save_erasure(Erasure({CONTEXT: Edit(torch.eye(256))}, provenance=provenance), path)
+    (tmp_path / "words.txt").write_text("jet\nhat\n", "utf-8")
+    loaded, load = [], loading.load_text
+
+    def recorded(*arguments):
+        loaded.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(loading, "load_text", recorded)
+    arguments = ["scope", "miniature", str(path), "--words", str(tmp_path / "words.txt")]
+    assert main([*arguments, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    assert loaded == [("miniature", torch.bfloat16, "cpu")]
+    assert "jet" in capsys.readouterr().out

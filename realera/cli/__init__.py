@@ -8,26 +8,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..concepts import read_lines
-from ..evaluation.tasks import CLIP
-from ..settings import BUNDLED, POSITIVE_COUNT, SEED, STRENGTHS
-from . import erase
-from .options import (
-    check_option,
-    device_of,
-    device_options,
-    file_options,
-    load,
-    number,
-    progress_bar,
-)
-
-if TYPE_CHECKING:
-    from ..evaluation.scorers import Scorer
-    from ..evaluation.tasks import Task
+from ..settings import STRENGTHS
+from . import erase, evaluate
+from .options import file_options, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,87 +88,6 @@ def run_merge(options: argparse.Namespace) -> None:
     merged = Erasure.merge([load_erasure(path) for path in options.erasures])
     save_erasure(merged, options.out, options.overwrite)
     print(options.out)
-
-
-def run_evaluate(options: argparse.Namespace) -> None:
-    from ..edit.erasure_file import load_erasure
-    from ..evaluation.tasks import Task
-    from ..storage.safetensors_file import refuse_source
-    from .evaluate import EVALUATION, scorer_of, task_or_prompts, write_evaluation
-
-    if Path(options.concept).is_file():
-        for name in EVALUATION:
-            refuse_source(Path(options.out, name), options.concept)
-    bundled = options.model in BUNDLED
-    task = task_or_prompts(options.concept, bundled)
-    scorer = scorer_of(task, options.scorer, options.clip, bundled, device_of(options))
-    if options.vocabulary or options.sample:
-        _evaluate_vocabulary(options, task, scorer)
-        return
-    images = options.images or (20 if isinstance(task, Task) else 1)
-    model = load(options)
-    erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with progress_bar("evaluation") as progress:
-        text = write_evaluation(
-            Path(options.out),
-            model,
-            erasures,
-            task,
-            scorer,
-            images,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(text)
-
-
-def _evaluate_vocabulary(
-    options: argparse.Namespace, task: "Task | list[str]", scorer: "Scorer"
-) -> None:
-    from ..edit.erasure_file import load_erasure
-    from ..evaluation.tasks import Task
-    from ..evaluation.vocabulary import classifier_of, sample_words
-    from .evaluate import write_vocabulary
-
-    if options.images:
-        raise ValueError("--vocabulary draws one image per word: leave out --images")
-    if not isinstance(task, Task):
-        raise ValueError("--vocabulary draws the tokenizer's words: name a concept, not a file")
-    classifier = classifier_of(scorer, task.concept)
-    model = load(options)
-    erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with progress_bar("words") as progress:
-        text = write_vocabulary(
-            Path(options.out),
-            model,
-            erasures,
-            task.concept,
-            classifier,
-            sample_words(model.text.words(), options.sample, options.seed),
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(text)
-
-
-def run_scope(options: argparse.Namespace) -> None:
-    from ..checkpoints.loading import load_text
-    from ..edit.erasure import concepts_of
-    from ..edit.erasure_file import load_erasure
-    from ..report.scope import scope
-    from .output_folder import checked, scope_text
-
-    erasure, model = load_erasure(options.erasure), load(options) if options.check else None
-    text = model.text if model else load_text(options.model)
-    concepts = concepts_of(erasure)
-    words = read_lines(options.words) if options.words else None
-    effects = scope(erasure, text, concepts, words)
-    if model:
-        with progress_bar("words") as progress:
-            effects = checked(model, erasure, concepts, effects, options.check, progress)
-    print(scope_text(effects, options.count))
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -284,59 +188,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("-o", "--out", required=True, help="file to write")
     merge.add_argument("--overwrite", action="store_true")
 
-    evaluation = command("evaluate", run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
-    evaluation.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of those of 'demo'"
+    evaluate.add_evaluate(
+        command("evaluate", evaluate.run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
     )
-    evaluation.add_argument(
-        "concept",
-        help="an object or style of the bundled model; for other models an object, celebrity or "
-        "artist of the paper; or a text file of prompts, one per line",
-    )  # fmt: skip
-    evaluation.add_argument(
-        "erasures", nargs="*", help="erasure files to compare with the original model"
+    evaluate.add_scope(
+        command(
+            "scope",
+            evaluate.run_scope,
+            "list the words that an erasure changes, before any image is drawn",
+        )
     )
-    evaluation.add_argument(
-        "--scorer", choices=("bundled", "clip", "clip-score", "nudity"),
-        help="what scores the images: the bundled model's classifier, CLIP as a classifier, or the "
-        "CLIP score; default: the bundled classifier, or for other models the paper's choice. For "
-        "a file of prompts: the CLIP score, or nudity, NudeNet's detections of explicit content, "
-        "whose images are not kept",
-    )  # fmt: skip
-    evaluation.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
-    evaluation.add_argument(
-        "--images",
-        type=number(POSITIVE_COUNT),
-        help="images per prompt; default: 20, and 1 for a file of prompts",
-    )
-    evaluation.add_argument(
-        "--vocabulary", action="store_true",
-        help="draw every word of the tokenizer's vocabulary instead, and count the words that "
-        "still draw the concept (residue) and the other words that draw what they drew (kept)",
-    )  # fmt: skip
-    evaluation.add_argument(
-        "--sample", type=number(POSITIVE_COUNT), metavar="N",
-        help="--vocabulary on N words chosen at random",
-    )  # fmt: skip
-    evaluation.add_argument("--seed", type=number(SEED), default=0, help="seed of the noise")
-    evaluation.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
-    evaluation.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    device_options(evaluation)
-
-    report = command(
-        "scope", run_scope, "list the words that an erasure changes, before any image is drawn"
-    )
-    report.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of those of 'demo'"
-    )
-    report.add_argument("erasure", help="erasure.safetensors")
-    report.add_argument(
-        "--words",
-        help="text file of words or phrases, one per line; default: the tokenizer's vocabulary",
-    )
-    report.add_argument("--count", type=number(POSITIVE_COUNT), default=40, help="lines to print")
-    check_option(report)
-    device_options(report)
 
     info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
     info.add_argument("file")

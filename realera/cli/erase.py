@@ -48,7 +48,7 @@ DEMO_PROMPTS = (
 def run_demo(options: argparse.Namespace) -> None:
     from ..evaluation.scorers import miniature_classifier
     from ..evaluation.tasks import miniature_task
-    from .evaluate import EVALUATION, write_evaluation
+    from .evaluation_files import EVALUATION, write_evaluation
 
     options.concept, options.concepts, options.prompt = [DEMO], None, list(DEMO_PROMPTS)
     model, erasure = _erase(options, EVALUATION)

@@ -1,45 +1,99 @@
-"""`realera evaluate`: the task and the scorer by the names that a user gives, and the files."""
+"""`realera evaluate` and `realera scope`: scores of images, and what T alone says about words."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from ..concepts import read_lines
-from ..edit.erasure import Erasure, temporarily_erased
-from ..evaluation.coarse_samples import COARSE
-from ..evaluation.evaluate import evaluate, survey
-from ..evaluation.report import Row, table
-from ..evaluation.scorers import (
-    Clip,
-    ClipScore,
-    ConceptClassifier,
-    NudeNet,
-    Scorer,
-    clip_classifier,
-    miniature_classifier,
-)
 from ..evaluation.tasks import ARTISTS, CLIP, STYLE_WORDS, Task, bundled_task, paper_task
-from ..evaluation.vocabulary import VocabularyReport, classify_words, compare
-from ..pipelines.interface import Diffusion
-from ..pipelines.sampling import Sampling
-from ..report import plots
-from ..storage.safetensors_file import replaced_file, writing
-from .output_folder import make_writable
+from ..settings import BUNDLED, POSITIVE_COUNT, SEED
+from .options import check_option, device_of, device_options, dtype_of, load, number, progress_bar
 
-EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
-VOCABULARY = ("vocabulary.json", "vocabulary.txt")
-STATE = "vocabulary-state.safetensors"
-
-Progress = Callable[[int, int], None]
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from ..evaluation.scorers import Scorer
 
 
-# ---------------------------------------------------------------- what is evaluated
+def run_evaluate(options: argparse.Namespace) -> None:
+    from ..edit.erasure_file import load_erasure
+    from ..storage.safetensors_file import refuse_source
+    from .evaluation_files import EVALUATION, write_evaluation
+
+    if Path(options.concept).is_file():
+        for name in EVALUATION:
+            refuse_source(Path(options.out, name), options.concept)
+    bundled = options.model in BUNDLED
+    task = task_or_prompts(options.concept, bundled)
+    scorer = scorer_of(task, options.scorer, options.clip, bundled, device_of(options))
+    if options.vocabulary or options.sample:
+        _evaluate_vocabulary(options, task, scorer)
+        return
+    images = options.images or (20 if isinstance(task, Task) else 1)
+    model = load(options)
+    erasures = {str(path): load_erasure(path) for path in options.erasures}
+    with progress_bar("evaluation") as progress:
+        text = write_evaluation(
+            Path(options.out),
+            model,
+            erasures,
+            task,
+            scorer,
+            images,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(text)
+
+
+def _evaluate_vocabulary(
+    options: argparse.Namespace, task: Task | list[str], scorer: "Scorer"
+) -> None:
+    from ..edit.erasure_file import load_erasure
+    from ..evaluation.vocabulary import classifier_of, sample_words
+    from .evaluation_files import write_vocabulary
+
+    if options.images:
+        raise ValueError("--vocabulary draws one image per word: leave out --images")
+    if not isinstance(task, Task):
+        raise ValueError("--vocabulary draws the tokenizer's words: name a concept, not a file")
+    classifier = classifier_of(scorer, task.concept)
+    model = load(options)
+    erasures = {str(path): load_erasure(path) for path in options.erasures}
+    with progress_bar("words") as progress:
+        text = write_vocabulary(
+            Path(options.out),
+            model,
+            erasures,
+            task.concept,
+            classifier,
+            sample_words(model.text.words(), options.sample, options.seed),
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(text)
+
+
+def run_scope(options: argparse.Namespace) -> None:
+    from ..checkpoints.loading import load_text
+    from ..edit.erasure import concepts_of
+    from ..edit.erasure_file import load_erasure
+    from ..report.scope import scope
+    from .output_folder import checked, scope_text
+
+    erasure, model = load_erasure(options.erasure), load(options) if options.check else None
+    text = model.text if model else load_text(options.model, dtype_of(options), device_of(options))
+    concepts = concepts_of(erasure)
+    words = read_lines(options.words) if options.words else None
+    effects = scope(erasure, text, concepts, words)
+    if model:
+        with progress_bar("words") as progress:
+            effects = checked(model, erasure, concepts, effects, options.check, progress)
+    print(scope_text(effects, options.count))
+
+
+# ---------------------------------------------------------------- the task and its scorer
 
 
 def task_or_prompts(name: str, bundled: bool) -> Task | list[str]:
@@ -63,7 +117,7 @@ def task_or_prompts(name: str, bundled: bool) -> Task | list[str]:
 
 def scorer_of(
     task: Task | Sequence[str], name: str | None, clip: str | None, bundled: bool, device: str
-) -> Scorer:
+) -> "Scorer":
     """The scorer of that name, or the paper's own for the task.
 
     name: "bundled", "clip", "clip-score" or "nudity"; None: the bundled classifier for a bundled
@@ -73,6 +127,14 @@ def scorer_of(
 
     Raises ValueError for a scorer that cannot score the task.
     """
+    from ..evaluation.scorers import (
+        Clip,
+        ClipScore,
+        NudeNet,
+        clip_classifier,
+        miniature_classifier,
+    )
+
     if isinstance(task, Task) and name is None:
         name = "bundled" if bundled else "clip-score" if task.concept in ARTISTS else "clip"
     if clip and name in ("bundled", "nudity"):
@@ -104,132 +166,56 @@ def scorer_of(
     return ClipScore(model, task.template)
 
 
-# ---------------------------------------------------------------- before and after, and files
+# ---------------------------------------------------------------- options
 
 
-def write_evaluation(
-    folder: Path,
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    task: Task | Sequence[str],
-    scorer: Scorer,
-    images: int,
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> str:
-    """Scores the images of a task, or of prompts, by the original model and by each erased one.
-
-    Writes the files of EVALUATION and returns the table. Raises OSError and ValueError before
-    anything is sampled.
-    """
-    _refuse(folder, EVALUATION, model, erasures, overwrite)
-    measure: Any = evaluate if isinstance(task, Task) else survey
-    results = _by_model(
-        model,
-        erasures,
-        lambda progress: measure(model, task, scorer, images, Sampling(seed=seed), progress),
-        progress,
+def add_evaluate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
     )
-    reports = {name: report for name, (report, _) in results.items()}
-    grid = None
-    if not isinstance(scorer, NudeNet):  # explicit images are counted, not kept
-        prompts = list(results["original"][1])
-        rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
-        grid = plots.grid(rows, list(results), prompts)
-    return _write(folder, "evaluation", reports, table(reports), grid, overwrite)
-
-
-def write_vocabulary(
-    folder: Path,
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    concept: str,
-    classifier: ConceptClassifier,
-    words: Sequence[str],
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> str:
-    """Classifies the image of every word by the original model and by each erased one.
-
-    Writes the files of VOCABULARY and returns the table and the words. A run that was interrupted
-    is continued. Raises OSError and ValueError before anything is sampled.
-    """
-    _refuse(folder, VOCABULARY, model, erasures, overwrite)
-    sampling = replace(COARSE, seed=seed)
-    settings = sampling.settings_for(model.network)
-    results = _by_model(
-        model,
-        erasures,
-        lambda progress: classify_words(
-            model, words, classifier, sampling, progress, folder / STATE
-        ),
-        progress,
+    sub.add_argument(
+        "concept",
+        help="an object or style of the bundled model; for other models an object, celebrity or "
+        "artist of the paper; or a text file of prompts, one per line",
+    )  # fmt: skip
+    sub.add_argument("erasures", nargs="*", help="erasure files to compare with the original model")
+    sub.add_argument(
+        "--scorer", choices=("bundled", "clip", "clip-score", "nudity"),
+        help="what scores the images: the bundled model's classifier, CLIP as a classifier, or the "
+        "CLIP score; default: the bundled classifier, or for other models the paper's choice. For "
+        "a file of prompts: the CLIP score, or nudity, NudeNet's detections of explicit content, "
+        "whose images are not kept",
+    )  # fmt: skip
+    sub.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
+    sub.add_argument(
+        "--images",
+        type=number(POSITIVE_COUNT),
+        help="images per prompt; default: 20, and 1 for a file of prompts",
     )
-    before = results["original"]
-    reports: dict[str, VocabularyReport] = {
-        name: compare(concept, words, classifier, before, after, settings)
-        for name, after in results.items()
-        if name != "original" or not erasures
-    }
-    parts = [table(reports), *(f"{name}\n{r.listing()}" for name, r in reports.items())]
-    return _write(folder, "vocabulary", reports, "\n\n".join(parts), None, overwrite)
+    sub.add_argument(
+        "--vocabulary", action="store_true",
+        help="draw every word of the tokenizer's vocabulary instead, and count the words that "
+        "still draw the concept (residue) and the other words that draw what they drew (kept)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--sample", type=number(POSITIVE_COUNT), metavar="N",
+        help="--vocabulary on N words chosen at random",
+    )  # fmt: skip
+    sub.add_argument("--seed", type=number(SEED), default=0, help="seed of the noise")
+    sub.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    device_options(sub)
 
 
-def _refuse(
-    folder: Path,
-    names: Sequence[str],
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    overwrite: bool,
-) -> None:
-    """Raises for files that exist, for erasures that do not fit the model, and for a folder that
-    cannot be written to."""
-    for name in names:
-        replaced_file(folder / name, overwrite)
-    for erasure in erasures.values():
-        with temporarily_erased(erasure, model.network):
-            pass
-    make_writable(folder)
-
-
-def _by_model(
-    model: Diffusion,
-    erasures: Mapping[str, Erasure],
-    measure: Callable[[Progress], Result],
-    progress: Progress,
-) -> dict[str, Result]:
-    """What is measured of the original model, "original", and of the model with each erasure."""
-    results = {}
-    for number, name in enumerate(["original", *erasures]):
-
-        def on_done(done: int, total: int, before: int = number) -> None:
-            progress(before * total + done, (1 + len(erasures)) * total)
-
-        erased = temporarily_erased(erasures[name], model.network) if number else nullcontext()
-        with erased:
-            results[name] = measure(on_done)
-    return results
-
-
-def _write(
-    folder: Path,
-    name: str,
-    reports: Mapping[str, Row],
-    text: str,
-    grid: Image.Image | None,
-    overwrite: bool,
-) -> str:
-    """Writes name.json, name.txt and, with a grid, name.png; returns the text."""
-    stored = {model: report.to_dict() for model, report in reports.items()}
-    with writing(folder / f"{name}.json", overwrite) as part:
-        part.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    with writing(folder / f"{name}.txt", overwrite) as part:
-        part.write_text(text + "\n", "utf-8")
-    if grid:
-        with writing(folder / f"{name}.png", overwrite) as part:
-            grid.save(part, "PNG")
-    return text
+def add_scope(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
+    )
+    sub.add_argument("erasure", help="erasure.safetensors")
+    sub.add_argument(
+        "--words",
+        help="text file of words or phrases, one per line; default: the tokenizer's vocabulary",
+    )
+    sub.add_argument("--count", type=number(POSITIVE_COUNT), default=40, help="lines to print")
+    check_option(sub)
+    device_options(sub)

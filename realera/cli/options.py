@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..settings import POSITIVE_COUNT, TOLERANCE, TOLERANCES, Range
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipelines.interface import Diffusion
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -54,12 +56,15 @@ def device_options(sub: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace) -> "Diffusion":
-    import torch
-
     from ..checkpoints.loading import load_model
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return load_model(options.model, dtype, device_of(options))
+    return load_model(options.model, dtype_of(options), device_of(options))
+
+
+def dtype_of(options: argparse.Namespace) -> "torch.dtype | None":
+    import torch
+
+    return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 def device_of(options: argparse.Namespace) -> str:
