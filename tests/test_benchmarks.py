@@ -19,6 +19,7 @@ from benchmarks import (
     encoding,
     frontier,
     growth,
+    memory,
     peers,
     peers_speed,
     scope_correlation,
@@ -38,6 +39,7 @@ from realera.evaluation.tasks import miniature_task
 from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
 from realera.text.encoding import CONTEXT
+from realera.training.gradient_checkpointing import ROOM
 
 pytestmark = pytest.mark.benchmarks
 
@@ -512,3 +514,16 @@ def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(
     pairs = zip(trained.named_parameters(), alone.parameters(), strict=True)
     changed = {name for (name, new), old in pairs if not torch.equal(new, old)}
     assert changed == {f"{r.path}.weight" for r in trained_layers(scene.model.network).values()}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_a_step_of_true_size_holds_the_activations_of_one_term_and_keeps_its_bar():
+    """Of Eq. 9, whose two terms would need twice as much."""
+    case = memory.CASES[0]
+    sizes = memory.measured(case)
+    assert sizes["step"] < case.bars[0]
+    activations = sizes["step"] - sizes["weights"]
+    assert sizes["activations"] < activations < ROOM * sizes["activations"]
+    assert sizes["checkpointed"] - sizes["weights"] < activations / 3
