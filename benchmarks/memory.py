@@ -230,9 +230,10 @@ CASES = (
 def step(model: Diffusion, memory: Memory, batch: int, again: bool) -> tuple[int, int]:
     """Peak of a training step, and the activations that `activation_bytes` counts."""
     rows = prompts(model, batch)
-    edits = {
-        stream: Edit(torch.zeros(rows[stream].shape[-1], rows[stream].shape[-1])) for stream in rows
-    }
+    edits = {}
+    for stream, e in rows.items():
+        dim = e.shape[-1]
+        edits[stream] = Edit(torch.zeros(dim, dim // 2), torch.zeros(dim // 2, dim))
     network = model.network
     saving = checkpointed(network) if again else nullcontext()
     # peft moves its layers to where they are, which fake parameters refuse.
