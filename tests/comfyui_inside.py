@@ -311,7 +311,7 @@ def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
     assert told[-2:] == [(3 + 2, 3 + 2), (3, 3)]
     lines = listed.splitlines()
     assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
-    effects = algorithm.scope_report(erasure, found)
+    effects = algorithm.scope_report(erasure, found.text, found.plan)
     due = checked(load_model("miniature"), erasure, found.pairs, effects, 3)[:3]
     for line, reach in zip(lines, due, strict=False):
         assert line.startswith(f"{reach.word}: ")

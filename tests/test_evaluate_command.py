@@ -36,7 +36,13 @@ def prompts(tmp_path):
 
 def test_the_demo_leaves_what_the_readme_says_and_erases(demo):
     pictures = {"neighbourhood.png", "scope.png", "loss.png", "before-after.png"}
-    parts = {"checkpoint.safetensors", "lora.safetensors", "erasure.safetensors", "scope.txt"}
+    parts = {
+        "checkpoint.safetensors",
+        "lora.safetensors",
+        "erasure.safetensors",
+        "scope.txt",
+        "words.txt",
+    }
     assert files(demo) == EVALUATION | pictures | parts
     for name in (*pictures, "evaluation.png"):
         assert Image.open(demo / name).width > 300

@@ -413,7 +413,10 @@ def bank(text):
     return encode_bank(text, bank_prompts()[:120])
 
 
-def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(text):
+def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(
+    text, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path))
     prompts = list(bank_prompts()[:70])
     calls = []
     bank = encode_bank(text, prompts, progress=lambda *done: calls.append(done))
