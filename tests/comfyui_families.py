@@ -1,4 +1,4 @@
-"""Run by `test_comfyui.py` with ComfyUI's interpreter: our MODEL side on small random networks.
+"""Run by `test_comfyui_families.py` with ComfyUI's interpreter: our MODEL side on random networks.
 
 Every family in the layout that ComfyUI builds for it, but narrow; prints one JSON line a case, of
 the families that its arguments name, or of all.

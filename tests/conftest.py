@@ -243,6 +243,17 @@ def clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretend() -> torch.device:
+    """A device of its own in host memory; skips where its extension cannot be built."""
+    from tests import pretend_device
+
+    try:
+        return pretend_device.install()
+    except (RuntimeError, OSError) as error:  # no compiler, no ninja
+        pytest.skip(f"no pretend device: {error}")
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A ComfyUI with our pack alone; skips where COMFYUI_DIR is not set."""
     if not os.environ.get("COMFYUI_DIR"):

@@ -5,7 +5,6 @@ requirements and ours (this one unless set). The server gets folders of its own 
 UPDATE_OBJECT_INFO=1 records the schemas for `test_nodes.py` instead of checking them.
 """
 
-import ast
 import base64
 import io
 import json
@@ -559,8 +558,7 @@ def test_the_concept_is_gone_by_the_classifier_and_others_stay(server, erased):
         right = verdict.startswith(prompt.split()[-1])
         seen.setdefault((model, prompt.split()[-1]), []).append(right)
     share = {key: sum(rights) / len(rights) for key, rights in seen.items()}
-    if min(share["before", "airplane"], share["before", "dog"]) < 0.75:
-        pytest.skip(f"the bundled model is not trained well enough to tell: {share}")
+    assert min(share["before", "airplane"], share["before", "dog"]) >= 0.75, share
     assert share["after", "airplane"] <= 0.25
     assert share["after", "dog"] >= 0.75
 
@@ -585,9 +583,7 @@ def test_workflow_8_erases_from_the_transformer_by_patches_file_and_lora_alike(s
             for thing in ("airplane", "dog")
         )
     ]
-    if min(share[:2]) < 3:
-        pytest.skip(f"the bundled transformer is not trained well enough to tell: {share}")
-    assert share[2] <= 1 and share[3] >= 3
+    assert min(share[:2]) >= 3 and share[2] <= 1 and share[3] >= 3, share
     # A diffusion model alone, as UNETLoader has it, is erased as the whole file is.
     alone = server.home / "models/diffusion_models/tiny.safetensors"
     alone.parent.mkdir(parents=True, exist_ok=True)
@@ -626,57 +622,3 @@ def test_workflow_8_erases_from_the_transformer_by_patches_file_and_lora_alike(s
         server.output / "diffusion_models/tiny_00001_.safetensors"
     ).items():
         assert np.array_equal(tensor, whole["model.diffusion_model." + key])
-
-
-def claims_inside():
-    """The names of the claims of `comfyui_inside.py`, which this interpreter cannot import."""
-    tree = ast.parse((ROOT / "tests/comfyui_inside.py").read_text("utf-8"))
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return [name for name in names if name.startswith("claim_")]
-
-
-@pytest.fixture(scope="module")
-def inside():
-    """What became of every claim, by name."""
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_inside.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("CLAIM ")]
-    told = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}
-    return told, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("name", claims_inside())
-def test_inside_comfyui(inside, name):
-    told, errors = inside
-    assert name in told, errors
-    if told[name]["skipped"]:
-        pytest.skip(told[name]["skipped"])
-    assert not told[name]["failed"], told[name]["failed"]
-
-
-def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():
-    script = ROOT / "tests/comfyui_families.py"
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("CASE ") for line in done.stdout.splitlines() if "CASE" in line]
-    newer = (
-        "0.33"
-        in subprocess.run(  # which has Z-Image
-            [*command[:1], "-c", "import comfyui_version; print(comfyui_version.__version__)"],
-            cwd=os.environ["COMFYUI_DIR"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
-    assert len(lines) == 16 + 2 * (5 + newer)
-    for case in map(json.loads, lines):
-        assert case["denoised differs"] < 1e-3, case
-        assert case["weights differ"] < 1e-6, case
-        assert case["lowvram patches"] > 0, case
-        assert case["trained"] and case["same again"], case
-        assert case["checkpointing keeps"] < 0.5 and case["checkpointing differs"] < 1e-3, case
-        assert case["preview differs"] < 1e-3, case
-        if "float8" not in case["dtype"]:  # where ComfyUI rounds at random what is loaded whole
-            assert case["lowvram differs"] < 0.1 * case["changed"], case

@@ -60,3 +60,11 @@ def test_only_the_nodes_import_comfyui_and_only_tests_import_tests():
             assert not {"tests", "conftest"} & names, path
             outside = folder != "nodes" and {"comfy", "comfy_api", "folder_paths"} & names
             assert not outside, path
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    (command,) = re.findall(
+        r"Test it:\n\n```sh\n(.+)\n```", (ROOT / "README.md").read_text("utf-8")
+    )
+    for path in (".ci/run", "CONTRIBUTING.md"):
+        assert command in (ROOT / path).read_text("utf-8"), path

@@ -66,11 +66,6 @@ def test_every_node_in_the_sources_is_in_the_recorded_schemas():
     assert ids == OURS.keys()
 
 
-def test_the_nodes_of_the_papers_figure_are_there():
-    stages = ("NeighborSampler", "BeyondSampler", "ClosedFormEdit", "LoraAlign", "ApplyErasure")
-    assert {f"RealEra{stage}" for stage in stages} <= OURS.keys()
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_every_input_and_output_explains_itself(name):
     info = OURS[name]
@@ -143,8 +138,6 @@ def test_the_page_speaks_of_nodes_and_widgets_that_exist():
     read = re.findall(r'"(RealEra\w+)", "(\w+)"', script)
     assert ("RealEraNeighborSampler", "leave_out") in read
     assert all(field in fields[name] for name, field in read)
-    assert {"s1", "s2", "d1"} <= fields["RealEraNeighborSampler"]
-    assert {"s2", "d2"} <= fields["RealEraBeyondSampler"]
 
 
 def test_one_wire_leads_from_what_is_mined_to_what_is_trained():
@@ -167,10 +160,6 @@ def test_every_anchor_that_we_show_is_one_that_the_model_draws_surely():
     ours = [path for home in ("realera", "nodes") for path in (ROOT / home).glob("*.py")]
     for path in [*WORKFLOWS, *(ROOT / "web/docs").rglob("*.md"), *ours]:
         assert "-> ground" not in path.read_text("utf-8"), path
-
-
-def test_all_eight_workflows_are_there():
-    assert [path.name[0] for path in WORKFLOWS] == list("12345678")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -1,0 +1,42 @@
+"""What is claimed inside ComfyUI's own process, by its own interpreter (`test_comfyui.py`)."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR is not set: no ComfyUI to test against"
+)
+
+
+def claims_inside():
+    """The names of the claims of `comfyui_inside.py`, which this interpreter cannot import."""
+    tree = ast.parse((ROOT / "tests/comfyui_inside.py").read_text("utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name for name in names if name.startswith("claim_")]
+
+
+@pytest.fixture(scope="module")
+def inside():
+    """What became of every claim, by name."""
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_inside.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("CLAIM ")]
+    told = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}
+    return told, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", claims_inside())
+def test_inside_comfyui(inside, name):
+    told, errors = inside
+    assert name in told, errors
+    if told[name]["skipped"]:
+        pytest.skip(told[name]["skipped"])
+    assert not told[name]["failed"], told[name]["failed"]
