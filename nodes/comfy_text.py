@@ -150,7 +150,7 @@ def _rows(encoder: Any, packed: PackedPrompts, device: torch.device) -> Tensor:
     text = encoder.transformer.text_model
     x = encoder.transformer.get_input_embeddings()(packed.ids.to(device), out_dtype=torch.float32)
     weight = text.embeddings.position_embedding.weight
-    x = x + comfy.ops.cast_to(weight[packed.places.to(weight.device)], x.dtype, x.device)
+    x = x + comfy.ops.cast_to(weight[packed.positions.to(weight.device)], x.dtype, x.device)
     hidden = encoder.layer == "hidden"
     last, between = text.encoder(x, packed.mask(x), encoder.layer_idx if hidden else None)
     if not hidden:

@@ -32,16 +32,16 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
     return auto_input(name, display_name, tooltip, AUTO_DISTANCE, 1000.0, 0.1)
 
 
-def found(mining: MiningResult) -> str:
-    """What a sampler says that it found."""
+def summary(mining: MiningResult) -> str:
+    """How many words or points a sampler found, as a sentence."""
     plan = mining.plan
     kind = "words" if plan.listed else "points"
-    said = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
+    parts = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
     if far := len(mining.beyond.pair):
-        said.append(f"{far} keep their meaning")
+        parts.append(f"{far} keep their meaning")
     if plan.named:
-        said.append(f"{len(plan.named)} that you named keep theirs")
-    return ", ".join(said)
+        parts.append(f"{len(plan.named)} that you named keep theirs")
+    return ", ".join(parts)
 
 
 class NeighborSampler(io.ComfyNode):
@@ -188,16 +188,17 @@ class NeighborSampler(io.ComfyNode):
             exclude=tuple(listed(leave_out)),
             seed=seed,
         )
-        asked = parse_concepts(concepts, lines(templates))
+        parsed = parse_concepts(concepts, lines(templates))
         text = text_of(clip)
         report = reporter(cls.hidden.unique_id, "mining")
-        mining = mine(text, asked, settings, None, report)
-        told = "\n".join(f"{word} {cosine:.2f}" for word, cosine, own in mining.plan.listed if own)
-        said = [f"{found(mining)}; the CLIP is that of {text.title}"]
-        said += anchor_warnings(text, mining.plan)
+        mining = mine(text, parsed, settings, None, report)
+        listed_words = mining.plan.listed
+        words = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in listed_words if mined)
+        texts = [f"{summary(mining)}; the CLIP is that of {text.title}"]
+        texts += anchor_warnings(text, mining.plan)
         picture = to_image(geometry(text, mining.plan, mining))
-        shown = {"realera_geometry": [geometry_data(mining)], "text": said}
-        return io.NodeOutput(mining, picture, told, ui=shown)
+        shown = {"realera_geometry": [geometry_data(mining)], "text": texts}
+        return io.NodeOutput(mining, picture, words, ui=shown)
 
 
 class BeyondSampler(io.ComfyNode):
@@ -280,5 +281,5 @@ class BeyondSampler(io.ComfyNode):
         )
         mining = mine_beyond(mining, settings, reporter(cls.hidden.unique_id, "mining"))
         picture = to_image(geometry(mining.text, mining.plan, mining))
-        shown = {"realera_geometry": [geometry_data(mining)], "text": [found(mining)]}
+        shown = {"realera_geometry": [geometry_data(mining)], "text": [summary(mining)]}
         return io.NodeOutput(mining, picture, ui=shown)

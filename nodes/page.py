@@ -22,7 +22,7 @@ def geometry(mining: MiningResult) -> dict[str, Any]:
     """The rings and the points or words of a neighbourhood, as JSON."""
     plan, pairs = mining.plan, mining.pairs
     s2, s1 = plan.neighbor.cosines
-    told: dict[str, Any] = {
+    data: dict[str, Any] = {
         "source": plan.neighbor.source,
         "concepts": [[concept.name, concept.anchor] for concept in plan.concepts],
         "s1": s1,
@@ -34,11 +34,11 @@ def geometry(mining: MiningResult) -> dict[str, Any]:
     }
     if radii := mining.neighbourhood.radii.get(CONTEXT):
         length = (pairs.e[CONTEXT] - radii[0].centre).norm(dim=-1)[pairs.span[CONTEXT]].mean()
-        told |= {"radius": float(length)}
-        told |= {"d1": fmean(r.d1 for r in radii), "d2": fmean(r.d2 for r in radii)}
-        told["neighbors"] = _points(mining.pairs, mining.neighbors, radii[0].centre)
-        told["beyond"] = _points(mining.pairs, mining.beyond, radii[0].centre)
-    return told
+        data |= {"radius": float(length)}
+        data |= {"d1": fmean(r.d1 for r in radii), "d2": fmean(r.d2 for r in radii)}
+        data["neighbors"] = _points(mining.pairs, mining.neighbors, radii[0].centre)
+        data["beyond"] = _points(mining.pairs, mining.beyond, radii[0].centre)
+    return data
 
 
 def _points(pairs: Pairs, mined: MinedRows, centre: Tensor) -> list[list[float]]:
@@ -46,10 +46,10 @@ def _points(pairs: Pairs, mined: MinedRows, centre: Tensor) -> list[list[float]]
     points = []
     for row, pair in enumerate(mined.pair.tolist()):
         span = mined.span[CONTEXT][row]
-        own = pairs.e[CONTEXT][pair][span]
-        e = torch.nn.functional.normalize(own - centre[span], dim=-1)
-        step = mined.e[CONTEXT][row][span] - own
-        along = (step * e).sum(-1)
+        e = pairs.e[CONTEXT][pair][span]
+        direction = torch.nn.functional.normalize(e - centre[span], dim=-1)
+        step = mined.e[CONTEXT][row][span] - e
+        along = (step * direction).sum(-1)
         across = (step.square().sum(-1) - along.square()).clamp(min=0).sqrt()
         points.append([round(float(along.mean()), 3), round(float(across.mean()), 3)])
     return points

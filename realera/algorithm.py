@@ -1,8 +1,8 @@
-"""Algorithm 1, whole: concepts in, an erasure out.
+"""Algorithm 1: from concepts to an erasure.
 
-    concepts -> plan (names alone) -> realise (rows) -> collect (sums) -> fit (T) -> align (LoRA)
+    concepts -> plan_mining (names) -> realise (rows) -> collect (sums) -> fit (T) -> align (LoRA)
 
-The sums of Eq. 7 add up, so that the concepts can be realised together or part by part.
+The sums of Eq. 7 are additive, so a plan can be realised as a whole or part by part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ SOURCES: dict[Source, NeighbourSource] = {
     "vocabulary": vocabulary,
 }
 AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
-PACKAGES = ("torch", "diffusers", "transformers", "peft")  # that provenance names
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # whose versions provenance notes
 
 
 def quiet(done: int, total: int) -> None:
@@ -54,9 +54,9 @@ def quiet(done: int, total: int) -> None:
 class MiningResult:
     """The rows of a plan, or of a part of one (Alg. 1, l. 1-23).
 
-    text: encoder of the rows
-    neighbourhood: what lies around the pairs
-    neighbors, beyond: rows that were drawn from it
+    text: text encoder of the rows
+    neighbourhood: pairs, and what can be drawn around them
+    neighbors, beyond: what the plan draws
     """
 
     text: TextEncoder
@@ -80,7 +80,7 @@ def mine(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> MiningResult:
-    """Alg. 1, l. 1-23, of all concepts at once; arguments as of `plan_mining`."""
+    """Alg. 1, l. 1-23, with the rows of all concepts in memory; arguments as in `plan_mining`."""
     return realise(text, plan_mining(text, concepts, neighbor, beyond, progress))
 
 
@@ -91,13 +91,14 @@ def plan_mining(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> Plan:
-    """What is mined around which concept (Alg. 1, l. 1-22), in names alone.
+    """What is mined around each concept (Alg. 1, l. 1-22), as names alone.
 
-    beyond: None for no beyond points and no prompts of the user's to preserve (l. 1-12)
-    progress: called with (done, total) of each of its long parts
+    neighbor: settings of the neighbours
+    beyond: settings of the beyond points; None leaves them out (l. 1-12)
+    progress: called with (done, total) of each long stage
 
     Raises ValueError when a word to leave out or a prompt to preserve names a concept, when a
-    prompt is cut off by the encoder, and for settings that contradict each other.
+    prompt is too long for the encoder, and for settings that contradict each other.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
     for word in neighbor.exclude:
@@ -122,7 +123,7 @@ def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
 
 
 def realise(text: TextEncoder, plan: Plan) -> MiningResult:
-    """The rows of a plan, encoded; of a part of it, to hold those of a few concepts alone."""
+    """Encodes the rows of a plan, or of a part of one."""
     pairs = encode_pairs(text, plan.concepts)
     neighbourhood = SOURCES[plan.neighbor.source].neighbourhood(text, plan, pairs)
     return MiningResult(text, neighbourhood, *neighbourhood.planned())
@@ -137,7 +138,7 @@ def mine_beyond(
     """
     if mining.plan.beyond is not None:
         raise ValueError(
-            "this mining has gone through Beyond Sampler already, and a second one would replace "
+            "this mining has been through a Beyond Sampler already, and a second one would replace "
             "what the first preserves: give all prompts to one Beyond Sampler"
         )
     plan = plan_mining(mining.text, mining.plan.concepts, mining.plan.neighbor, beyond, progress)
@@ -153,7 +154,7 @@ def erase(
 ) -> Erasure:
     """The closed form (l. 24) of every stream.
 
-    source: what to note about the model that the erasure is made for
+    source: provenance of the model that the erasure is made for
     """
     return fit(mining.text, mining.plan, collect(mining, settings), settings, source, progress)
 
@@ -166,7 +167,11 @@ def fit(
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """`erase` of a whole plan, by the sums of its parts. What is preserved is added here, once."""
+    """The closed form of a plan whose parts were summed, with the prompts to preserve and the bank.
+
+    plan: the whole plan
+    sums: stream -> sums of all its parts
+    """
     sums, kept = dict(sums), None
     for n in range(0, len(plan.preserved), BATCH):
         e = text.encode(plan.preserved[n : n + BATCH])
@@ -177,10 +182,10 @@ def fit(
     if settings.bank:
         bank = encode_bank(text, progress=progress)
         kept = drop_related_prompts(bank, text, plan.concepts).kept
-    told = Settings(plan.neighbor, plan.beyond or BeyondSettings(beyond=0), settings)
+    used = Settings(plan.neighbor, plan.beyond or BeyondSettings(beyond=0), settings)
     provenance = {
         "concepts": [asdict(concept) for concept in plan.concepts],
-        "settings": told.flat(),
+        "settings": used.flat(),
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
@@ -201,8 +206,8 @@ def sum_parts(text: TextEncoder, plan: Plan, settings: SolveSettings) -> dict[st
 
 
 def add_sums(sums: Mapping[str, Sums], others: Mapping[str, Sums]) -> dict[str, Sums]:
-    """The sums of different concepts together, stream by stream."""
-    return {stream: own + others[stream] for stream, own in sums.items()}
+    """The sums of two parts of a plan."""
+    return {stream: of_stream + others[stream] for stream, of_stream in sums.items()}
 
 
 def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> dict[str, Sums]:
@@ -224,9 +229,9 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
 
 
 def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
-    """stream -> what stands for the concepts as a whole, [rows, dim] on the CPU.
+    """stream -> rows that stand for the concepts and their neighbours, [rows, dim] on the CPU.
 
-    Of each its prompt in its first template, and what its neighbourhood adds.
+    One for the first prompt of each concept, and those that the neighbourhood adds.
     """
     pairs = mining.pairs
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
@@ -239,8 +244,8 @@ def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
 
 
 def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordEffect, ...]:
-    """The scope report over the words that were mined, in the ring and just outside it; where
-    none were, over the bank's prompts."""
+    """The scope report over the words in the rings and just outside them; without mined words, over
+    the prompts of the bank."""
     if plan.compared:
         owners, words, _ = zip(*plan.compared, strict=True)
         return scope(erasure, text, plan.concepts, words, None, plan.centres, owners)
@@ -248,9 +253,9 @@ def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordE
 
 
 def geometry(text: TextEncoder, plan: Plan, mining: MiningResult | None = None) -> Image:
-    """The words in the rings and just outside as a picture; where there are none, the points.
+    """A picture of the words in the rings and just outside them, or of the points without words.
 
-    mining: rows of the plan; those of its first concepts are made unless given
+    mining: rows of the plan; unless given, those of its first concepts are encoded
     """
     if plan.compared:
         return plots.words(plan)
@@ -311,21 +316,21 @@ def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:
 
     Eq. 9's neighbours must be those of what was erased, else the provenance would lie.
     """
-    own, its = concepts_of(erasure), mining.pairs.concepts
-    if own != its:
+    erased, mined = concepts_of(erasure), mining.plan.concepts
+    if erased != mined:
+        names = ", ".join(concept.name for concept in erased) or "nothing that it names"
         raise ValueError(
-            f"the erasure forgets {', '.join(c.name for c in own) or 'nothing that it names'} and "
-            f"the mining is of {', '.join(c.name for c in its)}, or in other templates or with "
-            "other anchors: give the mining that the erasure was made from"
+            f"the erasure forgets {names} and the mining is of {', '.join(c.name for c in mined)}, "
+            "or in other templates or with other anchors: give the mining that the erasure was "
+            "made from"
         )
     settings = asdict(mining.plan.neighbor) | asdict(mining.plan.beyond or BeyondSettings(beyond=0))
     for note in notes_of(erasure):
         noted = note.get("settings") or {}
         for name in settings.keys() & noted.keys():
-            there, here = noted[name], settings[name]
-            there = tuple(there) if isinstance(there, list) else there
-            if there != here:
+            value = tuple(noted[name]) if isinstance(noted[name], list) else noted[name]
+            if value != settings[name]:
                 raise ValueError(
-                    f"the erasure was made from a mining with {name} = {there!r} and this one has "
-                    f"{here!r}: give the mining that the erasure was made from"
+                    f"the erasure was made from a mining with {name} = {value!r} and this one has "
+                    f"{settings[name]!r}: give the mining that the erasure was made from"
                 )

@@ -20,11 +20,11 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
 
     Nearness is known where words were mined; what another model draws is not known from its texts.
     """
-    said = doubted_names(plan.concepts)
+    warnings = doubted_names(plan.concepts)
     if plan.centres:
         s2 = plan.neighbor.cosines[0]
         within = {word.casefold() for word, cosine, _ in plan.listed if cosine >= s2}
-        said += [
+        warnings += [
             f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
             "is preserved all the same"
             for word in plan.neighbor.exclude
@@ -37,33 +37,33 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             cosines = around[t] @ normalize(anchor_row - plan.centres[t], dim=0)
             cosine, nearest = float(cosines.max()), plan.concepts[int(cosines.argmax())].name
             if cosine >= s2:
-                said.append(
+                warnings.append(
                     f"the anchor {concept.anchor!r} is itself a neighbour of {nearest!r} (cosine "
                     f"{cosine:.2f}, S2 {s2:g}): what becomes it may still show {nearest!r}; "
                     "choose an anchor farther away"
                 )
     if known := _drawn(text):
-        said += [
+        warnings += [
             f"the bundled model does not draw the anchor {concept.anchor!r} surely, so that "
             f"{concept.name!r} may still be seen; it draws a tree, a flower, a house, ..."
             for concept in plan.concepts
             if not any(holds_name(concept.anchor, name) for name in known)
         ]
-    return said
+    return warnings
 
 
 def doubted_names(concepts: Iterable[Concept]) -> list[str]:
     """A sentence for each concept whose name is a list of words."""
-    said = []
+    warnings = []
     for concept in concepts:
         parts = [part.strip() for part in re.split(COMMAS, concept.name) if part.strip()]
         if len(parts) > 1:
             each = " and ".join(f"'{part} -> {concept.anchor}'" for part in parts)
-            said.append(
+            warnings.append(
                 f"{concept.name!r} is one concept of that whole name: to erase each of its words, "
                 f"write {each}, in a line or an option -c of their own"
             )
-    return said
+    return warnings
 
 
 def _drawn(text: TextEncoder) -> set[str]:

@@ -1,8 +1,8 @@
-"""Algorithm 1 part by part: here, one part after the other, or at once on a Ray cluster.
+"""Algorithm 1 for the parts of a plan: one after the other in this process, or on a Ray cluster.
 
-What a part gives is kept in a folder, so that a run that was stopped goes on. Ray schedules, moves
-what was summed and runs again what was lost; its own RAY_ADDRESS names a cluster, and unless it is
-set one is started on this machine.
+Results of parts are stored in a folder, so that an interrupted run resumes. Ray schedules parts,
+adds up their results and repeats lost ones; RAY_ADDRESS names a cluster, and unless it is set one
+is started on this machine.
 """
 
 import os
@@ -30,8 +30,8 @@ from .storage.safetensors_file import digest, keep_tensors, open_tensors
 from .text.encoding import TextEncoder
 from .training.loop import align
 
-RETRIES = 5  # of a part whose worker was lost
-FOLDER = ".realera-groups"  # in the output folder, for what a run that was stopped goes on from
+RETRIES = 5  # runs of a part whose worker was lost
+FOLDER = ".realera-groups"  # in the output folder, for what an interrupted run resumes from
 FILE = re.compile(  # whole, or hidden and unfinished as `safetensors_file.beside` names it
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
@@ -41,12 +41,12 @@ TENSORS = ("gram", "shift_cov", "representatives")  # of Sums
 
 @dataclass(frozen=True)
 class Job:
-    """One run, as every process that works on it must know it.
+    """What every process of a run needs to know.
 
-    model, dtype, device: as `checkpoints.loading.load_model` takes them, the dtype by its name
+    model, dtype, device: arguments of `checkpoints.loading.load_model`, the dtype by its name
     settings: settings of the closed form
-    state: folder of the parts that are done
-    run: hash of all that decides a part's numbers beside the part: release, encoder, bank, settings
+    state: folder for the results of parts
+    run: hash of all that determines the results besides the part: release, encoder, bank, settings
     """
 
     model: str
@@ -57,7 +57,7 @@ class Job:
     run: str = ""
 
     def of(self, text: TextEncoder) -> "Job":
-        """With the run of this encoder."""
+        """With the hash of the run, for this encoder."""
         decisive = version_of("realera"), text.fingerprint, bank_prompts(), asdict(self.settings)
         return replace(self, run=digest(*decisive))
 
@@ -70,8 +70,9 @@ def summed(
 ) -> dict[str, Sums]:
     """The sums of Eq. 7 over all parts of a plan.
 
-    text: encoder of this process; engine: "local" or "ray"
-    progress: called with (parts done, parts in all)
+    text: text encoder of this process
+    engine: "local" or "ray"
+    progress: called with (parts done, total)
 
     Raises ImportError that says how to install Ray, and ValueError as `sum_part`.
     """
@@ -87,9 +88,10 @@ def summed(
 
 
 def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, Sums]:
-    """`algorithm.sum_parts`, read back from the job's folder where it was done before.
+    """`algorithm.sum_parts`, or the result that is stored in the job's folder.
 
-    Raises ValueError when this process, or the file that lies there, is of another run.
+    number: number of the part
+    Raises ValueError when this process or the stored result belongs to another run.
     """
     if job.of(text).run != job.run:
         raise ValueError(
@@ -101,13 +103,13 @@ def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, 
     if path.exists():
         return _read_sums(path, made_by)
     sums = sum_parts(text, part, job.settings)
-    tensors = {f"{s}.{name}": getattr(own, name) for s, own in sums.items() for name in TENSORS}
+    tensors = {f"{s}.{name}": getattr(of, name) for s, of in sums.items() for name in TENSORS}
     keep_tensors(path, tensors, {"run": made_by}, "if this run is interrupted, it is summed again")
     return sums
 
 
 def clear(state: Path) -> None:
-    """Removes the files of a job from its folder, and the folder unless something else is there."""
+    """Removes the files of a job from its folder, and the folder unless it has other files."""
     for path in state.iterdir():
         if FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
@@ -131,7 +133,10 @@ def _read_sums(path: Path, made_by: str) -> dict[str, Sums]:
 
 @dataclass(frozen=True)
 class Learned:
-    """LoRAs of some parts, joined; losses: step -> loss of each part that trained in it."""
+    """The joined LoRAs of parts.
+
+    losses: step -> losses of the parts
+    """
 
     lora: Lora
     losses: Mapping[int, Sequence[float]]
@@ -151,10 +156,11 @@ def aligned(
     engine: str,
     progress: Progress,
 ) -> Learned:
-    """A LoRA for each part of a plan, on top of the erasure of all (Alg. 1, l. 25-30).
+    """A LoRA for each part of a plan, trained on top of the erasure of all (Alg. 1, l. 25-30).
 
-    The LoRAs, each trained without the others, go onto the erasure together.
-    model: model of this process; progress: called with (steps done, steps in all)
+    Each is trained without the others; their sum is applied.
+    model: model of this process
+    progress: called with (steps done, total)
     """
     steps = training.steps
     if engine == "ray":
@@ -183,7 +189,7 @@ def align_part(
     training: Training,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Learned:
-    """Alg. 1, l. 25-30 of a part's concepts; goes on from the job's folder where it was stopped."""
+    """Alg. 1, l. 25-30 for the concepts of a part; resumes from the job's folder."""
     losses: dict[int, list[float]] = {}
 
     def noted(step: int, loss: float) -> None:
@@ -226,18 +232,18 @@ def _on_ray(
     add: Callable[[Any, Any], Any],
     progress: Progress,
 ) -> Any:
-    """What `work` gives for all parts, added two and two where it lies."""
+    """The results of `work` for all parts, added pairwise on the workers."""
     with _ray() as ray:
         gpus = 1 if job.device.startswith("cuda") else 0
 
         def worked(number: int, part: Plan) -> tuple[int, Any]:
-            # That a part is done, apart from it, so that to ask moves no part.
+            # A small value besides the result: waiting for it moves no result.
             return 1, work(job, number, part)
 
         remote = ray.remote(num_returns=2, max_retries=RETRIES, num_gpus=gpus)(worked)
         adding = ray.remote(max_retries=RETRIES)(add)
         done, level = zip(*(remote.remote(n, part) for n, part in enumerate(parts)), strict=True)
-        while len(level) > 1:  # a tree whose shape is the same in every run
+        while len(level) > 1:  # a tree of the same shape in every run
             pairs = zip(level[::2], level[1::2], strict=False)
             level = (*(adding.remote(*pair) for pair in pairs), *level[len(level) // 2 * 2 :])
         waiting = list(done)
@@ -253,7 +259,7 @@ def _on_ray(
 
 @contextmanager
 def _ray() -> Iterator[Any]:
-    """Ray, connected; what was started here ends here, whatever happens."""
+    """Ray, connected; a cluster that is started here is shut down here."""
     ray = import_ray()
     ours = not ray.is_initialized()
     if ours:
@@ -267,7 +273,7 @@ def _ray() -> Iterator[Any]:
 
 def import_ray() -> Any:
     """Raises ImportError that says how to install it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
     except ImportError as error:

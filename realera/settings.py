@@ -1,7 +1,6 @@
 """Every parameter of the method, checked where it is given.
 
-Apart from the code that uses them, and without torch: the command line and the nodes list them
-before anything slow is imported.
+Without torch, so that the command line and the nodes list them before anything slow is imported.
 """
 
 import math
@@ -105,15 +104,16 @@ def check_fields(given: Any) -> None:
     given: an instance, in which lists become tuples and NumPy's numbers Python's
     Raises ValueError with field, value and what would work.
     """
-    for own in fields(given):
-        name, value, allowed = own.name, getattr(given, own.name), own.metadata.get("allowed")
-        if own.type == tuple[str, ...]:
+    for parameter in fields(given):
+        name, allowed = parameter.name, parameter.metadata.get("allowed")
+        value = getattr(given, name)
+        if parameter.type == tuple[str, ...]:
             checked: Any = texts(name, value)
-        elif own.type is bool:
+        elif parameter.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} = {value!r}: it must be True or False")
             continue
-        elif allowed is None or (value is None and own.default is None):  # None: automatic
+        elif allowed is None or (value is None and parameter.default is None):  # None: automatic
             continue
         else:
             checked = allowed.check(name, value)
@@ -122,13 +122,13 @@ def check_fields(given: Any) -> None:
 
 def refuse_unused(given: Any, source: Source) -> None:
     """Raises ValueError for a parameter that is given and that the source does not use."""
-    for own in fields(given):
-        sources, value = own.metadata["sources"], getattr(given, own.name)
-        if source not in sources and value != own.default:
+    for parameter in fields(given):
+        sources, value = parameter.metadata["sources"], getattr(given, parameter.name)
+        if source not in sources and value != parameter.default:
             shown = ", ".join(value) if isinstance(value, tuple) else value
             raise ValueError(
-                f"{own.name} = {shown}: source {source!r} does not use it; leave it out, or choose "
-                f"{' or '.join(sources)}"
+                f"{parameter.name} = {shown}: source {source!r} does not use it; leave it out, or "
+                f"choose {' or '.join(sources)}"
             )
 
 
@@ -277,7 +277,7 @@ class Settings:
         """From parameters by their names, as provenance has them. Raises TypeError for others."""
         parts: list[Any] = []
         for kind in (NeighborSettings, BeyondSettings, SolveSettings):
-            names = [own.name for own in fields(kind) if own.name in values]
+            names = [parameter.name for parameter in fields(kind) if parameter.name in values]
             parts.append(kind(**{name: values.pop(name) for name in names}))
         if values:
             raise TypeError(f"no settings are named {', '.join(values)}")
@@ -292,11 +292,13 @@ class Settings:
 class Training:
     """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
 
-    rank: of every projection's LoRA; batch: prompts a step; save_every: steps between two states;
-    gradient_checkpointing: less memory and up to half more time, the same LoRA but for rounding;
-        comes on by itself where the free memory of a GPU is too small without it
-    adversarial: contexts that are sought between the steps, by gradient, to bring the concept back,
-        and then aligned; 0: none, as in the paper
+    rank: rank of the LoRA of every projection
+    batch: prompts per step
+    save_every: steps between two saved states
+    gradient_checkpointing: whether activations are recomputed, for less memory and up to half more
+        time; turned on where the free memory of a GPU is too small without it
+    adversarial: number of contexts that are optimised between the steps to bring the concept back,
+        and then aligned; 0 as in the paper
     """
 
     steps: int = option(200, POSITIVE_COUNT)

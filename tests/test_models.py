@@ -75,7 +75,7 @@ def test_a_packed_prompt_is_read_as_if_it_stood_alone():
 
     def read(packed):
         batches.append(packed)
-        seen = packed.sees.long() @ table[packed.ids, packed.places][..., None]
+        seen = packed.attends.long() @ table[packed.ids, packed.positions][..., None]
         return torch.cat([packed.ids[..., None], seen], dim=2)
 
     cut = [0, *[5] * 75, 9]

@@ -1,4 +1,4 @@
-"""`realera erase` and `realera demo`: Algorithm 1 part by part, and all that it leaves on disk."""
+"""`realera erase` and `realera demo`: Algorithm 1 for the parts of a plan, and its output files."""
 
 import argparse
 import sys
@@ -74,7 +74,7 @@ def run_erase(options: argparse.Namespace) -> None:
 def _erase(
     options: argparse.Namespace, more_outputs: Sequence[str] = ()
 ) -> "tuple[Diffusion, Erasure]":
-    """Algorithm 1 of the concepts of the command line or of a CSV file.
+    """Algorithm 1 for the concepts of the command line or of a CSV file.
 
     more_outputs: names of files that the command writes into the same folder
     """
@@ -140,14 +140,14 @@ def _erase(
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """The settings that the options of their names give."""
+    """The settings of the options with the same names."""
     names = Settings().flat()
     return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
 
 
 def _training(options: argparse.Namespace) -> Training | None:
     """As `_settings`, of the alignment; None without a training step."""
-    names = [own.name for own in fields(Training) if own.name in options]
+    names = [parameter.name for parameter in fields(Training) if parameter.name in options]
     return Training(**{name: getattr(options, name) for name in names}) if options.steps else None
 
 

@@ -159,7 +159,7 @@ def make_writable(folder: Path) -> None:
 
 
 def words_text(plan: Plan) -> str:
-    """The words that are erased with each concept, and those that were not simply one's own."""
+    """The words that are erased with each concept, the contested ones and those left out."""
     mined: dict[int, list[str]] = {}
     for number, word in plan.near:
         mined.setdefault(number, []).append(word)

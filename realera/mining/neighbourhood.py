@@ -1,4 +1,4 @@
-"""What a source of neighbours must implement: names for the plan, and the rows around its pairs."""
+"""The interface of a source of neighbours: names for the plan, and rows around its pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Radii:
     """Radii and directions of steps in one stream.
 
     d1, d1_anchor, d2: r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the stream
-    centre: row that cosines are measured around, [tokens, dim]
-    candidates: the v's to step towards, [candidates, tokens, dim]; None: noise
+    centre: rows that cosines are measured around, [tokens, dim]
+    candidates: rows v to step towards, [candidates, tokens, dim]; None for noise
     """
 
     d1: float
@@ -29,7 +29,7 @@ class Radii:
 
 
 class Neighbourhood(Protocol):
-    """What lies around the pairs of a plan's concepts: neighbours inside, beyond points outside."""
+    """Neighbours and beyond points around the pairs of a plan's concepts."""
 
     @property
     def plan(self) -> Plan: ...
@@ -42,7 +42,7 @@ class Neighbourhood(Protocol):
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """Others, drawn anew (l. 28): `count` around each of the pairs `of`, all unless given."""
+        """`count` new neighbours (l. 28) around each of the pairs `of`, all unless given."""
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
@@ -51,28 +51,28 @@ class Neighbourhood(Protocol):
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:
-        """stream -> radii around each prompt; none where neighbours are words."""
+        """stream -> radii around each prompt; empty where neighbours are words."""
 
     @property
     def has_beyond(self) -> bool:
         """Whether there is a beyond point around every concept."""
 
     def replan(self, plan: Plan) -> "Neighbourhood":
-        """With the beyond points of another plan whose neighbours are the same."""
+        """With the beyond points of another plan with the same neighbours."""
 
     def representatives(self) -> dict[str, Tensor]:
-        """stream -> rows that stand for what lies around the concepts, [rows, dim]; none where
-        there are no streams."""
+        """stream -> rows that stand for the neighbours of the concepts, [rows, dim]; empty for
+        none."""
 
     def encode_all(self) -> None:
-        """Encodes what can be drawn anew: while a network trains is no time for it."""
+        """Encodes all that can be drawn, before a network takes the memory."""
 
 
 class NeighbourSource(Protocol):
-    """A module that knows a source of neighbours."""
+    """A module for one source of neighbours."""
 
     def complete(self, text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
         """The plan with the names that the source chooses."""
 
     def neighbourhood(self, text: TextEncoder, plan: Plan, pairs: Pairs) -> Neighbourhood:
-        """What lies around the pairs of the plan's concepts."""
+        """The neighbourhood of the pairs of the plan's concepts."""

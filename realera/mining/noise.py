@@ -24,7 +24,7 @@ from .preservation_bank import drop_related_prompts, encode_bank
 
 BLOCK = 16  # draws tried at once: 4 MB of a whole span in SD 1.x, which a cache holds
 MAX_DRAWS = 1024 * BLOCK
-EVERY = 4  # every so many prompts of the bank are stepped towards
+EVERY = 4  # one of so many bank prompts is stepped towards
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GaussianNeighbourhood:
     radii: Mapping[str, Sequence[Radii]]
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
-        """The draws around each concept have a seed of their own: they are those of any part."""
+        """Each concept has seeds of its own, so that the draws do not depend on the part."""
         neighbor, beyond = self.plan.neighbor, self.plan.beyond or BeyondSettings(beyond=0)
         beyond_seed = neighbor.seed if beyond.beyond_seed is None else beyond.beyond_seed
         near, far = [], []
@@ -97,7 +97,7 @@ class GaussianNeighbourhood:
         count: int,
         of: Sequence[int] | None,
     ) -> MinedRows:
-        """What is drawn around each of the pairs `of`, all unless given.
+        """The draws around each of the pairs `of`, all unless given.
 
         drawn: stream, pair and radii -> rows e and e* of `count` draws, [count, tokens, dim]
         """
@@ -123,7 +123,10 @@ class GaussianNeighbourhood:
     ) -> tuple[Tensor, Tensor]:
         """`count` accepted steps from pair i: v̂ [count, tokens, dim], r [count, 1, 1].
 
-        Directions are zero outside the span. Blocks are drawn and their acceptable part kept.
+        lengths: least and largest r
+        cosines: least and largest cosine of e with e + r v̂, as a mean over the span
+
+        Directions are zero outside the span. Draws are made in blocks.
         """
         radii, shared_noise = self.radii[stream][i], self.plan.neighbor.shared_noise
         context, span = self.pairs.e[stream][i], self.pairs.span[stream][i]
@@ -164,8 +167,8 @@ class GaussianNeighbourhood:
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-    """The plan; of source "bank", with the prompts to step towards: one in EVERY of the bank,
-    without those that mean what is to be erased."""
+    """The plan, with source "bank" with the prompts to step towards: one in EVERY of the bank, and
+    none that is related to a concept."""
     if plan.neighbor.source == "isotropic":
         return plan
     bank = drop_related_prompts(encode_bank(text, progress=progress), text, plan.concepts)
@@ -173,7 +176,7 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> GaussianNeighbourhood:
-    """Random steps around the pairs. Raises ValueError for a range that no draw can satisfy."""
+    """Random steps around the pairs. Raises ValueError for ranges that no draw can satisfy."""
     steps: Encoding | None = None
     if plan.neighbor.source == "bank":
         steps = text.encode(plan.steps)
@@ -194,13 +197,13 @@ def seeded(seed: int, purpose: str, name: str) -> torch.Generator:
 def radii_of(
     plan: Plan, pairs: Pairs, candidates: Mapping[str, Tensor | None] | None = None
 ) -> dict[str, list[Radii]]:
-    """stream -> radii around each prompt, alike for those of a concept, resolved and checked.
+    """stream -> radii around each prompt, the same for all prompts of a concept.
 
-    candidates: the v's to step towards in each stream, noise unless given
+    candidates: rows v to step towards in each stream, noise unless given
 
-    Radii that the user names are in units of the context; in another stream they reach as far in
-    proportion to its own automatic ones. Raises ValueError for a range that no draw can satisfy,
-    with one that works.
+    Radii of the settings are in units of the context; in another stream they are scaled by the
+    ratio of the automatic radii. Raises ValueError for a range that no draw can satisfy, with one
+    that works.
     """
     named = (plan.neighbor.d1, plan.neighbor.d1_anchor, (plan.beyond or BeyondSettings()).d2)
     found: dict[str, list[Radii]] = {stream: [] for stream in pairs.e}
@@ -236,7 +239,7 @@ def radii_of(
 
 
 def _alike(one: Encoding, other: Encoding) -> bool:
-    """Whether all prompts have the same rows."""
+    """Whether all prompts have equally many rows."""
     return all(
         bool(e.there(stream).all()) and e[stream].shape[1:] == one[stream].shape[1:]
         for e in (one, other)
@@ -251,9 +254,9 @@ def _checked(
     d1_anchor: float | None,
     d2: float | None,
 ) -> tuple[float, float, float]:
-    """D1, D1' and D2, where none is given from the measured norms (METHOD, Units), checked.
+    """D1, D1' and D2, automatic unless given, checked.
 
-    distance: cosine -> the distance at which the expected cosine falls to it
+    distance: cosine -> distance at which the expected cosine falls to it
     """
     (s2, s1), farthest = plan.neighbor.cosines, plan.farthest
     d1 = distance(s2) if d1 is None else d1
@@ -282,8 +285,11 @@ def _checked(
 def _distance_at(cosine: float, norm: Tensor, spread: Tensor) -> float:
     """The mean distance r at which cos(e, e + r v̂) falls to `cosine`, for v orthogonal to e.
 
-    norm: |e| of every row; spread: |v| of every row. The triangle (centre, e, e + r v̂) has the
-    angle a between -e and v̂ at e, so that r / sin θ = |e| / sin(θ + a).
+    norm: |e| of every row
+    spread: |v| of every row
+
+    The triangle (centre, e, e + r v̂) has the angle a between -e and v̂ at e, so that
+    r / sin θ = |e| / sin(θ + a).
     """
     a = torch.acos(norm / torch.hypot(norm, spread))
     theta = math.acos(cosine)

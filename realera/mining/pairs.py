@@ -1,7 +1,4 @@
-"""Row-aligned pairs (e, e*) of every prompt, and the rows that are mined around them.
-
-Prompts go in, pairs come out (Alg. 1, l. 1); what lies around them gives more rows (l. 4-22).
-"""
+"""Row-aligned pairs (e, e*) of prompts (Alg. 1, l. 1), and rows mined around them (l. 4-22)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +13,16 @@ from ..text.token_alignment import map_rows, prompt_summaries
 
 @dataclass(frozen=True)
 class Pairs:
-    """Every prompt's embedding e beside the aligned embedding e* of its anchor prompt.
+    """The embedding e of every prompt and the aligned embedding e* of its anchor prompt.
 
-    prompts, anchor_prompts: one per concept and template, concept by concept
-    concept: int64 [prompts], whose each prompt is
-    e: the prompts as encoded; anchor: the anchor prompts, what the teacher sees in Eq. 8
-    target: e*: row i of `e` is to become row i of `target`; the two are equal outside the span
-    span: stream -> bool [prompts, tokens], the rows from the concept's first token on
-    summary, target_summary: of e and e*, [prompts, dim], on the CPU: the context row that has seen
-        the whole prompt
+    prompts, anchor_prompts: a prompt per concept and template, concept by concept
+    concept: concept of each prompt, int64 [prompts]
+    e: encoded prompts
+    anchor: encoded anchor prompts, which the teacher reads in Eq. 8
+    target: e*, to which row i of `e` is mapped at row i; equal to `e` outside the span
+    span: stream -> rows from the concept's first token on, bool [prompts, tokens]
+    summary, target_summary: context row of e and of e* that stands for the whole prompt, [prompts,
+        dim], on the CPU
     """
 
     concepts: tuple[Concept, ...]
@@ -40,7 +38,7 @@ class Pairs:
 
     @property
     def first(self) -> Tensor:
-        """Every concept's prompt in its first template, int64 [concepts]."""
+        """The prompt of every concept in its first template, int64 [concepts]."""
         return torch.searchsorted(self.concept, torch.arange(len(self.concepts)))
 
     def of(self, concept: int) -> range:
@@ -52,14 +50,14 @@ class Pairs:
 def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
     """Encodes each concept and its anchor in each template and aligns their rows (Alg. 1, l. 1).
 
-    Raises ValueError when a concept or anchor tokenises to nothing or its prompt does not fit.
+    Raises ValueError when a concept or anchor has no token or its prompt is too long.
     """
     rows = [(c.name, c.anchor, template) for c in concepts for template in c.templates]
     prompts = tuple(template.replace("{}", name) for name, _, template in rows)
     anchor_prompts = tuple(template.replace("{}", anchor) for _, anchor, template in rows)
     e, anchor = text.encode(prompts), text.encode(anchor_prompts)
-    places = map_rows(text, rows, e)
-    target = places.target(e, anchor)
+    row_map = map_rows(text, rows, e)
+    target = row_map.target(e, anchor)
     concept = torch.tensor([n for n, c in enumerate(concepts) for _ in c.templates])
     return Pairs(
         tuple(concepts),
@@ -69,7 +67,7 @@ def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
         e,
         anchor,
         target,
-        places.span,
+        row_map.span,
         prompt_summaries(text, prompts, e).cpu(),
         prompt_summaries(text, prompts, target).cpu(),
     )
@@ -77,13 +75,13 @@ def encode_pairs(text: TextEncoder, concepts: Sequence[Concept]) -> Pairs:
 
 @dataclass(frozen=True)
 class MinedRows:
-    """Accepted draws: neighbours (E and E*; Alg. 1, l. 9) or beyond points (Pre; l. 18).
+    """Neighbours (E and E*; Alg. 1, l. 9) or beyond points (Pre; l. 18).
 
-    e: e_c or e', [n, tokens, dim] a stream
-    target: e*_c; a beyond point is its own target, since it keeps its outputs
-    span: stream -> bool [n, tokens]
-    pair: int64 [n], the pair each was drawn from
-    words: what each is, of source "vocabulary"
+    e: e_c or e', [n, tokens, dim] in each stream
+    target: e*_c; equal to e' for beyond points, which keep their outputs
+    span: stream -> rows that count, bool [n, tokens]
+    pair: pair that each was drawn around, int64 [n]
+    words: the words, with source "vocabulary"
     """
 
     e: Encoding
@@ -93,15 +91,15 @@ class MinedRows:
     words: tuple[str, ...] = ()
 
     def expanded(self) -> "MinedRows":
-        """With as many rows as a model reads."""
+        """As `Encoding.expanded`."""
         repeats = self.e.repeats
-        span = {s: repeated(own, repeats[s]) for s, own in self.span.items() if s in repeats}
+        span = {s: repeated(rows, repeats[s]) for s, rows in self.span.items() if s in repeats}
         e, target = self.e.expanded(), self.target.expanded()
         return MinedRows(e, target, {**self.span, **span}, self.pair, self.words)
 
     @staticmethod
     def cat(mined: Sequence["MinedRows"]) -> "MinedRows":
-        """The draws of all, one after the other, as `Encoding.cat`."""
+        """As `Encoding.cat`."""
         e, span = Encoding.cat([one.e for one in mined]), {}
         for stream, rows in e.items():
             parts = [longer(one.span[stream], rows.shape[1]) for one in mined]

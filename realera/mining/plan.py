@@ -1,7 +1,8 @@
-"""What is mined around which concept, in names alone (Alg. 1, l. 1-22).
+"""What is mined around each concept, as names alone (Alg. 1, l. 1-22).
 
-What a concept must know of all others is settled here: which word is nearest to which concept, and
-which words are drawn. So a plan's parts can be encoded one after the other, or on many machines.
+All that depends on several concepts is decided here: which word is nearest to which concept, and
+which words are drawn. So the parts of a plan can be encoded one after the other, or on many
+machines.
 """
 
 from bisect import bisect_left
@@ -14,22 +15,24 @@ from ..concepts import Concept
 from ..settings import BeyondSettings, NeighborSettings
 
 Progress = Callable[[int, int], None]
-Words = tuple[tuple[int, str], ...]  # number of a concept and a word, concept by concept
+Words = tuple[tuple[int, str], ...]  # concept number and word, concept by concept
 
 
 @dataclass(frozen=True)
 class Plan:
     """The concepts to erase and the words that belong to each.
 
-    neighbor, beyond: settings of the neighbours and of the beyond points; None without any
+    neighbor: settings of the neighbours
+    beyond: settings of the beyond points, None for none
     preserved: prompts that keep their outputs in every row; they belong to no concept
-    near: words inside a concept's ring, its own name first, then nearest first
-    far: words just outside, nearest first; outside: all words that lie in no ring
-    drawn_near, drawn_far: indices of the words of near and far that were drawn
-    compared: near and far words and the excluded ones: number of a concept, word, cosine with it
-    centres: template -> mean of the vocabulary in it, [dim]
-    contested: words inside the rings of several concepts, which went to the nearest
-    steps: prompts of the preservation bank to step towards (source "bank")
+    near: words inside the ring of each concept: its name, then the nearest first
+    far: words just outside the rings, nearest first
+    outside: all words outside the rings
+    drawn_near, drawn_far: indices of the drawn words of near and far
+    compared: concept number, word and cosine of near, far and excluded words
+    centres: template -> mean row of the vocabulary, [dim]
+    contested: words inside the rings of several concepts, which belong to the nearest
+    steps: bank prompts to step towards, with source "bank"
 
     Raises ValueError when settings of neighbours and of beyond points contradict each other.
     """
@@ -55,30 +58,30 @@ class Plan:
 
     @property
     def farthest(self) -> float:
-        """The cosine with e below which beyond points lie."""
+        """Cosine with e below which beyond points lie."""
         return (self.beyond or BeyondSettings()).farthest(self.neighbor)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The prompts to preserve and words to leave out that the user named, each once."""
+        """The prompts to preserve and the words to leave out, each once."""
         preserve = self.beyond.preserve if self.beyond else ()
         return tuple(dict.fromkeys([*preserve, *self.neighbor.exclude]))
 
     @property
     def listed(self) -> list[tuple[str, float, bool]]:
-        """The words in the rings and just outside, nearest first: cosine, and whether mined."""
+        """Word, cosine and whether it was mined, in the rings and just outside, nearest first."""
         mined = {self.near[k][1] for k in self.drawn_near}
         words = sorted(self.compared, key=lambda compared: -compared[2])
         return [(word, cosine, word in mined) for _, word, cosine in words]
 
     def part(self, start: int, stop: int) -> "Plan":
-        """The concepts from number `start` to before `stop`, with what their rows need."""
+        """The concepts [start, stop), with what their rows need."""
 
-        def words(listed: Words, drawn: Sequence[int]) -> tuple[Words, tuple[int, ...]]:
-            first, last = (bisect_left(listed, n, key=lambda word: word[0]) for n in (start, stop))
-            begin, end = (bisect_left(drawn, n, key=lambda k: listed[k][0]) for n in (start, stop))
-            own = tuple((number - start, word) for number, word in listed[first:last])
-            return own, tuple(k - first for k in drawn[begin:end])
+        def words(of_all: Words, drawn: Sequence[int]) -> tuple[Words, tuple[int, ...]]:
+            first, last = (bisect_left(of_all, n, key=lambda word: word[0]) for n in (start, stop))
+            begin, end = (bisect_left(drawn, n, key=lambda k: of_all[k][0]) for n in (start, stop))
+            of_part = tuple((number - start, word) for number, word in of_all[first:last])
+            return of_part, tuple(k - first for k in drawn[begin:end])
 
         near, drawn_near = words(self.near, self.drawn_near)
         far, drawn_far = words(self.far, self.drawn_far)
@@ -97,5 +100,5 @@ class Plan:
         )
 
     def parts(self, size: int) -> list["Plan"]:
-        """In parts of `size` concepts."""
+        """Parts of `size` concepts."""
         return [self.part(n, n + size) for n in range(0, len(self.concepts), size)]

@@ -24,8 +24,8 @@ from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs, first_summaries
 from .plan import Plan, Progress, Words
 
-# Words inside the ring, the concept's name among them, and just outside it that may be drawn, a
-# concept: in SDXL they take 80 MB. On the miniature's encoder a ring holds 20 to 60.
+# Words per concept inside the ring, its name included, and just outside that may be drawn: 80 MB in
+# SDXL. On the bundled encoder a ring has 20 to 60.
 NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # between two calls of progress
 CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
@@ -35,8 +35,8 @@ CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
 class WordRows:
     """Words in the first template of their concepts, encoded when they are drawn.
 
-    words: number of a concept and a word, concept by concept
-    read: index -> e, e* and span of a word that was encoded, its padding as one row
+    words: concept number and word, concept by concept
+    read: index -> compact e, e* and span of a word that was encoded
     """
 
     text: TextEncoder = field(repr=False)
@@ -60,10 +60,10 @@ class WordRows:
         return [template.replace("{}", word) for word, _, template in self.placed(index)]
 
     def take(self, index: Tensor) -> MinedRows:
-        """The words of int64 `index` [n], and where they go.
+        """The words of int64 `index` [n].
 
-        A word goes the way that its concept goes, e + e*_c - e_c row by row: what it means beside
-        the concept it keeps.
+        A word is mapped as its concept is, to e + e*_c - e_c row by row, so that it keeps what it
+        means besides the concept.
         """
         if not len(index):
             nothing = self.pairs.e.take(index)
@@ -75,7 +75,7 @@ class WordRows:
         return MinedRows.cat([self.read[k] for k in index.tolist()])
 
     def draw(self, count: int, generator: torch.Generator, of: Sequence[int]) -> MinedRows:
-        """`count` words of each of the concepts `of`, with as many rows as a model reads."""
+        """`count` words of each of the concepts `of`, expanded for a model to read."""
         return self.take(drawn(self.concept, count, generator, of)).expanded()
 
     def _encode(self, index: Sequence[int]) -> None:
@@ -95,9 +95,9 @@ class WordRows:
 
 @dataclass(frozen=True)
 class VocabularyNeighbourhood:
-    """As `neighbourhood.Neighbourhood`, of words: near and far ones as the plan has them.
+    """As `neighbourhood.Neighbourhood`, with the near and far words of the plan.
 
-    Words stand in the first template of their concept, whichever pairs they are drawn around.
+    Words are in the first template of their concept, whichever pair they are drawn around.
     """
 
     plan: Plan
@@ -115,7 +115,7 @@ class VocabularyNeighbourhood:
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` words of each pair's concept, or all where the ring holds fewer.
+        """`count` words for each pair, or all of its concept where the ring has fewer.
 
         of: pairs, one for each concept unless given
         """
@@ -124,7 +124,7 @@ class VocabularyNeighbourhood:
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """As `neighbors`, of the words just outside; they keep their outputs."""
+        """As `neighbors`, of the words just outside."""
         far = self.far.draw(count, generator, self._concepts(of))
         return replace(far, target=far.e)
 
@@ -139,15 +139,16 @@ class VocabularyNeighbourhood:
 
     @property
     def has_beyond(self) -> bool:
-        """A concept among thousands may have no word outside that is not nearer to another one."""
+        """Among thousands of concepts, one may have no word outside its ring that is not nearer to
+        another concept."""
         return {number for number, _ in self.plan.far} == set(range(len(self.plan.concepts)))
 
     def replan(self, plan: Plan) -> "VocabularyNeighbourhood":
         return replace(self, plan=plan, far=WordRows(self.far.text, self.pairs, plan.far))
 
     def representatives(self) -> dict[str, Tensor]:
-        """Of each concept the mean of all words of its ring, its name among them, whichever were
-        drawn; none where none were."""
+        """The mean of all words in the ring of each concept, drawn or not; empty where no word is
+        mined."""
         if not self.plan.drawn_near:
             return {}
         near, found = self.near, []
@@ -165,11 +166,12 @@ class VocabularyNeighbourhood:
 
 
 def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
-    """Indices of `count` words at random of each of the concepts `of`, or of all where there are
-    fewer: int64, in the order of `of`.
+    """Indices of `count` random words of each of the concepts `of`, or of all if there are fewer.
 
-    A concept that comes again in `of` gets other words, as long as there are enough.
     concept: concept of each word, int64 [words]
+
+    Returns int64 indices in the order of `of`; where that repeats a concept, it gets other words as
+    long as there are enough.
     """
     shuffled = torch.randperm(len(concept), generator=generator)
     by_concept = shuffled[concept[shuffled].argsort(stable=True)]
@@ -184,17 +186,17 @@ def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeighbourhood:
-    """The words of the plan around its concepts' pairs; none is encoded yet."""
+    """The words of the plan around its pairs; none is encoded yet."""
     near, far = (WordRows(text, pairs, words) for words in (plan.near, plan.far))
     return VocabularyNeighbourhood(plan, pairs, near, far)
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-    """The plan with the words around every concept; each belongs to the one that it is nearest to.
+    """The plan with the words around every concept, each with the concept it is nearest to.
 
-    Words whose centred cosine lies in [s2, s1] are near, the NEAR_WORDS nearest of them and unless
-    the user excluded them; the FAR_WORDS nearest below beyond_s2 are far. Raises ValueError when no
-    word is left outside of the rings.
+    Near words have a centred cosine in [s2, s1]: the NEAR_WORDS nearest, without excluded ones. Far
+    words are the FAR_WORDS nearest below beyond_s2. Raises ValueError when no word is left outside
+    of the rings.
     """
     plan = choose_words(plan, text, first_summaries(text, plan.concepts)[0], progress)
     neighbor, beyond = plan.neighbor, plan.beyond
@@ -265,7 +267,7 @@ def choose_words(
     for number, concept in enumerate(concepts):
         compared += [(number, words[k], float(cosine[k])) for k in inside[number] + below[number]]
         kept = [words[k] for k in inside[number] if words[k].casefold() not in excluded]
-        # The concept is its own first neighbour, so that no ring is ever empty.
+        # The concept's name is the first neighbour, so that no ring is empty.
         near += [(number, word) for word in (concept.name, *kept)]
         far += [(number, words[k]) for k in below[number]]
     if not far:
@@ -294,9 +296,9 @@ def word_rows(
     words: Sequence[str],
     progress: Progress = lambda done, total: None,
 ) -> Tensor:
-    """The summary rows of words in a template, [words, dim], float32 on the CPU.
+    """The summary rows of words in a template, float32 [words, dim] on the CPU.
 
-    progress is called with (words done, words in all).
+    progress: called with (words done, total)
     """
     parts = []
     for start in range(0, len(words), WORDS_AT_ONCE):
@@ -309,7 +311,7 @@ def word_rows(
 def vocabulary_rows(
     text: TextEncoder, template: str, progress: Progress = lambda done, total: None
 ) -> Tensor:
-    """`word_rows` of the whole vocabulary, encoded once for an encoder and template."""
+    """`word_rows` of the vocabulary, encoded once per encoder and template."""
     words = text.words()
     made = cached(
         "vocabulary",

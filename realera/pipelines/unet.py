@@ -80,7 +80,7 @@ class DiffusersText:
         if packed is not None:
             weight = next(self.encoders[0].parameters())
             options = {"attention_mask": packed.mask(weight)}
-            options["position_ids"] = packed.places.to(self.device)
+            options["position_ids"] = packed.positions.to(self.device)
         outputs = [
             encoder(rows.to(self.device), output_hidden_states=True, **options)
             for encoder, rows in zip(self.encoders, ids, strict=True)

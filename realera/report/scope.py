@@ -68,7 +68,7 @@ def scope(
     centres: Mapping[str, Tensor] | None = None,
     owners: Sequence[int] | None = None,
 ) -> tuple[WordEffect, ...]:
-    """The reach of the edit over `words`, the most moved first.
+    """The effect of the edit on each of `words`, the most moved first.
 
     words: words to look at, the whole vocabulary unless given
     template: template of the words ("{}" for prompts as they are), each concept's own first one
@@ -97,13 +97,13 @@ def scope(
         change = edit(x) - x
         moved = change.norm(dim=-1) / x.norm(dim=-1)
         for n in (n for n, of_concept in enumerate(templates) if of_concept == t):
-            some = slice(None) if of_word is None else (of_word == n).nonzero()[:, 0]
-            closeness = cosine_similarity(x[some] - centre, concept_rows[n] - centre, dim=-1)
-            wanted = anchor_rows[n] - concept_rows[n]
-            share = change[some] @ wanted / (wanted @ wanted)
-            these = torch.stack([closeness, moved[some], share, torch.full_like(share, n)])
-            nearer = closeness > numbers[0, some]
-            numbers[:, some] = torch.where(nearer, these, numbers[:, some])
+            index = slice(None) if of_word is None else (of_word == n).nonzero()[:, 0]
+            closeness = cosine_similarity(x[index] - centre, concept_rows[n] - centre, dim=-1)
+            to_anchor = anchor_rows[n] - concept_rows[n]
+            share = change[index] @ to_anchor / (to_anchor @ to_anchor)
+            found = torch.stack([closeness, moved[index], share, torch.full_like(share, n)])
+            nearer = closeness > numbers[0, index]
+            numbers[:, index] = torch.where(nearer, found, numbers[:, index])
     effects = []
     for word, (closeness, moved, share, n) in zip(listed, numbers.T.tolist(), strict=True):
         prompt = templates[int(n)].replace("{}", word)

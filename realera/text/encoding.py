@@ -1,8 +1,8 @@
-"""The small protocols a model meets us by, and what passes through them.
+"""The interface that a text encoder must implement, and the `Encoding` that it returns.
 
-What a model reads of a prompt comes in *streams*: SD 1.x and 2.x read one, the context; SDXL reads
-the pooled embedding of its second encoder as well. diffusers' side of the protocols is
-`unet.py`, ComfyUI's lives in `nodes/`.
+A model reads a prompt in *streams*: SD 1.x and 2.x read one, the context; SDXL also reads the
+pooled embedding of its second encoder. `pipelines/` implements the interface for diffusers,
+`nodes/` for ComfyUI.
 """
 
 import re
@@ -21,15 +21,16 @@ BATCH = 32  # prompts the text encoder reads at once
 class Encoding(Mapping[str, Tensor]):
     """What a model reads of its prompts: stream -> rows, float32 [prompts, tokens, dim].
 
-    The context has a row a token (dim 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL, where both
-    encoders stand side by side, 4096 in SD 3 and Flux), the pooled embedding one row (dim 1280 in
-    SDXL). Behind an RMS norm they are unit rows: the norm's gain belongs to the layer that reads.
+    The context has one row per token (dim 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL, where the
+    rows of both encoders are concatenated, 4096 in SD 3 and Flux), the pooled embedding one row
+    (dim 1280 in SDXL). Behind an RMS norm they are unit rows: the norm's gain belongs to the layer
+    that reads them.
 
-    weights: stream -> how much each row counts, [prompts, tokens]; 0 for a row that is not there,
-        since another prompt is longer; the padding of one prompt counts as one row. Every row
-        counts 1 where there are none
-    repeats: stream -> how many rows of a model's input each row stands for, int64 [prompts,
-        tokens]; one where there are none
+    weights: stream -> weight of each row in a sum, [prompts, tokens]: 0 for an absent row, where
+        another prompt is longer; the padding of one prompt weighs as one row. 1 for every row
+        unless given
+    repeats: stream -> number of rows of a model's input that each row stands for, int64 [prompts,
+        tokens]; 1 for every row unless given
     """
 
     streams: Mapping[str, Tensor]
@@ -50,40 +51,45 @@ class Encoding(Mapping[str, Tensor]):
         return len(self[CONTEXT])
 
     def there(self, stream: str) -> Tensor:
-        """The rows that are there, bool [prompts, tokens]."""
+        """Which rows are present, bool [prompts, tokens]."""
         rows = self[stream]
         if stream in self.weights:
             return self.weights[stream] > 0
         return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
 
     def weighed(self, stream: str) -> Tensor:
-        """The rows times the roots of their weights: their sums of squares are weighted ones."""
+        """The rows times the square roots of their weights, so that their Gram is weighted."""
         if stream not in self.weights:
             return self[stream]
         return self[stream] * self.weights[stream].sqrt()[..., None]
 
     def take(self, index: Tensor) -> "Encoding":
         """The prompts of int64 `index` [n], in its order."""
-        return Encoding(*(_each(lambda t: t[index.to(t.device)], of) for of in self._parts))
+        return self._each(lambda tensor: tensor[index.to(tensor.device)])
 
     def like(self, other: "Encoding") -> "Encoding":
         """One prompt's rows for every prompt of `other`."""
         n = other.prompts
         if self.prompts == n:
             return self
-        return Encoding(*(_each(lambda t: t.expand(n, *t.shape[1:]), of) for of in self._parts))
+        return self._each(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
 
     def cpu(self) -> "Encoding":
-        return Encoding(*(_each(lambda t: t.cpu(), of) for of in self._parts))
+        return self._each(Tensor.cpu)
 
-    @property
-    def _parts(self) -> tuple[Mapping[str, Tensor], ...]:
-        return self.streams, self.weights, self.repeats
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Encoding":
+        """With every tensor changed."""
+        return Encoding(
+            *(
+                {stream: change(tensor) for stream, tensor in tensors.items()}
+                for tensors in (self.streams, self.weights, self.repeats)
+            )
+        )
 
     def compact(self) -> "Encoding":
-        """The padding of each prompt as one row, its mean, that counts as much.
+        """The padding of each prompt as one row of the same weight, its mean.
 
-        Of 512 rows of T5 a short prompt keeps about ten; `expanded` gives all of them back.
+        A short prompt keeps about ten of T5's 512 rows; `expanded` restores their number.
         """
         streams, weights, repeats = dict(self.streams), dict(self.weights), {}
         for stream, weight in self.weights.items():
@@ -98,7 +104,10 @@ class Encoding(Mapping[str, Tensor]):
         return Encoding(streams, weights, repeats)
 
     def compact_mask(self, mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of stream -> bool [prompts, tokens] the rows that `compact` keeps."""
+        """The mask of the rows that `compact` keeps.
+
+        mask: stream -> bool [prompts, tokens]
+        """
         found = dict(mask)
         for stream, weight in self.weights.items():
             _, kept, order = _kept_rows(weight)
@@ -106,7 +115,7 @@ class Encoding(Mapping[str, Tensor]):
         return found
 
     def expanded(self) -> "Encoding":
-        """As many rows as a model reads."""
+        """With every row repeated as often as a model reads it."""
         streams, weights = dict(self.streams), dict(self.weights)
         for stream, repeats in self.repeats.items():
             streams[stream] = repeated(streams[stream], repeats)
@@ -115,7 +124,7 @@ class Encoding(Mapping[str, Tensor]):
 
     @staticmethod
     def cat(encodings: Sequence["Encoding"]) -> "Encoding":
-        """The prompts of all, one after the other; shorter ones get rows of weight 0."""
+        """The prompts of all encodings, in order; shorter ones get rows of weight 0."""
         streams, weights, repeats = {}, {}, {}
         for stream in encodings[0]:
             longest = max(e[stream].shape[1] for e in encodings)
@@ -123,64 +132,61 @@ class Encoding(Mapping[str, Tensor]):
             streams[stream] = torch.cat(rows)
             lengths = {e[stream].shape[1] for e in encodings}
             if len(lengths) > 1 or any(stream in e.weights for e in encodings):
-                own = [e.weights.get(stream, torch.ones_like(e[stream][..., 0])) for e in encodings]
-                weights[stream] = torch.cat([longer(w, longest) for w in own])
+                ones = [torch.ones_like(e[stream][..., 0]) for e in encodings]
+                given = [e.weights.get(stream, one) for e, one in zip(encodings, ones, strict=True)]
+                weights[stream] = torch.cat([longer(weight, longest) for weight in given])
             if any(stream in e.repeats for e in encodings):
-                numbers = [e.repeats.get(stream, e.there(stream).long()) for e in encodings]
-                repeats[stream] = torch.cat([longer(n, longest) for n in numbers])
+                counts = [e.repeats.get(stream, e.there(stream).long()) for e in encodings]
+                repeats[stream] = torch.cat([longer(count, longest) for count in counts])
         return Encoding(streams, weights, repeats)
 
 
 def _kept_rows(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are padding and which are kept, bool [prompts, tokens], and the places of the
-    latter, first to last, int64 [prompts, rows]: all but the padding, and one for that."""
+    """Which rows are padding and which `compact` keeps, bool [prompts, tokens], and the indices of
+    the latter, in order, int64 [prompts, rows]: all rows but padding, and the first of that."""
     padding = (weights > 0) & (weights < 1)
     kept = (weights >= 1) | (padding & (padding.cumsum(1) == 1))
     order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
     return padding, kept, order[:, : int(kept.sum(1).max()) if len(kept) else 0]
 
 
-def _each(change: Callable[[Tensor], Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {stream: change(tensor) for stream, tensor in of.items()}
-
-
 def longer(rows: Tensor, length: int) -> Tensor:
-    """[prompts, tokens, ...] with zeros behind, up to `length` tokens."""
+    """Rows [prompts, tokens, ...] padded with zeros to `length` tokens."""
     if rows.shape[1] == length:
         return rows
     return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
 
 
 def repeated(rows: Tensor, repeats: Tensor) -> Tensor:
-    """[prompts, tokens, ...] with every row as often as int64 `repeats` [prompts, tokens] says."""
-    longest = int(repeats.sum(1).amax()) if len(repeats) else 0
-    parts = zip(rows, repeats, strict=True)
-    found = [longer(own.repeat_interleave(n, 0)[None], longest) for own, n in parts]
-    return torch.cat(found) if found else rows
+    """Rows [prompts, tokens, ...], each repeated int64 `repeats` [prompts, tokens] times."""
+    if not len(repeats):
+        return rows
+    longest, prompts = int(repeats.sum(1).amax()), zip(rows, repeats, strict=True)
+    return torch.cat([longer(row.repeat_interleave(n, 0)[None], longest) for row, n in prompts])
 
 
 def alike(*encodings: Encoding) -> list[Tensor]:
-    """The prompts, those together that have as many rows in each encoding: int64 [n] a group."""
+    """Groups of prompts with equally many context rows in each encoding, int64 [n] each."""
     lengths = torch.stack([e.there(CONTEXT).sum(1).cpu() for e in encodings], 1)
-    return [(lengths == own).all(1).nonzero()[:, 0] for own in lengths.unique(dim=0)]
+    return [(lengths == length).all(1).nonzero()[:, 0] for length in lengths.unique(dim=0)]
 
 
 def rows_of(encoding: Encoding) -> dict[str, Tensor]:
-    """The rows of prompts that have equally many, without those that only longer ones have."""
+    """The rows of prompts with equally many context rows, without absent ones."""
     length = int(encoding.there(CONTEXT)[0].sum())
     return {**encoding, CONTEXT: encoding[CONTEXT][:, :length]}
 
 
 @dataclass(frozen=True)
 class EncoderPart:
-    """A text encoder whose rows stand in the context, beside others' or behind them.
+    """One text encoder of a model; its rows are a slice of the context.
 
-    tokenize: prompts -> token ids, a row each and with all that the family puts around a prompt,
-        neither padded nor cut off
-    length: the most tokens that it reads
-    causal: a row sees only what stands before it; else every row sees the whole prompt
-    first: where its rows start
-    rows: how many they are; None: all that follow, as many as the prompt needs
+    tokenize: prompts -> token ids of each, with all that the family puts around a prompt, neither
+        padded nor truncated
+    length: largest number of tokens that it reads
+    causal: whether a row depends on the tokens before it alone; else on the whole prompt
+    first: index of its first row in the context
+    rows: number of its rows; None: all that follow, as many as the prompt needs
     """
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
@@ -191,7 +197,7 @@ class EncoderPart:
 
 
 class TextEncoder(Protocol):
-    """A model's text side."""
+    """The text encoders of a model."""
 
     @property
     def fingerprint(self) -> str | None:
@@ -202,29 +208,29 @@ class TextEncoder(Protocol):
 
     @property
     def parts(self) -> Sequence[EncoderPart]:
-        """The encoders whose rows make the context, in their order; the first one tells meaning."""
+        """The encoders whose rows make up the context, in order; the first gives `summary`."""
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """The prompts as the model reads them, cut off or padded as the family does."""
+        """The prompts as the model reads them, truncated or padded as the family does."""
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """What the first part makes of each whole prompt, [prompts, dim]
+        """The row of each prompt that stands for all of it, [prompts, dim]
         (`token_alignment.prompt_summaries`)."""
 
     def words(self) -> list[str]:
-        """The whole words of the tokenizer's vocabulary, letters only, sorted."""
+        """The whole words of the tokenizer's vocabulary, of letters only, sorted."""
 
 
-# How a vocabulary marks a token that is a word: CLIP's behind it, sentence pieces' and byte pairs'
-# (a space as they write it) in front.
+# A token that is a whole word: CLIP marks its end, SentencePiece and byte-level BPE the space in
+# front of it.
 _WORD = r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})"
-MOST_WORDS = 40_000  # of a language model's vocabulary, which has more than three times as many
+MOST_WORDS = 40_000  # a language model's vocabulary has more than three times as many
 
 
 def whole_words(vocabulary: Mapping[str, int]) -> list[str]:
-    """The whole words of a tokenizer's vocabulary, letters only, the most frequent ones, sorted.
+    """The MOST_WORDS most frequent whole words of a tokenizer's vocabulary, sorted.
 
-    vocabulary: token ("airplane</w>", "▁airplane", "Ġairplane") -> id; frequent tokens come first
+    vocabulary: token ("airplane</w>", "▁airplane", "Ġairplane") -> id; frequent tokens have low ids
     """
     found = {}
     for token, number in vocabulary.items():

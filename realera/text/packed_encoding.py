@@ -1,7 +1,7 @@
-"""Many prompts in one sequence of a causal encoder, where their last rows are all that is asked.
+"""Many prompts packed into one sequence of a causal encoder, for the last row of each.
 
-A row never sees what follows it. So nothing needs padding, what all prompts begin with is read once
-a sequence, and words in a template cost two or three rows each instead of 77.
+A row does not depend on later ones. So no padding is needed, the tokens that all prompts begin with
+are read once per sequence, and a word in a template costs two or three rows instead of 77.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from .encoding import BATCH
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """What an encoder is to read.
+    """Input of an encoder.
 
-    ids, places: tokens and their positions in their own prompts, int64 [sequences, tokens]
-    sees: which tokens each of them sees, bool [sequences, tokens, tokens]
+    ids, positions: tokens and their positions in their prompts, int64 [sequences, tokens]
+    attends: which tokens each token attends to, bool [sequences, tokens, tokens]
     """
 
     ids: Tensor
-    places: Tensor
-    sees: Tensor
+    positions: Tensor
+    attends: Tensor
 
     def mask(self, like: Tensor) -> Tensor:
-        """What is added to the logits of attention, [sequences, 1, tokens, tokens]."""
-        shut = ~self.sees[:, None].to(like.device)
+        """Attention mask to add to the logits, [sequences, 1, tokens, tokens]."""
+        shut = ~self.attends[:, None].to(like.device)
         return torch.zeros_like(shut, dtype=like.dtype).masked_fill(
             shut, torch.finfo(like.dtype).min
         )
@@ -38,44 +38,46 @@ class PackedPrompts:
 def last_rows(
     ids: Sequence[Sequence[int]], length: int, read: Callable[[PackedPrompts], Tensor]
 ) -> Tensor:
-    """What a causal encoder gives for the last token of every prompt, [prompts, dim].
+    """The row of the last token of every prompt in a causal encoder, [prompts, dim].
 
-    ids: tokens with start and end-of-text; more than `length` are cut, the end-of-text is kept
-    read: the rows of at most BATCH sequences of at most `length` tokens, [sequences, tokens, dim]
+    ids: tokens of each prompt with start and end-of-text; those beyond `length` are dropped, but
+        end-of-text is kept
+    read: encoder of at most BATCH sequences of at most `length` tokens -> rows [sequences, tokens,
+        dim]
     """
     ids = [[*row[: length - 1], row[-1]] if len(row) > length else row for row in ids]
     columns = zip(*(row[:-1] for row in ids), strict=False)
     start = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
-    own = [row[len(start) :] for row in ids]
+    rests = [row[len(start) :] for row in ids]
     sequences: list[list[int]] = []
     room = 0
-    for i in sorted(range(len(own)), key=lambda i: len(own[i])):
-        if len(own[i]) > room:
+    for i in sorted(range(len(rests)), key=lambda i: len(rests[i])):
+        if len(rests[i]) > room:
             sequences.append([])
             room = length - len(start)
         sequences[-1].append(i)
-        room -= len(own[i])
+        room -= len(rests[i])
     ends: list[Tensor] = [torch.empty(0)] * len(ids)
     for first in range(0, len(sequences), BATCH):
-        some = sequences[first : first + BATCH]
-        rows = read(_packed(start, [[own[i] for i in sequence] for sequence in some]))
-        for sequence, its in zip(some, rows, strict=True):
-            last = torch.tensor([len(own[i]) for i in sequence]).cumsum(0) + len(start) - 1
-            for i, row in zip(sequence, its[last.to(its.device)], strict=True):
+        batch = sequences[first : first + BATCH]
+        packed = _packed(start, [[rests[i] for i in sequence] for sequence in batch])
+        for sequence, rows in zip(batch, read(packed), strict=True):
+            last = torch.tensor([len(rests[i]) for i in sequence]).cumsum(0) + len(start) - 1
+            for i, row in zip(sequence, rows[last.to(rows.device)], strict=True):
                 ends[i] = row
     return torch.stack(ends)
 
 
 def _packed(start: Sequence[int], sequences: Sequence[Sequence[Sequence[int]]]) -> PackedPrompts:
-    """start: what stands at the head of every sequence; then come its prompts without it."""
-    ids, places, whose = [], [], []
+    """start: tokens at the head of every sequence, before its prompts without them."""
+    ids, positions, prompt_of = [], [], []
     for prompts in sequences:
         parts = [start, *prompts]
         ids.append(torch.tensor([token for part in parts for token in part]))
         at = [torch.arange(len(prompt)) + len(start) for prompt in prompts]
-        places.append(torch.cat([torch.arange(len(start)), *at]))
+        positions.append(torch.cat([torch.arange(len(start)), *at]))
         lengths = torch.tensor([len(part) for part in parts])
-        whose.append(torch.arange(len(parts)).repeat_interleave(lengths))
-    of = pad_sequence(whose, True, -1)
-    sees = (of[:, :, None] == of[:, None]) | (of[:, None] == 0)
-    return PackedPrompts(pad_sequence(ids, True), pad_sequence(places, True), sees.tril())
+        prompt_of.append(torch.arange(len(parts)).repeat_interleave(lengths))
+    prompt = pad_sequence(prompt_of, True, -1)
+    attends = (prompt[:, :, None] == prompt[:, None]) | (prompt[:, None] == 0)
+    return PackedPrompts(pad_sequence(ids, True), pad_sequence(positions, True), attends.tril())

@@ -1,8 +1,8 @@
-"""Which row of the anchor's prompt each row of the concept's prompt is to become (Alg. 1, l. 1).
+"""Which anchor row each row of a concept's prompt is mapped to (Alg. 1, l. 1).
 
-In a causal encoder the rows before the phrase never see it and stay, and every row from its first
-token on carries it, end-of-text and padding included ("erasure concept token and its subsequent
-tokens"). In one that is not (T5), every row of the prompt carries it.
+In a causal encoder the rows before the concept do not depend on it and stay; every row from its
+first token on does, end-of-text and padding included ("erasure concept token and its subsequent
+tokens"). In an encoder that is not causal (T5), every row of the prompt does.
 """
 
 from collections.abc import Sequence
@@ -11,78 +11,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .encoding import CONTEXT, EncoderPart, Encoding, TextEncoder, longer
+from .encoding import CONTEXT, EncoderPart, Encoding, TextEncoder
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where the rows of every prompt meet those of its anchor prompt.
+    """Anchor row of every row of some prompts.
 
-    streams: stream -> the anchor's row that each row is to become, int64 [prompts, tokens], -1 for
-        the rows before the span, which stay
+    streams: stream -> index of the anchor row, int64 [prompts, tokens]; -1 for rows that stay
     """
 
     streams: dict[str, Tensor]
 
     @property
     def span(self) -> dict[str, Tensor]:
-        """stream -> the rows that are to change, bool [prompts, tokens]."""
-        return {stream: place >= 0 for stream, place in self.streams.items()}
+        """stream -> which rows change, bool [prompts, tokens]."""
+        return {stream: index >= 0 for stream, index in self.streams.items()}
 
-    def take(self, index: Tensor) -> "RowMap":
-        return RowMap({s: place[index.to(place.device)] for s, place in self.streams.items()})
-
-    @staticmethod
-    def cat(places: Sequence["RowMap"]) -> "RowMap":
-        """The prompts of all, one after the other, as `Encoding.cat`."""
-        streams = {}
-        for stream in places[0].streams:
-            rows = [own.streams[stream] + 1 for own in places]
-            longest = max(row.shape[1] for row in rows)
-            streams[stream] = torch.cat([longer(row, longest) for row in rows]) - 1
-        return RowMap(streams)
-
-    def target(self, own: Encoding, anchor: Encoding) -> Encoding:
-        """e*: the anchor's rows where the span is, and `own` rows elsewhere."""
-        out = {}
-        for stream, place in self.streams.items():
-            its = anchor[stream]
-            at = place.clamp(0, its.shape[1] - 1)[..., None].expand(-1, -1, its.shape[2])
-            out[stream] = torch.where((place >= 0)[..., None], its.gather(1, at), own[stream])
-        return Encoding(out, own.weights)
+    def target(self, e: Encoding, anchor: Encoding) -> Encoding:
+        """e*: anchor rows inside the span, the rows of `e` outside."""
+        target = {}
+        for stream, index in self.streams.items():
+            rows = anchor[stream]
+            at = index.clamp(0, rows.shape[1] - 1)[..., None].expand(-1, -1, rows.shape[2])
+            target[stream] = torch.where((index >= 0)[..., None], rows.gather(1, at), e[stream])
+        return Encoding(target, e.weights)
 
 
 def map_rows(text: TextEncoder, rows: Sequence[tuple[str, str, str]], encoded: Encoding) -> RowMap:
-    """Row i of the phrase's span meets the anchor row at the same distance from its first token.
+    """Maps row i of a phrase's span to the anchor row at the same distance from its first token.
 
-    rows: phrase, anchor (or another phrase to meet) and template of every prompt; encoded: the
-    prompts as the text encoder gives them. A stream of a single row is of the whole prompt: it
-    becomes the anchor's.
-    Raises ValueError when a phrase or anchor tokenises to nothing or its prompt does not fit.
+    rows: phrase, anchor phrase and template of every prompt
+    encoded: the prompts of the phrases. A stream with a single row per prompt describes the whole
+        prompt: its row is mapped to the anchor's
+
+    Raises ValueError when a phrase or anchor has no token or its prompt is too long.
     """
     tokens = encoded[CONTEXT].shape[1]
-    place = []
+    found = []
     for phrase, anchor, template in rows:
         context = torch.full((tokens,), -1)
         for part in text.parts:
-            own, its = _locate(part, template, phrase), _locate(part, template, anchor)
+            span, anchor_span = (_locate(part, template, p) for p in (phrase, anchor))
             last = tokens if part.rows is None else part.first + part.rows
-            at = _anchor_rows(part, own, its, last - part.first)
-            context[part.first : last] = torch.where(at < 0, at, at + part.first)
-        place.append(context)
-    by_token = torch.stack(place)
+            index = _anchor_rows(part, span, anchor_span, last - part.first)
+            context[part.first : last] = torch.where(index < 0, index, index + part.first)
+        found.append(context)
+    by_token = torch.stack(found)
     streams = {}
     for stream, values in encoded.items():
-        at = by_token if values.shape[1] > 1 else torch.zeros_like(by_token[:, :1])
-        streams[stream] = torch.where(encoded.there(stream), at.to(values.device), -1)
+        index = by_token if values.shape[1] > 1 else torch.zeros_like(by_token[:, :1])
+        streams[stream] = torch.where(encoded.there(stream), index.to(values.device), -1)
     return RowMap(streams)
 
 
 def prompt_summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> Tensor:
-    """What stands in the context of every prompt for all of it, [prompts, dim].
+    """The context row of every prompt that stands for all of it, [prompts, dim].
 
-    The first part's last row where it is causal, which has seen the whole prompt (end-of-text in
-    CLIP); else the mean of its rows but end-of-text.
+    Of the first part: its end-of-text row where it is causal, which depends on the whole prompt;
+    else the mean of the rows before end-of-text.
     """
     return _summary(text.parts[0], prompts, encoded[CONTEXT])
 
@@ -90,11 +77,10 @@ def prompt_summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encodin
 def prompt_embeddings(
     text: TextEncoder, prompts: Sequence[str], encoded: Encoding
 ) -> dict[str, Tensor]:
-    """stream -> what stands in it for all of a prompt, [prompts, parts, dim].
+    """stream -> the rows of every prompt that stand for all of it, [prompts, parts, dim].
 
-    Of the context, what `prompt_summaries` has of the first part, of every part; a stream of a
-    single row
-    has that row.
+    The context has one for each part, as `prompt_summaries` has for the first; a stream with a
+    single row per prompt has that row.
     """
     context = [_summary(part, prompts, encoded[CONTEXT]) for part in text.parts]
     return {**encoded, CONTEXT: torch.stack(context, 1)}
@@ -112,15 +98,15 @@ def _summary(part: EncoderPart, prompts: Sequence[str], context: Tensor) -> Tens
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows as an RMS norm makes them, without its gain: [..., dim]."""
+    """Rows [..., dim] after an RMS norm without gain."""
     return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Tensor) -> Tensor:
-    """How much each row of the context counts, [prompts, tokens] (`encoding.Encoding`).
+    """Weight of each context row, [prompts, tokens], as `Encoding` has it.
 
-    there: the rows that are there, bool [prompts, tokens]. An encoder that is not causal fills up
-    with rows that mean little and are all alike: those of one prompt count as one.
+    there: which rows are present, bool [prompts, tokens]. Padding rows of an encoder that is not
+        causal mean little and are nearly alike: those of one prompt together weigh 1
     """
     weights = there.float()
     at = torch.arange(there.shape[1], device=there.device)
@@ -135,7 +121,7 @@ def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Ten
 
 
 def refuse_long_prompts(text: TextEncoder, prompts: Sequence[str]) -> None:
-    """Raises ValueError for a prompt that an encoder would cut off."""
+    """Raises ValueError for a prompt that an encoder would truncate."""
     for part in text.parts:
         for prompt, ids in zip(prompts, part.tokenize(prompts), strict=True):
             _refuse_long(part, prompt, ids)
@@ -151,7 +137,7 @@ def _refuse_long(part: EncoderPart, prompt: str, ids: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class _Span:
-    """The token rows of a phrase in its prompt, [first, last)."""
+    """Token indices of a phrase in its prompt, [first, last)."""
 
     first: int
     last: int
@@ -161,36 +147,37 @@ def _locate(part: EncoderPart, template: str, phrase: str) -> _Span:
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
     whole, prefix, suffix = part.tokenize([prompt, before, after])
-    # Byte-pair encoding can glue a phrase to its neighbours ("anti{}", "{}s"): the span starts and
-    # ends where the segmentations part. What the family puts around a prompt is in all three.
+    # Byte-pair encoding can merge a phrase with its neighbours ("anti{}", "{}s"): the span starts
+    # and ends where the token sequences diverge. What the family puts around a prompt is in all
+    # three.
     first = _common(whole[:-1], prefix[:-1])
     last = len(whole) - _common(whole[::-1], suffix[::-1])
     if last <= first:
         raise ValueError(
-            f"{phrase!r} tokenises to nothing in {prompt!r}: write it in words the tokenizer knows"
+            f"{phrase!r} has no token in {prompt!r}: write it in words that the tokenizer knows"
         )
     _refuse_long(part, prompt, whole)
     return _Span(first, last)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two sequences have in common from their start."""
+    """Length of the longest common prefix."""
     for length, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return length
     return min(len(first), len(second))
 
 
-def _anchor_rows(part: EncoderPart, own: _Span, its: _Span, rows: int) -> Tensor:
-    """The anchor row for each of an encoder's rows, -1 for those that stay, int64 [rows].
+def _anchor_rows(part: EncoderPart, span: _Span, anchor: _Span, rows: int) -> Tensor:
+    """Anchor row for each of an encoder's rows, int64 [rows]; -1 for those that stay.
 
-    Phrase token j meets the anchor's token j (its last one while the concept is longer), suffix
-    meets suffix, end-of-text and padding meet end-of-text and padding; prefix meets prefix.
+    Phrase token j is mapped to anchor token j (to the last one where the phrase is longer), suffix
+    to suffix, end-of-text and padding to end-of-text and padding; prefix to prefix.
     """
     at = torch.arange(rows)
     before = torch.full_like(at, -1) if part.causal else at
-    phrase = torch.clamp(at - own.first, max=its.last - its.first - 1) + its.first
-    later = at - own.last + its.last
+    phrase = torch.clamp(at - span.first, max=anchor.last - anchor.first - 1) + anchor.first
+    later = at - span.last + anchor.last
     if part.rows is not None:
         later = later.clamp(max=part.rows - 1)
-    return torch.where(at < own.first, before, torch.where(at < own.last, phrase, later))
+    return torch.where(at < span.first, before, torch.where(at < span.last, phrase, later))
