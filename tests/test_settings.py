@@ -6,7 +6,7 @@ import pytest
 from realera.checkpoints.writing import lora_tensors
 from realera.cli import main
 from realera.concepts import Concept, parse_concepts, read_concepts
-from realera.edit.erasure import Erasure, erased_weight
+from realera.edit.erasure import Erasure, erase_weight
 from realera.pipelines.sampling import Sampling
 from realera.settings import (
     BeyondSettings,
@@ -113,7 +113,7 @@ def test_a_strength_is_a_finite_number(name):
     import torch
 
     with pytest.raises(ValueError, match=f"{name} = nan: it must be a finite number"):
-        erased_weight("layer", torch.eye(2), None, None, **{name: NAN})
+        erase_weight("layer", torch.eye(2), None, None, **{name: NAN})
 
 
 @pytest.mark.parametrize(
