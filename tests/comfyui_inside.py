@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -83,6 +84,7 @@ from RealEra.realera.mining.vocabulary import vocabulary_rows
 from RealEra.realera.settings import Settings
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
 from RealEra.realera.text.token_alignment import map_rows, unit
+from RealEra.realera.training import gradient_checkpointing
 from safetensors import safe_open
 from safetensors.torch import load_file
 from server import PromptServer
@@ -1049,6 +1051,14 @@ def claim_every_node_works_on_a_quantised_model_and_clip():
             assert patches_of(edited)
             aligned = short(model=small, erasure=erasure, mining=found)
             assert all(b.any() for _, b in aligned.lora.values())
+            with (
+                replaced(gradient_checkpointing, "free_bytes", lambda _: 1),
+                warnings.catch_warnings(record=True) as warned,
+            ):
+                again = short(model=small, erasure=erasure, mining=found)
+            assert any("gradient checkpointing is on" in str(w.message) for w in warned)
+            for layer, (_, b) in aligned.lora.items():
+                assert torch.allclose(b, again.lora[layer][1], rtol=1e-2, atol=1e-6)
             (applied,) = run(edit.ApplyErasure, model=small, erasure=aligned)
             assert patches_of(applied).keys() == patches_of(edited).keys()
             rows, sigma = found.text.encode(["a dog"]), small.model.model_sampling.sigmas[[500]]

@@ -54,7 +54,7 @@ def job(model):
 
 
 def with_edit(job, edit):
-    """The same lesson on top of another T."""
+    """The same inputs on top of another T."""
     return replace(job, erasure=Erasure({CONTEXT: edit}))
 
 
@@ -401,7 +401,7 @@ SOUGHT = replace(SHORT, adversarial=3)
 
 @pytest.fixture(scope="module")
 def against(model, job):
-    """The same lesson with an adversary."""
+    """The same inputs with an adversarial part."""
     images = draw_anchors(model, job.neighbourhood.pairs, 2, Sampling(steps=2), concepts=True)
     words, kept = (model.text.encode(p) for p in (["a jet"], ["", "a dog", "a ship", "the sea"]))
     return replace(job, adversarial=AdversarialInputs(images, words, torch.tensor([0]), kept))
