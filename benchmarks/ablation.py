@@ -119,7 +119,7 @@ def paper(neighbors: int = 0, beyond: int = 0, **changes: Any) -> Settings:
 
 def still(**changes: Any) -> Settings:
     """Whatever is kept stays where it was, at the paper's λ1."""
-    return Settings.of(lambda1=0.1, away=0.0, **changes)
+    return Settings.of(lambda1=0.1, suppression=0.0, **changes)
 
 
 def own_kind(concept: Concept, objects: Any, styles: Any) -> Any:

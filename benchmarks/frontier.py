@@ -194,7 +194,7 @@ def along(make: Callable[..., Weights], parameter: str) -> Any:
 
 
 METHODS = (
-    Method("ours", "away", (0, 0.8, 1.2, 1.6, 2), along(ours, "away")),
+    Method("ours", "suppression", (0, 0.8, 1.2, 1.6, 2), along(ours, "suppression")),
     Method("ours + alignment", "steps", (200,), aligned),
     Method("UCE", "ridge", (0.05, 0.5, 5, 50, 150), along(ablation.uce, "ridge")),
     Method("MACE, closed form", "ridge", (10, 1e3, 1e4, 1e5, 1e6), along(ablation.mace, "ridge")),

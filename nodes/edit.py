@@ -12,7 +12,7 @@ from ..realera.evaluation.coarse_samples import coarse_samples
 from ..realera.report import plots
 from ..realera.report.scope import GONE
 from ..realera.report.scope import check as checked
-from ..realera.settings import MOST_AWAY, SolveSettings
+from ..realera.settings import MAX_SUPPRESSION, SolveSettings
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
@@ -69,11 +69,11 @@ class ClosedFormEdit(io.ComfyNode):
                     io.Boolean.Input(
                         "bank",
                         optional=True,
-                        display_name="keep everyday things",
+                        display_name="preservation bank",
                         default=DEFAULTS.bank,
                         tooltip=(
-                            "Preserve a thousand everyday prompts as well. Without it, mining "
-                            "costs much of what is not to be erased."
+                            "Preserve what a thousand everyday prompts mean as well. Without it, "
+                            "mining costs much of what is not to be erased."
                         ),
                     )
                 ),
@@ -95,16 +95,16 @@ class ClosedFormEdit(io.ComfyNode):
                     io.Float.Input(
                         "away",
                         optional=True,
-                        display_name="everyday things move away",
-                        default=DEFAULTS.away,
+                        display_name="suppression",
+                        default=DEFAULTS.suppression,
                         min=0.0,
-                        max=MOST_AWAY,
+                        max=MAX_SUPPRESSION,
                         step=0.1,
                         tooltip=(
-                            "How far everyday prompts move away from the concept and the words "
-                            "around it, by how much they have of either. 0: they stay where they "
-                            "were, and words that nothing relates to the concept may go on "
-                            "drawing it."
+                            "How strongly everyday prompts are pushed off the direction of the "
+                            "concept and of the words around it. 0: not at all, and words without "
+                            "a visible relation to the concept may go on drawing it. Needs the "
+                            "preservation bank."
                         ),
                     )
                 ),
@@ -130,7 +130,7 @@ class ClosedFormEdit(io.ComfyNode):
         lambda2: float = DEFAULTS.lambda2,
         bank: bool = DEFAULTS.bank,
         check: int = 0,
-        away: float = DEFAULTS.away,
+        away: float = DEFAULTS.suppression,
     ) -> io.NodeOutput:
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
         settings = SolveSettings(lambda1, lambda2, away, bank=bank)

@@ -189,7 +189,9 @@ def fit(
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
-    return Erasure.fit(sums, kept, settings.lambda1, settings.lambda2, provenance, settings.away)
+    return Erasure.fit(
+        sums, kept, settings.lambda1, settings.lambda2, provenance, settings.suppression
+    )
 
 
 def version_of(package: str) -> str:

@@ -16,7 +16,7 @@ SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 NOISE: tuple[Source, ...] = ("isotropic", "bank")  # those that take random steps
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
-MOST_AWAY = 2.0
+MAX_SUPPRESSION = 2.0
 # Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.05 % RMS from
 # the whole edit's, at a fifth of the rank of 0.001 (`benchmarks/results/tolerance.json`).
 TOLERANCE = 0.01
@@ -233,10 +233,10 @@ class SolveSettings:
 
     lambda1: weight of what is preserved
     lambda2: weight of staying near the original, in units of the system's mean diagonal
-    away: how far the bank's prompts go away from the concept and, where words are mined, from the
-        mean of its ring, by how much they have of either (`closed_form.solve`): 0, nowhere; 1, what
-        they have of it is made the bank's mean; more: beyond that. For the words that draw a
-        concept and lie in no ring around it
+    suppression: how strongly the prompts of the preservation bank are pushed off the concept
+        direction and the mean of its mined words (`closed_form.solve`). 0: not at all; 1: their
+        component along it becomes the bank's mean; more: beyond. Many words that draw a concept
+        are in no ring but among these prompts
     pair_weight: weight of a row of an unperturbed pair, or of a prompt to preserve, where a drawn
         row has weight 1
     bank: whether everyday prompts keep their meaning (`mining.preservation_bank`)
@@ -249,7 +249,7 @@ class SolveSettings:
     # move others as much, at 0.1 none.
     lambda1: float = option(1.0, Range(0))
     lambda2: float = option(0.1, POSITIVE)
-    away: float = option(1.6, Range(0, MOST_AWAY))
+    suppression: float = option(1.6, Range(0, MAX_SUPPRESSION))
     # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
     pair_weight: float = option(100.0, POSITIVE)
     bank: bool = option(True)

@@ -67,7 +67,7 @@ def erasure_of(text, concepts, settings: Settings) -> Erasure:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, source):
     bank = source == "bank"  # else the bank of a thousand prompts is left out, for time
-    chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, away=0.5)
+    chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, suppression=0.5)
     first = erasure_of(texts[name], [AIRPLANE], chosen)
     note = first.provenance
     assert note["settings"] == chosen.flat()
@@ -80,8 +80,8 @@ def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, sourc
         assert not torch.allclose(edit.matrix, torch.eye(edit.dim), atol=1e-3)
 
 
-def test_everyday_prompts_go_away_and_a_preserved_one_less():
-    """Words that draw a concept lie among the everyday ones: with `away` these go too."""
+def test_everyday_prompts_are_suppressed_and_a_preserved_one_less():
+    """Words that draw a concept lie among the everyday ones: suppression moves these too."""
     text, gate = load_text("miniature"), "a photo of the gate"
     airplane = Concept("airplane", "tree", ("a photo of the {}",))
     e = text.encode([gate])[CONTEXT][0]
@@ -91,8 +91,8 @@ def test_everyday_prompts_go_away_and_a_preserved_one_less():
         edit = erasure_of(text, [airplane], settings).edits[CONTEXT]
         return float((edit(e) - e).norm() / e.norm())
 
-    assert moved(away=1.0) > 3 * moved(away=0.0)
-    assert moved(away=1.0, preserve=(gate,)) < 0.5 * moved(away=1.0)
+    assert moved(suppression=1.0) > 3 * moved(suppression=0.0)
+    assert moved(suppression=1.0, preserve=(gate,)) < 0.5 * moved(suppression=1.0)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

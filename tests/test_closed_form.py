@@ -295,7 +295,7 @@ def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_a
 @QUICK
 @given(seeds, st.floats(0, 2), st.floats(0.01, 10))
 def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_stays(
-    seed, away, lambda1
+    seed, suppression, lambda1
 ):
     """The wide edit moves what stands for the concepts, of each part towards that part's mean."""
     e, target, preserved, sums = problem(seed)
@@ -303,14 +303,14 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
     v = rows_of(seed + 6, 7, 4)  # of two concepts
     kept = BankGram(pack(bank.T @ bank), mean)
     sums = replace(sums.add_preserved(preserved, lambda1), representatives=v)
-    matrix = solve(sums, kept, lambda1, 0.1, away).matrix.double()
+    matrix = solve(sums, kept, lambda1, 0.1, suppression).matrix.double()
 
     way = torch.cat([mean, mean]) - v
     unit, root = torch.eye(7, dtype=torch.float64), (SHIFT_RIDGE * way.square().sum()).sqrt()
     firm = MEAN_WEIGHT * (way.square().sum() / mean.square().sum()).sqrt()
-    little = mean + away * MEAN_SHIFT * (way[:2] + way[2:]) / 2
+    little = mean + suppression * MEAN_SHIFT * (way[:2] + way[2:]) / 2
     rows = torch.cat([v, firm * mean, root * unit])
-    t1 = brute(rows, torch.cat([v + away * way, firm * little, root * unit]))
+    t1 = brute(rows, torch.cat([v + suppression * way, firm * little, root * unit]))
     system = 2.0 * e.T @ e + lambda1 * (preserved.T @ preserved + bank.T @ bank)
     root, weight = (0.1 * system.diagonal().mean()).sqrt(), lambda1**0.5
     rows = torch.cat([2**0.5 * e, weight * preserved, weight * bank, root * unit])
@@ -322,7 +322,7 @@ def test_what_is_kept_goes_where_the_wide_edit_puts_it_and_what_is_preserved_sta
 def test_without_a_bank_nothing_goes_away_and_nothing_goes_towards():
     sums = replace(problem(0)[-1], representatives=rows_of(6, 7, 1))
     assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
-    with pytest.raises(ValueError, match=r"away = -0\.5: it must be at least 0"):
+    with pytest.raises(ValueError, match=r"suppression = -0\.5: it must be at least 0"):
         solve(sums, None, 0.1, 0.1, -0.5)
 
 
@@ -353,10 +353,10 @@ def test_an_edit_has_no_more_directions_than_rows_and_is_the_solution_to_1e_6(di
 
 @QUICK
 @given(seeds, st.floats(0, 2))
-def test_the_sums_of_an_edit_follow_from_it_and_from_their_gram_matrix(seed, away):
+def test_the_sums_of_an_edit_follow_from_it_and_from_their_gram_matrix(seed, suppression):
     *_, sums = problem(seed)
     sums = replace(sums, representatives=rows_of(seed + 6, 7, 2).float())
-    solved = bank_of(rows_of(seed + 4, 7, 11)), 0.3, 0.1, away
+    solved = bank_of(rows_of(seed + 4, 7, 11)), 0.3, 0.1, suppression
     edit = solve(sums, *solved)
     found = shift_cov_of(edit, sums.gram, sums.representatives, *solved)
     assert (found - sums.shift_cov).norm() <= 1e-5 * sums.shift_cov.norm()

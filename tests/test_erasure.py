@@ -158,7 +158,7 @@ def test_an_erasure_comes_back_as_it_was_saved(saved):
     assert all(torch.equal(rows, due.dropped[prompt]) for prompt, rows in bank.dropped.items())
     assert again.sums_ids == erasure.sums_ids and len(again.sums_ids) == 1
     assert again.provenance == erasure.provenance
-    assert (again.lambda1, again.lambda2, again.away) == (0.2, 1e-3, 0.6)
+    assert (again.lambda1, again.lambda2, again.suppression) == (0.2, 1e-3, 0.6)
 
 
 def test_the_same_erasure_is_the_same_bytes(saved, tmp_path):
@@ -206,14 +206,16 @@ def test_what_cannot_be_merged_says_why():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])
-    with pytest.raises(ValueError, match=r"λ1, λ2 and away are \(1\.0, 0\.1, 1\.6\)"):
+    with pytest.raises(ValueError, match=r"λ1, λ2 and suppression are \(1\.0, 0\.1, 1\.6\)"):
         Erasure.merge([erasure, Erasure.fit(erasure.unpacked_sums(), erasure.bank)])
     with pytest.raises(ValueError, match="different model families"):
         Erasure.merge(
-            [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, away=0.6)]
+            [erasure, Erasure.fit({CONTEXT: random_sums(DIM, 1)}, None, 0.2, 1e-3, suppression=0.6)]
         )
     with pytest.raises(ValueError, match="one with a bank and one without"):
-        Erasure.merge([erasure, Erasure.fit(erasure.unpacked_sums(), None, 0.2, 1e-3, away=0.6)])
+        Erasure.merge(
+            [erasure, Erasure.fit(erasure.unpacked_sums(), None, 0.2, 1e-3, suppression=0.6)]
+        )
     with pytest.raises(ValueError, match="nothing to merge"):
         Erasure.merge([])
 
@@ -265,8 +267,12 @@ def test_a_file_of_an_older_format_loads_and_merges(number):
     both streams, of small random numbers."""
     path = Path(__file__).parent / "data" / f"erasure-{number}.safetensors"
     stored, erasure = load_file(path), load_erasure(path)
-    assert (erasure.lambda1, erasure.lambda2, erasure.away) == (0.2, 1e-3, 0.6 * (number == 2))
-    solved, sums = (0.2, 1e-3, erasure.away), {}
+    assert (erasure.lambda1, erasure.lambda2, erasure.suppression) == (
+        0.2,
+        1e-3,
+        0.6 * (number == 2),
+    )
+    solved, sums = (0.2, 1e-3, erasure.suppression), {}
     for stream, prefix in ((CONTEXT, ""), (POOLED, "pooled_")):
         names = {1: (f"{prefix}edit", f"{prefix}sums."), 2: (f"edit.{stream}", f"sums.{stream}.")}
         edit, (name, sums_name) = erasure.edits[stream], names[number]
@@ -288,7 +294,7 @@ def test_a_file_of_an_older_format_loads_and_merges(number):
     rows, targets = torch.randn(2, 6, erasure.edits[CONTEXT].dim, generator=g)
     added = {s: Sums.zeros(e.dim) for s, e in erasure.edits.items()}
     added = {s: of.add_erased(rows[:, : of.dim], targets[:, : of.dim]) for s, of in added.items()}
-    other = Erasure.fit(added, erasure.bank, 0.2, 1e-3, away=erasure.away)
+    other = Erasure.fit(added, erasure.bank, 0.2, 1e-3, suppression=erasure.suppression)
     joint = solve(sums[CONTEXT] + added[CONTEXT], erasure.bank[CONTEXT], *solved)
     assert far_apart(joint, Erasure.merge([erasure, other]).edits[CONTEXT]) < 2e-6
     with pytest.raises(ValueError, match="sums of the same erasure"):

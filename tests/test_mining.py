@@ -230,7 +230,7 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
         ({"source": "vocabulary", "d1": 20.0}, "d1 = 20.*isotropic or bank"),
         ({"source": "vocabulary", "d1_anchor": 2.0}, "d1_anchor = 2"),
         ({"source": "vocabulary", "d2": 40.0}, "d2 = 40"),
-        ({"away": -0.1}, r"away = -0\.1: it must be a finite number in \[0, 2\]"),
+        ({"suppression": -0.1}, r"suppression = -0\.1: it must be a finite number in \[0, 2\]"),
         ({"beyond_s2": 0.4}, "S2 = 0.4 and neighbours from S2 = 0.3.*erased and preserved"),
     ],
 )

@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 NUMBERS = {
     NeighborSettings: ("neighbors", "s1", "s2", "d1", "d1_anchor", "seed"),
     BeyondSettings: ("beyond", "beyond_s2", "d2", "beyond_seed"),
-    SolveSettings: ("lambda1", "lambda2", "away", "pair_weight"),
+    SolveSettings: ("lambda1", "lambda2", "suppression", "pair_weight"),
     Training: ("steps", "rank", "learning_rate", "batch", "seed", "save_every", "adversarial"),
     Sampling: ("steps", "guidance", "seed"),
 }
@@ -89,9 +89,9 @@ def test_templates_are_a_tuple_of_texts_wherever_they_are_given(tmp_path):
 
 def test_numbers_of_numpy_become_those_of_python():
     near, solve = {"neighbors": np.int64(3), "s2": np.float64(0.4)}, {"lambda1": np.float32(0.5)}
-    settings = Settings.of(**near, **solve, away=1)
-    assert settings == Settings.of(neighbors=3, lambda1=0.5, s2=0.4, away=1.0)
-    types = [type(settings.flat()[name]) for name in ("neighbors", "lambda1", "away")]
+    settings = Settings.of(**near, **solve, suppression=1)
+    assert settings == Settings.of(neighbors=3, lambda1=0.5, s2=0.4, suppression=1.0)
+    types = [type(settings.flat()[name]) for name in ("neighbors", "lambda1", "suppression")]
     assert types == [int, float, float]
 
 

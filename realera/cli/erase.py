@@ -243,9 +243,9 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         "--lambda2", type=float, default=solve.lambda2, help="weight of staying near the original"
     )
     edit.add_argument(
-        "--away", type=float, default=solve.away,
-        help="how far everyday prompts go away from the concept and the words around it, 0 to 2: "
-        "more leaves fewer words that draw it",
+        "--suppression", type=float, default=solve.suppression,
+        help="how strongly everyday prompts are pushed off the concept direction, 0 (not at all) "
+        "to 2; more leaves fewer words that draw the concept",
     )  # fmt: skip
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,

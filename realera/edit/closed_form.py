@@ -234,31 +234,33 @@ def condensed(rows: Tensor) -> Tensor:
 
 
 def solve(
-    sums: Sums, bank: BankGram | None, lambda1: float, lambda2: float, away: float = 0.0
+    sums: Sums, bank: BankGram | None, lambda1: float, lambda2: float, suppression: float = 0.0
 ) -> Edit:
     """T - I = (S + (T1 - I)(λ1 KᵀK + λ2 I)) (G + λ1 KᵀK + λ2 I)⁻¹.
 
     G and S are `sums.gram` and `sums.shift_cov`, K the rows of the bank. λ2 is in units of the mean
     diagonal of the system, so that it means the same for every text encoder.
 
-    T1 = I + away D moves each row v that stands for a concept towards the mean m of the bank, and m
-    itself by MEAN_SHIFT of that: D is the least squares of D v = m - v and D m = MEAN_SHIFT (m - v)
-    with a ridge of SHIFT_RIDGE Σ |m - v|², so that many concepts move no row much farther than a
-    few.
+    T1 = I + suppression D moves each row v that stands for a concept towards the mean m of the
+    bank, and m itself by MEAN_SHIFT of that: D is the least squares of D v = m - v and
+    D m = MEAN_SHIFT (m - v) with a ridge of SHIFT_RIDGE Σ |m - v|², so that many concepts move no
+    row much farther than a few.
 
-    away: strength of T1; with 0, or without a bank, Eq. 7 is solved as printed
-    Raises ValueError when λ1 or `away` is negative, λ2 is not positive or E is empty.
+    suppression: strength of T1; with 0, or without a bank, Eq. 7 is solved as printed
+    Raises ValueError when λ1 or suppression is negative, λ2 is not positive or E is empty.
     """
     if lambda1 < 0 or lambda2 <= 0:
         raise ValueError(
             f"λ1 = {lambda1} and λ2 = {lambda2}: λ1 must be at least 0 and λ2 positive, "
             "else the system can be singular"
         )
-    if away < 0:
-        raise ValueError(f"away = {away}: it must be at least 0")
+    if suppression < 0:
+        raise ValueError(f"suppression = {suppression}: it must be at least 0")
     if not sums.gram.any():
         raise ValueError("no row to erase: add the pairs of a concept to the sums first")
-    system, bank_shift = _system(sums.gram, sums.representatives, bank, lambda1, lambda2, away)
+    system, bank_shift = _system(
+        sums.gram, sums.representatives, bank, lambda1, lambda2, suppression
+    )
     return _low_rank(sums.shift_cov + bank_shift, torch.linalg.cholesky(system))
 
 
@@ -269,10 +271,10 @@ def shift_cov_of(
     bank: BankGram | None,
     lambda1: float,
     lambda2: float,
-    away: float,
+    suppression: float,
 ) -> Tensor:
     """`Sums.shift_cov` of the sums that `solve` made this edit from, float64 [dim, dim]."""
-    system, bank_shift = _system(gram, representatives, bank, lambda1, lambda2, away)
+    system, bank_shift = _system(gram, representatives, bank, lambda1, lambda2, suppression)
     return edit.up.double() @ (edit.down.double() @ system) - bank_shift
 
 
@@ -282,7 +284,7 @@ def _system(
     bank: BankGram | None,
     lambda1: float,
     lambda2: float,
-    away: float,
+    suppression: float,
 ) -> tuple[Tensor, Tensor]:
     """The system of Eq. 7, and what the bank adds to `Sums.shift_cov`, float64 [dim, dim]."""
     preserved = torch.zeros_like(gram) if bank is None else lambda1 * bank.preserved
@@ -290,9 +292,9 @@ def _system(
     ridge = lambda2 * system.diagonal().mean()
     preserved.diagonal().add_(ridge)
     bank_shift = torch.zeros_like(gram)
-    if bank is not None and away and len(representatives):
+    if bank is not None and suppression and len(representatives):
         left, right = _wide_edit(representatives.double(), bank.mean.double())
-        bank_shift = away * left @ (right @ preserved)
+        bank_shift = suppression * left @ (right @ preserved)
     return gram + preserved, bank_shift
 
 

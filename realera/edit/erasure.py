@@ -25,8 +25,8 @@ class Erasure:
 
     edits: stream -> T
     lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
-    sums, bank: stream -> what T was solved from with lambda1, lambda2 and away, for merging; both
-        empty where that was not saved
+    sums, bank: stream -> what T was solved from with lambda1, lambda2 and suppression, for merging;
+        both empty where that was not saved
     sums_ids: hash of the sums of every single erasure that was merged into this one, or of its own
     provenance: JSON: concepts, settings, versions, source, scope
     """
@@ -38,7 +38,7 @@ class Erasure:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     lambda1: float = DEFAULTS.lambda1
     lambda2: float = DEFAULTS.lambda2
-    away: float = DEFAULTS.away
+    suppression: float = DEFAULTS.suppression
     sums_ids: tuple[str, ...] = ()
 
     @staticmethod
@@ -48,15 +48,15 @@ class Erasure:
         lambda1: float = DEFAULTS.lambda1,
         lambda2: float = DEFAULTS.lambda2,
         provenance: Mapping[str, Any] | None = None,
-        away: float = DEFAULTS.away,
+        suppression: float = DEFAULTS.suppression,
     ) -> "Erasure":
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
         bank = bank or {}
-        away = away if bank else 0.0  # it moves the rows of the bank
-        edits = {s: solve(of, bank.get(s), lambda1, lambda2, away) for s, of in sums.items()}
+        suppression = suppression if bank else 0.0  # it moves the rows of the bank
+        edits = {s: solve(of, bank.get(s), lambda1, lambda2, suppression) for s, of in sums.items()}
         packed = {s: PackedSums(pack(of.gram), of.representatives) for s, of in sums.items()}
         note, ids = provenance or {}, (sums_id(packed),)
-        return Erasure(edits, {}, packed, bank, note, lambda1, lambda2, away, ids)
+        return Erasure(edits, {}, packed, bank, note, lambda1, lambda2, suppression, ids)
 
     def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
         """The erasure with a LoRA that was trained on top of its edit and LoRA."""
@@ -104,11 +104,11 @@ class Erasure:
                     "the sums were made with different preservation banks or text encoders, one "
                     "with a bank and one without: fit both with the same bank before merging"
                 )
-            values, due = ((e.lambda1, e.lambda2, e.away) for e in (one, first))
+            values, due = ((e.lambda1, e.lambda2, e.suppression) for e in (one, first))
             if values != due:
                 raise ValueError(
-                    f"λ1, λ2 and away are {values} in one erasure and {due} in another: fit all "
-                    "with the same ones"
+                    f"λ1, λ2 and suppression are {values} in one erasure and {due} in another: fit "
+                    "all with the same ones"
                 )
         _refuse_same_sums(erasures)
         _refuse_contradictions([note for one in erasures for note in notes_of(one)])
@@ -119,7 +119,9 @@ class Erasure:
             bank = {stream: of | other.bank[stream] for stream, of in bank.items()}
             lora = joined(lora, other.lora)
         provenance = {"merged": [one.provenance for one in erasures]}
-        merged = Erasure.fit(sums, bank, first.lambda1, first.lambda2, provenance, first.away)
+        merged = Erasure.fit(
+            sums, bank, first.lambda1, first.lambda2, provenance, first.suppression
+        )
         ids = tuple(id_ for one in erasures for id_ in one.sums_ids)
         return replace(merged, lora=lora, sums_ids=ids)
 
@@ -128,7 +130,7 @@ class Erasure:
         found = {}
         for stream, packed in self.sums.items():
             gram, v = unpack(packed.triangle), packed.representatives
-            solved = (self.bank.get(stream), self.lambda1, self.lambda2, self.away)
+            solved = (self.bank.get(stream), self.lambda1, self.lambda2, self.suppression)
             found[stream] = Sums(gram, shift_cov_of(self.edits[stream], gram, v, *solved), v)
         return found
 

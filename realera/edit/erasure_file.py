@@ -61,7 +61,7 @@ def save_erasure(erasure: Erasure, path: str | PathLike[str], overwrite: bool = 
     header = {
         "lambda1": erasure.lambda1,
         "lambda2": erasure.lambda2,
-        "away": erasure.away,
+        "suppression": erasure.suppression,
         "bank": {
             stream: {"name": bank.name, "dropped": list(bank.dropped)}
             for stream, bank in erasure.bank.items()
@@ -107,9 +107,10 @@ def _read(file: TensorFile) -> Erasure:
     lambda1, lambda2 = float(header["lambda1"]), float(header["lambda2"])
     if not (0 <= lambda1 < float("inf") and 0 < lambda2 < float("inf")):
         raise ValueError(f"λ1 = {lambda1} and λ2 = {lambda2} cannot solve Eq. 7")
-    away = float(header.get("away", 0.0))  # older files lack it
-    if not 0 <= away < float("inf"):
-        raise ValueError(f"away = {away} is no distance")
+    # Format 2 has it as "away", the oldest files lack it.
+    suppression = float(header.get("suppression", header.get("away", 0.0)))
+    if not 0 <= suppression < float("inf"):
+        raise ValueError(f"suppression = {suppression}: it must be at least 0")
     total = sum(entry.end - entry.begin for entry in file.entries.values())
     if total > MAX_BYTES:
         raise ValueError(f"it holds {total} bytes and at most {MAX_BYTES} are allowed")
@@ -158,7 +159,7 @@ def _read(file: TensorFile) -> Erasure:
         header["provenance"],
         lambda1,
         lambda2,
-        away,
+        suppression,
         tuple(map(str, [sums_id(sums)] if ids is None else ids)),
     )
 
