@@ -1,16 +1,22 @@
 """The command line on the bundled model: every command, and every file it leaves."""
 
+import errno
 import io
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from realera.cli import main
+from realera import settings
+from realera.cli import main, output_folder
+from realera.cli.options import device_of
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
 from realera.edit.erasure_file import load_erasure, save_erasure
@@ -22,6 +28,7 @@ from realera.text.encoding import CONTEXT
 QUICK = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1"]
 ERASURE = Path(__file__).parent / "data" / "erasure-1.safetensors"  # of another family
 FILES = ("checkpoint.safetensors", "lora.safetensors", "erasure.safetensors")
+TEXTS = ("scope.txt", "words.txt")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,133 @@ def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, 
     assert main(arguments) == 1
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.*"))
+
+
+def mistake_in_our_code():
+    """A ValueError without a `raise`, on line 1 of a file of the package."""
+    exec(compile("first, second = [1]", settings.__file__, "exec"))
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: torch.ones(2) @ torch.ones(3),
+        lambda: [][0],
+        lambda: {}["a"],
+        lambda: int("nine"),
+        mistake_in_our_code,
+        lambda: torch.linalg.inv(torch.zeros(2, 2)),
+        lambda: np.zeros(2) + np.zeros(3),
+    ],
+    ids=[
+        "RuntimeError",
+        "IndexError",
+        "KeyError",
+        "ValueError",
+        "unpacking",
+        "LinAlgError",
+        "numpy",
+    ],
+)
+def test_a_bug_never_reads_like_a_mistake_of_the_user(bug, monkeypatch, capsys):
+    monkeypatch.setattr("realera.checkpoints.layouts.locate", lambda _: bug())
+    assert main(["info", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "This is a bug, not a mistake of yours: please report it" in said
+    assert said.startswith("Traceback")
+
+
+def test_a_traceback_is_shown_on_demand(tmp_path, capsys):
+    for arguments, shown in (
+        (["info", str(tmp_path)], False),
+        (["info", str(tmp_path), "--debug"], True),
+    ):
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        assert "is no diffusers pipeline folder" in said and "a bug" not in said
+        assert ("Traceback" in said) == shown
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cdua", "xpu"])
+def test_a_device_that_is_not_there_is_a_message(device, capsys):
+    assert main(["scope", "miniature", str(ERASURE), "--device", device]) == 1
+    said = capsys.readouterr().err
+    assert f"--device {device}: PyTorch cannot compute there" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("found", "device"), [(torch.device("mps"), "mps"), (None, "cpu")])
+def test_the_accelerator_that_pytorch_finds_is_chosen(found, device, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    assert device_of(Namespace(device=None)) == device
+
+
+def test_scope_reads_the_text_on_the_device_and_in_the_precision_of_its_options(
+    monkeypatch, capsys
+):
+    def load_text(source, dtype, device):
+        raise ValueError(f"loaded {source} on {device} in {dtype}")
+
+    monkeypatch.setattr("realera.checkpoints.loading.load_text", load_text)
+    options = ["--device", "cpu", "--dtype", "bfloat16"]
+    assert main(["scope", "miniature", str(ERASURE), *options]) == 1
+    said = capsys.readouterr().err
+    assert "device: cpu" in said and "loaded miniature on cpu in torch.bfloat16" in said
+
+
+def test_the_closed_form_loads_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("realera.checkpoints.loading.load_model", lambda *_: pytest.fail("loaded"))
+    arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK, "--steps", "0"]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
+    pictures = {"neighbourhood.png", "scope.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, *TEXTS, *pictures}
+
+
+@pytest.mark.parametrize("late", ["write_checkpoint", "write_lora", "writing"])
+def test_an_interrupt_leaves_nothing_that_the_same_command_would_refuse(
+    tmp_path, monkeypatch, late
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def drawn(*_):
+        return Image.new("RGB", (2, 2))
+
+    for name, fake in {
+        "scope_report": lambda *_: (),
+        "words_text": lambda *_: "",
+        "geometry": drawn,
+        "plots.scope_picture": drawn,
+    }.items():
+        monkeypatch.setattr(f"realera.cli.output_folder.{name}", fake)
+    folder = output_folder.Folder(tmp_path / "out", "miniature", overwrite=False)
+    everything = None, None, Erasure({CONTEXT: Edit.from_matrix(torch.eye(256))}), None, {}, []
+    with monkeypatch.context() as patch:
+        patch.setattr(f"realera.cli.output_folder.{late}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_all(*everything)
+    assert not list((tmp_path / "out").iterdir())
+    folder.refuse_existing()
+    folder.write_all(*everything)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {*FILES, *TEXTS}
+
+
+def test_a_folder_that_is_only_read_is_found_before_the_work(folder, tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    erasure, out = str(folder / FILES[2]), tmp_path / "out"
+    monkeypatch.setattr("realera.storage.safetensors_file.TemporaryFile", refused)
+    for late in ("edit.erasure.Erasure.merge", "checkpoints.writing.weight_of", "cli.erase.load"):
+        monkeypatch.setattr(f"realera.{late}", lambda *_: pytest.fail("too late"))
+    for arguments in (
+        ["merge", erasure, "-o", str(out / "x.safetensors")],
+        ["apply", "miniature", erasure, str(out / "x.safetensors"), "--lora"],
+        ["erase", "miniature", "-c", "cat -> dog", "-o", str(out)],
+        ["evaluate", "miniature", "cat", "-o", str(out)],
+    ):
+        assert main(arguments) == 1
+        assert f"Read-only file system: '{out}'" in capsys.readouterr().err
 
 
 def test_a_lora_file_has_no_strengths(folder, tmp_path, capsys):

@@ -33,6 +33,7 @@ from ..storage.safetensors_file import (
     abandoned,
     beside,
     header_bytes,
+    make_writable,
     raw_bytes,
     readable,
     refuse_pickle_name,
@@ -169,7 +170,7 @@ def write_lora(
     """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
     path = locate(source)
     refuse_source(destination, path)
-    replaced_file(destination, overwrite)  # raises before the work
+    make_writable(replaced_file(destination, overwrite).parent)  # raises before the work
     family, files = open_network(path)
     weights = {}
     for file, keys in files:

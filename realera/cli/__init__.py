@@ -7,7 +7,9 @@ import argparse
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..settings import STRENGTHS
@@ -16,7 +18,7 @@ from .options import file_options, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 1 for an error the user can act on, 130 when interrupted."""
+    """Runs one command. Returns 0, 1 after an error, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its number
             stream.reconfigure(errors="backslashreplace")
@@ -33,26 +35,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, _actionable()):
-            raise
-        print(f"realera {options.command}: {error}", file=sys.stderr)
+        expected = _is_message(error)
+        if options.debug or not expected:
+            traceback.print_exc()
+        reason = str(error) or type(error).__name__
+        if not expected:
+            reason = (
+                f"unexpected {type(error).__name__}. This is a bug, not a mistake of yours: please "
+                f"report it with the lines above"
+            )
+        print(f"realera {options.command}: {reason}", file=sys.stderr)
         return 1
     return 0
 
 
-def _actionable() -> tuple[type[Exception], ...]:
-    """The errors that tell a user what to do."""
+def _is_message(error: Exception) -> bool:
+    """Whether an error tells the user what to do; any other is a bug.
+
+    The system's errors do: missing files, packages and memory. A ValueError does where a `raise` of
+    this package made it, and not where a library or an operator did.
+    """
     from safetensors import SafetensorError
 
-    return (
-        ValueError,
-        OSError,
-        ArithmeticError,
-        ImportError,
-        RuntimeError,
-        AssertionError,  # torch's word for a device that it was not built for
-        SafetensorError,
-    )
+    memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (OSError, ImportError, MemoryError, memory, SafetensorError)):
+        return True
+    *_, origin = traceback.extract_tb(error.__traceback__)
+    ours = Path(origin.filename).is_relative_to(Path(__file__).parents[1])
+    raised = not origin.line or origin.line.startswith("raise")
+    return isinstance(error, (ValueError, FloatingPointError)) and ours and raised
 
 
 # ---------------------------------------------------------------- commands
@@ -82,9 +93,10 @@ def run_apply(options: argparse.Namespace) -> None:
 def run_merge(options: argparse.Namespace) -> None:
     from ..edit.erasure import Erasure
     from ..edit.erasure_file import load_erasure, save_erasure
-    from ..storage.safetensors_file import refuse_source
+    from ..storage.safetensors_file import make_writable, refuse_source, replaced_file
 
     refuse_source(options.out, *options.erasures)
+    make_writable(replaced_file(options.out, options.overwrite).parent)
     merged = Erasure.merge([load_erasure(path) for path in options.erasures])
     save_erasure(merged, options.out, options.overwrite)
     print(options.out)
@@ -162,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
             description=help,
             formatter_class=_Help,
         )
+        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
         sub.set_defaults(run=run)
         return sub
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..concepts import COLUMNS, STYLE_TEMPLATES, TEMPLATES, concepts_in, read_concepts, read_lines
 from ..settings import (
@@ -26,6 +26,7 @@ from .options import (
     device_options,
     file_options,
     load,
+    load_encoder,
     number,
     progress_bar,
 )
@@ -55,7 +56,7 @@ def run_demo(options: argparse.Namespace) -> None:
     with progress_bar("evaluation") as progress:
         text = write_evaluation(
             Path(options.out),
-            model,
+            cast("Diffusion", model),  # loaded to draw the prompts
             {"erased": erasure},
             miniature_task("airplane"),
             miniature_classifier(),
@@ -73,10 +74,12 @@ def run_erase(options: argparse.Namespace) -> None:
 
 def _erase(
     options: argparse.Namespace, more_outputs: Sequence[str] = ()
-) -> "tuple[Diffusion, Erasure]":
+) -> "tuple[Diffusion | None, Erasure]":
     """Algorithm 1 for the concepts of the command line or of a CSV file.
 
     more_outputs: names of files that the command writes into the same folder
+
+    Returns the model, or None where the text encoder was enough, and the erasure.
     """
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     if options.concepts is None:
@@ -93,7 +96,8 @@ def _erase(
     from ..anchor_warnings import anchor_warnings
     from ..checkpoints.families import locate
     from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
-    from .output_folder import Folder, make_writable
+    from ..storage.safetensors_file import make_writable
+    from .output_folder import Folder
 
     folder = Folder(Path(options.out), str(options.model), options.overwrite)
     folder.refuse_existing(more_outputs, read)
@@ -102,21 +106,23 @@ def _erase(
     state = folder.path.resolve() / FOLDER  # workers run in folders of their own
     source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
     make_writable(folder.path)
-    model = load(options)
-    job = Job(source, options.dtype, device_of(options), settings.solve, state).of(model.text)
+    # The closed form needs the text encoder alone, which may be a third of the model.
+    model = load(options) if training or options.check or options.prompt else None
+    text = load_encoder(options) if model is None else model.text
+    job = Job(source, options.dtype, device_of(options), settings.solve, state).of(text)
     with progress_bar("words") as progress:
-        plan = plan_mining(model.text, concepts, settings.neighbor, settings.beyond, progress)
-    for warning in anchor_warnings(model.text, plan):
+        plan = plan_mining(text, concepts, settings.neighbor, settings.beyond, progress)
+    for warning in anchor_warnings(text, plan):
         print(f"warning: {warning}", file=sys.stderr)
     parts = plan.parts(options.group)
     state.mkdir(exist_ok=True)
     with progress_bar("sums", "part") as progress:
-        sums = summed(job, parts, model.text, options.engine, progress)
+        sums = summed(job, parts, text, options.engine, progress)
     with progress_bar("bank") as progress:
         note = {"model": str(options.model)}
-        erasure = fit(model.text, plan, sums, settings.solve, note, progress)
+        erasure = fit(text, plan, sums, settings.solve, note, progress)
     losses: dict[int, float] = {}
-    if training is not None:
+    if training is not None and model is not None:
         with progress_bar("alignment", "step") as progress:
             learned = aligned(job, parts, model, erasure, training, options.engine, progress)
         erasure = erasure.with_lora(learned.lora, asdict(training))
@@ -125,6 +131,7 @@ def _erase(
     with progress_bar("images") as progress:
         report = folder.write_all(
             model,
+            text,
             erasure,
             plan,
             losses,

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from ..concepts import read_lines
 from ..evaluation.tasks import ARTISTS, CLIP, STYLE_WORDS, Task, bundled_task, paper_task
 from ..settings import BUNDLED, POSITIVE_COUNT, SEED
-from .options import check_option, device_of, device_options, dtype_of, load, number, progress_bar
+from .options import (
+    check_option,
+    device_of,
+    device_options,
+    load,
+    load_encoder,
+    number,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.scorers import Scorer
@@ -76,14 +84,13 @@ def _evaluate_vocabulary(
 
 
 def run_scope(options: argparse.Namespace) -> None:
-    from ..checkpoints.loading import load_text
     from ..edit.erasure import concepts_of
     from ..edit.erasure_file import load_erasure
     from ..report.scope import scope
     from .output_folder import checked, scope_text
 
     erasure, model = load_erasure(options.erasure), load(options) if options.check else None
-    text = model.text if model else load_text(options.model, dtype_of(options), device_of(options))
+    text = model.text if model else load_encoder(options)
     concepts = concepts_of(erasure)
     words = read_lines(options.words) if options.words else None
     effects = scope(erasure, text, concepts, words)

@@ -19,8 +19,7 @@ from ..evaluation.vocabulary import VocabularyReport, classify_words, compare
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
-from ..storage.safetensors_file import replaced_file, writing
-from .output_folder import make_writable
+from ..storage.safetensors_file import make_writable, replaced_file, writing
 
 EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
 VOCABULARY = ("vocabulary.json", "vocabulary.txt")

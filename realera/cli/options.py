@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..pipelines.interface import Diffusion
+    from ..text.encoding import TextEncoder
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -47,7 +48,10 @@ def file_options(sub: argparse.ArgumentParser) -> None:
 
 
 def device_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="device to compute on; default: cuda, else cpu")
+    sub.add_argument(
+        "--device",
+        help="device to compute on; default: the accelerator that PyTorch finds, else cpu",
+    )
     sub.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -56,21 +60,44 @@ def device_options(sub: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace) -> "Diffusion":
+    """The model, on the device that `device_of` gives."""
     from ..checkpoints.loading import load_model
 
-    return load_model(options.model, dtype_of(options), device_of(options))
+    return load_model(options.model, *_dtype_and_device(options))
 
 
-def dtype_of(options: argparse.Namespace) -> "torch.dtype | None":
+def load_encoder(options: argparse.Namespace) -> "TextEncoder":
+    """The text encoder of the model, without the network."""
+    from ..checkpoints.loading import load_text
+
+    return load_text(options.model, *_dtype_and_device(options))
+
+
+def _dtype_and_device(options: argparse.Namespace) -> "tuple[torch.dtype | None, str]":
     import torch
 
-    return None if options.dtype is None else getattr(torch, options.dtype)
+    device = device_of(options)
+    print(f"device: {device}", file=sys.stderr)
+    return None if options.dtype is None else getattr(torch, options.dtype), device
 
 
 def device_of(options: argparse.Namespace) -> str:
+    """--device, else the accelerator that PyTorch finds, else the CPU.
+
+    Raises ValueError when nothing can be computed there.
+    """
     import torch
 
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else found.type
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch is built without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: PyTorch cannot compute there ({reason})") from error
+    return device
 
 
 @contextmanager

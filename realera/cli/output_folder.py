@@ -1,9 +1,9 @@
 """What `realera erase` leaves in a folder: checkpoint, LoRA, erasure, scope report, pictures."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from ..report import plots
 from ..report.scope import WordEffect, check
 from ..settings import TOLERANCE
 from ..storage.safetensors_file import refuse_source, replaced_file, writing
-from ..text.encoding import CONTEXT
+from ..text.encoding import CONTEXT, TextEncoder
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 
@@ -62,7 +62,8 @@ class Folder:
 
     def write_all(
         self,
-        model: Diffusion,
+        model: Diffusion | None,
+        text: TextEncoder,
         erasure: Erasure,
         plan: Plan,
         losses: Mapping[int, float],
@@ -73,33 +74,45 @@ class Folder:
         checks: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:
-        """Writes everything, each file whole or not at all, after all is drawn.
+        """Draws everything, then writes everything: all files, or none of them.
 
-        losses: step -> loss of the alignment; prompts: prompts to draw before and after
-        checks: words of the scope report that are drawn to check it
+        model: model to draw with, or None to draw nothing
+        text: text encoder of the model
+        losses: step -> loss of the alignment
+        prompts: prompts to draw before and after
+        tolerance: share of T - I that the LoRA file may leave out
+        checks: number of words of the scope report to draw
 
-        Returns what to tell the user.
+        Returns what to tell the user. When writing fails or is interrupted, the files that were not
+        there before are removed again, so that the same command can be run anew.
         """
-        effects = scope_report(erasure, model.text, plan)
-        if checks:
+        effects = scope_report(erasure, text, plan)
+        if checks and model is not None:
             effects = checked(model, erasure, plan.concepts, effects, checks, progress)
         noted = {**erasure.provenance, "scope": [asdict(reach) for reach in effects[:100]]}
         erasure = replace(erasure, provenance=noted)
         pictures = {
-            "neighbourhood": geometry(model.text, plan),
+            "neighbourhood": geometry(text, plan),
             "scope": plots.scope_picture(effects),
             **({"loss": plots.loss_curve(losses)} if losses else {}),
-            "before-after": before_after(model, erasure, prompts, seed, progress),
         }
-        report = self.write_erasure(erasure, tolerance)
+        if model is not None:
+            pictures["before-after"] = before_after(model, erasure, prompts, seed, progress)
         texts = {"scope.txt": scope_text(effects, 40), "words.txt": words_text(plan)}
-        for name, text in texts.items():
-            with writing(self.path / name, overwrite=True) as part:
-                part.write_text(text + "\n", "utf-8")
-        for name, picture in pictures.items():
-            with writing(self.path / f"{name}.png", overwrite=True) as part:
-                picture.save(part, "PNG")
         names = [*self.files, *(f"{name}.png" for name in pictures)]
+        new = [self.path / name for name in names if not (self.path / name).exists()]
+        try:
+            report = self.write_erasure(erasure, tolerance)
+            for name, content in texts.items():
+                with writing(self.path / name, overwrite=True) as part:
+                    part.write_text(content + "\n", "utf-8")
+            for name, picture in pictures.items():
+                with writing(self.path / f"{name}.png", overwrite=True) as part:
+                    picture.save(part, "PNG")
+        except BaseException:
+            for path in new:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            raise
         return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
@@ -149,13 +162,6 @@ def before_after(
     with temporarily_erased(erasure, model.network):
         after = images()
     return plots.grid([before, after], ["before", "after"], list(prompts))
-
-
-def make_writable(folder: Path) -> None:
-    """Makes the folder, before long work; raises OSError when no file can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
 
 
 def words_text(plan: Plan) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -348,6 +349,17 @@ def replaced_file(destination: str | os.PathLike[str], overwrite: bool = False) 
             f"{destination} exists: choose another name, or ask to overwrite it (--overwrite)"
         )
     return path
+
+
+def make_writable(folder: Path) -> None:
+    """Creates the folder, before long work. Raises OSError when no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def beside(path: Path, ending: str) -> Path:
