@@ -1,0 +1,212 @@
+"""All that computes, on a device that is not the CPU (`pretend_device.py`): its results are the
+CPU's, to the rounding of an alignment. Not part of CI yet: `python -m pytest -m pretend`."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from realera.algorithm import align_erasure, erase, mine
+from realera.checkpoints.loading import load_model
+from realera.cli import main
+from realera.concepts import Concept
+from realera.edit.erasure import Erasure
+from realera.mining.preservation_bank import bank_prompts
+from realera.pipelines.transformer import TransformerModel, TransformerText
+from realera.pipelines.unet import DiffusersModel, DiffusersText
+from realera.settings import SOURCES, BeyondSettings, NeighborSettings, Training
+from realera.text.encoding import CONTEXT, POOLED
+from tests import pretend_device
+from tests.tiny_transformers import tiny
+
+pytestmark = [pytest.mark.pretend, pytest.mark.xdist_group("pretend")]
+
+FAMILIES = ("sdxl", "flux1", "sd3", "qwen_image", "z_image")
+BUNDLED = ("miniature", "miniature-dit")
+HALF = {"sdxl": "float16", "miniature": "float16"}  # the others' networks are bfloat16
+CAT = [Concept("cat", "dog", ("a photo of the {}", "{} in the park"))]
+NEAR, FAR = NeighborSettings(neighbors=2, s2=0.2), BeyondSettings(2, preserve=("a red house",))
+SHORT = Training(steps=3, rank=1, batch=2, save_every=2)
+WORDS = ["art", "cat", "dog", "house", "jet", "kitten", "park", "plane", "red", "tree"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Ten words, forty prompts of the bank and two steps a picture take the same path as all.
+
+    Attention is computed by the same kernel on both devices.
+    """
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+        patch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: bank_prompts()[:40])
+        for kind in (DiffusersModel, TransformerModel):
+
+            def sample(self, rows, negative, noise, steps, guidance, full=kind.sample):
+                return full(self, rows, negative, noise, 2, guidance)
+
+            patch.setattr(kind, "sample", sample)
+        # A folder does not say how small its model draws.
+        shape = property(lambda _: (4, 8, 8), lambda *_: None)
+        patch.setattr(TransformerModel, "latent_shape", shape, raising=False)
+        for text in (DiffusersText, TransformerText):
+            patch.setattr(text, "words", lambda _: WORDS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, folders):
+    """Name -> what the command line calls the model: a folder, or the name of a bundled one."""
+    home = tmp_path_factory.mktemp("families")
+
+    def source(name):
+        if name in BUNDLED:
+            return name
+        if name == "sdxl":
+            return str(folders[name])
+        if not (home / name).exists():
+            tiny(name).save_pretrained(home / name)
+        return str(home / name)
+
+    return source
+
+
+def outputs(folder):
+    """What is written of weights: name of the file -> its tensors."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): load_file(file) for file in files}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensors in one.items():
+        assert tensors.keys() == other[name].keys()
+        for key, tensor in tensors.items():
+            tensor, same = tensor.float(), other[name][key].float()
+            assert (tensor - same).norm() <= 1e-4 * same.norm(), (name, key)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+@pytest.mark.parametrize("name", [*BUNDLED, *FAMILIES])
+def test_the_command_line_writes_on_the_device_what_it_writes_on_the_cpu(
+    pretend, sources, tmp_path, monkeypatch, clip_folder, name, half
+):
+    """`erase` (scope, check, alignment, checkpoint, LoRA, pictures), `scope`, `evaluate` and
+    `evaluate --vocabulary`."""
+    source, dtype = sources(name), HALF.get(name, "bfloat16") if half else "float32"
+    clip, prompts = ["--clip", str(clip_folder)], tmp_path / "prompts.txt"
+    prompts.write_text("a photo of the cat\na dog\n", "utf-8")
+    score, classify = (["--scorer", kind, *clip] for kind in ("clip-score", "clip"))
+    classify = [] if name in BUNDLED else classify
+    options = ["--neighbors", "2", "--beyond", "2", "--s2", "0.2", "--preserve", "a red house"]
+    options += ["--steps", "2", "--batch", "2", "--rank", "2", "--check", "2"]
+    made = {}
+    for device in ("cpu", "pretend"):
+        # What is drawn on one device is not read back on the other.
+        monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache" / device))
+        on, out = ["--device", device, "--dtype", dtype], tmp_path / device
+        pretend_device.census()
+        assert main(["erase", source, "-c", "cat -> dog", *options, *on, "-o", str(out)]) == 0
+        erasure = str(out / "erasure.safetensors")
+        assert main(["scope", source, erasure, *on]) == 0
+        on += ["-o", str(out / "report")]
+        assert main(["evaluate", source, str(prompts), erasure, *score, *on]) == 0
+        assert main(["evaluate", source, "cat", erasure, "--sample", "4", *classify, *on]) == 0
+        assert bool(pretend_device.census()) == (device == "pretend")
+        reports = [out / "report" / name for name in ("evaluation.json", "vocabulary.json")]
+        made[device] = outputs(out), [json.loads(report.read_text("utf-8")) for report in reports]
+    (files, reports), (same_files, same_reports) = made["cpu"], made["pretend"]
+    assert_same(files, same_files)
+    for report, same in zip(reports, same_reports, strict=True):
+        assert [*report.values()] == [*same.values()]
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "z_image"])
+def placed(pretend, sources, request):
+    """The same model on the CPU, and with its network on one device and its text on another."""
+    model, other = (load_model(sources(request.param)) for _ in range(2))
+    for name, part in other.pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part.to("pretend:1" if name.startswith("text") else pretend)
+    return model, other
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_mines_and_erases_on_a_device_as_on_the_cpu(placed, source):
+    if source == "bank" and not isinstance(placed[0].text, DiffusersText):
+        pytest.skip("rows of a number that differs by prompt are not stepped towards the bank")
+    near = replace(NEAR, source=source)
+    one, other = (erase(mine(model.text, CAT, near, FAR)) for model in placed)
+    assert one.edits.keys() == other.edits.keys()
+    for stream, edit in one.edits.items():
+        assert not torch.equal(edit.matrix, torch.eye(edit.dim))
+        assert torch.equal(edit.matrix, other.edits[stream].matrix.cpu())
+    jet = erase(mine(placed[0].text, [Concept("jet", "tree")], near))
+    both = [Erasure.merge([erasure, jet]).edits[CONTEXT].matrix for erasure in (one, other)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("adversarial", [0, 2])
+@pytest.mark.parametrize("thrifty", [False, True], ids=["plain", "checkpointed"])
+def test_a_cancelled_alignment_resumes_on_a_device_to_the_lora_of_the_cpu(
+    placed, tmp_path, adversarial, thrifty
+):
+    training = replace(SHORT, adversarial=adversarial, gradient_checkpointing=thrifty)
+
+    def cancel(step, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    loras = []
+    for model in placed:
+        mining = mine(model.text, CAT, NEAR, FAR)
+        erasure, state = erase(mining), tmp_path / "state.safetensors"
+        whole = align_erasure(model, erasure, mining, training, images=1)
+        with pytest.raises(KeyboardInterrupt):
+            align_erasure(model, erasure, mining, training, images=1, state=state, on_step=cancel)
+        again = align_erasure(model, erasure, mining, training, images=1, state=state)
+        state.unlink()
+        loras += [whole.lora, again.lora]
+    assert all(b.abs().max() > 0 for _, b in loras[0].values())
+    for lora in loras[1:]:
+        assert lora.keys() == loras[0].keys()
+        for layer, pair in loras[0].items():
+            assert all(map(torch.equal, pair, lora[layer])), layer
+
+
+def test_a_device_without_float64_computes_all_but_the_closed_form(placed):
+    """As Apple's GPUs, whose float64 is the CPU's."""
+    _, model = placed
+    pretend_device.like("mps")
+    try:
+        mining = mine(model.text, CAT, NEAR, FAR)
+        erasure = align_erasure(model, erase(mining), mining, SHORT, images=1)
+    finally:
+        pretend_device.like("cuda")
+    assert erasure.edits[CONTEXT].matrix.isfinite().all() and erasure.lora
+    assert (POOLED in erasure.edits) == (POOLED in mining.pairs.e)
+
+
+def test_what_a_gpu_refuses_is_refused(pretend):
+    here, there = torch.ones(2, device=pretend), torch.ones(2)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + there
+    with pytest.raises(RuntimeError, match="same device"):
+        here + here.to("pretend:1")
+    with pytest.raises(TypeError, match="can't convert"):
+        here.numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(2, device=pretend, generator=torch.Generator())
+    pretend_device.limit(pretend_device.memory()["now"] + 1000)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            torch.empty(1001, dtype=torch.uint8, device=pretend)
+    finally:
+        pretend_device.limit(0)
+    pretend_device.like("mps")
+    try:
+        with pytest.raises(TypeError, match="float64"):
+            here.double()
+    finally:
+        pretend_device.like("cuda")
