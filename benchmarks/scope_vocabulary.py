@@ -39,7 +39,7 @@ from realera.checkpoints.loading import load_model
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE
 from realera.pipelines.unet import DiffusersModel
-from realera.report.scope import CHANGED, scope
+from realera.report.scope import IMAGE_ERASED, scope
 from realera.storage.cache import cached
 from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT, TextEncoder
@@ -167,11 +167,11 @@ def measured(
 def parted(half: str, shares: list[tuple[Tensor, Tensor]]) -> str:
     """How well the report's line parts the words that draw something else from others."""
     share, lost = (torch.cat(of) for of in zip(*shares, strict=True))
-    beyond = share >= CHANGED
+    beyond = share >= IMAGE_ERASED
     accuracies = {t / 20: float((lost == (share >= t / 20)).double().mean()) for t in range(4, 20)}
     return (
-        f"- {half}: of {int(beyond.sum())} words whose latents go {CHANGED} times as far as the "
-        f"anchor's are from the concept's, or more, {100 * lost[beyond].double().mean():.0f} % "
+        f"- {half}: of {int(beyond.sum())} words whose latents go {IMAGE_ERASED} times as far as "
+        f"the anchor's are from the concept's, or more, {100 * lost[beyond].double().mean():.0f} % "
         f"draw something else, of the {int((~beyond).sum())} others "
         f"{100 * lost[~beyond].double().mean():.0f} %. Most words are told rightly at "
         f"{max(accuracies, key=lambda t: accuracies[t])}."

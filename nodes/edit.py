@@ -10,8 +10,7 @@ from ..realera.edit.erasure import Erasure as ErasureOf
 from ..realera.edit.text_layers import family_in
 from ..realera.evaluation.coarse_samples import coarse_samples
 from ..realera.report import plots
-from ..realera.report.scope import GONE
-from ..realera.report.scope import check as checked
+from ..realera.report.scope import ERASED, check_images
 from ..realera.settings import MAX_SUPPRESSION, SolveSettings
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
@@ -145,31 +144,31 @@ class ClosedFormEdit(io.ComfyNode):
                 partial(coarse_samples, ComfyDiffusion(of, mining.text), progress=report)
                 for of in (model, edited)
             )
-            effects = checked(effects, mining.plan.concepts, check, before, after)
-        gone = sum(reach.share_to_anchor >= GONE for reach in effects)
-        told = f"{gone} words go more than half the way to the anchor"
-        drawn = [reach for reach in effects if reach.drawn is not None]
+            effects = check_images(effects, mining.plan.concepts, check, before, after)
+        erased = sum(effect.share_to_anchor >= ERASED for effect in effects)
+        told = f"{erased} words go more than half the way to the anchor"
+        drawn = [effect for effect in effects if effect.image_moved is not None]
         if drawn:
-            changed = sum(reach.gone for reach in drawn)
+            changed = sum(effect.erased for effect in drawn)
             told += f"; of {len(drawn)} that were drawn (✓), {changed} change much"
         picture = to_image(plots.scope_picture(effects))
         listed = "\n".join(
-            f"{reach.word}: {100 * reach.share_to_anchor:.0f} % toward {reach.concept}'s anchor, "
-            f"{100 * reach.moved:.0f} % moved"
-            + ("" if reach.drawn is None else f", {100 * reach.drawn:.0f} % when drawn")
-            for reach in effects
+            f"{e.word}: {100 * e.share_to_anchor:.0f} % toward {e.concept}'s anchor, "
+            f"{100 * e.moved:.0f} % moved"
+            + ("" if e.image_moved is None else f", {100 * e.image_moved:.0f} % when drawn")
+            for e in effects
         )
         shown = {
             "realera_scope": [
                 [
-                    r.word,
-                    r.concept,
-                    round(r.share_to_anchor, 3),
-                    round(r.moved, 3),
-                    None if r.drawn is None else round(r.drawn, 3),
-                    r.gone,
+                    e.word,
+                    e.concept,
+                    round(e.share_to_anchor, 3),
+                    round(e.moved, 3),
+                    None if e.image_moved is None else round(e.image_moved, 3),
+                    e.erased,
                 ]
-                for r in effects
+                for e in effects
             ],
             "text": [told],
         }

@@ -72,7 +72,7 @@ from RealEra.nodes.comfy_weights import plain_weight
 from RealEra.realera import algorithm
 from RealEra.realera.checkpoints.loading import load_model
 from RealEra.realera.checkpoints.writing import write_checkpoint
-from RealEra.realera.cli.output_folder import checked
+from RealEra.realera.cli.output_folder import check_effects
 from RealEra.realera.concepts import parse_concepts
 from RealEra.realera.edit.closed_form import Edit
 from RealEra.realera.edit.erasure_file import load_erasure, save_erasure
@@ -314,11 +314,12 @@ def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
     lines = listed.splitlines()
     assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
     effects = algorithm.scope_report(erasure, found.text, found.plan)
-    due = checked(load_model("miniature"), erasure, found.pairs, effects, 3)[:3]
-    for line, reach in zip(lines, due, strict=False):
-        assert line.startswith(f"{reach.word}: ")
+    concepts = found.plan.concepts
+    due = check_effects(load_model("miniature"), erasure, concepts, effects, 3)[:3]
+    for line, effect in zip(lines, due, strict=False):
+        assert line.startswith(f"{effect.word}: ")
         shown = float(line.rsplit(", ", 1)[1].split(" %")[0])
-        assert abs(shown - 100 * reach.drawn) < 5, (line, reach)
+        assert abs(shown - 100 * effect.image_moved) < 5, (line, effect)
     again = run(edit.ClosedFormEdit, model=model, mining=found, bank=False, check=3)[3]
     assert again == listed
     none = run(edit.ClosedFormEdit, model=model, mining=found, bank=False)[3]

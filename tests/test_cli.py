@@ -46,9 +46,9 @@ def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(fold
     pictures = {"before-after.png", "loss.png", "neighbourhood.png", "scope.png"}
     assert left == {*FILES, *pictures, "scope.txt", "words.txt"}
     assert "airplane" in (folder / "scope.txt").read_text("utf-8")
-    assert "drawn: 2 words in " in (folder / "scope.txt").read_text("utf-8")
+    assert "before and after of 2 words" in (folder / "scope.txt").read_text("utf-8")
     noted = load_erasure(folder / FILES[2]).provenance["scope"]
-    assert [reach["drawn"] is not None for reach in noted[:3]] == [True, True, False]
+    assert [effect["image_moved"] is not None for effect in noted[:3]] == [True, True, False]
     original, erased = load_file(CHECKPOINT), load_file(folder / FILES[0])
     assert original.keys() == erased.keys()
     changed = {key for key in original if not torch.equal(original[key], erased[key])}
@@ -111,7 +111,7 @@ def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path, caps
     assert "warning: the bundled model does not draw the anchor 'sky'" in capsys.readouterr().err
     provenance = load_erasure(out / FILES[2]).provenance
     assert provenance["settings"]["words"] == ["plane taking off from the runway"]
-    assert "plane taking off from the runway" in {reach["word"] for reach in provenance["scope"]}
+    assert "plane taking off from the runway" in {effect["word"] for effect in provenance["scope"]}
 
 
 def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):

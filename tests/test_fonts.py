@@ -110,14 +110,14 @@ def test_no_picture_warns_of_a_missing_glyph_or_shows_the_same_for_two_words(
 ):
     machine(*[font(tmp_path / "Cats.ttf", "猫")] * equipped)
 
-    def reach(word):
+    def effects(word):
         return [WordEffect(word, "airplane", 0.5, 0.5, 0.5, word)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "no font of this machine")
         for show in (
-            lambda word: scope_picture(reach(word)),
+            lambda word: scope_picture(effects(word)),
             lambda word: grid([[RED]], [word], ["a"]),
             lambda word: grid([[RED]], ["a"], [word]),
         ):

@@ -9,7 +9,7 @@ import torch
 from realera.algorithm import erase, mine
 from realera.checkpoints import loading
 from realera.cli import main
-from realera.cli.output_folder import checked, scope_text
+from realera.cli.output_folder import check_effects, scope_text
 from realera.concepts import Concept
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
@@ -19,7 +19,7 @@ from realera.pipelines import sampling
 from realera.pipelines.transformer import TransformerModel
 from realera.pipelines.unet import DiffusersModel
 from realera.report.plots import scope_picture
-from realera.report.scope import WordEffect, by_loss, check, scope
+from realera.report.scope import WordEffect, check_images, largest_first, scope
 from realera.settings import NeighborSettings, SolveSettings
 from realera.text.encoding import CONTEXT
 from tests.tiny_transformers import tiny
@@ -31,9 +31,15 @@ CONCEPTS = (
 WORDS = ["plane", "dog", "boat", "house"]
 
 
-def reach(word, share_to_anchor, drawn=None, concept="airplane"):
+def effect(word, share_to_anchor, image_moved=None, concept="airplane"):
     return WordEffect(
-        word, concept, 0.5, share_to_anchor + 0.1, share_to_anchor, f"a photo of the {word}", drawn
+        word,
+        concept,
+        0.5,
+        share_to_anchor + 0.1,
+        share_to_anchor,
+        f"a photo of the {word}",
+        image_moved,
     )
 
 
@@ -45,9 +51,9 @@ def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away():
     def latents(of):
         return lambda prompts: torch.tensor([of[prompt] for prompt in prompts])[:, None]
 
-    effects = [reach("plane", 0.9), reach("boat", 0.8, concept="ship"), reach("dog", 0.7)]
-    found = check(effects, CONCEPTS, 2, latents(places), latents(moved))
-    assert [(r.word, r.drawn) for r in found] == [
+    effects = [effect("plane", 0.9), effect("boat", 0.8, concept="ship"), effect("dog", 0.7)]
+    found = check_images(effects, CONCEPTS, 2, latents(places), latents(moved))
+    assert [(r.word, r.image_moved) for r in found] == [
         ("plane", pytest.approx(2 / 4)),
         ("boat", pytest.approx(2 / 10)),
         ("dog", None),
@@ -55,15 +61,17 @@ def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away():
 
 
 def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_kind():
-    given = [reach("a", 0.2), reach("b", 0.5), reach("c", 0.8, 0.6), reach("d", 0.1, 0.7)]
-    assert [r.word for r in by_loss(given)] == ["d", "c", "b", "a"]
-    assert [r.gone for r in by_loss(given)] == [True, False, True, False]
+    given = [effect("a", 0.2), effect("b", 0.5), effect("c", 0.8, 0.6), effect("d", 0.1, 0.7)]
+    assert [r.word for r in largest_first(given)] == ["d", "c", "b", "a"]
+    assert [r.erased for r in largest_first(given)] == [True, False, True, False]
     picture = scope_picture(given)
-    assert picture.tobytes() != scope_picture([replace(r, drawn=None) for r in given]).tobytes()
-    lines = scope_text(by_loss(given), 3).splitlines()
-    assert [line.split()[-1] for line in lines[:4]] == ["drawn", "0.70", "0.60", "-"]
-    assert len(lines) == 5 and f"2 words in {COARSE.steps} steps" in lines[-1]
-    assert "drawn" not in scope_text(given[:2], 3)
+    assert (
+        picture.tobytes() != scope_picture([replace(r, image_moved=None) for r in given]).tobytes()
+    )
+    lines = scope_text(largest_first(given), 3).splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == ["moved", "0.70", "0.60", "-"]
+    assert len(lines) == 5 and f"2 words, in {COARSE.steps} steps" in lines[-1]
+    assert "image" not in scope_text(given[:2], 3)
 
 
 def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model):
@@ -105,17 +113,17 @@ def test_a_check_leaves_the_model_as_it_was_and_sees_what_an_erasure_does(name, 
     mining = mine(model.text, CONCEPTS[:1], two, None)
     erasure = erase(mining, SolveSettings(bank=False))
     effects = scope(erasure, model.text, CONCEPTS[:1], [*WORDS, "airplane"])
-    found = checked(model, erasure, CONCEPTS[:1], effects, 3)
+    found = check_effects(model, erasure, CONCEPTS[:1], effects, 3)
     assert model.fingerprint == before
-    assert [r.drawn is not None for r in found] == [True] * 3 + [False] * 2
+    assert [r.image_moved is not None for r in found] == [True] * 3 + [False] * 2
     assert {r.word for r in found[:3]} == {r.word for r in effects[:3]}
-    assert all(r.drawn > 1e-3 for r in found[:3])
-    assert found == checked(model, erasure, CONCEPTS[:1], effects, 3)
+    assert all(r.image_moved > 1e-3 for r in found[:3])
+    assert found == check_effects(model, erasure, CONCEPTS[:1], effects, 3)
     still = replace(
         erasure, edits={s: Edit.from_matrix(torch.eye(e.dim)) for s, e in erasure.edits.items()}
     )
-    same = checked(model, still, CONCEPTS[:1], effects, 3)
-    assert all(r.drawn == pytest.approx(0, abs=1e-3) for r in same[:3])
+    same = check_effects(model, still, CONCEPTS[:1], effects, 3)
+    assert all(r.image_moved == pytest.approx(0, abs=1e-3) for r in same[:3])
 
 
 def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
@@ -133,7 +141,7 @@ def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checked(tiny_model, erasure, CONCEPTS, effects, 2, interrupted)
+        check_effects(tiny_model, erasure, CONCEPTS, effects, 2, interrupted)
     assert calls == [4 + 2, 2] and tiny_model.fingerprint == before
 
 
@@ -142,7 +150,7 @@ def test_the_command_computes_on_the_device_and_in_the_precision_that_it_is_give
 ):
     path = tmp_path / "erasure.safetensors"
     provenance = {"concepts": [{"name": "airplane", "anchor": "tree", "templates": ["a {}"]}]}
-    save_erasure(Erasure({CONTEXT: Edit(torch.eye(256))}, provenance=provenance), path)
+    save_erasure(Erasure({CONTEXT: Edit.from_matrix(torch.eye(256))}, provenance=provenance), path)
     (tmp_path / "words.txt").write_text("jet\nhat\n", "utf-8")
     loaded, load = [], loading.load_text
 

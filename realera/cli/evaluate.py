@@ -87,7 +87,7 @@ def run_scope(options: argparse.Namespace) -> None:
     from ..edit.erasure import concepts_of
     from ..edit.erasure_file import load_erasure
     from ..report.scope import scope
-    from .output_folder import checked, scope_text
+    from .output_folder import check_effects, scope_text
 
     erasure, model = load_erasure(options.erasure), load(options) if options.check else None
     text = model.text if model else load_encoder(options)
@@ -96,7 +96,7 @@ def run_scope(options: argparse.Namespace) -> None:
     effects = scope(erasure, text, concepts, words)
     if model:
         with progress_bar("words") as progress:
-            effects = checked(model, erasure, concepts, effects, options.check, progress)
+            effects = check_effects(model, erasure, concepts, effects, options.check, progress)
     print(scope_text(effects, options.count))
 
 

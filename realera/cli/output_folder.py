@@ -1,4 +1,4 @@
-"""What `realera erase` leaves in a folder: checkpoint, LoRA, erasure, scope report, pictures."""
+"""The output folder of `realera erase`: checkpoint, LoRA, erasure, scope report and plots."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from ..mining.plan import Plan
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
-from ..report.scope import WordEffect, check
+from ..report.scope import WordEffect, check_images
 from ..settings import TOLERANCE
 from ..storage.safetensors_file import refuse_source, replaced_file, writing
 from ..text.encoding import CONTEXT, TextEncoder
@@ -32,7 +32,8 @@ PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 class Folder:
     """A folder for the outputs of one erasure.
 
-    source: the model that is erased from; overwrite: replace what stands there
+    source: the model that concepts are erased from
+    overwrite: whether files that exist are replaced
     """
 
     path: Path
@@ -49,10 +50,12 @@ class Folder:
         return [*tensors, "scope.txt", "words.txt"]
 
     def refuse_existing(self, names: Sequence[str] = (), read: Sequence[str] = ()) -> None:
-        """Before any work is done: raises FileExistsError for what may not be overwritten.
+        """Raises FileExistsError for files that may not be overwritten, before any work is done.
 
-        names: of more files to write; read: files that the run reads beside the model. Raises
-        ValueError when the model or one of them would be replaced.
+        names: names of more files to write
+        read: files that the run reads beside the model
+
+        Raises ValueError when the model or a file that is read would be replaced.
         """
         model = locate(self.source)
         for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
@@ -88,8 +91,8 @@ class Folder:
         """
         effects = scope_report(erasure, text, plan)
         if checks and model is not None:
-            effects = checked(model, erasure, plan.concepts, effects, checks, progress)
-        noted = {**erasure.provenance, "scope": [asdict(reach) for reach in effects[:100]]}
+            effects = check_effects(model, erasure, plan.concepts, effects, checks, progress)
+        noted = {**erasure.provenance, "scope": [asdict(effect) for effect in effects[:100]]}
         erasure = replace(erasure, provenance=noted)
         pictures = {
             "neighbourhood": geometry(text, plan),
@@ -116,7 +119,7 @@ class Folder:
         return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
-        """The first three of `files`; returns what to tell the user of the LoRA."""
+        """Writes the first three of `files`; returns a line on the LoRA for the user."""
         checkpoint, lora, whole, *_ = self.files
         self.path.mkdir(parents=True, exist_ok=True)
         save_erasure(erasure, self.path / whole, self.overwrite)
@@ -125,7 +128,7 @@ class Folder:
         return f"LoRA of rank {cut.rank}, {cut.error:.2%} of the edit left out"
 
 
-def checked(
+def check_effects(
     model: Diffusion,
     erasure: Erasure,
     concepts: Sequence[Concept],
@@ -133,7 +136,7 @@ def checked(
     count: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[WordEffect, ...]:
-    """The scope report with its first `count` words drawn; the model is left as it was."""
+    """The scope report with images of its first `count` words; the model is left as it was."""
 
     def before(prompts: Sequence[str]) -> torch.Tensor:
         return coarse_samples(model, prompts, progress)
@@ -142,7 +145,7 @@ def checked(
         with temporarily_erased(erasure, model.network):
             return before(prompts)
 
-    return check(effects, concepts, count, before, after)
+    return check_images(effects, concepts, count, before, after)
 
 
 def before_after(
@@ -152,7 +155,7 @@ def before_after(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Image.Image:
-    """What the model draws before and after, from the same noise."""
+    """Images of the prompts before and after, from the same noise."""
 
     def images() -> list[torch.Tensor]:
         batches = sample_images(model, prompts, 1, Sampling(seed=seed), progress)
@@ -179,20 +182,21 @@ def words_text(plan: Plan) -> str:
 
 
 def scope_text(effects: Sequence[WordEffect], count: int) -> str:
-    """The first `count` lines of a scope report as a table, and how words of it were drawn."""
-    width = max((len(reach.word) for reach in effects[:count]), default=0)
+    """The first `count` lines of a scope report as a table, and how words were sampled."""
+    width = max((len(effect.word) for effect in effects[:count]), default=0)
     width = max(20, min(width, 40))
-    drawn = sum(reach.drawn is not None for reach in effects)
+    sampled = sum(effect.image_moved is not None for effect in effects)
     lines = [f"{'word':{width}} concept        closeness  moved  toward the anchor"]
-    lines[0] += "  drawn" if drawn else ""
-    for reach in effects[:count]:
-        numbers = f"{reach.closeness:9.2f}  {reach.moved:5.2f}  {reach.share_to_anchor:17.2f}"
-        if drawn:
-            numbers += "      -" if reach.drawn is None else f"  {reach.drawn:5.2f}"
-        lines.append(f"{reach.word[:width]:{width}} {reach.concept[:14]:14} {numbers}")
-    if drawn:
+    lines[0] += "  image moved" if sampled else ""
+    for effect in effects[:count]:
+        numbers = f"{effect.closeness:9.2f}  {effect.moved:5.2f}  {effect.share_to_anchor:17.2f}"
+        if sampled:
+            image = "-" if effect.image_moved is None else f"{effect.image_moved:.2f}"
+            numbers += f"  {image:>11}"
+        lines.append(f"{effect.word[:width]:{width}} {effect.concept[:14]:14} {numbers}")
+    if sampled:
         lines.append(
-            f"drawn: {drawn} words in {COARSE.steps} steps from one noise, before and after; 1: as "
-            "far apart as the anchor and the concept; -: not drawn, foretold"
+            f"image moved: distance of the images before and after of {sampled} words, in "
+            f"{COARSE.steps} steps from one noise; 1: as far as from the concept to the anchor"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Pictures of an erasure, as PIL images: before and after, the loss, the ring, the scope.
+"""Plots of an erasure, as PIL images: before and after, loss, neighbourhood, scope report.
 
 matplotlib is imported where a plot is drawn: ComfyUI imports this file at every start.
 """
@@ -17,7 +17,7 @@ from ..mining.neighbourhood import Neighbourhood
 from ..mining.pairs import MinedRows
 from ..mining.plan import Plan
 from ..text.encoding import CONTEXT
-from .scope import WordEffect, by_loss
+from .scope import WordEffect, largest_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +39,13 @@ def grid(
     column_names: Sequence[str] = (),
     size: int = 128,
 ) -> Image.Image:
-    """Images [3, h, w] in [0, 1] as labelled rows, for example before and after by prompt.
+    """Images as labelled rows, for example before and after by prompt.
 
-    size: side of a cell in pixels; None leaves a cell empty; long names are broken or shortened.
-    Raises ValueError when the names do not fit the cells.
+    rows: images [3, h, w] in [0, 1]; None leaves a cell empty
+    row_names, column_names: labels, which are broken into lines or shortened where they are long
+    size: side of a cell in pixels
+
+    Raises ValueError when there are not as many names as rows or columns.
     """
     from .fonts import break_lines, renderable, width_of
 
@@ -108,7 +111,7 @@ def loss_curve(
 ) -> Image.Image:
     """The loss of every step and its running mean; Eq. 8 on odd steps, Eq. 9 on even ones.
 
-    losses: step, from 1, -> loss; a run that was resumed has the steps since then, maybe none
+    losses: step, from 1, -> loss; of a resumed run, only the steps since then, if any
     """
     figure = _figure(7, 3.6)
     axes = figure.subplots()
@@ -125,7 +128,9 @@ def loss_curve(
             axes.plot([], [], color=colour, label=name)
     if losses and min(losses.values()) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=title if losses else "no step was left to make")
+    axes.set(
+        xlabel="step", ylabel="loss", title=title if losses else "training was complete already"
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
@@ -184,39 +189,40 @@ def words(plan: Plan, count: int = 48) -> Image.Image:
 
 
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
-    """Words as they are, a dollar sign too, which would start a formula."""
+    """Labels rows with words; a dollar sign is no formula."""
     from .fonts import renderable
 
     axes.set_yticks(range(len(names)), renderable(names), fontsize=8, parse_math=False)
 
 
 def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image:
-    """What goes with the concept: the words that lose most, and how far they go.
+    """The largest effects of a scope report.
 
-    The bar is the share of the way from concept to anchor, the dot how much moved in any direction,
-    the diamond how far the drawing of a word went that was drawn.
-    Raises ValueError when the report is empty.
+    Bars show the share of the way from concept to anchor, dots how far the row moved in any
+    direction, diamonds how far the images of sampled words moved. Raises ValueError when the report
+    is empty.
     """
     if not effects:
-        raise ValueError("an empty scope report: give some words to look at")
-    shown = by_loss(effects)[:count]
+        raise ValueError("an empty scope report: give some words to report on")
+    shown = largest_first(effects)[:count]
     figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
     axes = figure.subplots()
     places = range(len(shown))
-    several = len({reach.concept for reach in effects}) > 1
-    names = [f"{r.word} ({r.concept})" if several else r.word for r in shown]
-    share_to_anchor = [100 * reach.share_to_anchor for reach in shown]
-    colours = [ERASED if reach.gone else KEPT for reach in shown]
-    axes.barh(places, share_to_anchor, color=colours, height=0.7, label="toward the anchor")
-    axes.plot([100 * r.moved for r in shown], places, "o", ms=3.5, color="black", label="moved")
-    drawn = [(100 * r.drawn, n) for n, r in enumerate(shown) if r.drawn is not None]
-    if drawn:
-        axes.plot(*zip(*drawn, strict=True), "D", ms=4.5, mfc="white", mec="black", label="drawn")
+    several = len({effect.concept for effect in effects}) > 1
+    names = [f"{e.word} ({e.concept})" if several else e.word for e in shown]
+    shares = [100 * effect.share_to_anchor for effect in shown]
+    colours = [ERASED if effect.erased else KEPT for effect in shown]
+    axes.barh(places, shares, color=colours, height=0.7, label="toward the anchor")
+    axes.plot([100 * e.moved for e in shown], places, "o", ms=3.5, color="black", label="moved")
+    images = [(100 * e.image_moved, n) for n, e in enumerate(shown) if e.image_moved is not None]
+    if images:
+        style: dict[str, Any] = {"ms": 4.5, "mfc": "white", "mec": "black"}
+        axes.plot(*zip(*images, strict=True), "D", label="image moved", **style)
     _name_rows(axes, names)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.axvline(0, color=PLAIN, lw=0.8)
-    axes.set(xlabel="percent", title="what the erasure takes along")
+    axes.set(xlabel="percent", title="words that the erasure changes most")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)

@@ -1,8 +1,8 @@
-"""What an erasure takes along, before an image is drawn: the scope report.
+"""The scope report: which words an erasure changes, before any image is drawn.
 
-T tells it. For the summary row x of a prompt, *moved* is |T x - x| / |x| and *toward the anchor* is
-how much of e - e* was exchanged for the anchor's meaning. That foretells pictures moderately; what
-the network itself makes of a word, before and after, tells more (`check`).
+The report reads T alone. For the summary row x of a word's prompt, *moved* is |T x - x| / |x|, and
+*toward the anchor* is the share of e - e* that T takes from x. Both predict images moderately;
+coarse samples of the word before and after predict them better (`check_images`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,21 +18,23 @@ from ..mining.pairs import first_summaries
 from ..mining.vocabulary import vocabulary_rows, word_rows
 from ..text.encoding import CONTEXT, TextEncoder
 
-GONE = 0.5  # of the way to the anchor
-# Of drawings: where words that draw something else part best from others, by the concepts that
-# parameters are chosen on (`benchmarks/scope_vocabulary.py`).
-CHANGED = 0.65
+ERASED = 0.5  # share of e - e* from which a word counts as erased
+# Distance of the images from which a word counts as erased: it separates words that draw another
+# class best, on the concepts that parameters are chosen on (`benchmarks/scope_vocabulary.py`).
+IMAGE_ERASED = 0.65
 
 
 @dataclass(frozen=True)
 class WordEffect:
-    """What happens to one prompt or word.
+    """The effect of an erasure on one word or prompt.
 
-    moved: |T x - x| / |x|; toward: the share of e - e* that was exchanged, 1 for the concept itself
-    closeness: the centred cosine with the concept; concept: the concept it is nearest to
+    concept: name of the concept that the word counts for
+    closeness: centred cosine of the word and the concept
+    moved: |T x - x| / |x| for the word's summary row x
+    share_to_anchor: share of e - e* that T takes from x, 1 for the concept itself
     prompt: the word in its template
-    drawn: how far its drawing moved, 1: as far as the anchor's is from the concept's; None where
-        it was not drawn
+    image_moved: distance of the word's coarse samples before and after, in units of the distance
+        of the concept's and the anchor's; None where the word was not sampled
     """
 
     word: str
@@ -41,20 +43,23 @@ class WordEffect:
     moved: float
     share_to_anchor: float
     prompt: str
-    drawn: float | None = None
+    image_moved: float | None = None
 
     @property
-    def gone(self) -> bool:
-        """Whether it draws something else now, by its drawing where there is one."""
-        return self.share_to_anchor >= GONE if self.drawn is None else self.drawn >= CHANGED
+    def erased(self) -> bool:
+        """Whether the word draws something else now, by its samples where there are any."""
+        if self.image_moved is None:
+            return self.share_to_anchor >= ERASED
+        return self.image_moved >= IMAGE_ERASED
 
 
-def by_loss(effects: Iterable[WordEffect]) -> tuple[WordEffect, ...]:
-    """Those that were drawn, then the others, by how far they moved: what foretells pictures best
-    without drawing any."""
+def largest_first(effects: Iterable[WordEffect]) -> tuple[WordEffect, ...]:
+    """Effects on words that were sampled, by `image_moved`, then on the others, by `moved`, which
+    predicts images best without samples."""
 
-    def key(reach: WordEffect) -> tuple[bool, float]:
-        return reach.drawn is None, -(reach.moved if reach.drawn is None else reach.drawn)
+    def key(effect: WordEffect) -> tuple[bool, float]:
+        image_moved = effect.image_moved
+        return image_moved is None, -(effect.moved if image_moved is None else image_moved)
 
     return tuple(sorted(effects, key=key))
 
@@ -68,20 +73,18 @@ def scope(
     centres: Mapping[str, Tensor] | None = None,
     owners: Sequence[int] | None = None,
 ) -> tuple[WordEffect, ...]:
-    """The effect of the edit on each of `words`, the most moved first.
+    """Effects of T on words, `largest_first`.
 
-    words: words to look at, the whole vocabulary unless given
-    template: template of the words ("{}" for prompts as they are), each concept's own first one
-        unless given
-    centres: template -> row that closeness is measured around, [dim]; the words' own mean unless
-        given
-    owners: number of the concept that each word counts for, the nearest one unless given
+    words: words to report on; None: the whole vocabulary
+    template: template of the words, "{}" for whole prompts; None: each concept's first one
+    centres: template -> row that closeness is measured around, [dim]; None: the words' mean
+    owners: index of the concept that each word counts for; None: the nearest one
 
     Raises ValueError when the erasure was made for another encoder, or there is no word.
     """
     edit, listed = erasure.edits[CONTEXT], text.words() if words is None else list(words)
     if not listed:
-        raise ValueError("no word to look at: give at least one word or prompt")
+        raise ValueError("no word to report on: give at least one word or prompt")
     concept_rows, anchor_rows = first_summaries(text, concepts)  # [concepts, dim]
     if concept_rows.shape[1] != edit.dim:
         raise ValueError(
@@ -108,34 +111,34 @@ def scope(
     for word, (closeness, moved, share, n) in zip(listed, numbers.T.tolist(), strict=True):
         prompt = templates[int(n)].replace("{}", word)
         effects.append(WordEffect(word, concepts[int(n)].name, closeness, moved, share, prompt))
-    return by_loss(effects)
+    return largest_first(effects)
 
 
-def check(
+def check_images(
     effects: Sequence[WordEffect],
     concepts: Sequence[Concept],
     count: int,
     before: Callable[[Sequence[str]], Tensor],
     after: Callable[[Sequence[str]], Tensor],
 ) -> tuple[WordEffect, ...]:
-    """The report with its first `count` words drawn, `by_loss`.
+    """The report with `image_moved` of its first `count` words, `largest_first`.
 
-    before, after: prompts -> latents [prompts, ...] that the original and the erased model draw
-    from the same noise, as `coarse_samples.coarse_samples` does
+    before, after: functions from prompts to latents [prompts, ...] that the original and the erased
+        model sample from the same noise (`coarse_samples.coarse_samples`)
     """
-    some = effects[:count]
-    prompts = [effect.prompt for effect in some]
-    shown = {effect.concept for effect in some}
-    concepts = [concept for concept in concepts if concept.name in shown]
-    own = [concept.templates[0].replace("{}", concept.name) for concept in concepts]
-    anchors = [concept.templates[0].replace("{}", concept.anchor) for concept in concepts]
-    was = before([*own, *anchors, *prompts]).flatten(1)
-    concept_images, targets, words = was.split([len(own), len(own), len(some)])
-    names = [concept.name for concept in concepts]
-    whole = dict(zip(names, (targets - concept_images).norm(dim=1), strict=True))
-    moved = (after(prompts).flatten(1) - words).norm(dim=1)
-    drawn = [
-        replace(effect, drawn=float(far / whole[effect.concept]))
-        for effect, far in zip(some, moved, strict=True)
+    checked = effects[:count]
+    prompts = [effect.prompt for effect in checked]
+    named = {effect.concept for effect in checked}
+    concepts = [concept for concept in concepts if concept.name in named]
+    concept_prompts = [c.templates[0].replace("{}", c.name) for c in concepts]
+    anchor_prompts = [c.templates[0].replace("{}", c.anchor) for c in concepts]
+    latents = before([*concept_prompts, *anchor_prompts, *prompts]).flatten(1)
+    of_concepts, of_anchors, of_words = latents.split([len(concepts)] * 2 + [len(checked)])
+    lengths = (of_anchors - of_concepts).norm(dim=1)
+    units = {c.name: length for c, length in zip(concepts, lengths, strict=True)}
+    distances = (after(prompts).flatten(1) - of_words).norm(dim=1)
+    measured = [
+        replace(effect, image_moved=float(distance / units[effect.concept]))
+        for effect, distance in zip(checked, distances, strict=True)
     ]
-    return by_loss([*drawn, *effects[count:]])
+    return largest_first([*measured, *effects[count:]])
