@@ -17,7 +17,7 @@ from .files import state_path
 from .page import to_image
 from .preview import preview_latents, previewer
 from .progress import reporter, tell
-from .schema import Erasure, MiningWire, advanced, schema, seed_input
+from .schema import ErasureWire, MiningWire, advanced, schema, seed_input
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,8 +32,9 @@ class LoraAlign(io.ComfyNode):
             node_id="RealEraLoraAlign",
             display_name="LoRA Align",
             description=(
-                "Trains a small LoRA on top of the edit, so that the edited model draws the anchor "
-                "as the original one would (RealEra, Sec. 4.3). Give it the original MODEL."
+                "Trains a small LoRA on top of the edit, so that the edited model predicts for the "
+                "concept what the original model predicts for the anchor (RealEra, Sec. 4.3). "
+                "Connect the original MODEL."
             ),
             search_aliases=[
                 "train lora",
@@ -42,21 +43,21 @@ class LoraAlign(io.ComfyNode):
                 "concept erasure",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The original MODEL, not the edited one."),
-                Erasure.Input("erasure", tooltip="From Closed-Form Edit."),
+                io.Model.Input("model", tooltip="Original model, not the edited one."),
+                ErasureWire.Input("erasure", tooltip="Erasure from Closed-Form Edit."),
                 MiningWire.Input(
                     "mining",
                     tooltip=(
-                        "What the erasure was made from. Without Beyond Sampler in it Eq. 9 keeps "
-                        "its first term only."
+                        "Mining that the erasure was made from. Without Beyond Sampler in it, only "
+                        "the first term of Eq. 9 is trained."
                     ),
                 ),
                 io.Latent.Input(
                     "latents",
                     optional=True,
                     tooltip=(
-                        "Images of the anchors, equally many for every concept and in their order. "
-                        "Without them the original model draws some."
+                        "Images of the anchors, equally many for every concept and in the order of "
+                        "the concepts. Without them the original model draws some."
                     ),
                 ),
                 io.Int.Input(
@@ -65,7 +66,7 @@ class LoraAlign(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=100_000,
-                    tooltip="Training steps; the paper takes 200.",
+                    tooltip="Training steps; 200 in the paper.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -73,7 +74,10 @@ class LoraAlign(io.ComfyNode):
                     default=DEFAULTS.rank,
                     min=1,
                     max=128,
-                    tooltip="Rank of the LoRA: how much it can learn, and how large its file is.",
+                    tooltip=(
+                        "Rank of the LoRA, which decides how much it can learn and how large its "
+                        "file is."
+                    ),
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -82,7 +86,7 @@ class LoraAlign(io.ComfyNode):
                     min=1e-7,
                     max=1.0,
                     step=1e-7,
-                    tooltip="Step size of the optimiser; the paper takes 1e-5.",
+                    tooltip="Learning rate of the optimiser; 1e-5 in the paper.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -90,7 +94,7 @@ class LoraAlign(io.ComfyNode):
                     default=DEFAULTS.batch,
                     min=1,
                     max=64,
-                    tooltip="Prompts per step. Lower it when memory runs out.",
+                    tooltip="Prompts per training step. Lower it when memory runs out.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -99,7 +103,9 @@ class LoraAlign(io.ComfyNode):
                         default=8,
                         min=1,
                         max=256,
-                        tooltip="Images of every anchor to draw when no LATENT is given.",
+                        tooltip=(
+                            "Number of images to draw of each anchor when no latents are connected."
+                        ),
                     )
                 ),
                 advanced(
@@ -109,8 +115,8 @@ class LoraAlign(io.ComfyNode):
                         options=list(PRECISIONS),
                         default="auto",
                         tooltip=(
-                            "What the model computes in. auto: as ComfyUI draws. float32 "
-                            "needs more memory and never overflows."
+                            "Data type of the computation. auto: as ComfyUI samples. float32: more "
+                            "memory, no overflow."
                         ),
                     )
                 ),
@@ -120,8 +126,9 @@ class LoraAlign(io.ComfyNode):
                         optional=True,
                         default=DEFAULTS.gradient_checkpointing,
                         tooltip=(
-                            "Needs much less memory and up to half more time, for the same LoRA. "
-                            "It comes on by itself where the free memory would not do without it."
+                            "Whether activations are recomputed in the backward pass: much less "
+                            "memory and up to half more time, for the same LoRA. Switched on "
+                            "automatically where the free memory requires it."
                         ),
                     )
                 ),
@@ -133,8 +140,9 @@ class LoraAlign(io.ComfyNode):
                         min=0,
                         max=100_000,
                         tooltip=(
-                            "Steps between two previews: the concept as the model draws it by "
-                            "then, from the same noise. 0: none. The LoRA is the same either way."
+                            "Steps between two previews, which show the concept as drawn by the "
+                            "LoRA so far, always from the same noise. 0: no previews. The trained "
+                            "LoRA is the same either way."
                         ),
                     )
                 ),
@@ -143,14 +151,14 @@ class LoraAlign(io.ComfyNode):
                         "resume",
                         optional=True,
                         default="",
-                        placeholder="name of a saved state",
+                        placeholder="name of a training state",
                         tooltip=(
-                            "A name to keep the training state under, in output/realera. A run "
-                            "that was cancelled goes on from there. Empty: keep none."
+                            "Name of a training state in output/realera, from which a cancelled "
+                            "run resumes. Empty: no state is saved."
                         ),
                     )
                 ),
-                seed_input("The same seed trains the same LoRA."),
+                seed_input("Seed of the training; the same seed trains the same LoRA."),
                 advanced(
                     io.Int.Input(
                         "adversarial",
@@ -159,17 +167,19 @@ class LoraAlign(io.ComfyNode):
                         min=0,
                         max=256,
                         tooltip=(
-                            "Contexts that are sought between the steps, by gradient, to bring the "
-                            "concept back, and then aligned. Try 12 with rank 16, a learning rate "
-                            "of 5e-4 and a batch of 12; a step takes several times as long. 0: "
-                            "none, as in the paper."
+                            "Number of adversarial contexts: embeddings that bring the concept "
+                            "back, found by gradient between the steps and then aligned to the "
+                            "anchor. Try 12 with rank 16, learning rate 5e-4 and batch 12; a step "
+                            "takes several times as long. 0: none, as in the paper."
                         ),
                     )
                 ),
             ],
             outputs=[
-                Erasure.Output(display_name="erasure", tooltip="The erasure with its LoRA."),
-                io.Image.Output(display_name="loss", tooltip="The loss of every step."),
+                ErasureWire.Output(
+                    display_name="erasure", tooltip="Erasure with the trained LoRA."
+                ),
+                io.Image.Output(display_name="loss", tooltip="Chart of the loss of every step."),
             ],
             view=True,
             alone=False,
@@ -235,8 +245,8 @@ class LoraAlign(io.ComfyNode):
         def on_step(step: int, loss: float) -> None:
             losses[step] = loss
             server = PromptServer.instance
-            step_made = {"node": node, "step": step, "steps": steps, "loss": loss}
-            server.send_sync("realera.step", step_made, server.client_id)
+            progress = {"node": node, "step": step, "steps": steps, "loss": loss}
+            server.send_sync("realera.step", progress, server.client_id)
             preview = None
             if painter is not None and step % preview_every == 0:
                 with torch.no_grad():
@@ -250,17 +260,17 @@ class LoraAlign(io.ComfyNode):
             lora = align(diffusion, inputs, run, on_step=on_step, state=state)
         picture = to_image(plots.loss_curve(losses))
         last = list(losses.values())[-AVERAGED:]
-        summary = f"{steps} steps, the last {len(last)} with a loss of {sum(last) / len(last):.4f}"
-        shown = {"realera_loss": list(losses.items()), "text": [summary]}
+        sentence = f"{steps} steps; mean loss of the last {len(last)}: {sum(last) / len(last):.4f}"
+        view = {"realera_loss": list(losses.items()), "text": [sentence]}
         aligned = erasure.with_lora(lora, asdict(run))
-        return io.NodeOutput(aligned, picture, ui=shown)
+        return io.NodeOutput(aligned, picture, ui=view)
 
 
 def _by_concept(samples: Tensor, concepts: int) -> Tensor:
     """[n, channels, h, w] -> [concepts, n / concepts, channels, h, w]."""
     if len(samples) % concepts:
         raise ValueError(
-            f"{len(samples)} latents for {concepts} concepts: give equally many images of every "
+            f"{len(samples)} latents for {concepts} concepts: connect equally many images of every "
             "anchor, in the order of the concepts"
         )
     return samples.unflatten(0, (concepts, -1))

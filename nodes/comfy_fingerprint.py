@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import comfy.weight_adapter
@@ -63,6 +64,8 @@ def _contents(value: Any) -> Any:
         return [_contents(entry) for entry in value]
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         return [type(value).__name__, _contents(value.weights)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__name__, [_contents(getattr(value, f.name)) for f in fields(value)]]
     name = getattr(value, "__qualname__", "")
     module = getattr(value, "__module__", "")
     if getattr(sys.modules.get(module), name, None) is value:

@@ -24,9 +24,11 @@ from .comfy_weights import stored_weights
 class ComfyDiffusion:
     """A MODEL with its CLIP, and with a VAE where images are wanted.
 
-    Times are ComfyUI's sigmas: what the network is given at a sigma, its input's scale and its time
-    step, is the MODEL's own sampling object's to say, whatever it predicts. Raises ValueError when
-    no layer of the MODEL reads a context, and when the CLIP is of another family.
+    Times are ComfyUI's sigmas; the sampling object of the MODEL converts them to the scale of the
+    network's input and to its time step, whatever the network predicts.
+
+    Raises ValueError when no layer of the MODEL reads a context, and when the CLIP belongs to
+    another family.
     """
 
     def __init__(
@@ -87,20 +89,19 @@ class ComfyDiffusion:
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
         """The network's own output for latents as `noised` gives them."""
-        ask = self._ask_unet if self.family is None else self._ask_transformer
+        predict = self._predict_unet if self.family is None else self._predict_transformer
         times = times.expand(len(latents))
         parts, order = [], []
-        for of in alike(encoding):
-            here = of.to(latents.device)
-            parts.append(
-                ask(latents[here], times[here.to(times.device)], rows_of(encoding.take(of)))
-            )
-            order.append(here)
+        for prompts in alike(encoding):
+            index = prompts.to(latents.device)
+            rows = rows_of(encoding.take(prompts))
+            parts.append(predict(latents[index], times[index.to(times.device)], rows))
+            order.append(index)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _ask_unet(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    def _predict_unet(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         base = self.model.model
         dtype = base.manual_cast_dtype or base.get_dtype()
         device = latents.device
@@ -119,28 +120,28 @@ class ComfyDiffusion:
             **conditions,
         ).float()
 
-    def _ask_transformer(
+    def _predict_transformer(
         self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]
     ) -> Tensor:
-        """As ComfyUI asks it, with all that it tells beside the text; its own output is taken."""
-        base, x, made = self.model.model, self._with_frame(latents), []
+        """The network's output within `apply_model`, which prepares its other conditions."""
+        base, x, outputs = self.model.model, self._with_frame(latents), []
         conditions = base.extra_conds(
             noise=x,
             latent_image=torch.zeros_like(x),
             device=x.device,
             cross_attn=rows[CONTEXT].to(x.device),
-            **self._beside(rows),
+            **self._conditions(rows),
         )
-        given = {
+        extra = {
             name: condition.process_cond(batch_size=len(x), device=x.device, area=None).cond
             for name, condition in conditions.items()
         }
-        hook = self.network.register_forward_hook(lambda _, given, output: made.append(output))
+        hook = self.network.register_forward_hook(lambda _, inputs, output: outputs.append(output))
         try:
-            base.apply_model(x, times.to(x.device), transformer_options=self._options, **given)
+            base.apply_model(x, times.to(x.device), transformer_options=self._options, **extra)
         finally:
             hook.remove()
-        return self._without_frame(made[0]).float()
+        return self._without_frame(outputs[0]).float()
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -149,8 +150,8 @@ class ComfyDiffusion:
         options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
         return options
 
-    def _beside(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        """What ComfyUI keeps of a prompt beside its rows."""
+    def _conditions(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """Conditions of a prompt in addition to the rows of its context."""
         pooled = rows[POOLED][:, 0] if POOLED in rows else None
         if self.family is None or not FAMILIES[self.family]["comfyui"].get("mask"):
             return {"pooled_output": pooled}
@@ -160,9 +161,9 @@ class ComfyDiffusion:
     def sample(
         self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
-        """Latents [n, channels, h, w] by DDIM or Euler, as the core's protocol asks for it."""
-        how = ("ddim", "ddim_uniform") if self.family is None else ("euler", "simple")
-        return self.denoise(encoding, negative, noise, steps, guidance, *how)
+        """Latents [n, channels, h, w], by DDIM for U-Nets and by Euler for transformers."""
+        sampler = ("ddim", "ddim_uniform") if self.family is None else ("euler", "simple")
+        return self.denoise(encoding, negative, noise, steps, guidance, *sampler)
 
     def denoise(
         self,
@@ -175,34 +176,34 @@ class ComfyDiffusion:
         scheduler: str = "ddim_uniform",
         seed: int = 0,
     ) -> Tensor:
-        """Latents of the noise's shape by any of ComfyUI's samplers, with its Cancel and memory."""
+        """Latents of the shape of the noise, by any of ComfyUI's samplers."""
         parts, order = [], []
-        for of in alike(encoding, negative.like(encoding)):
-            own = encoding.take(of)
-            other = negative if negative.prompts == 1 else negative.take(of)
+        for prompts in alike(encoding, negative.like(encoding)):
+            without = negative if negative.prompts == 1 else negative.take(prompts)
             positive, negatives = (
-                [[rows[CONTEXT], self._beside(rows)]] for rows in (rows_of(own), rows_of(other))
+                [[rows[CONTEXT], self._conditions(rows)]]
+                for rows in (rows_of(encoding.take(prompts)), rows_of(without))
             )
-            some = self._with_frame(noise[of])
+            start = self._with_frame(noise[prompts])
             samples = comfy.sample.sample(
                 self.model,
-                some,
+                start,
                 steps,
                 guidance,
                 sampler,
                 scheduler,
                 positive,
                 negatives,
-                torch.zeros_like(some),
-                callback=latent_preview.prepare_callback(self.model, steps),  # hears Cancel, too
+                torch.zeros_like(start),
+                callback=latent_preview.prepare_callback(self.model, steps),  # and raises on Cancel
                 seed=seed,
             )
             parts.append(self.encoded(samples))
-            order.append(of)
+            order.append(prompts)
         return torch.cat(parts)[torch.cat(order).argsort()] if len(parts) > 1 else parts[0]
 
     def encoded(self, samples: Tensor) -> Tensor:
-        """What ComfyUI's LATENT holds as the network has it, float32 [n, channels, h, w]."""
+        """Samples of a LATENT in the scale of the network, float32 [n, channels, h, w]."""
         return self._without_frame(self.latents.process_in(samples.float()))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -216,18 +217,18 @@ class ComfyDiffusion:
 
     @property
     def latents(self) -> Any:
-        """Their format, as the MODEL has it: some sampling nodes give it another one."""
+        """Format of the latents, which some sampling nodes replace."""
         return self.model.get_model_object("latent_format")
 
     def _with_frame(self, latents: Tensor) -> Tensor:
-        """Of a single frame, where the latents are a video's: [n, channels, 1, h, w]."""
+        """Latents [n, channels, 1, h, w] of a single frame for a video model, else unchanged."""
         return latents[:, :, None] if self.latents.latent_dimensions == 3 else latents
 
     def _without_frame(self, latents: Tensor) -> Tensor:
         return latents[:, :, 0] if latents.ndim == 5 else latents
 
     def _with_mask(self, latents: Tensor) -> Tensor:
-        """Inpainting U-Nets read a mask and a masked image too: everything is to be painted."""
+        """Latents with a full mask and an empty masked image, which inpainting U-Nets read too."""
         blank = torch.zeros_like(latents)
         added = self.model.model.concat_cond(
             noise=latents, latent_image=blank, device=latents.device
@@ -236,51 +237,56 @@ class ComfyDiffusion:
 
 
 def refuse_other_family(text: str | None, network: str | None) -> None:
-    """Raises ValueError when a CLIP and a MODEL, each by the name of its family, do not fit."""
+    """Raises ValueError when a CLIP and a MODEL belong to different families.
+
+    text, network: names of their families, None for U-Nets
+    """
     if text != network:
         unet = "SD 1.x, SD 2.x or SDXL"
-        own, its = (FAMILIES[f]["title"] if f else unet for f in (text, network))
+        clip_title, model_title = (FAMILIES[f]["title"] if f else unet for f in (text, network))
         raise ValueError(
-            f"the CLIP is for {own} and the MODEL is {its}: connect the CLIP of the MODEL's own "
-            "family, with all of its encoders; in CLIPLoader or DualCLIPLoader choose its type"
+            f"the CLIP is for {clip_title} and the MODEL is {model_title}: connect the CLIP of the "
+            "MODEL's own family, with all of its encoders; in CLIPLoader or DualCLIPLoader choose "
+            "its type"
         )
 
 
 def refuse_noiseless(model: Any) -> None:
     """Raises ValueError for a MODEL whose sampling has no noise levels, or adds no noise."""
     sampling = model.get_model_object("model_sampling")
-    parts = ("sigmas", "timestep", "noise_scaling", "calculate_input")
-    lacks = [part for part in parts if not hasattr(sampling, part)]
-    if not lacks:
-        blank, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    required = ("sigmas", "timestep", "noise_scaling", "calculate_input")
+    missing = [name for name in required if not hasattr(sampling, name)]
+    if not missing:
+        blank, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
         sigma = sampling.sigmas[-1:].float().cpu().view(1, 1, 1, 1)
-        if torch.equal(sampling.noise_scaling(sigma, one, blank.clone()), blank):
-            lacks = ["noise"]
-    if lacks:
+        if torch.equal(sampling.noise_scaling(sigma, noise, blank.clone()), blank):
+            missing = ["noise"]
+    if missing:
         kind = type(sampling)
-        of = ", ".join(base.__name__ for base in kind.__bases__)
+        bases = ", ".join(base.__name__ for base in kind.__bases__)
         raise ValueError(
-            f"the MODEL samples by {kind.__name__} ({of}), which has no {lacks[0]}: nothing can be "
-            "aligned on it. Take the MODEL without that sampling node, or the closed form alone"
+            f"the MODEL samples by {kind.__name__} ({bases}), which has no {missing[0]}, so that "
+            "no LoRA can be aligned on it: connect the MODEL from before that sampling node, or "
+            "use the closed form alone"
         )
 
 
 def whole_clone(model: Any) -> Any:
-    """A clone that training can load whole; a dynamic patcher's weights stay where they are.
+    """A clone of the MODEL that training can load whole; the weights of the MODEL are not moved.
 
-    Raises ValueError where ComfyUI cannot make one, or was told to load no model.
+    Raises ValueError where ComfyUI cannot make such a clone, and where it runs with --novram.
     """
     management = comfy.model_management
-    low = management.vram_state == management.VRAMState.NO_VRAM
-    if low and not management.is_device_cpu(model.load_device):
+    no_vram = management.vram_state == management.VRAMState.NO_VRAM
+    if no_vram and not management.is_device_cpu(model.load_device):
         raise ValueError(
-            "ComfyUI runs with --novram, by which no model is loaded whole, and training needs "
-            "that: start it without --novram"
+            "training needs the whole model on the device, and ComfyUI runs with --novram: start "
+            "it without --novram"
         )
     if getattr(model, "cached_patcher_init", ()) is None and model.is_dynamic():
         raise ValueError(
-            "the loader of this MODEL does not tell ComfyUI how to load it again, which training "
-            "needs: load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "training needs to load the model again, which the loader of this MODEL does not "
+            "support: load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
             "--disable-dynamic-vram"
         )
     if "disable_dynamic" in inspect.signature(model.clone).parameters:
@@ -290,21 +296,23 @@ def whole_clone(model: Any) -> Any:
 
 @contextmanager
 def training(model: Any) -> Iterator[None]:
-    """The MODEL loaded and its U-Net fit for autograd, inside ComfyUI's inference mode.
+    """Loads the MODEL whole and makes its weights usable by autograd, within inference mode.
 
     Weights that were created in inference mode cannot take part in autograd; each is replaced by an
-    equal copy, one at a time, so memory does not grow and no value changes. Afterwards they are
-    inference tensors again: in that mode ComfyUI can move its quantised weights only as such.
+    equal copy, one at a time, so that memory does not grow. Afterwards they are inference tensors
+    again, which ComfyUI needs to move quantised weights in inference mode.
+
+    Raises ValueError when ComfyUI does not load all weights to the device.
     """
     copied, device = [], model.load_device
-    with torch.inference_mode(False), torch.enable_grad(), _told_to_train():
+    with torch.inference_mode(False), torch.enable_grad(), _training_flag():
         # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         left = [n for n, p in model.model.named_parameters() if p.device.type != device.type]
         if left:
             raise ValueError(
-                f"ComfyUI left {left[0]} and {len(left) - 1} other weights of the MODEL outside of "
-                f"{device}, and training needs it there whole: free memory, or use a smaller model"
+                f"training needs the whole MODEL on {device}, and ComfyUI did not load {left[0]} "
+                f"and {len(left) - 1} other weights to it: free memory, or use a smaller model"
             )
         for module in model.model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -321,14 +329,14 @@ def training(model: Any) -> Iterator[None]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Of the mode that torch is in: an inference tensor or one for autograd."""
+    """A copy that is an inference tensor in inference mode, and usable by autograd else."""
     copy = tensor.clone()
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
 @contextmanager
-def _told_to_train() -> Iterator[None]:
-    """Newer releases compute with kernels that have no gradients unless they are told to train."""
+def _training_flag() -> Iterator[None]:
+    """Sets the flag by which newer releases of ComfyUI choose kernels that have gradients."""
     management = comfy.model_management
     before = getattr(management, "in_training", None)
     try:

@@ -20,25 +20,24 @@ from .comfy_batches import encode_tokens, first_sections, ready
 from .comfy_fingerprint import added_to, fingerprint
 from .comfy_weights import stored_weights
 
-# The encoders of U-Nets by ComfyUI's names, and their families'.
+# Text encoders of U-Nets, by ComfyUI's names -> family.
 ENCODERS = {frozenset("l"): "sd1", frozenset("h"): "sd2", frozenset("lg"): "sdxl"}
-SYNTAX = ("\\(", "\\)", "embedding:")  # what ComfyUI's tokenizer does not read as plain text
+SYNTAX = ("\\(", "\\)", "embedding:")  # of ComfyUI's tokenizer, which is not plain text
 PLAIN = {"disable_weights": True}  # (brackets) are letters
 
 
 class ComfyText:
     """The CLIP of a U-Net, with its LoRAs and its clip skip."""
 
-    family = None  # of transformers
+    family = None  # name of a transformer family; this is the text encoder of a U-Net
 
     def __init__(self, clip: Any) -> None:
         unet = ENCODERS.get(frozenset(clip.tokenize("")))
         if unet is None:
             kind = type(clip.cond_stage_model).__name__.strip("_")
             raise ValueError(
-                f"this text encoder, {kind}, belongs to another kind of model: RealEra works "
-                f"on {SUPPORTED}; connect the CLIP of such a model, and in CLIPLoader or "
-                "DualCLIPLoader choose its type"
+                f"the text encoder {kind} belongs to no supported model: connect the CLIP of one "
+                f"of {SUPPORTED}, and in CLIPLoader or DualCLIPLoader choose its type"
             )
         self.clip = clip
         self.title = FAMILIES[unet]["title"]
@@ -58,22 +57,19 @@ class ComfyText:
         return clip_fingerprint(self.clip, self._tokenizer.tokenizer.get_vocab())
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids with start and end-of-text, as `encode` reads them, of any length.
-
-        A vector of a textual inversion has a number of its own, below 0.
-        """
+        """Token ids with start and end-of-text, of any length; those of vectors are negative."""
         plain = [prompt for prompt in prompts if not any(mark in prompt for mark in SYNTAX)]
         ids = self._tokenizer.tokenizer(plain)["input_ids"] if plain else []
-        known = dict(zip(plain, ids, strict=True))
-        return [known.get(prompt) or self._read(prompt) for prompt in prompts]
+        plain_ids = dict(zip(plain, ids, strict=True))
+        return [plain_ids.get(prompt) or self._parse(prompt) for prompt in prompts]
 
-    def _read(self, prompt: str) -> list[int]:
-        """The ids of a prompt in ComfyUI's syntax."""
+    def _parse(self, prompt: str) -> list[int]:
+        """Token ids of a prompt in ComfyUI's syntax."""
         tokenized = self.clip.tokenize(prompt, return_word_ids=True, **PLAIN)
         return ids_of(*(tokens_of(self._tokenizer, sections) for sections in tokenized.values()))
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """The rows of the first 77 tokens, read as plain text: (brackets) carry no weight."""
+        """Rows of the first 77 tokens; (brackets) are read as letters, not as weights."""
         ready(self.clip)
         tokens = [first_sections(self.clip, prompt, **PLAIN) for prompt in prompts]
         outputs = encode_tokens(self.clip, tokens)
@@ -83,9 +79,9 @@ class ComfyText:
         return Encoding(streams)
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """The end-of-text row of every prompt, [prompts, dim], on the CPU."""
+        """End-of-text rows, [prompts, dim] on the CPU."""
         ids = self.tokenize(prompts)
-        if any(token < 0 for row in ids for token in row):  # vectors that no id stands for
+        if any(token < 0 for row in ids for token in row):  # of textual inversions
             return prompt_summaries(self, prompts, self.encode(prompts)).cpu()
         model = self.clip.cond_stage_model
         names = [name for name in ("clip_l", "clip_h", "clip_g") if hasattr(model, name)]
@@ -97,7 +93,10 @@ class ComfyText:
 
 
 def clip_fingerprint(clip: Any, vocabulary: Mapping[str, int]) -> str | None:
-    """Hash of everything that decides an embedding; None where a node added what has no hash."""
+    """Hash of everything that decides an embedding; None where a node added what has no hash.
+
+    vocabulary: token -> id
+    """
     return fingerprint(
         [kind.__name__ for kind in type(clip.cond_stage_model).__mro__],
         clip.layer_idx,
@@ -110,30 +109,36 @@ def clip_fingerprint(clip: Any, vocabulary: Mapping[str, int]) -> str | None:
 
 
 def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
-    """The tokens of ComfyUI's sections (token, weight, word), with start and end, without padding.
+    """Tokens of a prompt with start and end, without padding: ids, or vectors of an embedding.
 
-    A token is an id, or a vector of a textual inversion.
+    sections: tokens as ComfyUI gives them, (token, weight, number of the word)
     """
     tokens = [token for section in sections for token, _, word in section if word > 0]
     start = [] if tokenizer.start_token is None else [tokenizer.start_token]
-    return [*start, *tokens, *([] if tokenizer.end_token is None else [tokenizer.end_token])]
+    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    return [*start, *tokens, *end]
 
 
 def ids_of(tokens: Sequence[Any], *others: Sequence[Any]) -> list[int]:
-    """Tokens as numbers; a vector of a textual inversion has a number of its own, below 0.
+    """Token ids; a vector of a textual inversion has a negative one, a checksum of its numbers.
 
-    others: the tokens of the same prompt for further encoders, which have vectors of their own
+    others: tokens of the same prompt for further encoders, whose vectors are part of the checksum
     """
-    vectors = [[t for t in each if isinstance(t, Tensor)] for each in (tokens, *others)]
-    together = zip_longest(*vectors, fillvalue=torch.empty(0))
-    numbers = (-1 - zlib.crc32(b"".join(map(raw_bytes, group))) for group in together)
-    return [next(numbers) if isinstance(token, Tensor) else token for token in tokens]
+    vectors = [[t for t in row if isinstance(t, Tensor)] for row in (tokens, *others)]
+    groups = zip_longest(*vectors, fillvalue=torch.empty(0))
+    checksums = (-1 - zlib.crc32(b"".join(map(raw_bytes, group))) for group in groups)
+    return [next(checksums) if isinstance(token, Tensor) else token for token in tokens]
 
 
 def clip_summaries(
     clip: Any, names: Sequence[str], ids: Sequence[Sequence[int]], length: int
 ) -> Tensor:
-    """The end-of-text rows that these CLIP encoders give side by side, [prompts, dim]."""
+    """End-of-text rows of CLIP encoders side by side, [prompts, dim] on the CPU.
+
+    names: attributes of the encoders in `clip.cond_stage_model`
+    ids: token ids of the prompts, with start and end-of-text
+    length: number of tokens that the encoders read
+    """
     ready(clip)
     device = clip.patcher.load_device
     encoders = [getattr(clip.cond_stage_model, name) for name in names]
@@ -146,7 +151,7 @@ def clip_summaries(
 
 
 def _rows(encoder: Any, packed: PackedPrompts, device: torch.device) -> Tensor:
-    """What an SDClipModel gives for packed prompts, [sequences, tokens, dim]."""
+    """Rows of an SDClipModel for packed prompts, [sequences, tokens, dim]."""
     text = encoder.transformer.text_model
     x = encoder.transformer.get_input_embeddings()(packed.ids.to(device), out_dtype=torch.float32)
     weight = text.embeddings.position_embedding.weight

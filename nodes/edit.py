@@ -6,17 +6,16 @@ import comfyui_version
 from comfy_api.latest import io
 
 from ..realera.algorithm import erase, scope_report
-from ..realera.edit.erasure import Erasure as ErasureOf
+from ..realera.edit.erasure import Erasure
 from ..realera.edit.text_layers import family_in
 from ..realera.evaluation.coarse_samples import coarse_samples
-from ..realera.report import plots
-from ..realera.report.scope import ERASED, check_images
+from ..realera.report import plots, scope
 from ..realera.settings import MAX_SUPPRESSION, SolveSettings
 from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
-from .schema import Erasure, MiningWire, advanced, growing, schema, strength_input
+from .schema import ErasureWire, MiningWire, advanced, growing, schema, strength_input
 
 DEFAULTS = SolveSettings()
 MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
@@ -29,16 +28,16 @@ class ClosedFormEdit(io.ComfyNode):
             node_id="RealEraClosedFormEdit",
             display_name="Closed-Form Edit",
             description=(
-                "Solves for the one small matrix that maps the concept to the anchor, takes its "
-                "neighbours along and keeps everything else (RealEra, Eq. 7). Takes seconds; the "
-                "model can be used at once."
+                "Computes the matrix that maps the concept and its neighbours to the anchor and "
+                "preserves everything else (RealEra, Eq. 7). Takes seconds; the edited model can "
+                "be used at once."
             ),
             search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that is to forget; it stays as it is."),
+                io.Model.Input("model", tooltip="Model to edit; it is left unchanged."),
                 MiningWire.Input(
                     "mining",
-                    tooltip="From Neighbor Sampler, or from Beyond Sampler after it.",
+                    tooltip="Mining from Neighbor Sampler or Beyond Sampler.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -49,7 +48,10 @@ class ClosedFormEdit(io.ComfyNode):
                         min=0.0,
                         max=100.0,
                         step=0.01,
-                        tooltip="Weight of what is preserved. Larger keeps more, erases less.",
+                        tooltip=(
+                            "Weight of the preserved prompts (λ1); a larger value preserves more "
+                            "and erases less."
+                        ),
                     )
                 ),
                 advanced(
@@ -61,7 +63,10 @@ class ClosedFormEdit(io.ComfyNode):
                         min=1e-6,
                         max=1.0,
                         step=1e-6,
-                        tooltip="Weight of staying near the original; keeps Eq. 7 solvable.",
+                        tooltip=(
+                            "Weight of the regularisation towards the original weights (λ2), which "
+                            "keeps Eq. 7 solvable."
+                        ),
                     )
                 ),
                 advanced(
@@ -71,8 +76,8 @@ class ClosedFormEdit(io.ComfyNode):
                         display_name="preservation bank",
                         default=DEFAULTS.bank,
                         tooltip=(
-                            "Preserve what a thousand everyday prompts mean as well. Without it, "
-                            "mining costs much of what is not to be erased."
+                            "Whether a bank of about 1,000 everyday prompts is preserved as well. "
+                            "Without it, the edit changes much that is not to be erased."
                         ),
                     )
                 ),
@@ -85,8 +90,9 @@ class ClosedFormEdit(io.ComfyNode):
                         min=0,
                         max=1000,
                         tooltip=(
-                            "So many words of the list are drawn before and after, in eight "
-                            "steps, and those that change most come first. 0: none is drawn."
+                            "Number of words of the scope list to draw before and after the edit, "
+                            "in eight sampling steps each; those that change most come first. 0: "
+                            "none."
                         ),
                     )
                 ),
@@ -94,28 +100,30 @@ class ClosedFormEdit(io.ComfyNode):
                     io.Float.Input(
                         "away",
                         optional=True,
-                        display_name="suppression",
+                        display_name="concept suppression",
                         default=DEFAULTS.suppression,
                         min=0.0,
                         max=MAX_SUPPRESSION,
                         step=0.1,
                         tooltip=(
-                            "How strongly everyday prompts are pushed off the direction of the "
-                            "concept and of the words around it. 0: not at all, and words without "
-                            "a visible relation to the concept may go on drawing it. Needs the "
-                            "preservation bank."
+                            "Strength with which the directions of the concept and of its "
+                            "neighbours are suppressed in everyday prompts. 0: everyday prompts "
+                            "are left unchanged, and words that seem unrelated to the concept may "
+                            "still draw it."
                         ),
                     )
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The edited model."),
-                Erasure.Output(display_name="erasure", tooltip="To align, apply, merge or save."),
+                io.Model.Output(display_name="model", tooltip="Edited model."),
+                ErasureWire.Output(
+                    display_name="erasure", tooltip="Erasure to align, apply, merge or save."
+                ),
                 io.Image.Output(
                     display_name="scope",
-                    tooltip="Which words went with the concept: wanted ones and collateral.",
+                    tooltip="Chart of the words that change with the concept, wanted and unwanted.",
                 ),
-                io.String.Output(display_name="scope_text", tooltip="The same as text."),
+                io.String.Output(display_name="scope_text", tooltip="Scope list as text."),
             ],
             view=True,
         )
@@ -134,45 +142,49 @@ class ClosedFormEdit(io.ComfyNode):
         refuse_other_family(mining.text.family, family_in(model.model.diffusion_model))
         settings = SolveSettings(lambda1, lambda2, away, bank=bank)
         source = {"comfyui": comfyui_version.__version__}
-        report = reporter(cls.hidden.unique_id, "reading everyday prompts")
+        report = reporter(cls.hidden.unique_id, "encoding the preservation bank")
         erasure = erase(mining, settings, source, report)
         edited = apply_erasure(model, erasure)
         effects = scope_report(erasure, mining.text, mining.plan)
         if check:
             report = reporter(cls.hidden.unique_id, "drawing words")
             before, after = (
-                partial(coarse_samples, ComfyDiffusion(of, mining.text), progress=report)
-                for of in (model, edited)
+                partial(coarse_samples, ComfyDiffusion(drawing, mining.text), progress=report)
+                for drawing in (model, edited)
             )
-            effects = check_images(effects, mining.plan.concepts, check, before, after)
-        erased = sum(effect.share_to_anchor >= ERASED for effect in effects)
-        told = f"{erased} words go more than half the way to the anchor"
+            effects = scope.check_images(effects, mining.plan.concepts, check, before, after)
+        erased = sum(effect.share_to_anchor >= scope.ERASED for effect in effects)
+        sentence = f"{erased} words move more than half of the way to the anchor"
         drawn = [effect for effect in effects if effect.image_moved is not None]
         if drawn:
             changed = sum(effect.erased for effect in drawn)
-            told += f"; of {len(drawn)} that were drawn (✓), {changed} change much"
+            sentence += f"; {changed} of the {len(drawn)} words drawn (✓) change strongly"
         picture = to_image(plots.scope_picture(effects))
-        listed = "\n".join(
-            f"{e.word}: {100 * e.share_to_anchor:.0f} % toward {e.concept}'s anchor, "
-            f"{100 * e.moved:.0f} % moved"
-            + ("" if e.image_moved is None else f", {100 * e.image_moved:.0f} % when drawn")
-            for e in effects
+        scope_text = "\n".join(
+            f"{effect.word}: {100 * effect.share_to_anchor:.0f} % of the way to "
+            f"{effect.concept}'s anchor, {100 * effect.moved:.0f} % moved"
+            + (
+                ""
+                if effect.image_moved is None
+                else f", {100 * effect.image_moved:.0f} % when drawn"
+            )
+            for effect in effects
         )
-        shown = {
+        view = {
             "realera_scope": [
                 [
-                    e.word,
-                    e.concept,
-                    round(e.share_to_anchor, 3),
-                    round(e.moved, 3),
-                    None if e.image_moved is None else round(e.image_moved, 3),
-                    e.erased,
+                    effect.word,
+                    effect.concept,
+                    round(effect.share_to_anchor, 3),
+                    round(effect.moved, 3),
+                    None if effect.image_moved is None else round(effect.image_moved, 3),
+                    effect.erased,
                 ]
-                for e in effects
+                for effect in effects
             ],
-            "text": [told],
+            "text": [sentence],
         }
-        return io.NodeOutput(edited, erasure, picture, listed, ui=shown)
+        return io.NodeOutput(edited, erasure, picture, scope_text, ui=view)
 
 
 class ApplyErasure(io.ComfyNode):
@@ -182,26 +194,24 @@ class ApplyErasure(io.ComfyNode):
             node_id="RealEraApplyErasure",
             display_name="Apply Erasure",
             description=(
-                "Puts an erasure on a MODEL, as LoraLoader puts a LoRA on it: the MODEL that you "
-                "give stays as it is. LoRAs before this node are edited with the model, LoRAs "
-                "after it act on top."
+                "Applies an erasure to a MODEL, as LoraLoader applies a LoRA; the MODEL that comes "
+                "in is left unchanged. LoRAs before this node are edited with the model, LoRAs "
+                "after it act on the edited model."
             ),
             search_aliases=["erase", "forget", "apply concept erasure", "unlearn"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that is to forget."),
-                Erasure.Input("erasure", tooltip="What it is to forget."),
+                io.Model.Input("model", tooltip="Model to erase the concepts from."),
+                ErasureWire.Input("erasure", tooltip="Erasure to apply."),
                 strength_input(
                     "edit_strength",
-                    "How much of the closed-form edit is applied. 0: none, 1: all of it.",
+                    "Strength of the closed-form edit. 0: none, 1: full.",
                 ),
                 strength_input(
                     "lora_strength",
-                    "How much of the aligned LoRA is applied, where the erasure has one.",
+                    "Strength of the aligned LoRA, where the erasure has one. 0: none, 1: full.",
                 ),
             ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The model that has forgotten.")
-            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Edited model.")],
         )
 
     @classmethod
@@ -218,23 +228,37 @@ class MergeErasures(io.ComfyNode):
             node_id="RealEraMergeErasures",
             display_name="Merge Erasures",
             description=(
-                "One erasure that forgets what all of them forget, solved jointly and not one "
-                "after the other."
+                "Merges erasures into one that erases the concepts of all, solved jointly rather "
+                "than one after another."
             ),
             search_aliases=["combine erasures", "several concepts", "join erasures"],
             inputs=[
-                Erasure.Input("first", tooltip="An erasure for a model of some family."),
-                Erasure.Input("second", tooltip="Another one for the same family."),
-                Erasure.Input("third", optional=True, tooltip="One more, if there is one."),
-                Erasure.Input("fourth", optional=True, tooltip="One more, if there is one."),
+                ErasureWire.Input("first", tooltip="First erasure."),
+                ErasureWire.Input(
+                    "second", tooltip=("Second erasure, for the same family of models.")
+                ),
+                ErasureWire.Input(
+                    "third", optional=True, tooltip="Third erasure, for the same family of models."
+                ),
+                ErasureWire.Input(
+                    "fourth",
+                    optional=True,
+                    tooltip="Fourth erasure, for the same family of models.",
+                ),
                 *growing(
-                    Erasure.Input("erasure", optional=True), MORE, "More, as many as you like."
+                    ErasureWire.Input("erasure", optional=True),
+                    MORE,
+                    "Further erasures, as many as needed.",
                 ),
             ],
-            outputs=[Erasure.Output(display_name="erasure", tooltip="Forgets all of them.")],
+            outputs=[
+                ErasureWire.Output(
+                    display_name="erasure", tooltip="Erasure of the concepts of all."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, first, second, third=None, fourth=None, more=None) -> io.NodeOutput:
-        given = [first, second, third, fourth, *(more or {}).values()]
-        return io.NodeOutput(ErasureOf.merge([one for one in given if one is not None]))
+        erasures = [first, second, third, fourth, *(more or {}).values()]
+        return io.NodeOutput(Erasure.merge([e for e in erasures if e is not None]))

@@ -1,4 +1,4 @@
-"""Save Erasure, Load Erasure and Save Erased Checkpoint: files in ComfyUI's own folders only."""
+"""Save Erasure, Load Erasure and Save Erased Checkpoint: files in ComfyUI's folders only."""
 
 import os
 from datetime import datetime
@@ -13,22 +13,24 @@ from ..realera.settings import TOLERANCE
 from ..realera.storage.file_names import portable
 from .comfy_patch import write_lora
 from .progress import tell
-from .schema import BUNDLED, BUNDLED_MODELS, Erasure, advanced, schema, strength_input
+from .schema import BUNDLED, BUNDLED_MODELS, ErasureWire, advanced, schema, strength_input
 
 FOLDER = "erasures"
 NAME = "realera"
-ALONE = "diffusion_models/"  # in front of the names of diffusion models alone
+ALONE = "diffusion_models/"  # prefix of list entries that are diffusion models alone
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.add_model_folder_path(
     FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
 )
-folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # and list nothing else
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # the only kind that is listed
 
 
 def new_path(folder: str, name: str) -> Path:
-    """A file of that name in a folder of ComfyUI's output folder, with the next free number.
+    """Path of a new file in ComfyUI's output folder, with the next free number appended.
 
-    Raises ValueError when the name leads out of that folder.
+    folder: name of the subfolder
+    name: name of the file without its number and suffix, or a path below the subfolder
+    Raises ValueError when the name leads out of the subfolder.
     """
     target = _target(folder, name)
     number = 1
@@ -38,17 +40,20 @@ def new_path(folder: str, name: str) -> Path:
 
 
 def state_path(name: str) -> Path:
-    """Where LoRA Align keeps a training state of that name. Raises ValueError as new_path."""
+    """Path of a training state of LoRA Align. Raises ValueError as `new_path`."""
     target = _target("realera", name)
     return target.with_name(f"{target.name}.safetensors")
 
 
 def _target(folder: str, name: str) -> Path:
+    if not name.strip():
+        raise ValueError("the file name is empty: give one such as 'no-airplane'")
     home = Path(folder_paths.get_output_directory(), folder).resolve()
     target = (home / portable(name, datetime.now())).resolve()
-    if not name.strip() or target == home or home not in target.parents:
+    if home not in target.parents:
         raise ValueError(
-            f"the file name {name!r} leads out of {home}: give a plain name such as 'no-airplane'"
+            f"the file name {name!r} leads out of the folder output/{folder}: give one such as "
+            "'no-airplane'"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
@@ -61,37 +66,43 @@ class SaveErasure(io.ComfyNode):
             node_id="RealEraSaveErasure",
             display_name="Save Erasure",
             description=(
-                "Saves an erasure: as a LoRA that any LoRA loader reads, and as an erasure file "
-                "that can be merged and applied exactly."
+                "Saves an erasure as a LoRA file, which any LoRA loader reads, and as an erasure "
+                "file, which can be merged and applied exactly."
             ),
             search_aliases=["export lora", "save lora", "save concept erasure"],
             inputs=[
-                Erasure.Input("erasure", tooltip="What to save."),
+                ErasureWire.Input("erasure", tooltip="Erasure to save."),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The original MODEL; a LoRA file is made of its weights.",
+                    tooltip="Original model, whose weights the LoRA file is computed from.",
                 ),
                 io.String.Input(
                     "filename",
                     optional=True,
                     default=NAME,
                     tooltip=(
-                        "Name of the files, in ComfyUI's output folder; a number is added and "
-                        "nothing is overwritten. %date:yyyy-MM-dd% in it becomes the date."
+                        "Name of the files in ComfyUI's output folder. A number is appended and no "
+                        "file is overwritten; %date:yyyy-MM-dd% becomes the date."
                     ),
                 ),
                 io.Boolean.Input(
                     "lora",
                     optional=True,
                     default=True,
-                    tooltip="Write a LoRA to output/loras; LoraLoader lists it. Needs the MODEL.",
+                    tooltip=(
+                        "Whether a LoRA file is written to output/loras, where LoraLoader lists "
+                        "it. Requires the model."
+                    ),
                 ),
                 io.Boolean.Input(
                     "erasure_file",
                     optional=True,
                     default=True,
-                    tooltip="Write the erasure to output/erasures; Load Erasure lists it.",
+                    tooltip=(
+                        "Whether an erasure file is written to output/erasures, where Load Erasure "
+                        "lists it."
+                    ),
                 ),
                 advanced(
                     io.Float.Input(
@@ -102,15 +113,15 @@ class SaveErasure(io.ComfyNode):
                         max=0.5,
                         step=1e-6,
                         tooltip=(
-                            "How much of the edit a LoRA file may leave out, as a share of its "
-                            "size. Smaller: larger file."
+                            "Largest part of the edit that the LoRA file may leave out, as a "
+                            "fraction of its norm. A smaller value gives a larger file."
                         ),
                     )
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="lora_name", tooltip="The LoRA's file name."),
-                io.String.Output(display_name="erasure_name", tooltip="The erasure's file name."),
+                io.String.Output(display_name="lora_name", tooltip="File name of the LoRA."),
+                io.String.Output(display_name="erasure_name", tooltip="File name of the erasure."),
             ],
             is_output_node=True,
         )
@@ -129,8 +140,8 @@ class SaveErasure(io.ComfyNode):
         if lora:
             if model is None:
                 raise ValueError(
-                    "a LoRA file is made of the model's weights: connect the original MODEL, or "
-                    "switch 'lora' off"
+                    "a LoRA file is computed from the weights of the model: connect the original "
+                    "MODEL, or switch 'lora' off"
                 )
             path = new_path("loras", filename)
             write_lora(model, erasure, path, tolerance)
@@ -152,16 +163,20 @@ class LoadErasure(io.ComfyNode):
         return schema(
             node_id="RealEraLoadErasure",
             display_name="Load Erasure",
-            description="Reads an erasure file that Save Erasure wrote, to apply or merge it.",
+            description="Loads an erasure file that Save Erasure wrote, to apply or merge it.",
             search_aliases=["open erasure", "import erasure"],
             inputs=[
                 io.Combo.Input(
                     "erasure_name",
                     options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file in output/erasures or models/erasures.",
+                    tooltip="Erasure file in output/erasures or models/erasures.",
                 )
             ],
-            outputs=[Erasure.Output(display_name="erasure", tooltip="To apply, merge or align.")],
+            outputs=[
+                ErasureWire.Output(
+                    display_name="erasure", tooltip="Erasure to apply, merge or align."
+                )
+            ],
         )
 
     @classmethod
@@ -181,12 +196,12 @@ class SaveErasedCheckpoint(io.ComfyNode):
             node_id="RealEraSaveErasedCheckpoint",
             display_name="Save Erased Checkpoint",
             description=(
-                "Writes a copy of a checkpoint file in which only the edited weights differ; every "
-                "other tensor stays bit for bit. LoRAs on a MODEL are not part of it."
+                "Writes a copy of a checkpoint in which only the edited weights differ; every "
+                "other tensor is copied bit for bit. LoRAs on a MODEL are not included."
             ),
             search_aliases=["bake erasure", "export checkpoint", "save model", "merge erasure"],
             inputs=[
-                Erasure.Input("erasure", tooltip="What the checkpoint is to forget."),
+                ErasureWire.Input("erasure", tooltip="Erasure to apply to the checkpoint."),
                 io.Combo.Input(
                     "checkpoint",
                     options=[
@@ -196,8 +211,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
                     ],
                     default=BUNDLED,
                     tooltip=(
-                        "The original checkpoint file, or the file of a diffusion model alone; it "
-                        "is only read."
+                        "Original checkpoint, or the file of a diffusion model alone; it is only "
+                        "read."
                     ),
                 ),
                 io.String.Input(
@@ -205,17 +220,23 @@ class SaveErasedCheckpoint(io.ComfyNode):
                     optional=True,
                     default=NAME,
                     tooltip=(
-                        "Name of the new file in output/checkpoints, or output/diffusion_models; a "
-                        "number is added and nothing is overwritten. %date:yyyy-MM-dd% in it "
-                        "becomes the date."
+                        "Name of the new file in output/checkpoints or output/diffusion_models. A "
+                        "number is appended and no file is overwritten; %date:yyyy-MM-dd% becomes "
+                        "the date."
                     ),
                 ),
-                strength_input("edit_strength", "How much of the closed-form edit to bake in."),
-                strength_input("lora_strength", "How much of the aligned LoRA to bake in."),
+                strength_input(
+                    "edit_strength", "Strength of the closed-form edit. 0: none, 1: full."
+                ),
+                strength_input(
+                    "lora_strength",
+                    "Strength of the aligned LoRA, where the erasure has one. 0: none, 1: full.",
+                ),
             ],
             outputs=[
                 io.String.Output(
-                    display_name="checkpoint_name", tooltip="The new file, as loaders list it."
+                    display_name="checkpoint_name",
+                    tooltip="Name of the new file, as loaders list it.",
                 )
             ],
             view=True,
@@ -245,20 +266,20 @@ class SaveErasedCheckpoint(io.ComfyNode):
 
 
 def checkpoint_path(name: str) -> Path:
-    """The file behind an entry of a checkpoint list."""
+    """Path of the file of an entry of a checkpoint list."""
     if name in BUNDLED_MODELS:
         return BUNDLED_MODELS[name]
     return Path(folder_paths.get_full_path_or_raise(*_entry(name)))
 
 
 def _entry(name: str) -> tuple[str, str]:
-    """The folder of an entry of a checkpoint list, and its name there."""
+    """Folder of an entry of a checkpoint list, and its name in the folder."""
     if name.startswith(ALONE):
         return ALONE[:-1], name.removeprefix(ALONE)
     return "checkpoints", name
 
 
 def _listed(folder: str, path: Path) -> str:
-    """The file's name in that folder's list, which ComfyUI's loaders show."""
+    """Name of a file in the list of its folder, which ComfyUI's loaders show."""
     home = Path(folder_paths.get_output_directory(), folder).resolve()
     return str(path.relative_to(home))

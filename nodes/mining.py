@@ -5,10 +5,9 @@ from comfy_api.latest import io
 from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
 from ..realera.anchor_warnings import anchor_warnings
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
-from ..realera.settings import SOURCES, BeyondSettings, NeighborSettings
+from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings
 from .comfy_transformer_text import text_of
-from .page import geometry as geometry_data
-from .page import to_image
+from .page import ring_data, to_image
 from .progress import reporter
 from .schema import (
     AUTO_COSINE,
@@ -33,14 +32,14 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
 
 
 def summary(mining: MiningResult) -> str:
-    """How many words or points a sampler found, as a sentence."""
+    """Numbers of neighbours, beyond points and named prompts, as a sentence."""
     plan = mining.plan
     kind = "words" if plan.listed else "points"
-    parts = [f"{len(mining.neighbors.pair)} {kind} are erased too"]
-    if far := len(mining.beyond.pair):
-        parts.append(f"{far} keep their meaning")
+    parts = [f"{len(mining.neighbors.pair)} neighbour {kind} are erased too"]
+    if beyond := len(mining.beyond.pair):
+        parts.append(f"{beyond} beyond {kind} are preserved")
     if plan.named:
-        parts.append(f"{len(plan.named)} that you named keep theirs")
+        parts.append(f"{len(plan.named)} that you named are preserved")
     return ", ".join(parts)
 
 
@@ -51,21 +50,22 @@ class NeighborSampler(io.ComfyNode):
             node_id="RealEraNeighborSampler",
             display_name="Neighbor Sampler",
             description=(
-                "Names what to erase and mines what only implies it: embeddings around the concept "
-                "that are to be erased too (RealEra, Sec. 4.1)."
+                "Defines the concepts to erase and mines their neighbours, embeddings that imply a "
+                "concept and are erased with it (RealEra, Sec. 4.1)."
             ),
             search_aliases=["concept erasure", "erase concept", "unlearn", "mining", "neighbor"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of the model to edit."),
+                io.Clip.Input("clip", tooltip="Text encoder of the model to edit."),
                 io.String.Input(
                     "concepts",
                     multiline=True,
                     default="airplane -> tree",
                     tooltip=(
-                        "One 'concept -> anchor' a line: what to erase, and what to draw in its "
-                        "place. Choose an anchor that the model draws surely and that is as wide "
-                        "as the concept: an object's background, 'person' for a name, 'painting' "
-                        "for a style. A line that starts with # is a comment."
+                        "Concepts to erase, one 'concept -> anchor' per line; the anchor is drawn "
+                        "in place of the concept. Choose an anchor that the model draws reliably "
+                        "and that is as broad as the concept: the usual background of an object, "
+                        "'person' for a name, 'painting' for a style. Lines that start with # are "
+                        "comments."
                     ),
                 ),
                 io.Combo.Input(
@@ -74,9 +74,9 @@ class NeighborSampler(io.ComfyNode):
                     default=NEIGHBOR.source,
                     optional=True,
                     tooltip=(
-                        "Where neighbours come from. vocabulary: real words near the concept, "
-                        "which you can read and strike out. bank: steps towards everyday prompts. "
-                        "isotropic: random directions, as in the paper."
+                        "Source of the neighbours. vocabulary: words near the concept, which you "
+                        "can read and leave out. bank: steps towards everyday prompts. isotropic: "
+                        "random directions, as in the paper."
                     ),
                 ),
                 io.Int.Input(
@@ -87,9 +87,10 @@ class NeighborSampler(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip=(
-                        "Neighbours: words per concept (64 is all there are), or draws per prompt, "
-                        "of which 2 do for isotropic. More reach further into what implies the "
-                        "concept, and cost more of everything else. 0: the concept alone."
+                        "Number of neighbours (M): words per concept, at most 64, or draws per "
+                        "prompt, of which 2 are enough for isotropic. More neighbours erase more "
+                        "of what implies the concept, and more of everything else. 0: the concept "
+                        "alone."
                     ),
                 ),
                 io.String.Input(
@@ -99,8 +100,8 @@ class NeighborSampler(io.ComfyNode):
                     default="",
                     placeholder="words to leave out, for example: rocket, bird",
                     tooltip=(
-                        "Words of the vocabulary that are no part of the concept, separated by "
-                        "commas or lines; they are preserved instead."
+                        "Words that are near the concept but not part of it, separated by commas "
+                        "or line breaks; their meaning is preserved."
                     ),
                 ),
                 advanced(
@@ -109,34 +110,47 @@ class NeighborSampler(io.ComfyNode):
                         optional=True,
                         multiline=True,
                         default="\n".join(TEMPLATES),
-                        tooltip="The prompts that name the concept, one a line; {} is its place.",
+                        tooltip=(
+                            "Prompts that name the concept, one per line; {} stands for its name."
+                        ),
                     )
                 ),
                 cosine_input(
                     "s1",
                     "S1",
-                    "A neighbour's largest cosine with the concept. -1: the source's own "
-                    "(isotropic and bank 0.7, vocabulary 1).",
+                    (
+                        "Largest cosine (S1) between a neighbour and the concept. -1: the default "
+                        f"of the source, {S1['vocabulary']:g} for vocabulary and "
+                        f"{S1['bank']:g} for bank and isotropic."
+                    ),
                 ),
                 cosine_input(
                     "s2",
                     "S2",
-                    "A neighbour's smallest cosine with the concept. -1: the source's own. "
-                    "Smaller reaches further.",
+                    (
+                        "Smallest cosine (S2) between a neighbour and the concept; a smaller value "
+                        "reaches further. -1: the default of the source, "
+                        f"{S2['vocabulary']:g} for vocabulary and {S2['bank']:g} for bank and "
+                        "isotropic."
+                    ),
                 ),
                 distance_input(
                     "d1",
                     "D1",
-                    "The longest step from the concept to a neighbour, in units of the "
-                    "embedding. 0: where the cosine falls to S2.",
+                    (
+                        "Largest distance (D1) from the concept to a neighbour, in units of the "
+                        "embedding. 0: the distance at which the cosine falls to S2."
+                    ),
                 ),
                 distance_input(
                     "d1_anchor",
                     "D1'",
-                    "The size of the ball around the anchor that neighbours are mapped "
-                    "into. 0: a tenth of D1.",
+                    (
+                        "Radius (D1') of the ball around the anchor that neighbours are mapped "
+                        "into, in units of the embedding. 0: a tenth of D1."
+                    ),
                 ),
-                seed_input("The same seed draws the same neighbours."),
+                seed_input("Seed of the neighbours; the same seed draws the same ones."),
                 advanced(
                     io.String.Input(
                         "words",
@@ -144,19 +158,25 @@ class NeighborSampler(io.ComfyNode):
                         optional=True,
                         multiline=True,
                         default="",
-                        placeholder="words or prompts to search too, one a line",
+                        placeholder="words or prompts to search as well, one per line",
                         tooltip=(
-                            "Words, phrases or prompts to search beside the vocabulary, one a "
-                            "line: those near the concept become neighbours. Source vocabulary "
-                            "only."
+                            "Words, phrases or prompts to search in addition to the vocabulary, "
+                            "one per line; those near the concept become neighbours. Only for the "
+                            "source vocabulary."
                         ),
                     )
                 ),
             ],
             outputs=[
-                MiningWire.Output(display_name="mining", tooltip="For the nodes that follow."),
-                io.Image.Output(display_name="geometry", tooltip="The neighbourhood as a picture."),
-                io.String.Output(display_name="words", tooltip="The mined words, nearest first."),
+                MiningWire.Output(
+                    display_name="mining",
+                    tooltip="Concepts with their neighbours, for the nodes that follow.",
+                ),
+                io.Image.Output(display_name="geometry", tooltip="Picture of the neighbourhood."),
+                io.String.Output(
+                    display_name="words",
+                    tooltip="Neighbour words with their cosines, nearest first.",
+                ),
             ],
             view=True,
         )
@@ -192,13 +212,15 @@ class NeighborSampler(io.ComfyNode):
         text = text_of(clip)
         report = reporter(cls.hidden.unique_id, "mining")
         mining = mine(text, parsed, settings, None, report)
-        listed_words = mining.plan.listed
-        words = "\n".join(f"{word} {cosine:.2f}" for word, cosine, mined in listed_words if mined)
-        texts = [f"{summary(mining)}; the CLIP is that of {text.title}"]
-        texts += anchor_warnings(text, mining.plan)
-        picture = to_image(geometry(text, mining.plan, mining))
-        shown = {"realera_geometry": [geometry_data(mining)], "text": texts}
-        return io.NodeOutput(mining, picture, words, ui=shown)
+        plan = mining.plan
+        neighbours = "\n".join(
+            f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined
+        )
+        sentences = [f"{summary(mining)}; the CLIP is that of {text.title}"]
+        sentences += anchor_warnings(text, plan)
+        picture = to_image(geometry(text, plan, mining))
+        view = {"realera_geometry": [ring_data(mining)], "text": sentences}
+        return io.NodeOutput(mining, picture, neighbours, ui=view)
 
 
 class BeyondSampler(io.ComfyNode):
@@ -208,12 +230,12 @@ class BeyondSampler(io.ComfyNode):
             node_id="RealEraBeyondSampler",
             display_name="Beyond Sampler",
             description=(
-                "Finds what lies just beyond the neighbourhood and keeps its meaning, with the "
-                "prompts that you name (RealEra, Sec. 4.2)."
+                "Mines beyond points just outside the neighbourhood and preserves their meaning, "
+                "together with the prompts that you name (RealEra, Sec. 4.2)."
             ),
             search_aliases=["preserve concept", "regularisation", "specificity", "beyond"],
             inputs=[
-                MiningWire.Input("mining", tooltip="From Neighbor Sampler."),
+                MiningWire.Input("mining", tooltip="Mining from Neighbor Sampler."),
                 io.Int.Input(
                     "count",
                     display_name="N",
@@ -222,8 +244,8 @@ class BeyondSampler(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip=(
-                        "Beyond points: words per concept, or draws per prompt. Their meaning is "
-                        "kept."
+                        "Number of beyond points (N): words per concept, or draws per prompt. "
+                        "Their meaning is preserved."
                     ),
                 ),
                 io.String.Input(
@@ -231,33 +253,44 @@ class BeyondSampler(io.ComfyNode):
                     optional=True,
                     multiline=True,
                     default="",
-                    placeholder="prompts to preserve, one a line",
+                    placeholder="prompts to preserve, one per line",
                     tooltip=(
-                        "Prompts that must keep their meaning, one a line. Single words are kept "
-                        "more surely when Neighbor Sampler leaves them out."
+                        "Prompts whose meaning is preserved, one per line. Single words are "
+                        "preserved more reliably by 'leave_out' of Neighbor Sampler."
                     ),
                 ),
                 cosine_input(
                     "s2",
                     "S2",
-                    "Beyond points have a smaller cosine with the concept than this, at most "
-                    "Neighbor Sampler's S2. -1: as in Neighbor Sampler.",
+                    (
+                        "Upper bound of the cosine (S2) between a beyond point and the concept, at "
+                        "most S2 of Neighbor Sampler. -1: S2 of Neighbor Sampler."
+                    ),
                 ),
                 distance_input(
                     "d2",
                     "D2",
-                    "The longest step from the concept to a beyond point. 0: where the "
-                    "cosine falls to 0.",
+                    (
+                        "Largest distance (D2) from the concept to a beyond point, in units of the "
+                        "embedding. 0: the distance at which the cosine falls to 0."
+                    ),
                 ),
                 seed_input(
-                    "The same seed draws the same points. -1: go on with Neighbor Sampler's draws, "
-                    "as the command line does.",
+                    (
+                        "Seed of the beyond points; the same seed draws the same ones. -1: a seed "
+                        "derived from that of Neighbor Sampler, as on the command line."
+                    ),
                     AUTO_SEED,
                 ),
             ],
             outputs=[
-                MiningWire.Output(display_name="mining", tooltip="For the nodes that follow."),
-                io.Image.Output(display_name="geometry", tooltip="Neighbours and beyond points."),
+                MiningWire.Output(
+                    display_name="mining",
+                    tooltip="Neighbours and beyond points, for the nodes that follow.",
+                ),
+                io.Image.Output(
+                    display_name="geometry", tooltip="Picture of neighbours and beyond points."
+                ),
             ],
             view=True,
         )
@@ -281,5 +314,5 @@ class BeyondSampler(io.ComfyNode):
         )
         mining = mine_beyond(mining, settings, reporter(cls.hidden.unique_id, "mining"))
         picture = to_image(geometry(mining.text, mining.plan, mining))
-        shown = {"realera_geometry": [geometry_data(mining)], "text": [summary(mining)]}
-        return io.NodeOutput(mining, picture, ui=shown)
+        view = {"realera_geometry": [ring_data(mining)], "text": [summary(mining)]}
+        return io.NodeOutput(mining, picture, ui=view)

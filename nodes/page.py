@@ -1,4 +1,4 @@
-"""What the page draws: pictures as IMAGE, and the numbers behind them for `web/realera.js`."""
+"""Pictures as IMAGE, and the numbers behind them for the views of `web/realera.js`."""
 
 from statistics import fmean
 from typing import Any
@@ -18,8 +18,8 @@ def to_image(picture: Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def geometry(mining: MiningResult) -> dict[str, Any]:
-    """The rings and the points or words of a neighbourhood, as JSON."""
+def ring_data(mining: MiningResult) -> dict[str, Any]:
+    """Rings and points or words of a neighbourhood, as JSON for the node's view."""
     plan, pairs = mining.plan, mining.pairs
     s2, s1 = plan.neighbor.cosines
     data: dict[str, Any] = {
@@ -42,7 +42,7 @@ def geometry(mining: MiningResult) -> dict[str, Any]:
 
 
 def _points(pairs: Pairs, mined: MinedRows, centre: Tensor) -> list[list[float]]:
-    """Each draw in the plane of its concept: its step along e and across it, mean over the span."""
+    """Steps of the draws from their concepts, [along e, across e], means over the span."""
     points = []
     for row, pair in enumerate(mined.pair.tolist()):
         span = mined.span[CONTEXT][row]

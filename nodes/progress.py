@@ -10,7 +10,10 @@ from server import PromptServer
 
 
 def reporter(node_id: str | None, what: str) -> Callable[..., None]:
-    """A callback(done, total, preview=None) that raises when the user has cancelled."""
+    """A callback (done, total, preview=None) that shows progress and raises on Cancel.
+
+    what: description of the work, such as "mining"
+    """
     bar = comfy.utils.ProgressBar(1)
     started = time.monotonic()
 
@@ -24,7 +27,7 @@ def reporter(node_id: str | None, what: str) -> Callable[..., None]:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Shows a line of text under the node while it runs."""
+    """Shows a line of text on a node while it runs."""
     if node_id is not None:
         PromptServer.instance.send_progress_text(text, node_id)
 

@@ -1,4 +1,4 @@
-"""The types of our wires, and schema fields that only newer releases of ComfyUI know."""
+"""Types of our wires, inputs that several nodes have, and fields of newer releases of ComfyUI."""
 
 import dataclasses
 from typing import Any
@@ -8,12 +8,12 @@ from comfy_api.latest import io
 from ..realera import miniature
 
 MiningWire = io.Custom("REALERA_MINING")
-Erasure = io.Custom("REALERA_ERASURE")
+ErasureWire = io.Custom("REALERA_ERASURE")
 ClassifierWire = io.Custom("REALERA_CLASSIFIER")
 
 CATEGORY = "RealEra"
 BUNDLED = "bundled"
-# The entries of a checkpoint list that stand for the bundled models.
+# Entries of checkpoint lists -> files of the bundled models.
 BUNDLED_MODELS = {BUNDLED: miniature.CHECKPOINT, "bundled transformer": miniature.TRANSFORMER}
 
 
@@ -23,10 +23,12 @@ KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 def schema(
     search_aliases: list[str], view: bool = False, alone: bool = True, **fields: Any
 ) -> io.Schema:
-    """A node's schema in our category; the Oct 2025 release has no search aliases yet.
+    """Schema of a node in our category.
 
-    view: the node shows what it found; alone: also when nothing is connected to it, so that it can
-    be run by itself. Releases before 0.33 show only what such a node found.
+    search_aliases: further search terms, which the release of October 2025 does not support
+    view: whether the node shows results of its run
+    alone: whether it runs and shows them with nothing connected behind it; releases before 0.33
+        show the results of such nodes only
     """
     if "search_aliases" in KNOWN:
         fields["search_aliases"] = search_aliases
@@ -38,9 +40,9 @@ def schema(
 
 
 def growing(template: io.Input, names: list[str], tooltip: str) -> list[io.Input]:
-    """An input "more" that grows by another of `names` as each is connected, where ComfyUI has it.
+    """An input "more" with another socket whenever the last is connected, if ComfyUI supports it.
 
-    `execute` gets a dict of those that are connected, or nothing.
+    names: names of the sockets; `execute` receives a dict of those that are connected, or nothing
     """
     if not hasattr(io, "Autogrow"):
         return []
@@ -49,18 +51,22 @@ def growing(template: io.Input, names: list[str], tooltip: str) -> list[io.Input
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:
-    """Marks an input as advanced, in releases with and without an argument for it."""
+    """The input, marked as advanced in releases with and without an argument for it."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
 
 
-AUTO_COSINE, AUTO_DISTANCE, AUTO_SEED = -1.0, 0.0, -1  # what a widget says for None
+AUTO_COSINE, AUTO_DISTANCE, AUTO_SEED = -1.0, 0.0, -1  # values of a widget that stand for None
 
 
 def auto_input(
     name: str, display_name: str, tooltip: str, auto: float, most: float, step: float
 ) -> io.WidgetInput:
-    """A number that is chosen for the user where the widget holds `auto`, the least it can."""
+    """A number that is chosen automatically where the widget holds `auto`.
+
+    auto: smallest value of the widget
+    most: largest value
+    """
     return advanced(
         io.Float.Input(
             name,
@@ -76,14 +82,17 @@ def auto_input(
 
 
 def strength_input(name: str, tooltip: str) -> io.Float.Input:
-    """How much of one part of an erasure is applied."""
+    """Strength of one part of an erasure, 1 by default."""
     return io.Float.Input(
         name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=tooltip, optional=True
     )
 
 
 def seed_input(tooltip: str, least: int = 0) -> io.Int.Input:
-    """A seed that stays what it is from run to run, so that nothing is mined or trained twice."""
+    """A seed that does not change after a run, so that nothing is mined or trained twice.
+
+    least: smallest value and default
+    """
     seed = io.Int.Input(
         "seed",
         default=least,

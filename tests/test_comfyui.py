@@ -241,9 +241,9 @@ def test_a_node_says_what_it_found_and_where_it_saved(erased):
     assert said["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
     assert "are erased too" in said["RealEraNeighborSampler"][0]
     assert "the CLIP is that of Stable Diffusion 1.x" in said["RealEraNeighborSampler"][0]
-    assert "keep their meaning" in said["RealEraBeyondSampler"][0]
-    assert "half the way" in said["RealEraClosedFormEdit"][0]
-    assert "of 3 that were drawn (✓), " in said["RealEraClosedFormEdit"][0]
+    assert "are preserved" in said["RealEraBeyondSampler"][0]
+    assert "half of the way" in said["RealEraClosedFormEdit"][0]
+    assert "of the 3 words drawn (✓)" in said["RealEraClosedFormEdit"][0]
     drawn = [row[4] for row in outputs[node_of(graph, "RealEraClosedFormEdit")[0]]["realera_scope"]]
     assert drawn[:3] == sorted(drawn[:3], reverse=True) and set(drawn[3:]) == {None}
     assert said["RealEraLoraAlign"][0].startswith("6 steps")
