@@ -18,7 +18,7 @@ def stored_weights(patcher: Any, prefix: str = "") -> dict[str, Tensor]:
     """
     weights = dict(patcher.model_state_dict(prefix))
     for key in filter(weights.__contains__, [*patcher.backup, *patcher.hook_backup]):
-        weight = _before_patches(patcher, key)
+        weight: Any = _before_patches(patcher, key)
         quantised = hasattr(weight, "state_dict")
         weights.update(weight.state_dict(key) if quantised else {key: weight})
     return weights

@@ -179,7 +179,8 @@ def diffusions(vae):
 
 
 def random_edit(dim):
-    return Edit.from_matrix(torch.eye(dim) + 0.06 * torch.randn(dim, dim) / dim**0.5)
+    rank = 8
+    return Edit(0.06 * torch.randn(dim, rank) / rank**0.5, torch.randn(rank, dim) / dim**0.5)
 
 
 def random_erasure(model, rank=2):
