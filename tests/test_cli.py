@@ -95,7 +95,7 @@ def test_scope_and_info_print_what_a_file_does(folder, tmp_path, capsys):
     assert main(["scope", "miniature", str(folder / FILES[2]), *check]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert float(lines[1].split()[-1]) > 0.2 and lines[2].endswith("-")
-    assert lines[3].startswith("drawn: 1 words in ")
+    assert lines[3].startswith("image moved: ") and " of 1 words, in 8 steps" in lines[3]
     for name in FILES:
         assert main(["info", str(folder / name)]) == 0
         assert '"airplane"' in capsys.readouterr().out
