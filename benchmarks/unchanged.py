@@ -204,7 +204,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     said = {k: json.loads(text) if text[:1] in ("{", "[") else text for k, text in metadata.items()}
     leaves = (leaf for key, value in said.items() for leaf in _leaves(key, value))
-    flat = {key: leaf for key, leaf in leaves if not FREE.fullmatch(key)}
+    # Before 0.3 the suppression was called "away".
+    named = ((re.sub(r"\.away$", ".suppression", key), leaf) for key, leaf in leaves)
+    flat = {key: leaf for key, leaf in named if not FREE.fullmatch(key)}
     if "realera_erasure" in metadata:
         lora = {key: tensor for key, tensor in tensors.items() if key.startswith("lora.")}
         tensors = lora | erasure_tensors(path, tensors)
