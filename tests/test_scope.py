@@ -70,7 +70,7 @@ def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_k
     )
     lines = scope_text(largest_first(given), 3).splitlines()
     assert [line.split()[-1] for line in lines[:4]] == ["moved", "0.70", "0.60", "-"]
-    assert len(lines) == 5 and f"2 words, in {COARSE.steps} steps" in lines[-1]
+    assert len(lines) == 5 and f"in {COARSE.steps} steps" in lines[-1]
     assert "image" not in scope_text(given[:2], 3)
 
 

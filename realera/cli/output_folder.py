@@ -196,7 +196,7 @@ def scope_text(effects: Sequence[WordEffect], count: int) -> str:
         lines.append(f"{effect.word[:width]:{width}} {effect.concept[:14]:14} {numbers}")
     if sampled:
         lines.append(
-            f"image moved: distance of the images before and after of {sampled} words, in "
-            f"{COARSE.steps} steps from one noise; 1: as far as from the concept to the anchor"
+            f"image moved: distance of the images before and after, in {COARSE.steps} steps from "
+            "one noise; 1: as far as from the concept to the anchor; -: not sampled"
         )
     return "\n".join(lines)
