@@ -1,26 +1,32 @@
-"""What speaks against an anchor or a name, told by the texts alone, before anything is drawn or
-trained."""
+"""Warnings about anchors and names that the texts alone give reason for, before anything is drawn
+or trained."""
 
 import json
 import re
 from collections.abc import Iterable
 
+import torch
 from torch.nn.functional import normalize
 
 from .concepts import COMMAS, Concept, holds_name
 from .mining.pairs import first_summaries
 from .mining.plan import Plan
+from .mining.vocabulary import vocabulary_rows, word_rows
 from .text.encoding import TextEncoder, whole_words
+
+MANY_PIECES, SHORT_PIECE = 3, 3  # tokens of a word; letters per token
+COMPARED = 256  # words whose nearest cosines a concept's is compared with
+UNUSUAL = 0.05  # quantile of those cosines
 
 
 def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
-    """A sentence for each name that reads like several, each word to leave out that lies in no
-    ring, and each anchor that lies near what is erased, or that the bundled model does not draw
-    surely.
+    """A sentence for each name that reads like several or that the encoder does not know, each word
+    to leave out that lies in no ring, and each anchor that lies near what is erased, or that the
+    bundled model does not draw surely.
 
     Nearness is known where words were mined; what another model draws is not known from its texts.
     """
-    warnings = doubted_names(plan.concepts)
+    warnings = doubted_names(plan.concepts) + unknown_names(text, plan)
     if plan.centres:
         s2 = plan.neighbor.cosines[0]
         within = {word.casefold() for word, cosine, _ in plan.listed if cosine >= s2}
@@ -64,6 +70,60 @@ def doubted_names(concepts: Iterable[Concept]) -> list[str]:
                 f"write {each}, in a line or an option -c of their own"
             )
     return warnings
+
+
+def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
+    """A sentence for each concept whose name the encoder does not know.
+
+    Such a name falls into bytes; or, where words were mined, into pieces of a few letters and has
+    no word nearby, other than those pieces, as words of the vocabulary have.
+    """
+    tokenize, warnings = text.parts[0].tokenize, []
+    frame = len(tokenize([""])[0])
+    for concept in plan.concepts:
+        for word in concept.name.split():
+            (ids,) = tokenize([word])
+            pieces = len(ids) - frame
+            if min(ids) < 0:  # vectors of a textual inversion
+                continue
+            # Characters of the private use area have no meaning.
+            if not word.isascii() and (
+                pieces > len(word) or ids == tokenize(["\ue000" * len(word)])[0]
+            ):
+                warnings.append(
+                    f"the text encoder does not read {word!r} in the name {concept.name!r}: erase "
+                    "it under its name in the language that the model was trained on, usually "
+                    "English"
+                )
+            elif pieces >= MANY_PIECES and len(word) < SHORT_PIECE * pieces and plan.centres:
+                warnings += _without_neighbour(text, plan, concept, word, pieces)
+    return warnings
+
+
+def _without_neighbour(
+    text: TextEncoder, plan: Plan, concept: Concept, word: str, pieces: int
+) -> list[str]:
+    """A sentence, or none where a word of the vocabulary lies near the concept.
+
+    pieces: number of tokens of the word
+    """
+    template, vocabulary = concept.templates[0], text.words()
+    centre = plan.centres[template]
+    around = normalize(vocabulary_rows(text, template) - centre, dim=-1)
+    concept_row = normalize(word_rows(text, template, [concept.name])[0] - centre, dim=0)
+    name = concept.name.casefold()
+    other = torch.tensor([listed.casefold() not in name for listed in vocabulary])
+    cosine, nearest = (around @ concept_row).masked_fill(~other, -1).max(0)
+    sample = torch.linspace(0, len(vocabulary) - 1, COMPARED).long()
+    cosines = around[sample] @ around.T
+    cosines[torch.arange(len(sample)), sample] = -1  # of a word with itself
+    if cosine >= cosines.max(1).values.quantile(UNUSUAL):
+        return []
+    return [
+        f"the text encoder may not know {concept.name!r}: {word!r} falls into {pieces} pieces, and "
+        f"its nearest word, {vocabulary[int(nearest)]!r}, has a cosine of {float(cosine):.2f}, "
+        f"lower than those of {1 - UNUSUAL:.0%} of the vocabulary; check the spelling"
+    ]
 
 
 def _drawn(text: TextEncoder) -> set[str]:

@@ -597,6 +597,15 @@ def claim_aligning_keeps_the_lora_that_an_erasure_has():
         assert torch.equal(b[:, :4], first.lora[name][1])
 
 
+def claim_a_name_that_the_encoder_does_not_know_is_warned_about_in_the_view():
+    for name, warned in (("飞机", "does not read '飞机'"), ("xqzzt", "may not know 'xqzzt'")):
+        node = type(
+            "Sampler", (mining.NeighborSampler,), {"hidden": SimpleNamespace(unique_id=None)}
+        )
+        shown = node.execute(clip=miniature().clip, concepts=f"{name} -> tree", count=4).ui["text"]
+        assert "are erased too" in shown[0] and any(warned in line for line in shown[1:]), shown
+
+
 def claim_the_bank_is_read_only_where_it_is_used():
     def unread(*_, **__):
         raise AssertionError("the bank was read")

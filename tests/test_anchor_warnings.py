@@ -1,14 +1,18 @@
 """What speaks against an anchor is said before anything is drawn or trained."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from realera.algorithm import plan_mining
-from realera.anchor_warnings import anchor_warnings, doubted_names
+from realera.anchor_warnings import anchor_warnings, doubted_names, unknown_names
+from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
+from realera.mining.plan import Plan
 from realera.pipelines.unet import DiffusersText
 from realera.settings import NeighborSettings
+from realera.text.encoding import EncoderPart
 
 RING = NeighborSettings(s2=0.4, neighbors=1)
 
@@ -69,3 +73,57 @@ def test_a_word_to_leave_out_that_no_ring_holds_is_said(tiny_text):
     assert len(plan.preserved) > 2
     assert "leave out 'asdfghj' lies in no ring" in told
     assert f"leave out {near.upper()!r}" not in told
+
+
+@pytest.fixture(scope="module")
+def bundled_text():
+    return load_text("miniature")
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("xqzzt", True),
+        ("asdfghj", True),
+        ("a pikachu", True),  # which the bundled model was never taught
+        ("airplane", False),
+        ("van gogh", False),
+        ("mickey mouse", False),
+        ("airplnae", False),  # which it reads as one
+    ],
+)
+def test_a_name_of_short_pieces_with_no_word_nearby_is_doubted(bundled_text, name, warned):
+    plan = plan_mining(bundled_text, [Concept(name, "tree")], NeighborSettings(), None)
+    warnings = unknown_names(bundled_text, plan)
+    assert len(warnings) == warned, warnings
+    assert not warned or f"may not know {name!r}" in warnings[0]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "bundled"])
+def test_a_name_in_characters_that_the_encoder_does_not_read_is_doubted(
+    pipelines, bundled_text, family
+):
+    text = bundled_text
+    if family != "bundled":
+        pipeline = pipelines[family]
+        text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
+    names = ["飞机", "самолёт", "red 飞机", "airplane", "café", "xqzzt"]
+    isotropic = NeighborSettings(source="isotropic", neighbors=0)
+    plan = plan_mining(text, [Concept(name, "tree") for name in names], isotropic, None)
+    warnings = unknown_names(text, plan)
+    assert len(warnings) == 3 and all("does not read" in warning for warning in warnings)
+    assert "'飞机' in the name 'red 飞机'" in warnings[2]
+
+
+def test_a_name_that_the_tokenizer_has_as_a_word_is_not_doubted_in_any_script():
+    """As of Qwen's and of T5's tokenizers, which have a token for it or <unk>."""
+
+    def tokenize(prompts, unknown):
+        return [[1, 9 if unknown or "\ue000" in p else 7, 2] if p else [1, 2] for p in prompts]
+
+    for unknown in (False, True):
+        part = EncoderPart(lambda prompts, u=unknown: tokenize(prompts, u), 77)
+        text = SimpleNamespace(parts=[part])
+        settings = NeighborSettings(source="isotropic", neighbors=0)
+        plan = Plan((Concept("飞机", "tree"),), settings, None)
+        assert len(unknown_names(text, plan)) == unknown
