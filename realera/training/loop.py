@@ -29,9 +29,9 @@ def align(
 ) -> Lora:
     """Trains a LoRA on top of the closed-form edit; returns ΔW = B A of every K/V projection.
 
-    on_step: callback with the number of the finished step, from 1, and its loss. An exception that
-        it raises cancels the run. It may draw what was learned so far under
-        `student_teacher.student_mode`
+    on_step: callback with the number of the finished step, from 1, and its loss; a resumed run
+        begins with the steps of its state. An exception that it raises cancels the run. It may draw
+        what was learned so far under `student_teacher.student_mode`
     state: file to resume from and to save to, also when the run is cancelled; a resumed run gives
         the LoRA of an uninterrupted one. None saves nothing
 
@@ -46,6 +46,8 @@ def align(
         optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
         saved = TrainingState(state, run, lora, optimizer)
         saved.load(training.steps)
+        for step, loss in enumerate(saved.losses, 1):
+            on_step(step, loss)
         inputs = inputs.to(weights[0].device)
         networks = student_teacher(model, inputs.erasure)
         if training.adversarial:
@@ -63,7 +65,7 @@ def align(
                     contexts, more = adversarial_terms(networks, inputs, contexts, training, step)
                     terms += more
                 loss = backward(networks, terms, weights)
-                with saved.updating(step, contexts):
+                with saved.updating(loss, contexts):
                     optimizer.step()
                 if step % training.save_every == 0:
                     saved.save()

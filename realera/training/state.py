@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class TrainingState:
     path: safetensors file; None saves nothing
     run: `run_id` of the run that the file belongs to
     lora, optimizer: the trained factors, and the AdamW that trains them
-    step: number of steps done
+    losses: loss of every step done
     contexts: contexts of adversarial training, None before the first step and without it
     """
 
@@ -32,9 +32,14 @@ class TrainingState:
     run: str
     lora: Lora
     optimizer: torch.optim.Optimizer
-    step: int = 0
+    losses: list[float] = field(default_factory=list)
     contexts: Contexts | None = None
     complete: bool = True  # False while a step is changing the weights
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return len(self.losses)
 
     def load(self, steps: int) -> None:
         """Loads the file if there is one.
@@ -45,12 +50,12 @@ class TrainingState:
         if self.path is None or not self.path.exists():
             return
         stored = open_tensors(self.path)  # raises ValueError, naming the file, when it is damaged
-        if stored.metadata.get("run") != self.run:
+        if stored.metadata.get("run") != self.run or "losses" not in stored.entries:
             raise ValueError(
                 f"{self.path} is the state of another run (other concepts, ranges, model or "
                 "training settings): remove it or name another file to start afresh"
             )
-        self.step = int(stored.metadata["step"])
+        self.losses = stored.read("losses").tolist()
         if self.step > steps:
             raise ValueError(
                 f"{self.path} holds {self.step} steps and {steps} were asked for: ask for more, or "
@@ -62,30 +67,32 @@ class TrainingState:
                 "step": torch.tensor(float(self.step)),
                 **{moment: stored.read(f"{key}.{moment}").to(weight) for moment in MOMENTS},
             }
-        names = [field.name for field in fields(Contexts)]
+        names = [each.name for each in fields(Contexts)]
         if f"contexts.{names[0]}" in stored.entries:
             self.contexts = Contexts(*(stored.read(f"contexts.{name}") for name in names))
 
     def save(self) -> None:
         if self.path is None:
             return
-        tensors = {}
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         if self.contexts is not None:
-            tensors = {f"contexts.{name}": rows.cpu() for name, rows in vars(self.contexts).items()}
+            contexts = vars(self.contexts).items()
+            tensors |= {f"contexts.{name}": rows.cpu() for name, rows in contexts}
         for key, weight in self._weights():
             tensors[key] = weight.detach().cpu().contiguous()
             for moment in MOMENTS:
                 tensors[f"{key}.{moment}"] = self.optimizer.state[weight][moment].cpu()
         without = "if this run is interrupted, it starts afresh"
-        keep_tensors(self.path, tensors, {"run": self.run, "step": str(self.step)}, without)
+        keep_tensors(self.path, tensors, {"run": self.run}, without)
 
     @contextmanager
-    def updating(self, step: int, contexts: Contexts | None) -> Iterator[None]:
+    def updating(self, loss: float, contexts: Contexts | None) -> Iterator[None]:
         """Marks the block in which a step changes the weights: what it leaves is never saved
         unless it ends."""
         self.complete = False
         yield
-        self.step, self.contexts, self.complete = step, contexts, True
+        self.losses.append(loss)
+        self.contexts, self.complete = contexts, True
 
     @contextmanager
     def when_interrupted(self) -> Iterator[None]:
