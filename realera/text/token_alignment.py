@@ -137,10 +137,11 @@ def _refuse_long(part: EncoderPart, prompt: str, ids: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class _Span:
-    """Token indices of a phrase in its prompt, [first, last)."""
+    """Token indices of a phrase in its prompt, [first, last), and the prompt's number of tokens."""
 
     first: int
     last: int
+    tokens: int
 
 
 def _locate(part: EncoderPart, template: str, phrase: str) -> _Span:
@@ -157,7 +158,7 @@ def _locate(part: EncoderPart, template: str, phrase: str) -> _Span:
             f"{phrase!r} has no token in {prompt!r}: write it in words that the tokenizer knows"
         )
     _refuse_long(part, prompt, whole)
-    return _Span(first, last)
+    return _Span(first, last, len(whole))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -172,12 +173,13 @@ def _anchor_rows(part: EncoderPart, span: _Span, anchor: _Span, rows: int) -> Te
     """Anchor row for each of an encoder's rows, int64 [rows]; -1 for those that stay.
 
     Phrase token j is mapped to anchor token j (to the last one where the phrase is longer), suffix
-    to suffix, end-of-text and padding to end-of-text and padding; prefix to prefix.
+    to suffix, end-of-text and padding to end-of-text and padding; prefix to prefix. The suffix is
+    counted from the end: it has a token less where one of the phrases is merged with it.
     """
     at = torch.arange(rows)
     before = torch.full_like(at, -1) if part.causal else at
     phrase = torch.clamp(at - span.first, max=anchor.last - anchor.first - 1) + anchor.first
-    later = at - span.last + anchor.last
+    later = at - span.tokens + anchor.tokens
     if part.rows is not None:
         later = later.clamp(max=part.rows - 1)
     return torch.where(at < span.first, before, torch.where(at < span.last, phrase, later))
