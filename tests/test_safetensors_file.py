@@ -72,9 +72,23 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
         (b"Entry not found", "is text, .*'Entry not found'. Get it again"),
         (b"GGUF\x03\x00\x00\x00" + bytes(40), "is quantised in blocks .GGUF."),
         (b"PK\x03\x04" + bytes(40), "is a pickle"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no model but an image"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is no model but an archive: unpack it first"),
         (b"\xff\xfe\x00\x99" * 20, "first 8 bytes announce a header of"),
     ],
-    ids=["empty", "zeros", "page", "pointer", "json", "text", "gguf", "pickle", "unknown"],
+    ids=[
+        "empty",
+        "zeros",
+        "page",
+        "pointer",
+        "json",
+        "text",
+        "gguf",
+        "pickle",
+        "png",
+        "7z",
+        "unknown",
+    ],
 )
 @pytest.mark.parametrize("name", ["x.safetensors", "x"])
 def test_a_file_of_another_format_is_named(tmp_path, content, reason, name):

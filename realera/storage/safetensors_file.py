@@ -69,6 +69,14 @@ GGUF = (
     "file that it was made of and quantise that, or load the GGUF file in ComfyUI and apply the "
     "erasure there"
 )
+OTHERS = {  # first bytes -> what the file is
+    b"\xff\xd8\xff": "an image",
+    b"\x89PNG": "an image",
+    b"RIFF": "an image",  # WebP
+    b"7z\xbc\xaf": "an archive: unpack it first",
+    b"Rar!": "an archive: unpack it first",
+    b"\x1f\x8b": "an archive: unpack it first",  # gzip
+}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Tells machines that share a folder apart, where one process number means different processes.
@@ -198,6 +206,9 @@ def _other_format(path: Path, start: bytes) -> str | None:
         return f"is text, as a failed download leaves it, not a model: {text[:80]!r}. Get it again"
     if start.startswith(b"GGUF"):
         return GGUF
+    for first, what in OTHERS.items():
+        if start.startswith(first):
+            return f"is no model but {what}"
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or path.suffix.lower() in PICKLES:
         return (
             "is a pickle, which can run any program when it is opened, so it is refused. Convert "
