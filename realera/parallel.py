@@ -112,7 +112,7 @@ def clear(state: Path) -> None:
     """Removes the files of a job from its folder, and the folder unless it has other files."""
     for path in state.iterdir():
         if FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink()
+            path.unlink(missing_ok=True)
     with suppress(OSError):
         state.rmdir()
 

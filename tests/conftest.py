@@ -26,8 +26,8 @@ from transformers import (
 
 from realera.checkpoints.families import FAMILIES
 from realera.checkpoints.loading import _tokenizer
-from realera.miniature import TOKENIZER
 from realera.pipelines.unet import DiffusersModel, DiffusersText
+from tools import tiny
 from tools.comfyui import comfyui
 from tools.layout import to_ldm
 
@@ -150,56 +150,19 @@ def folders(pipelines, tmp_path_factory):
     return {name: folder / name for name in ("sd1", "sdxl")}
 
 
-def tiny_text_encoder(width, layers, heads):
-    """The miniature's tokenizer, and a CLIP encoder of random weights that reads its tokens."""
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer, CLIPTextModel(config)
-
-
 @pytest.fixture(scope="session")
 def tiny_text() -> DiffusersText:
     """A text encoder alone, 64 wide; built once, so never change its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer, encoder = tiny_text_encoder(64, layers=2, heads=4)
+        tokenizer, encoder = tiny.text_encoder(64, layers=2, heads=4)
     return DiffusersText([tokenizer], [encoder])
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> DiffusersModel:
     """A whole model that trains in seconds; built once, so leave its weights as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-        )
-        vae = AutoencoderKL(block_out_channels=(32,))
-        tokenizer, encoder = tiny_text_encoder(32, layers=1, heads=2)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    unchecked = {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
-    return DiffusersModel(
-        StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **unchecked)
-    )
+    return DiffusersModel(tiny.pipeline())
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +174,6 @@ def clip_folder(tmp_path_factory) -> Path:
         CLIPModel,
         CLIPProcessor,
         CLIPTextConfig,
-        CLIPTokenizer,
         CLIPVisionConfig,
     )
 

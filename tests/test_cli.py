@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from realera import settings
 from realera.cli import main, output_folder
 from realera.cli.options import device_of
+from realera.cli.run_note import RunNote
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
 from realera.edit.erasure_file import load_erasure, save_erasure
@@ -249,16 +250,18 @@ def test_an_interrupt_leaves_nothing_that_the_same_command_would_refuse(
         "plots.scope_picture": drawn,
     }.items():
         monkeypatch.setattr(f"realera.cli.output_folder.{name}", fake)
-    folder = output_folder.Folder(tmp_path / "out", "miniature", overwrite=False)
+    out = tmp_path / "out"
     everything = None, None, Erasure({CONTEXT: Edit.from_matrix(torch.eye(256))}), None, {}, []
     with monkeypatch.context() as patch:
         patch.setattr(f"realera.cli.output_folder.{late}", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            folder.write_all(*everything)
-    assert not list((tmp_path / "out").iterdir())
-    folder.refuse_existing()
-    folder.write_all(*everything)
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {*FILES, *TEXTS}
+        with pytest.raises(KeyboardInterrupt), RunNote(out, "erase") as note:
+            output_folder.Folder(note, "miniature", overwrite=False).write_all(*everything)
+    with RunNote(out, "erase") as note:
+        folder = output_folder.Folder(note, "miniature", overwrite=False)
+        folder.refuse_existing()
+        folder.write_all(*everything)
+    pictures = {"neighbourhood.png", "scope.png"}
+    assert {path.name for path in out.iterdir()} == {*FILES, *TEXTS, *pictures}
 
 
 def test_a_folder_that_is_only_read_is_found_before_the_work(folder, tmp_path, monkeypatch, capsys):

@@ -281,7 +281,7 @@ def survivors(path: str, chosen: Sequence[Mutant]) -> list[Mutant]:
         def code_of(self: Any, name: str) -> CodeType | None:
             return mutant.code() if name == module else load(self, name)
 
-        SourceFileLoader.get_code = code_of  # type: ignore[method-assign]
+        SourceFileLoader.get_code = code_of  # type: ignore
         return int(pytest.main(["-x", *tests]))
 
     return [

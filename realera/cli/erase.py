@@ -1,6 +1,7 @@
 """`realera erase` and `realera demo`: Algorithm 1 for the parts of a plan, and its output files."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -8,7 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
-from ..concepts import COLUMNS, STYLE_TEMPLATES, TEMPLATES, concepts_in, read_concepts, read_lines
+from ..concepts import (
+    COLUMNS,
+    STYLE_TEMPLATES,
+    TEMPLATES,
+    Concept,
+    concepts_in,
+    read_concepts,
+    read_lines,
+)
 from ..settings import (
     BUNDLED,
     POSITIVE_COUNT,
@@ -34,6 +43,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..edit.erasure import Erasure
     from ..pipelines.interface import Diffusion
+    from .run_note import RunNote
 
 DEMO = "airplane -> tree"
 DEMO_PROMPTS = (
@@ -52,60 +62,79 @@ def run_demo(options: argparse.Namespace) -> None:
     from .evaluation_files import EVALUATION, write_evaluation
 
     options.concept, options.concepts, options.prompt = [DEMO], None, list(DEMO_PROMPTS)
-    model, erasure = _erase(options, EVALUATION)
-    with progress_bar("evaluation") as progress:
-        text = write_evaluation(
-            Path(options.out),
-            cast("Diffusion", model),  # loaded to draw the prompts
-            {"erased": erasure},
-            miniature_task("airplane"),
-            miniature_classifier(),
-            options.images,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(text)
+    concepts = _read(options)
+    with _note(options, concepts) as note:
+        model, erasure = _erase(options, concepts, note, EVALUATION)
+        with progress_bar("evaluation") as progress, note.writing(*EVALUATION):
+            text = write_evaluation(
+                note.folder,
+                cast("Diffusion", model),  # loaded to draw the prompts
+                {"erased": erasure},
+                miniature_task("airplane"),
+                miniature_classifier(),
+                options.images,
+                seed=options.seed,
+                overwrite=True,  # what may not be replaced was refused before the work
+                progress=progress,
+            )
+        print(text)
 
 
 def run_erase(options: argparse.Namespace) -> None:
-    _erase(options)
+    concepts = _read(options)
+    with _note(options, concepts) as note:
+        _erase(options, concepts, note)
 
 
-def _erase(
-    options: argparse.Namespace, more_outputs: Sequence[str] = ()
-) -> "tuple[Diffusion | None, Erasure]":
-    """Algorithm 1 for the concepts of the command line or of a CSV file.
-
-    more_outputs: names of files that the command writes into the same folder
-
-    Returns the model, or None where the text encoder was enough, and the erasure.
-    """
+def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
+    """The concepts of the command line or of a CSV file; reads the other files of the options."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     if options.concepts is None:
         lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
         concepts = concepts_in(lines, templates)
     else:
         concepts, left_out = read_concepts(options.concepts, templates)
-    read = [path for path in (options.concepts, options.words) if path]
+    options.read = [path for path in (options.concepts, options.words) if path]
     options.words = read_lines(options.words) if options.words else None
     options.exclude = [*(options.exclude or ()), *left_out]
+    return concepts
+
+
+def _note(options: argparse.Namespace, concepts: Sequence[Concept]) -> "RunNote":
+    """The note of this command in its output folder."""
+    from .run_note import RunNote
+
+    decisive = {k: v for k, v in vars(options).items() if k not in ("run", "overwrite")}
+    text = repr((concepts, sorted(decisive.items())))
+    return RunNote(Path(options.out), hashlib.sha256(text.encode()).hexdigest())
+
+
+def _erase(
+    options: argparse.Namespace,
+    concepts: Sequence[Concept],
+    note: "RunNote",
+    more_outputs: Sequence[str] = (),
+) -> "tuple[Diffusion | None, Erasure]":
+    """Algorithm 1, and its output files.
+
+    more_outputs: names of files that the command writes into the same folder
+
+    Returns the model, or None where the text encoder was enough, and the erasure.
+    """
     settings, training = _settings(options), _training(options)
 
     from ..algorithm import fit, plan_mining
     from ..anchor_warnings import anchor_warnings
     from ..checkpoints.families import locate
     from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
-    from ..storage.safetensors_file import make_writable
     from .output_folder import Folder
 
-    folder = Folder(Path(options.out), str(options.model), options.overwrite)
-    folder.refuse_existing(more_outputs, read)
+    folder = Folder(note, str(options.model), options.overwrite)
+    folder.refuse_existing(more_outputs, options.read)
     if options.engine == "ray":
         import_ray()
     state = folder.path.resolve() / FOLDER  # workers run in folders of their own
     source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
-    make_writable(folder.path)
     # The closed form needs the text encoder alone, which may be a third of the model.
     model = load(options) if training or options.check or options.prompt else None
     text = load_encoder(options) if model is None else model.text
@@ -119,8 +148,8 @@ def _erase(
     with progress_bar("sums", "part") as progress:
         sums = summed(job, parts, text, options.engine, progress)
     with progress_bar("bank") as progress:
-        note = {"model": str(options.model)}
-        erasure = fit(text, plan, sums, settings.solve, note, progress)
+        made_from = {"model": str(options.model)}
+        erasure = fit(text, plan, sums, settings.solve, made_from, progress)
     losses: dict[int, float] = {}
     if training is not None and model is not None:
         with progress_bar("alignment", "step") as progress:

@@ -1,7 +1,7 @@
 """The output folder of `realera erase`: checkpoint, LoRA, erasure, scope report and plots."""
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..report.scope import WordEffect, check_images
 from ..settings import TOLERANCE
 from ..storage.safetensors_file import refuse_source, replaced_file, writing
 from ..text.encoding import CONTEXT, TextEncoder
+from .run_note import RunNote
 
 PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 
@@ -32,13 +33,18 @@ PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 class Folder:
     """A folder for the outputs of one erasure.
 
+    note: note of the run
     source: the model that concepts are erased from
     overwrite: whether files that exist are replaced
     """
 
-    path: Path
+    note: RunNote
     source: str
     overwrite: bool
+
+    @property
+    def path(self) -> Path:
+        return self.note.folder
 
     @property
     def checkpoint(self) -> str:
@@ -61,7 +67,17 @@ class Folder:
         for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
             path = self.path / name
             refuse_source(path, model, *read)
-            (replaced_folder if name == "checkpoint" else replaced_file)(path, self.overwrite)
+            replaced = replaced_folder if name == "checkpoint" else replaced_file
+            replaced(path, self.may_replace(name))
+
+    def may_replace(self, name: str) -> bool:
+        return self.overwrite or self.note.may_replace(name)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """`safetensors_file.writing` of an output, which is noted."""
+        with self.note.writing(name), writing(self.path / name, self.may_replace(name)) as part:
+            yield part
 
     def write_all(
         self,
@@ -77,7 +93,7 @@ class Folder:
         checks: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:
-        """Draws everything, then writes everything: all files, or none of them.
+        """Draws everything, then writes everything, each file whole or not at all.
 
         model: model to draw with, or None to draw nothing
         text: text encoder of the model
@@ -86,8 +102,8 @@ class Folder:
         tolerance: share of T - I that the LoRA file may leave out
         checks: number of words of the scope report to draw
 
-        Returns what to tell the user. When writing fails or is interrupted, the files that were not
-        there before are removed again, so that the same command can be run anew.
+        Returns what to tell the user. Where writing fails or is interrupted, the same command may
+        replace what was written.
         """
         effects = scope_report(erasure, text, plan)
         if checks and model is not None:
@@ -103,28 +119,26 @@ class Folder:
             pictures["before-after"] = before_after(model, erasure, prompts, seed, progress)
         texts = {"scope.txt": scope_text(effects, 40), "words.txt": words_text(plan)}
         names = [*self.files, *(f"{name}.png" for name in pictures)]
-        new = [self.path / name for name in names if not (self.path / name).exists()]
-        try:
-            report = self.write_erasure(erasure, tolerance)
-            for name, content in texts.items():
-                with writing(self.path / name, overwrite=True) as part:
-                    part.write_text(content + "\n", "utf-8")
-            for name, picture in pictures.items():
-                with writing(self.path / f"{name}.png", overwrite=True) as part:
-                    picture.save(part, "PNG")
-        except BaseException:
-            for path in new:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            raise
+        report = self.write_erasure(erasure, tolerance)
+        for name, content in texts.items():
+            with self.writing(name) as part:
+                part.write_text(content + "\n", "utf-8")
+        for name, picture in pictures.items():
+            with self.writing(f"{name}.png") as part:
+                picture.save(part, "PNG")
         return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
         """Writes the first three of `files`; returns a line on the LoRA for the user."""
         checkpoint, lora, whole, *_ = self.files
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_erasure(erasure, self.path / whole, self.overwrite)
-        write_checkpoint(self.source, erasure, self.path / checkpoint, self.overwrite)
-        cut = write_lora(self.source, erasure, self.path / lora, tolerance, self.overwrite)[CONTEXT]
+        may = {name: self.may_replace(name) for name in self.files}
+        with self.note.writing(whole):
+            save_erasure(erasure, self.path / whole, may[whole])
+        with self.note.writing(checkpoint):
+            write_checkpoint(self.source, erasure, self.path / checkpoint, may[checkpoint])
+        with self.note.writing(lora):
+            cuts = write_lora(self.source, erasure, self.path / lora, tolerance, may[lora])
+        cut = cuts[CONTEXT]
         return f"LoRA of rank {cut.rank}, {cut.error:.2%} of the edit left out"
 
 
