@@ -326,7 +326,7 @@ def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, 
         str(tmp_path / "out"),
     ]
     assert main(["erase", "miniature", "--concepts", path, *quick, *out]) == 0
-    assert "drawn: 1 words in " in (tmp_path / "out" / "scope.txt").read_text("utf-8")
+    assert "in 8 steps" in (tmp_path / "out" / "scope.txt").read_text("utf-8")
     assert "left out and preserved: rocket" in (tmp_path / "out" / "words.txt").read_text("utf-8")
     assert "does not draw the anchor" not in capsys.readouterr().err  # they are warned of alike
 
