@@ -486,18 +486,32 @@ def test_the_source_and_what_exists_are_never_overwritten_unasked(
     write_checkpoint(source, erasure, target, overwrite=True)
     assert "realera" in metadata_of(target)
 
-    # A folder that is no pipeline is never replaced, a pipeline only when asked to.
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no diffusers folder"):
-        write_checkpoint(folders["sd1"], erasure, precious, overwrite=True)
     write_checkpoint(folders["sd1"], erasure, tmp_path / "out")
     with pytest.raises(FileExistsError, match="ask to overwrite"):
         write_checkpoint(folders["sd1"], erasure, tmp_path / "out")
     write_checkpoint(folders["sd1"], erasure, tmp_path / "out", overwrite=True)
-    assert (precious / "thesis.txt").exists()
-    assert sorted(os.listdir(tmp_path)) == ["in.safetensors", "out", "out.safetensors", "precious"]
+    assert sorted(os.listdir(tmp_path)) == ["in.safetensors", "out", "out.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "unet/mine.safetensors", "samples/cat.png"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_folder_that_holds_files_of_other_names_is_never_replaced(
+    tmp_path, pipelines, folders, monkeypatch, name, when
+):
+    erasure, out = make_erasure(pipelines["sd1"], "sd1"), tmp_path / "out"
+    write_checkpoint(folders["sd1"], erasure, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    precious, space = out / name, "realera.checkpoints.writing._check_space"
+    precious.parent.mkdir(exist_ok=True)
+    if when == "before":
+        precious.write_text("years of work")
+        monkeypatch.setattr(space, lambda *_: pytest.fail("too late"))
+    else:
+        monkeypatch.setattr(space, lambda *_: precious.write_text("years of work"))
+    with pytest.raises(FileExistsError, match=f"out holds {re.escape(name)}, which an erased"):
+        write_checkpoint(folders["sd1"], erasure, out, overwrite=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert precious.read_text() == "years of work" and os.listdir(tmp_path) == ["out"]
 
 
 def test_an_erasure_of_another_family_leaves_nothing(tmp_path, pipelines, singles, folders):

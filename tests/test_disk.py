@@ -311,6 +311,19 @@ def test_a_run_that_would_replace_what_it_reads_is_refused_before_the_work(
     assert prompts.read_text() == "a dog\n"
 
 
+def test_an_erased_folder_with_files_of_somebody_else_is_refused_before_the_work(
+    tmp_path, folders, capsys, monkeypatch
+):
+    monkeypatch.setattr("realera.algorithm.plan_mining", lambda *_: pytest.fail("too late"))
+    precious = tmp_path / "checkpoint" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    command = ["erase", str(folders["sd1"]), "-c", "cat -> dog", "-o", str(tmp_path)]
+    assert main([*command, "--overwrite"]) == 1
+    assert "checkpoint holds thesis.txt" in capsys.readouterr().err
+    assert precious.read_text() == "years of work"
+
+
 def test_a_folder_that_holds_the_erasure_is_not_replaced(tmp_path, folders, capsys):
     out = tmp_path / "out"
     write_checkpoint(folders["sd1"], Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))}), out)

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from ..storage.safetensors_file import (
     writing,
 )
 from ..text.encoding import POOLED
-from .families import family_like, gains, open_network
+from .families import Files, family_like, gains, open_network
 from .fp8_scales import stored, weight_of
 from .layouts import AVERAGE, CONTROLNET, locate, read_json
 
@@ -87,8 +88,8 @@ def write_checkpoint(
     A folder's other parts are copied as they are, pickles unopened; what else may hold the unerased
     U-Net (its own folder's other files, whole checkpoints beside the parts) is left out.
     Raises ValueError when the erasure does not fit the source, the source is not whole or holds
-    numbers that are not finite; FileExistsError when the destination exists; OSError when the disk
-    is full. Nothing is left behind.
+    numbers that are not finite; FileExistsError when the destination exists, or is a folder that
+    holds files of other names; OSError when the disk is full. Nothing is left behind.
     """
     path, target = locate(source), Path(destination)
     refuse_source(target, path)
@@ -115,17 +116,34 @@ def write_checkpoint(
             stream(*files[0], temporary)
         return
 
-    rewritten = {file.path for file, _ in files}
-    copied = [part for part in _copied(path) if part not in rewritten]
-    with _writing_folder(target, overwrite) as temporary:
-        _check_space(temporary, sum(part.stat().st_size for part in (*copied, *rewritten)))
-        for part in copied:
+    parts = _parts(path, files)
+    with _writing_folder(
+        target, overwrite, [part.relative_to(path) for part in parts]
+    ) as temporary:
+        _check_space(temporary, sum(part.stat().st_size for part in parts))
+        for part in parts[len(files) :]:
             copy = temporary / part.relative_to(path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(part, copy)
         for file, keys in files:
             with writing(temporary / file.path.relative_to(path)) as part:
                 stream(file, keys, part)
+
+
+def refuse_destination_folder(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], overwrite: bool = False
+) -> None:
+    """Raises what `write_checkpoint` would, of a folder and before the work, about its
+    destination."""
+    path = locate(source)
+    parts = _parts(path, open_network(path)[1])
+    replaced_folder(destination, overwrite, [part.relative_to(path) for part in parts])
+
+
+def _parts(path: Path, files: Files) -> list[Path]:
+    """The files of a diffusers folder that its erased copy has: the network's, then all others."""
+    network = [file.path for file, _ in files]
+    return [*network, *(part for part in _copied(path) if part not in network)]
 
 
 def _copied(path: Path) -> list[Path]:
@@ -422,11 +440,18 @@ def _check_space(destination: Path, size: int) -> None:
         )
 
 
-def replaced_folder(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def replaced_folder(
+    destination: str | os.PathLike[str],
+    overwrite: bool = False,
+    written: Collection[Path] = (),
+) -> Path:
     """The path that a diffusers folder for `destination` is written to: its links followed.
 
+    written: paths of the new folder's files, relative to it
+
     A folder that a killed process had moved away gets its name back. Raises FileExistsError when
-    there is one and `overwrite` is false, and always for what is no diffusers folder.
+    the destination exists and `overwrite` is false, and always for what is no folder or holds a
+    file that is not in `written`.
     """
     path = Path(os.path.realpath(destination))
     for old in abandoned(path, "old"):
@@ -434,29 +459,39 @@ def replaced_folder(destination: str | os.PathLike[str], overwrite: bool = False
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, path)
-    if os.path.lexists(path) and not (overwrite and (path / "model_index.json").is_file()):
+    if not os.path.lexists(path):
+        return path
+    if not overwrite:
         raise FileExistsError(
-            f"{destination} exists: choose another name"
-            + (
-                ", it is no diffusers folder"
-                if overwrite
-                else ", or ask to overwrite it (--overwrite)"
-            )
+            f"{destination} exists: choose another name, or ask to overwrite it (--overwrite)"
+        )
+    if not path.is_dir():
+        raise FileExistsError(f"{destination} is no folder: choose another name")
+    inside = (part for part in path.rglob("*") if part.is_symlink() or not part.is_dir())
+    others = (name for part in inside if (name := part.relative_to(path)) not in written)
+    if named := list(islice(others, 4)):
+        listed = ", ".join([*map(str, named[:3]), *("…" for _ in named[3:])])
+        raise FileExistsError(
+            f"{destination} holds {listed}, which an erased copy does not replace: move them, or "
+            "choose another name"
         )
     return path
 
 
 @contextmanager
-def _writing_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """As `safetensors_file.writing`, for a diffusers folder; only such a folder is ever
-    overwritten."""
-    path = replaced_folder(destination, overwrite)
+def _writing_folder(
+    destination: Path, overwrite: bool, written: Collection[Path]
+) -> Iterator[Path]:
+    """As `safetensors_file.writing`, for a diffusers folder of the files `written`; only such a
+    folder is ever overwritten."""
+    path = replaced_folder(destination, overwrite, written)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in abandoned(path, "tmp"):
         shutil.rmtree(left, ignore_errors=True)
     temporary, replaced = beside(path, "tmp"), beside(path, "old")
     try:
         yield temporary
+        replaced_folder(path, overwrite, written)  # what came meanwhile is kept
         if path.exists():
             os.replace(path, replaced)
         os.replace(temporary, path)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..algorithm import geometry, scope_report
 from ..checkpoints.families import locate
-from ..checkpoints.writing import replaced_folder, write_checkpoint, write_lora
+from ..checkpoints.writing import refuse_destination_folder, write_checkpoint, write_lora
 from ..concepts import Concept
 from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
@@ -67,8 +67,10 @@ class Folder:
         for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
             path = self.path / name
             refuse_source(path, model, *read)
-            replaced = replaced_folder if name == "checkpoint" else replaced_file
-            replaced(path, self.may_replace(name))
+            if name == "checkpoint":
+                refuse_destination_folder(model, path, self.may_replace(name))
+            else:
+                replaced_file(path, self.may_replace(name))
 
     def may_replace(self, name: str) -> bool:
         return self.overwrite or self.note.may_replace(name)
