@@ -750,7 +750,7 @@ def claim_a_model_that_cannot_be_loaded_whole_is_refused():
             run(align.LoraAlign, **given)
         with (
             replaced(management, "load_models_gpu", lambda *_, **__: None),
-            refused("training needs it there whole"),
+            refused("training needs the whole MODEL on"),
             training(model),
         ):
             pass

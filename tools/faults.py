@@ -261,7 +261,7 @@ class Trial:
 
         def on_change(n: int) -> None:
             if n == change:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
         run = Run(self.command, self.home, on_change)
         if after is not None and not run.ends_within(after):
