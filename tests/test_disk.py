@@ -173,9 +173,10 @@ def test_a_full_disk_under_what_was_drawn_is_a_warning(tiny_model, tmp_path, fol
     classifier = miniature_classifier()
     once = Sampling(steps=1)
     with files_of_at_most(100), pytest.warns(UserWarning, match=r"state.* it starts afresh"):
-        seen = classify_words(
+        drawn = classify_words(
             tiny_model, ["dog", "ship"], classifier, once, state=tmp_path / "state"
         )
+    seen = drawn.probabilities
     assert seen.shape == (2, len(classifier.classes)) and not (tmp_path / "state").exists()
 
 

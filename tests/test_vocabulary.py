@@ -9,7 +9,13 @@ from realera.cli import main
 from realera.edit.erasure_file import save_erasure
 from realera.evaluation import vocabulary
 from realera.evaluation.scorers import ConceptClassifier, NudeNet
-from realera.evaluation.vocabulary import classifier_of, classify_words, compare, sample_words
+from realera.evaluation.vocabulary import (
+    DrawnWords,
+    classifier_of,
+    classify_words,
+    compare,
+    sample_words,
+)
 from realera.pipelines.sampling import Sampling
 
 CLASSES = ("dog", "cat", "ship")
@@ -21,8 +27,10 @@ def two_at_once(monkeypatch):
     monkeypatch.setattr("realera.pipelines.sampling.BATCH", 2)
 
 
-def probabilities(*rows):
-    return torch.tensor(rows, dtype=torch.float32)
+def drawn(*rows, latents=0.0):
+    """Words with these probabilities, and latents whose numbers are all the same."""
+    words = torch.tensor(rows, dtype=torch.float32)
+    return DrawnWords(words, torch.full((len(rows), 4), latents).half())
 
 
 @pytest.fixture
@@ -40,16 +48,23 @@ def classifier():
 
 def test_residue_is_of_the_words_that_drew_the_concept_and_kept_of_those_that_surely_did_not():
     words = ["puppy", "screen", "kitty", "thing", "boat", "tail"]
-    before = probabilities(
+    before = drawn(
         [0.9, 0.1, 0.0],
         [0.4, 0.3, 0.3],  # draws a dog, if not surely
         [0.1, 0.9, 0.0],
         [0.1, 0.8, 0.1],  # not surely a cat: more than 0.8 is
         [0.0, 0.0, 1.0],
         [0.7, 0.3, 0.0],
+        latents=2.0,
     )
-    after = probabilities(
-        [0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [1, 0, 0], [0.3, 0.4, 0.3], [0, 1, 0]
+    after = drawn(
+        [0.1, 0.2, 0.7],
+        [0.5, 0.5, 0.0],
+        [0.2, 0.8, 0.0],
+        [1, 0, 0],
+        [0.3, 0.4, 0.3],
+        [0, 1, 0],
+        latents=2.5,
     )
     found = compare("dog", words, ConceptClassifier("eye", CLASSES, lambda x: x), before, after)
     assert found.drew == ("puppy", "screen", "tail") and found.still == ("screen",)
@@ -61,8 +76,22 @@ def test_residue_is_of_the_words_that_drew_the_concept_and_kept_of_those_that_su
     assert json.loads(json.dumps(found.to_dict()))["metrics"]["kept"] == 50
 
 
+def test_drift_is_the_change_of_the_latents_of_what_surely_drew_something_else():
+    eye = ConceptClassifier("eye", CLASSES, lambda x: x)
+    rows = [0.9, 0.1, 0.0], [0.1, 0.9, 0.0]  # a dog, which is erased, and surely a cat
+    before, after = drawn(*rows, latents=2.0), drawn(*rows, latents=2.0)
+    after.latents[0] += 7  # the erased one's change is no drift
+    assert compare("dog", ["puppy", "kitty"], eye, before, after).drift == 0
+    after.latents[1] -= 0.5
+    found = compare("dog", ["puppy", "kitty"], eye, before, after)
+    assert found.drift == pytest.approx(25) and found.row()["drift ↓"] == found.drift
+    assert found.to_dict()["metrics"]["drift"] == 25
+    nothing = compare("dog", ["puppy"], eye, drawn(rows[0]), drawn(rows[0]))
+    assert nothing.drift != nothing.drift and nothing.to_dict()["metrics"]["drift"] is None
+
+
 def test_where_there_is_nothing_to_count_no_number_is_made_up():
-    sure = probabilities([0, 1, 0])
+    sure = drawn([0, 1, 0])
     found = compare("dog", ["kitty"], ConceptClassifier("eye", CLASSES, lambda x: x), sure, sure)
     assert found.residue != found.residue and found.h_v != found.h_v and found.kept == 100
     assert found.to_dict()["metrics"]["h_v"] is None
@@ -79,11 +108,11 @@ def test_a_sample_is_seeded_and_keeps_the_order():
 def test_all_words_are_drawn_from_one_noise_whatever_the_batch(tiny_model, classifier):
     classifier, _ = classifier
     words = ["cat", "dog", "cat", "ship", "cat"]
-    one = classify_words(tiny_model, words, classifier, ONE_STEP)
+    one = classify_words(tiny_model, words, classifier, ONE_STEP).probabilities
     assert one.shape == (5, 3) and torch.allclose(one.sum(1), torch.ones(5))
     assert torch.allclose(one[0], one[2], atol=1e-3) and torch.allclose(one[0], one[4], atol=1e-3)
-    alone = torch.cat([classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words])
-    assert torch.allclose(alone, one, atol=2e-3)
+    alone = [classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words]
+    assert torch.allclose(torch.cat([w.probabilities for w in alone]), one, atol=2e-3)
 
 
 def test_what_was_drawn_is_not_drawn_again(tiny_model, classifier, tmp_path):
@@ -91,11 +120,13 @@ def test_what_was_drawn_is_not_drawn_again(tiny_model, classifier, tmp_path):
     words = ["apple", "house", "tree"]
     first = classify_words(tiny_model, words, classifier, ONE_STEP, state=tmp_path / "state")
     looks = len(seen)
-    assert torch.equal(first, classify_words(tiny_model, words, classifier, ONE_STEP))
+    again = classify_words(tiny_model, words, classifier, ONE_STEP)
+    assert torch.equal(first.probabilities, again.probabilities)
+    assert torch.equal(first.latents, again.latents)
     assert len(seen) == looks + 1  # only at nothing, which tells classifiers apart
     assert not [*tmp_path.iterdir()]
     other = classify_words(tiny_model, words, classifier, Sampling(steps=1, seed=1))
-    assert not torch.equal(first, other)
+    assert not torch.equal(first.probabilities, other.probabilities)
 
 
 def test_a_run_that_is_interrupted_goes_on(tiny_model, classifier, tmp_path, monkeypatch):
@@ -116,8 +147,10 @@ def test_a_run_that_is_interrupted_goes_on(tiny_model, classifier, tmp_path, mon
         tiny_model, words, classifier, ONE_STEP, lambda *at: done.append(at), state
     )
     assert done == [(6, 6)] and sum(seen) == 1 + 2
-    alone = torch.cat([classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words])
-    assert torch.allclose(found, alone, atol=2e-3)
+    alone = [classify_words(tiny_model, [word], classifier, ONE_STEP) for word in words]
+    each = torch.cat([word.probabilities for word in alone])
+    assert torch.allclose(found.probabilities, each, atol=2e-3)
+    assert torch.allclose(found.latents, torch.cat([w.latents for w in alone]), atol=1e-2)
     # and never with what was drawn of other words
     with pytest.raises(KeyboardInterrupt):
         classify_words(tiny_model, words[::-1], classifier, ONE_STEP, stop, state)

@@ -202,7 +202,8 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--vocabulary", action="store_true",
         help="draw every word of the tokenizer's vocabulary instead, and count the words that "
-        "still draw the concept (residue) and the other words that draw what they drew (kept)",
+        "still draw the concept (residue) and the other words that draw what they drew (kept), "
+        "and measure how far the latents of the latter move (drift)",
     )  # fmt: skip
     sub.add_argument(
         "--sample", type=number(POSITIVE_COUNT), metavar="N",

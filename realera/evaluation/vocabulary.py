@@ -3,7 +3,8 @@
 A few prompts chosen by hand hide what a whole vocabulary shows. Every word is sampled in one
 template from one noise, by the original and by the erased model, and classified. *Residue*: of the
 words that drew the concept, the share that still do. *Kept*: of the words that surely drew another
-class, the share that still draw it.
+class, the share that still draw it. *Drift*: the RMS change of the latents of the latter words, in
+percent of their RMS.
 """
 
 import random
@@ -27,6 +28,7 @@ from .tasks import OBJECT
 SURE = 0.8  # probability above which a word surely draws a class
 SAVED = 4  # batches between two states
 LISTED = 60  # words of each kind that a text lists
+COMPARED = 1024  # numbers of each latent that drift is measured on, at most
 
 Progress = Callable[[int, int], None]  # called with (words done, words in all)
 
@@ -53,6 +55,19 @@ def classifier_of(scorer: Scorer, concept: str) -> ConceptClassifier:
     return scorer
 
 
+@dataclass(frozen=True)
+class DrawnWords:
+    """What a model draws of words, one image each.
+
+    probabilities: of each class in the image, float32 [words, classes]
+    latents: COMPARED numbers of the latent of the image, at even distances, float16
+        [words, numbers]
+    """
+
+    probabilities: Tensor
+    latents: Tensor
+
+
 def classify_words(
     model: Diffusion,
     words: Sequence[str],
@@ -61,8 +76,8 @@ def classify_words(
     progress: Progress = lambda done, total: None,
     state: Path | None = None,
     template: str = OBJECT,
-) -> Tensor:
-    """Probability of each class in the image of each word, float32 [words, classes].
+) -> DrawnWords:
+    """Draws and classifies an image of each word.
 
     sampling: how images are sampled, always all from one noise. Images of a model and a sampling
         are classified once: the result is cached
@@ -75,44 +90,54 @@ def classify_words(
         blank = classifier.logits(model.decode(torch.zeros(1, *model.latent_shape)))
     inputs: list[object] = [model.text.fingerprint, model.fingerprint]
     inputs += [classifier.name, classifier.classes, blank.cpu().float().round(decimals=2)]
-    inputs += [template, list(words)]
+    inputs += [template, list(words), COMPARED]
     inputs += [sampling.steps, sampling.guidance_for(model.network), sampling.seed]
     key = digest(*inputs)[:24]
     begun = _stored(state, key)
 
     def classify() -> dict[str, Tensor]:
         found = begun
-        prompts = [template.replace("{}", word) for word in words[len(found) :]]
+        prompts = [template.replace("{}", word) for word in words[len(found["seen"]) :]]
         batches = sample_prompts(model, prompts, replace(sampling, one_noise=True))
         for number, latents in enumerate(batches, 1):
-            probabilities = classifier.probabilities(model.decode(latents))
-            found = torch.cat([found.reshape(-1, probabilities.shape[1]), probabilities])
+            stride = -(-latents[0].numel() // COMPARED)
+            batch = {
+                "seen": classifier.probabilities(model.decode(latents)),
+                "latents": latents.flatten(1)[:, ::stride].cpu().half(),
+            }
+            found = {
+                name: torch.cat([found[name].reshape(-1, rows.shape[1]), rows])
+                for name, rows in batch.items()
+            }
             if state is not None and number % SAVED == 0:
                 without = "if this run is interrupted, it starts afresh"
-                keep_tensors(state, {"seen": found}, {"of": key}, without)
-            progress(len(found), len(words))
-        return {"seen": found}
+                keep_tensors(state, found, {"of": key}, without)
+            progress(len(found["seen"]), len(words))
+        return found
 
-    found = cached("drawn", inputs, classify)["seen"]
+    found = cached("drawn", inputs, classify)
     if state is not None:
         state.unlink(missing_ok=True)
-    return found
+    return DrawnWords(found["seen"], found["latents"])
 
 
-def _stored(state: Path | None, key: str) -> Tensor:
-    """Probabilities that an interrupted run left, [words done, classes]; none for other inputs.
+def _stored(state: Path | None, key: str) -> dict[str, Tensor]:
+    """What an interrupted run left of the words that it drew; nothing for other inputs.
 
     Raises ValueError when the file is no such state: it would be replaced and then removed.
     """
+    nothing = {"seen": torch.empty(0), "latents": torch.empty(0)}
     if state is None or not state.exists():
-        return torch.empty(0)
+        return nothing
     file = open_tensors(state)
-    if "of" not in file.metadata or set(file.entries) != {"seen"}:
+    if "of" not in file.metadata or file.entries.keys() != nothing.keys():
         raise ValueError(
             f"{state} is not what an interrupted run leaves there: move it away, or choose another "
             "folder"
         )
-    return file.read("seen") if file.metadata["of"] == key else torch.empty(0)
+    if file.metadata["of"] != key:
+        return nothing
+    return {name: file.read(name) for name in nothing}
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,7 @@ class VocabularyReport:
     drew: words that drew the concept; still: those that still do
     sure: number of words that surely drew another class
     lost: those that draw another class now, word -> (class before, class now)
+    drift: RMS change of the latents of those words, in percent of their RMS; NaN without words
     """
 
     concept: str
@@ -132,6 +158,7 @@ class VocabularyReport:
     still: tuple[str, ...]
     sure: int
     lost: Mapping[str, tuple[str, str]]
+    drift: float
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -155,12 +182,14 @@ class VocabularyReport:
     def row(self) -> dict[str, float]:
         """Column of a table -> number."""
         counts = {"words": self.words, "drew it": len(self.drew), "surely others": self.sure}
-        return {**counts, "residue ↓": self.residue, "kept ↑": self.kept, "H_v ↑": self.h_v}
+        metrics = {"residue ↓": self.residue, "kept ↑": self.kept, "H_v ↑": self.h_v}
+        return {**counts, **metrics, "drift ↓": self.drift}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON holds them, and the metrics for whoever reads the file."""
+        fields = asdict(self)
         metrics = {"residue": self.residue, "kept": self.kept, "h_v": self.h_v}
-        return {**asdict(self), "metrics": rounded(metrics)}
+        return {**fields, "metrics": rounded({**metrics, "drift": fields.pop("drift")})}
 
     def listing(self) -> str:
         """The words that still draw the concept, and those that were lost."""
@@ -179,8 +208,8 @@ def compare(
     concept: str,
     words: Sequence[str],
     classifier: ConceptClassifier,
-    before: Tensor,
-    after: Tensor,
+    before: DrawnWords,
+    after: DrawnWords,
     settings: Mapping[str, Any] | None = None,
 ) -> VocabularyReport:
     """Report on the words.
@@ -189,9 +218,11 @@ def compare(
     settings: how the images were sampled, for the report
     """
     classes = classifier.classes
-    was, now = before.argmax(-1), after.argmax(-1)
+    was, now = before.probabilities.argmax(-1), after.probabilities.argmax(-1)
     drew = was == classes.index(concept)
-    sure = (before.amax(-1) > SURE) & ~drew
+    sure = (before.probabilities.amax(-1) > SURE) & ~drew
+    latents, changed = before.latents[sure].float(), after.latents[sure].float()
+    drift = 100 * (changed - latents).square().mean().sqrt() / latents.square().mean().sqrt()
     lost = (sure & (now != was)).nonzero()[:, 0].tolist()
 
     def chosen(mask: Tensor) -> tuple[str, ...]:
@@ -205,5 +236,6 @@ def compare(
         chosen(drew & (now == was)),
         int(sure.sum()),
         {words[k]: (classes[int(was[k])], classes[int(now[k])]) for k in lost},
+        float(drift),
         settings or {},
     )
