@@ -12,24 +12,14 @@ if TYPE_CHECKING:
     from .edit.erasure_file import load_erasure, save_erasure
     from .settings import BeyondSettings, NeighborSettings, SolveSettings, Training
 
-_HOME = {
-    "BeyondSettings": "settings",
-    "Concept": "concepts",
-    "Erasure": "edit.erasure",
-    "MiningResult": "algorithm",
-    "NeighborSettings": "settings",
-    "SolveSettings": "settings",
-    "Training": "settings",
-    "align_erasure": "algorithm",
-    "erase": "algorithm",
-    "load_erasure": "edit.erasure_file",
-    "load_model": "checkpoints.loading",
-    "mine": "algorithm",
-    "parse_concepts": "concepts",
-    "save_erasure": "edit.erasure_file",
-    "scope_report": "algorithm",
-    "write_checkpoint": "checkpoints.writing",
-    "write_lora": "checkpoints.writing",
+_MODULES = {
+    "algorithm": ("MiningResult", "align_erasure", "erase", "mine", "scope_report"),
+    "checkpoints.loading": ("load_model",),
+    "checkpoints.writing": ("write_checkpoint", "write_lora"),
+    "concepts": ("Concept", "parse_concepts"),
+    "edit.erasure": ("Erasure",),
+    "edit.erasure_file": ("load_erasure", "save_erasure"),
+    "settings": ("BeyondSettings", "NeighborSettings", "SolveSettings", "Training"),
 }
 __all__ = [
     "BeyondSettings",
@@ -53,7 +43,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first asked for: torch and diffusers take seconds."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    """Imports a name on first access: torch and diffusers take seconds."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

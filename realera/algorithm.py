@@ -2,7 +2,7 @@
 
     concepts -> plan_mining (names) -> realise (rows) -> collect (sums) -> fit (T) -> align (LoRA)
 
-The sums of Eq. 7 are additive, so a plan can be realised as a whole or part by part.
+The sums of Eq. 7 are additive, so a plan can be realised at once or in parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,22 @@ from .edit.erasure import Erasure, concepts_of, notes_of
 from .mining import noise, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
 from .mining.pairs import MinedRows, Pairs, encode_pairs
-from .mining.plan import Plan, Progress
+from .mining.plan import Plan
 from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .pipelines.interface import Diffusion
 from .pipelines.sampling import Sampling
 from .report import plots
 from .report.scope import WordEffect, scope
-from .settings import BeyondSettings, NeighborSettings, Settings, SolveSettings, Source, Training
+from .settings import (
+    BeyondSettings,
+    NeighborSettings,
+    Progress,
+    Settings,
+    SolveSettings,
+    Source,
+    Training,
+    quiet,
+)
 from .text.encoding import BATCH, TextEncoder
 from .text.token_alignment import prompt_embeddings, refuse_long_prompts
 from .training.adversarial import adversarial_inputs
@@ -42,21 +51,17 @@ SOURCES: dict[Source, NeighbourSource] = {
     "bank": noise,
     "vocabulary": vocabulary,
 }
-AT_ONCE = 4  # concepts in memory: with 80 words each 0.2 GB in SDXL
-PACKAGES = ("torch", "diffusers", "transformers", "peft")  # whose versions provenance notes
-
-
-def quiet(done: int, total: int) -> None:
-    """Default progress callback: does nothing."""
+AT_ONCE = 4  # concepts whose rows are in memory: with 80 words each 0.2 GB in SDXL
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
 
 @dataclass(frozen=True)
 class MiningResult:
-    """The rows of a plan, or of a part of one (Alg. 1, l. 1-23).
+    """The rows of a plan, or of a part of a plan (Alg. 1, l. 1-23).
 
     text: text encoder of the rows
-    neighbourhood: pairs, and what can be drawn around them
-    neighbors, beyond: what the plan draws
+    neighbourhood: pairs of the concepts, and the source of rows around them
+    neighbors, beyond: neighbours and beyond points that the plan draws
     """
 
     text: TextEncoder
@@ -80,7 +85,7 @@ def mine(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> MiningResult:
-    """Alg. 1, l. 1-23, with the rows of all concepts in memory; arguments as in `plan_mining`."""
+    """Alg. 1, l. 1-23, with the rows of all concepts in memory; parameters as in `plan_mining`."""
     return realise(text, plan_mining(text, concepts, neighbor, beyond, progress))
 
 
@@ -91,14 +96,16 @@ def plan_mining(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> Plan:
-    """What is mined around each concept (Alg. 1, l. 1-22), as names alone.
+    """Plans what is mined around each concept (Alg. 1, l. 1-22), without embeddings.
 
+    text: text encoder of the model
+    concepts: concepts to erase
     neighbor: settings of the neighbours
-    beyond: settings of the beyond points; None leaves them out (l. 1-12)
-    progress: called with (done, total) of each long stage
+    beyond: settings of the beyond points; None for no beyond points (l. 1-12 only)
+    progress: callback with (done, total) of each long stage
 
     Raises ValueError when a word to leave out or a prompt to preserve names a concept, when a
-    prompt is too long for the encoder, and for settings that contradict each other.
+    prompt is too long for the encoder, and when settings contradict each other.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
     for word in neighbor.exclude:
@@ -117,13 +124,13 @@ def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
     for concept in concepts:
         if holds_name(prompt, concept.name):
             raise ValueError(
-                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: take it from "
+                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: remove it from "
                 "the list"
             )
 
 
 def realise(text: TextEncoder, plan: Plan) -> MiningResult:
-    """Encodes the rows of a plan, or of a part of one."""
+    """Encodes the rows of a plan, or of a part of a plan."""
     pairs = encode_pairs(text, plan.concepts)
     neighbourhood = SOURCES[plan.neighbor.source].neighbourhood(text, plan, pairs)
     return MiningResult(text, neighbourhood, *neighbourhood.planned())
@@ -132,14 +139,14 @@ def realise(text: TextEncoder, plan: Plan) -> MiningResult:
 def mine_beyond(
     mining: MiningResult, beyond: BeyondSettings, progress: Progress = quiet
 ) -> MiningResult:
-    """Alg. 1, l. 13-23, after l. 1-12: with beyond points and the prompts to preserve.
+    """Alg. 1, l. 13-23, after l. 1-12: adds beyond points and prompts to preserve.
 
     Raises ValueError as `plan_mining`, and when the mining has beyond points already.
     """
     if mining.plan.beyond is not None:
         raise ValueError(
-            "this mining has been through a Beyond Sampler already, and a second one would replace "
-            "what the first preserves: give all prompts to one Beyond Sampler"
+            "the mining comes from a Beyond Sampler already, and a second one would replace the "
+            "prompts that the first preserves: give all prompts to one Beyond Sampler"
         )
     plan = plan_mining(mining.text, mining.plan.concepts, mining.plan.neighbor, beyond, progress)
     neighbourhood = mining.neighbourhood.replan(plan)
@@ -152,9 +159,12 @@ def erase(
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """The closed form (l. 24) of every stream.
+    """The closed form (Eq. 7; Alg. 1, l. 24) of every stream.
 
+    mining: result of `mine`
+    settings: weights of Eq. 7
     source: provenance of the model that the erasure is made for
+    progress: callback with (bank prompts encoded, total)
     """
     return fit(mining.text, mining.plan, collect(mining, settings), settings, source, progress)
 
@@ -167,10 +177,10 @@ def fit(
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """The closed form of a plan whose parts were summed, with the prompts to preserve and the bank.
+    """The closed form from sums, with the prompts to preserve and the bank; see `erase`.
 
     plan: the whole plan
-    sums: stream -> sums of all its parts
+    sums: stream -> sums of all parts of the plan
     """
     sums, kept = dict(sums), None
     for n in range(0, len(plan.preserved), BATCH):
@@ -202,13 +212,13 @@ def version_of(package: str) -> str:
 
 
 def sum_parts(text: TextEncoder, plan: Plan, settings: SolveSettings) -> dict[str, Sums]:
-    """`collect` of a plan that is realised and dropped AT_ONCE concepts at a time."""
+    """As `collect`, with the rows of AT_ONCE concepts in memory at a time."""
     parts = (collect(realise(text, part), settings) for part in plan.parts(AT_ONCE))
     return reduce(add_sums, parts)
 
 
 def add_sums(sums: Mapping[str, Sums], others: Mapping[str, Sums]) -> dict[str, Sums]:
-    """The sums of two parts of a plan."""
+    """stream -> the sums of two parts of a plan."""
     return {stream: of_stream + others[stream] for stream, of_stream in sums.items()}
 
 
@@ -231,9 +241,9 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
 
 
 def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
-    """stream -> rows that stand for the concepts and their neighbours, [rows, dim] on the CPU.
+    """stream -> rows that represent the concepts and their neighbours, [rows, dim] on the CPU.
 
-    One for the first prompt of each concept, and those that the neighbourhood adds.
+    The embeddings of the first prompt of each concept, and those of the neighbourhood.
     """
     pairs = mining.pairs
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
@@ -246,8 +256,8 @@ def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
 
 
 def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordEffect, ...]:
-    """The scope report over the words in the rings and just outside them; without mined words, over
-    the prompts of the bank."""
+    """The scope report on the words in the rings and just outside; without mined words, on the
+    prompts of the bank."""
     if plan.compared:
         owners, words, _ = zip(*plan.compared, strict=True)
         return scope(erasure, text, plan.concepts, words, None, plan.centres, owners)
@@ -255,9 +265,9 @@ def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordE
 
 
 def geometry(text: TextEncoder, plan: Plan, mining: MiningResult | None = None) -> Image:
-    """A picture of the words in the rings and just outside them, or of the points without words.
+    """A plot of the words in the rings and just outside, or of random steps.
 
-    mining: rows of the plan; unless given, those of its first concepts are encoded
+    mining: rows of the plan; default: rows of the first concepts, encoded anew
     """
     if plan.compared:
         return plots.words(plan)
@@ -276,16 +286,23 @@ def align_erasure(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Erasure:
-    """The erasure with a LoRA trained on top (l. 25-30).
+    """The erasure with a LoRA trained on top (Eq. 8-9; Alg. 1, l. 25-30).
 
-    anchors: latents of images of the anchors, [concepts, images, channels, height, width]; unless
-    given, the original model draws `images` of each. Without beyond points in the mining Eq. 9
-    keeps its first term only. on_step, state: as in `loop.align`. Raises ValueError when the
-    erasure is not of what was mined.
+    Without beyond points in the mining, Eq. 9 has its first term only.
+
+    model: original model
+    erasure: result of `erase` for this mining
+    mining: result of `mine`
+    anchors: latents of anchor images, [concepts, images, channels, height, width]; default: drawn
+        by the original model
+    images: number of images of each anchor to draw
+    on_step, state: as in `loop.align`
+
+    Raises ValueError when the erasure was made from another mining.
     """
     refuse_foreign(erasure, mining)
-    lesson = training_inputs(model, mining, erasure, training, anchors, images)
-    lora = align(model, lesson, training, on_step=on_step, state=state)
+    inputs = training_inputs(model, mining, erasure, training, anchors, images)
+    lora = align(model, inputs, training, on_step=on_step, state=state)
     return erasure.with_lora(lora, asdict(training))
 
 
@@ -297,34 +314,33 @@ def training_inputs(
     anchors: Tensor | None = None,
     images: int = 8,
 ) -> TrainingInputs:
-    """What a LoRA is trained on to go on top of an erasure of what was mined, among others.
+    """The inputs of the alignment, encoded and drawn; parameters as in `align_erasure`.
 
-    All that is to be encoded and drawn for it is. anchors, images: as in `align_erasure`.
+    erasure: erasure of the concepts of the mining, and possibly of others
     """
     neighbourhood, plan, seed = mining.neighbourhood, mining.plan, training.seed
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, Sampling(seed=seed))
     beyond = plan.beyond is not None and plan.beyond.beyond > 0 and neighbourhood.has_beyond
     neighbourhood.encode_all()
-    scene = None
+    adversarial = None
     if training.adversarial:
-        drawn = draw_anchors(model, mining.pairs, images, Sampling(seed=seed), concepts=True)
-        scene = adversarial_inputs(mining.text, neighbourhood, drawn, seed)
-    return TrainingInputs(neighbourhood, beyond, erasure, anchors, scene)
+        latents = draw_anchors(model, mining.pairs, images, Sampling(seed=seed), concepts=True)
+        adversarial = adversarial_inputs(mining.text, neighbourhood, latents, seed)
+    return TrainingInputs(neighbourhood, beyond, erasure, anchors, adversarial)
 
 
 def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:
-    """Raises ValueError when the erasure is not of what was mined.
+    """Raises ValueError when the erasure was made from another mining.
 
-    Eq. 9's neighbours must be those of what was erased, else the provenance would lie.
+    The neighbours of Eq. 9 must be those that the provenance of the erasure records.
     """
     erased, mined = concepts_of(erasure), mining.plan.concepts
     if erased != mined:
-        names = ", ".join(concept.name for concept in erased) or "nothing that it names"
+        names = ", ".join(concept.name for concept in erased) or "no concept"
         raise ValueError(
-            f"the erasure forgets {names} and the mining is of {', '.join(c.name for c in mined)}, "
-            "or in other templates or with other anchors: give the mining that the erasure was "
-            "made from"
+            f"the erasure erases {names}, and the mining is of {', '.join(c.name for c in mined)} "
+            "or has other templates or anchors: give the mining that the erasure was made from"
         )
     settings = asdict(mining.plan.neighbor) | asdict(mining.plan.beyond or BeyondSettings(beyond=0))
     for note in notes_of(erasure):

@@ -1,5 +1,4 @@
-"""Warnings about anchors and names that the texts alone give reason for, before anything is drawn
-or trained."""
+"""Warnings about badly chosen anchors and concept names, before anything is drawn or trained."""
 
 import json
 import re
@@ -14,25 +13,25 @@ from .mining.plan import Plan
 from .mining.vocabulary import vocabulary_rows, word_rows
 from .text.encoding import TextEncoder, whole_words
 
-MANY_PIECES, SHORT_PIECE = 3, 3  # tokens of a word; letters per token
-COMPARED = 256  # words whose nearest cosines a concept's is compared with
+MANY_PIECES, SHORT_PIECE = 3, 3  # tokens per word; letters per token
+COMPARED = 256  # number of words whose largest cosines are compared with that of a concept
 UNUSUAL = 0.05  # quantile of those cosines
 
 
 def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
-    """A sentence for each name that reads like several or that the encoder does not know, each word
-    to leave out that lies in no ring, and each anchor that lies near what is erased, or that the
-    bundled model does not draw surely.
+    """A sentence for each name that looks like a list or that the encoder does not know, for each
+    word to leave out that is in no ring, and for each anchor that is near a concept or that the
+    bundled model was not trained on.
 
-    Nearness is known where words were mined; what another model draws is not known from its texts.
+    Nearness is checked only with mined words.
     """
     warnings = doubted_names(plan.concepts) + unknown_names(text, plan)
     if plan.centres:
         s2 = plan.neighbor.cosines[0]
         within = {word.casefold() for word, cosine, _ in plan.listed if cosine >= s2}
         warnings += [
-            f"the word to leave out {word!r} lies in no ring: it was not to be erased; its meaning "
-            "is preserved all the same"
+            f"the word to leave out {word!r} is in no ring and would not have been erased; its "
+            "meaning is preserved anyway"
             for word in plan.neighbor.exclude
             if word.casefold() not in within
         ]
@@ -45,12 +44,12 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             if cosine >= s2:
                 warnings.append(
                     f"the anchor {concept.anchor!r} is itself a neighbour of {nearest!r} (cosine "
-                    f"{cosine:.2f}, S2 {s2:g}): what becomes it may still show {nearest!r}; "
+                    f"{cosine:.2f}, S2 {s2:g}), so that images may still show {nearest!r}: "
                     "choose an anchor farther away"
                 )
-    if known := _drawn(text):
+    if known := _bundled_names(text):
         warnings += [
-            f"the bundled model does not draw the anchor {concept.anchor!r} surely, so that "
+            f"the bundled model was not trained to draw the anchor {concept.anchor!r}, so that "
             f"{concept.name!r} may still be seen; it draws a tree, a flower, a house, ..."
             for concept in plan.concepts
             if not any(holds_name(concept.anchor, name) for name in known)
@@ -66,17 +65,17 @@ def doubted_names(concepts: Iterable[Concept]) -> list[str]:
         if len(parts) > 1:
             each = " and ".join(f"'{part} -> {concept.anchor}'" for part in parts)
             warnings.append(
-                f"{concept.name!r} is one concept of that whole name: to erase each of its words, "
-                f"write {each}, in a line or an option -c of their own"
+                f"{concept.name!r} is read as one name: to erase each of its words, write {each}, "
+                "one per line or option -c"
             )
     return warnings
 
 
 def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
-    """A sentence for each concept whose name the encoder does not know.
+    """A sentence for each concept name that the encoder does not know.
 
-    Such a name falls into bytes; or, where words were mined, into pieces of a few letters and has
-    no word nearby, other than those pieces, as words of the vocabulary have.
+    Such a name is tokenized into bytes; or, with mined words, into pieces of a few letters, and no
+    word of the vocabulary is near, apart from those pieces.
     """
     tokenize, warnings = text.parts[0].tokenize, []
     frame = len(tokenize([""])[0])
@@ -91,9 +90,8 @@ def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
                 pieces > len(word) or ids == tokenize(["\ue000" * len(word)])[0]
             ):
                 warnings.append(
-                    f"the text encoder does not read {word!r} in the name {concept.name!r}: erase "
-                    "it under its name in the language that the model was trained on, usually "
-                    "English"
+                    f"the text encoder cannot read {word!r} in the name {concept.name!r}: use the "
+                    "name in the language that the model was trained on, usually English"
                 )
             elif pieces >= MANY_PIECES and len(word) < SHORT_PIECE * pieces and plan.centres:
                 warnings += _without_neighbour(text, plan, concept, word, pieces)
@@ -103,7 +101,7 @@ def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
 def _without_neighbour(
     text: TextEncoder, plan: Plan, concept: Concept, word: str, pieces: int
 ) -> list[str]:
-    """A sentence, or none where a word of the vocabulary lies near the concept.
+    """A sentence, or none when a word of the vocabulary is near the concept.
 
     pieces: number of tokens of the word
     """
@@ -116,24 +114,22 @@ def _without_neighbour(
     cosine, nearest = (around @ concept_row).masked_fill(~other, -1).max(0)
     sample = torch.linspace(0, len(vocabulary) - 1, COMPARED).long()
     cosines = around[sample] @ around.T
-    cosines[torch.arange(len(sample)), sample] = -1  # of a word with itself
+    cosines[torch.arange(len(sample)), sample] = -1  # not a word with itself
     if cosine >= cosines.max(1).values.quantile(UNUSUAL):
         return []
     return [
-        f"the text encoder may not know {concept.name!r}: {word!r} falls into {pieces} pieces, and "
-        f"its nearest word, {vocabulary[int(nearest)]!r}, has a cosine of {float(cosine):.2f}, "
-        f"lower than those of {1 - UNUSUAL:.0%} of the vocabulary; check the spelling"
+        f"the text encoder may not know {concept.name!r}: {word!r} is split into {pieces} pieces, "
+        f"and the nearest word, {vocabulary[int(nearest)]!r}, has a cosine of {float(cosine):.2f}, "
+        f"lower than for {1 - UNUSUAL:.0%} of the vocabulary; check the spelling"
     ]
 
 
-def _drawn(text: TextEncoder) -> set[str]:
-    """What the bundled model was taught to draw; nothing where the encoder is another's."""
-    from . import miniature  # which needs a moment
+def _bundled_names(text: TextEncoder) -> set[str]:
+    """The names that the bundled model was trained to draw; none for another text encoder."""
+    from . import miniature  # slow to import
 
     vocabulary = json.loads((miniature.TOKENIZER / "vocab.json").read_text("utf-8"))
     if text.words() != whole_words(vocabulary):
         return set()
-    taught = miniature.CONCEPTS.values()
-    return {name for words in taught for name in (words.name, *words.synonyms)} | {
-        *miniature.STYLES
-    }
+    concepts = miniature.CONCEPTS.values()
+    return {*miniature.STYLES, *(name for c in concepts for name in (c.name, *c.synonyms))}

@@ -1,7 +1,4 @@
-"""What to forget and what to draw instead: concepts, anchors and the prompts that name them.
-
-Text only: nothing here knows a tokenizer or a tensor.
-"""
+"""Concepts, anchors and the prompt templates that name them, from text or CSV; no tensors."""
 
 import csv
 import re
@@ -10,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from .settings import texts
 
@@ -27,11 +25,11 @@ STYLE_TEMPLATES = (
     "art by {}",
     "{}",
 )
-COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV file; the first two are needed
+COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV; the last two are optional
 ARROW = "->|→|=>|－>"
 COMMAS = "[,;，、；،]"  # of any script
-# What no eye sees: soft hyphens, zero-width characters, overrides of the direction. Joiners stay
-# where scripts and emoji need them, between characters beyond ASCII.
+# Invisible characters: soft hyphens, zero-width characters, direction overrides. Joiners between
+# characters beyond ASCII are kept, since scripts and emoji need them.
 UNSEEN = (
     r"[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
     r"|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
@@ -47,9 +45,13 @@ UNSPACED = (
 class Concept:
     """A concept c, the anchor c* drawn in its place, and the prompts that name it.
 
-    Characters that nobody sees are left out of both names, with a warning. Raises ValueError when a
-    name is empty or holds an arrow, the anchor is the concept, templates are no tuple of texts, or
-    one has not exactly one `{}`.
+    Invisible characters are removed from both names, with a warning. Raises ValueError when a name
+    is empty or contains an arrow, when the anchor equals the concept, and when the templates are
+    not a tuple of texts with one `{}` each.
+
+    name: concept to erase
+    anchor: what to draw instead
+    templates: prompts with `{}` for the name; mined words use the first one
     """
 
     name: str
@@ -63,17 +65,13 @@ class Concept:
                 raise ValueError(f"a concept and its anchor are texts, got {given!r}")
             if re.search(ARROW, given):
                 raise ValueError(
-                    f"{given!r} holds an arrow: name one concept and one anchor each, in a line or "
-                    "an option -c of their own: 'cat -> tree' and 'dog -> flower'"
+                    f"{given!r} contains an arrow: write one concept and one anchor per line or "
+                    "option -c: 'cat -> tree' and 'dog -> flower'"
                 )
-            seen = re.sub(UNSEEN, "", given)
-            if seen != given:
-                seen = seen.strip()
-                hidden = ", ".join(
-                    sorted({f"U+{ord(found):04X}" for found in re.findall(UNSEEN, given)})
-                )
+            if unseen := sorted({f"U+{ord(found):04X}" for found in re.findall(UNSEEN, given)}):
+                seen = re.sub(UNSEEN, "", given).strip()
                 warnings.warn(
-                    f"{seen!r} held characters that nobody sees ({hidden}): they are left out",
+                    f"invisible characters ({', '.join(unseen)}) were removed from {seen!r}",
                     stacklevel=3,
                 )
                 object.__setattr__(self, field, seen)
@@ -97,9 +95,9 @@ class Concept:
 
 
 def holds_name(prompt: str, name: str) -> bool:
-    """Whether the prompt holds the name as words of its own ("car", not "carpet").
+    """Whether the prompt contains the name as whole words ("car" is not in "carpet").
 
-    Where words have no spaces between them, wherever the name stands.
+    In scripts without spaces between words, the name may stand anywhere.
     """
     prompt, name = unicodedata.normalize("NFC", prompt), unicodedata.normalize("NFC", name.strip())
     prompt, name = prompt.casefold(), name.casefold()
@@ -113,34 +111,34 @@ def holds_name(prompt: str, name: str) -> bool:
 
 
 def _joined(one: str, other: str) -> bool:
-    """Whether two neighbours, or an end and nothing, are letters of one word."""
-    letter = rf"[^\W{UNSPACED}]"  # of a word that ends where a space is
+    """Whether two adjacent characters, of which one may be "", are letters of one word."""
+    letter = rf"[^\W{UNSPACED}]"  # in a script with spaces between words
     return re.match(letter, one) is not None and re.match(letter, other) is not None
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text that hold something."""
+    """The lines of a text that are not blank, stripped."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file that hold something. Raises ValueError when none does."""
+    """As `lines` for a UTF-8 file. Raises ValueError when there is none."""
     try:
         found = lines(Path(path).read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if not found:
-        raise ValueError(f"{path} holds no word: write one word, phrase or prompt a line")
+        raise ValueError(f"{path} is empty: write one word, phrase or prompt per line")
     return found
 
 
 def listed(text: str) -> list[str]:
-    """The words of a list, one a line or between commas or semicolons of any script."""
+    """The words of a list, one per line or separated by commas or semicolons of any script."""
     return lines(re.sub(COMMAS, "\n", text))
 
 
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
-    """`concepts_in` the lines of a text, where lines that start with # are comments."""
+    """As `concepts_in` for the lines of a text, where lines that start with # are comments."""
     return concepts_in(
         ["" if line.strip().startswith("#") else line for line in text.splitlines()], templates
     )
@@ -149,42 +147,52 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
 def concepts_in(
     written: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> tuple[Concept, ...]:
-    """Reads `concept -> anchor` lines; blank ones are skipped, and # is a character like any other.
+    """Reads `concept -> anchor` lines. Blank lines are skipped; # is an ordinary character.
 
-    Raises ValueError that names the line when one has no arrow or two, when a concept is named
-    twice or is another's anchor, or when there is none.
+    Raises ValueError with the number of the line when it does not have exactly one arrow, when a
+    concept is named twice or is the anchor of another, or when there is no concept.
     """
-    templates, concepts = texts("templates", templates), dict[str, Concept]()
+    templates, found = texts("templates", templates), list[tuple[int, Concept]]()
     for number, line in enumerate(map(str.strip, written), 1):
         if not line:
             continue
-        halves = [part.strip() for part in re.split(ARROW, line, maxsplit=1)]
-        if len(halves) < 2:
+        name, *anchor = re.split(ARROW, line, maxsplit=1)
+        if not anchor:
             raise ValueError(
                 f"line {number}, {line!r}, has no '->': write 'concept -> anchor', "
                 "for example 'airplane -> tree'"
             )
         try:
-            concept = Concept(halves[0], halves[1], templates)
+            found.append((number, Concept(name.strip(), anchor[0].strip(), templates)))
         except ValueError as error:
             raise ValueError(f"line {number}, {line!r}: {error}") from error
-        if concept.name.casefold() in concepts:
-            raise ValueError(
-                f"line {number} names {concept.name!r} a second time; keep one anchor for it"
-            )
-        concepts[concept.name.casefold()] = concept
-    if not concepts:
+    if not found:
         raise ValueError(
-            "no concept to erase: write one 'concept -> anchor' a line; in a text, a line that "
+            "no concept to erase: write 'concept -> anchor', one per line; in a text, a line that "
             "starts with # is a comment"
         )
-    for concept in concepts.values():
-        if concept.anchor.casefold() in concepts:
+    return _refuse_clashes(found)
+
+
+def _refuse_clashes(found: Sequence[tuple[int, Concept]]) -> tuple[Concept, ...]:
+    """The concepts, of which none is named twice or is the anchor of another.
+
+    found: line and concept
+    """
+    line_of: dict[str, int] = {}
+    for line, concept in found:
+        first = line_of.setdefault(concept.name.casefold(), line)
+        if first != line:
             raise ValueError(
-                f"the anchor {concept.anchor!r} of {concept.name!r} is itself to be erased: choose "
-                "another anchor"
+                f"line {line}: {concept.name!r} is in line {first} already: keep one of the two"
             )
-    return tuple(concepts.values())
+    for line, concept in found:
+        if other := line_of.get(concept.anchor.casefold()):
+            raise ValueError(
+                f"line {line}: the anchor {concept.anchor!r} of {concept.name!r} is itself to be "
+                f"erased in line {other}: choose another anchor"
+            )
+    return tuple(concept for _, concept in found)
 
 
 def read_concepts(
@@ -192,74 +200,70 @@ def read_concepts(
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     """The concepts of a CSV file with the columns COLUMNS, and the words to leave out of all rings.
 
-    Between its columns stand commas, semicolons or tabs, or what Excel's line "sep=;" names.
-    Templates and words to leave out stand between bars, "a photo of {}|{}"; `templates` where a row
-    has none. Raises ValueError that names the line of a wrong column, of a concept that is named
-    twice, of an anchor that is another line's concept and of a word to leave out that is one.
+    Columns are separated by commas, semicolons or tabs, or as Excel's line "sep=;" says; templates
+    and words to leave out within a cell by bars, "a photo of {}|{}".
+
+    templates: templates of rows that have none
+
+    Raises ValueError with the line of an unknown column, of a concept that is named twice, of an
+    anchor that is to be erased and of a word to leave out that names a concept.
     """
     templates = texts("templates", templates)
-    found: dict[str, tuple[int, Concept]] = {}  # by folded name: its line and itself
-    left_out: dict[str, int] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            named = re.fullmatch(r"sep=([,;\t|])\s*", first)
-            before_head = 1 if named else 0
-            if not named:
-                file.seek(0)
-            comma = named[1] if named else max(",;\t", key=first.count)
-            rows = csv.DictReader(file, delimiter=comma)
-            head = [name.strip().casefold().replace("_", " ") for name in rows.fieldnames or ()]
-            while head and not head[-1]:  # spreadsheets fill up with empty columns
-                head.pop()
-            wrong = [name for name in head if name not in COLUMNS]
-            if wrong or not {"concept", "anchor"} <= set(head):
-                what = f"the column {wrong[0]!r} is unknown" if wrong else "a column is missing"
-                raise ValueError(
-                    f"{path}, line {before_head + 1}: {what}: the first line names the columns, "
-                    f"{', '.join(COLUMNS)}; concept and anchor are needed"
-                )
-            rows.fieldnames = head
-            for row in rows:
-                line = rows.line_num + before_head
-                if any(row.pop(None, ())) or None in row.values():
-                    raise ValueError(
-                        f"{path}, line {line}: it has not the {len(head)} columns of the first "
-                        f'line: put "quotes" around a text that holds {comma!r}'
-                    )
-                cells = {name: text.strip() for name, text in row.items()}
-                if not any(cells.values()):
-                    continue
-                own = [text.strip() for text in cells.get("templates", "").split("|")]
-                try:
-                    some = tuple(filter(None, own)) or templates
-                    concept = Concept(cells["concept"], cells["anchor"], some)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {line}: {error}") from error
-                before = found.setdefault(concept.name.casefold(), (line, concept))
-                if before[0] != line:
-                    raise ValueError(
-                        f"{path}, line {line}: {concept.name!r} stands in line {before[0]} "
-                        "already: keep one of the two"
-                    )
-                for word in filter(None, map(str.strip, cells.get("leave out", "").split("|"))):
-                    left_out.setdefault(word, line)
+            return _read_csv(file, templates)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if not found:
-        raise ValueError(f"{path} holds no concept: write one a line below the columns' names")
-    for line, concept in found.values():
-        other = found.get(concept.anchor.casefold())
-        if other is not None:
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+
+
+def _read_csv(
+    file: TextIO, templates: tuple[str, ...]
+) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    first = file.readline()
+    named = re.fullmatch(r"sep=([,;\t|])\s*", first)
+    if not named:
+        file.seek(0)
+    separator = named[1] if named else max(",;\t", key=first.count)
+    rows, skipped = csv.DictReader(file, delimiter=separator), 1 if named else 0
+    head = [name.strip().casefold().replace("_", " ") for name in rows.fieldnames or ()]
+    while head and not head[-1]:  # spreadsheets add empty columns
+        head.pop()
+    wrong = [name for name in head if name not in COLUMNS]
+    if wrong or not {"concept", "anchor"} <= set(head):
+        what = f"the column {wrong[0]!r} is unknown" if wrong else "a column is missing"
+        raise ValueError(
+            f"line {skipped + 1}: {what}: the first line names the columns, {', '.join(COLUMNS)}; "
+            "concept and anchor are needed"
+        )
+    rows.fieldnames = head
+    found: list[tuple[int, Concept]] = []
+    left_out: dict[str, int] = {}  # word -> line
+    for row in rows:
+        line = rows.line_num + skipped
+        if any(row.pop(None, ())) or None in row.values():
             raise ValueError(
-                f"{path}, line {line}: the anchor {concept.anchor!r} is itself to be erased in "
-                f"line {other[0]}: choose another anchor"
+                f"line {line}: it does not have the {len(head)} columns of the first line: put "
+                f'"quotes" around a text that contains {separator!r}'
             )
+        if not any(text.strip() for text in row.values()):
+            continue
+        try:
+            of_row = tuple(lines(row.get("templates", "").replace("|", "\n"))) or templates
+            found.append((line, Concept(row["concept"].strip(), row["anchor"].strip(), of_row)))
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
+        for word in lines(row.get("leave out", "").replace("|", "\n")):
+            left_out.setdefault(word, line)
+    if not found:
+        raise ValueError(f"line {skipped + 1}: no concept follows: write one per line")
+    concepts = _refuse_clashes(found)
     for word, line in left_out.items():
-        for other_line, concept in found.values():
+        for other, concept in found:
             if holds_name(word, concept.name):
                 raise ValueError(
-                    f"{path}, line {line}: the word to leave out {word!r} names the concept of "
-                    f"line {other_line}: take it from one of the two"
+                    f"line {line}: the word to leave out {word!r} names the concept of line "
+                    f"{other}: take it from one of the two"
                 )
-    return tuple(concept for _, concept in found.values()), tuple(left_out)
+    return concepts, tuple(left_out)

@@ -1,8 +1,8 @@
-"""Algorithm 1 for the parts of a plan: one after the other in this process, or on a Ray cluster.
+"""Algorithm 1 for the parts of a plan: one by one in this process, or on a Ray cluster.
 
-Results of parts are stored in a folder, so that an interrupted run resumes. Ray schedules parts,
-adds up their results and repeats lost ones; RAY_ADDRESS names a cluster, and unless it is set one
-is started on this machine.
+The results of parts are stored in a folder, so that an interrupted run can be resumed. Ray runs the
+parts, adds up their results and repeats lost ones. RAY_ADDRESS names a cluster; unless it is set, a
+cluster is started on this machine.
 """
 
 import os
@@ -22,17 +22,17 @@ from .checkpoints.loading import load_model, load_text
 from .edit.closed_form import Sums
 from .edit.erasure import Erasure, Lora, joined
 from .edit.erasure_file import load_erasure, save_erasure
-from .mining.plan import Plan, Progress
+from .mining.plan import Plan
 from .mining.preservation_bank import bank_prompts
 from .pipelines.interface import Diffusion
-from .settings import SolveSettings, Training
+from .settings import Progress, SolveSettings, Training
 from .storage.safetensors_file import digest, keep_tensors, open_tensors
 from .text.encoding import TextEncoder
 from .training.loop import align
 
-RETRIES = 5  # runs of a part whose worker was lost
-FOLDER = ".realera-groups"  # in the output folder, for what an interrupted run resumes from
-FILE = re.compile(  # whole, or hidden and unfinished as `safetensors_file.beside` names it
+RETRIES = 5  # retries of a part whose worker was lost
+FOLDER = ".realera-groups"  # subfolder of the output folder for the results of parts
+FILE = re.compile(  # a complete file, or an unfinished one as `safetensors_file.beside` names it
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
 )
@@ -41,12 +41,12 @@ TENSORS = ("gram", "shift_cov", "representatives")  # of Sums
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run needs to know.
+    """A run, as every process of it receives it.
 
-    model, dtype, device: arguments of `checkpoints.loading.load_model`, the dtype by its name
+    model, dtype, device: arguments of `checkpoints.loading.load_model`; the dtype by name
     settings: settings of the closed form
     state: folder for the results of parts
-    run: hash of all that determines the results besides the part: release, encoder, bank, settings
+    run: hash of everything but the part that determines a result: release, encoder, bank, settings
     """
 
     model: str
@@ -57,7 +57,7 @@ class Job:
     run: str = ""
 
     def of(self, text: TextEncoder) -> "Job":
-        """With the hash of the run, for this encoder."""
+        """The job with the hash of the run for this encoder."""
         decisive = version_of("realera"), text.fingerprint, bank_prompts(), asdict(self.settings)
         return replace(self, run=digest(*decisive))
 
@@ -68,13 +68,13 @@ class Job:
 def summed(
     job: Job, parts: Sequence[Plan], text: TextEncoder, engine: str, progress: Progress
 ) -> dict[str, Sums]:
-    """The sums of Eq. 7 over all parts of a plan.
+    """stream -> the sums of Eq. 7 over all parts of a plan.
 
     text: text encoder of this process
     engine: "local" or "ray"
-    progress: called with (parts done, total)
+    progress: callback with (parts done, total)
 
-    Raises ImportError that says how to install Ray, and ValueError as `sum_part`.
+    Raises ImportError when Ray is not installed, and ValueError as `sum_part`.
     """
     if engine == "ray":
         return _on_ray(job, _sum_on_worker, parts, add_sums, progress)
@@ -88,23 +88,24 @@ def summed(
 
 
 def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, Sums]:
-    """`algorithm.sum_parts`, or the result that is stored in the job's folder.
+    """As `algorithm.sum_parts`; a stored result is read from the folder of the job.
 
     number: number of the part
+
     Raises ValueError when this process or the stored result belongs to another run.
     """
     if job.of(text).run != job.run:
         raise ValueError(
             "a worker has another release of realera, another text encoder or another bank than "
-            "the process that started the run: install the same on all machines, and let "
-            f"{job.model} name the same file everywhere"
+            "the process that started the run: install the same release on all machines, with the "
+            f"same file at {job.model}"
         )
     path, made_by = job.state / f"group-{number:05d}.safetensors", digest(job.run, asdict(part))
     if path.exists():
         return _read_sums(path, made_by)
     sums = sum_parts(text, part, job.settings)
     tensors = {f"{s}.{name}": getattr(of, name) for s, of in sums.items() for name in TENSORS}
-    keep_tensors(path, tensors, {"run": made_by}, "if this run is interrupted, it is summed again")
+    keep_tensors(path, tensors, {"run": made_by}, "an interrupted run sums this part again")
     return sums
 
 
@@ -121,8 +122,8 @@ def _read_sums(path: Path, made_by: str) -> dict[str, Sums]:
     file = open_tensors(path)
     if file.metadata.get("run") != made_by:
         raise ValueError(
-            f"{path} is of another run (other concepts, settings, model, bank or release): remove "
-            f"{path.parent} to start afresh, or choose another --out"
+            f"{path} belongs to another run (other concepts, settings, model, bank or release): "
+            f"remove {path.parent} to start anew, or choose another --out"
         )
     streams = dict.fromkeys(key.rpartition(".")[0] for key in file.entries)
     return {s: Sums(*(file.read(f"{s}.{name}") for name in TENSORS)) for s in streams}
@@ -156,11 +157,11 @@ def aligned(
     engine: str,
     progress: Progress,
 ) -> Learned:
-    """A LoRA for each part of a plan, trained on top of the erasure of all (Alg. 1, l. 25-30).
+    """The joined LoRAs of all parts of a plan, each trained on top of the erasure of all concepts
+    (Alg. 1, l. 25-30), without the other LoRAs.
 
-    Each is trained without the others; their sum is applied.
     model: model of this process
-    progress: called with (steps done, total)
+    progress: callback with (steps done, total)
     """
     steps = training.steps
     if engine == "ray":
@@ -192,13 +193,13 @@ def align_part(
     """Alg. 1, l. 25-30 for the concepts of a part; resumes from the job's folder."""
     losses: dict[int, list[float]] = {}
 
-    def noted(step: int, loss: float) -> None:
+    def record(step: int, loss: float) -> None:
         losses[step] = [loss]
         on_step(step)
 
-    lesson = training_inputs(model, realise(model.text, part), erasure, training)
+    inputs = training_inputs(model, realise(model.text, part), erasure, training)
     state = job.state / f"alignment-{number:05d}.safetensors"
-    return Learned(align(model, lesson, training, on_step=noted, state=state), losses)
+    return Learned(align(model, inputs, training, on_step=record, state=state), losses)
 
 
 # ---------------------------------------------------------------- Ray
@@ -237,20 +238,20 @@ def _on_ray(
         gpus = 1 if job.device.startswith("cuda") else 0
 
         def worked(number: int, part: Plan) -> tuple[int, Any]:
-            # A small value besides the result: waiting for it moves no result.
+            # Waiting for the number does not transfer the result.
             return 1, work(job, number, part)
 
         remote = ray.remote(num_returns=2, max_retries=RETRIES, num_gpus=gpus)(worked)
         adding = ray.remote(max_retries=RETRIES)(add)
         done, level = zip(*(remote.remote(n, part) for n, part in enumerate(parts)), strict=True)
-        while len(level) > 1:  # a tree of the same shape in every run
+        while len(level) > 1:  # the order of additions is the same in every run
             pairs = zip(level[::2], level[1::2], strict=False)
             level = (*(adding.remote(*pair) for pair in pairs), *level[len(level) // 2 * 2 :])
         waiting = list(done)
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting, timeout=1.0)
-                ray.get(ready)  # raises what the part raised
+                ray.get(ready)  # raises the exception of the part
                 progress(len(done) - len(waiting), len(done))
             return ray.get(level[0])
         except ray.exceptions.RayTaskError as error:
@@ -259,20 +260,20 @@ def _on_ray(
 
 @contextmanager
 def _ray() -> Iterator[Any]:
-    """Ray, connected; a cluster that is started here is shut down here."""
+    """Ray, connected. A cluster that the block starts is shut down after it."""
     ray = import_ray()
-    ours = not ray.is_initialized()
-    if ours:
+    started = not ray.is_initialized()
+    if started:
         ray.init(logging_level="ERROR", log_to_driver=False)
     try:
         yield ray
     finally:
-        if ours:
+        if started:
             ray.shutdown()
 
 
 def import_ray() -> Any:
-    """Raises ImportError that says how to install it."""
+    """The module ray. Raises ImportError with the command that installs it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray

@@ -1,33 +1,39 @@
-"""Every parameter of the method, checked where it is given.
+"""The parameters of the method and their ranges, checked at construction.
 
-Without torch, so that the command line and the nodes list them before anything slow is imported.
+Imports no torch, so that the command line and the nodes list parameters without a slow import.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
+Progress = Callable[[int, int], None]  # callback with (number done, total)
 Source = Literal["isotropic", "bank", "vocabulary"]
-# The models that ship with the project: the miniature, and its transformer sibling, which reads by
-# CLIP alone or by T5 as well.
+# Bundled models: a small U-Net, and a small transformer with CLIP alone or with CLIP and T5.
 BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5")
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
-NOISE: tuple[Source, ...] = ("isotropic", "bank")  # those that take random steps
+NOISE: tuple[Source, ...] = ("isotropic", "bank")  # sources of random steps
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
 S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
 MAX_SUPPRESSION = 2.0
-# Of the LoRA file: the share of |T - I| that it may leave out. Its images are then 0.05 % RMS from
-# the whole edit's, at a fifth of the rank of 0.001 (`benchmarks/results/tolerance.json`).
+# Share of |T - I| that a LoRA file may leave out: images then differ by 0.05 % RMS from images of
+# the whole edit, at a fifth of the rank that 0.001 takes (`benchmarks/results/tolerance.json`).
 TOLERANCE = 0.01
+
+
+def quiet(done: int, total: int) -> None:
+    """Default progress callback: does nothing."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a parameter may have; infinity and NaN never are among them.
+    """The values of a numeric parameter; infinity and NaN are never allowed.
 
-    least, most: the ends, which belong to it unless open
-    whole: whether integers alone are meant
+    least, most: bounds of the range
+    open: whether the bounds themselves are excluded
+    whole: whether the value must be an integer
     """
 
     least: float = -math.inf
@@ -45,7 +51,7 @@ class Range:
         return kind
 
     def check(self, name: str, value: Any) -> Any:
-        """The number as an int or a float. Raises ValueError, with the name, for anything else."""
+        """The value as an int or a float. Raises ValueError when it is outside the range."""
         fits = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
         try:
             if fits:
@@ -69,40 +75,36 @@ TOLERANCES = Range(0, 1, open=True)
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """The texts of a tuple or list. Raises ValueError for a single text, which would be taken
-    letter by letter, and for a text that is empty."""
+    """The texts of a tuple or list. Raises ValueError for anything else, a single text among it,
+    and for an empty text."""
     if isinstance(value, str):
         raise ValueError(
-            f"{name} = {value!r} is one text where a tuple of texts is due: with a comma, "
-            f"{name}=({value!r},), it is one"
+            f"{name} = {value!r} is a single text: it must be a tuple of texts, {name}=({value!r},)"
         )
     if not isinstance(value, tuple | list):
         raise ValueError(f"{name} = {value!r}: it must be a tuple of texts, as {name}=('a', 'b')")
     for text in value:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{name} = {value!r} holds {text!r} where a text is due: leave it out or write "
-                "words"
-            )
+            raise ValueError(f"{name} = {value!r}: {text!r} is not a text with words: leave it out")
     return tuple(value)
 
 
 def option(
     default: Any, allowed: Range | None = None, sources: tuple[Source, ...] = SOURCES
 ) -> Any:
-    """A field of a dataclass that `check_fields` checks.
+    """A dataclass field for `check_fields`.
 
-    allowed: range of a number, None for texts and for True or False
+    allowed: range of a number; None for texts and booleans
     sources: sources of neighbours that use the parameter
     """
     return field(default=default, metadata={"allowed": allowed, "sources": sources})
 
 
 def check_fields(given: Any) -> None:
-    """Checks every field of a dataclass by its type, and the numbers by their ranges.
+    """Checks the fields of a dataclass instance: types, and ranges of numbers.
 
-    given: an instance, in which lists become tuples and NumPy's numbers Python's
-    Raises ValueError with field, value and what would work.
+    Converts lists to tuples and NumPy numbers to Python numbers, in place. Raises ValueError with
+    the name, the value and what would work.
     """
     for parameter in fields(given):
         name, allowed = parameter.name, parameter.metadata.get("allowed")
@@ -121,7 +123,7 @@ def check_fields(given: Any) -> None:
 
 
 def refuse_unused(given: Any, source: Source) -> None:
-    """Raises ValueError for a parameter that is given and that the source does not use."""
+    """Raises ValueError for a parameter that is not at its default and that the source ignores."""
     for parameter in fields(given):
         sources, value = parameter.metadata["sources"], getattr(given, parameter.name)
         if source not in sources and value != parameter.default:
@@ -136,18 +138,17 @@ def refuse_unused(given: Any, source: Source) -> None:
 class NeighborSettings:
     """Parameters of Neighbor Sampler (Sec. 4.1; Alg. 1, l. 4-12); None is automatic.
 
-    source: where neighbours come from: random directions (the paper's), steps towards everyday
-        prompts, or words of the vocabulary
-    neighbors: M, draws for each prompt; of the vocabulary, words for each concept
-    s1, s2: largest and smallest cosine of a neighbour with e (Eq. 4), by source unless given
-    d1: largest step from e (Eq. 3), in units of the context; unless given, the distance at which
-        the expected cosine falls to s2
-    d1_anchor: radius of the ball around e* that neighbours are mapped into, d1 / 10 unless given
-    shared_noise: one v for all rows of a span instead of one for each row
-    words: words, phrases and prompts to search beside the tokenizer's own vocabulary. Each takes
-        the concept's place in its first template, so that all are compared alike; where that is
-        "{}", a prompt stands as it is
-    exclude: words that are not erased but preserved, in every template of the concepts
+    source: source of neighbours: random directions as in the paper (isotropic), steps towards
+        everyday prompts (bank), or words of the vocabulary
+    neighbors: number of neighbours M, per prompt; with source "vocabulary", per concept
+    s1, s2: largest and smallest cosine of a neighbour with e (Eq. 4); default: by source
+    d1: largest step from e (Eq. 3), in units of the context; default: distance at which the
+        expected cosine falls to s2
+    d1_anchor: radius of the ball around e* that neighbours are mapped into; default: d1 / 10
+    shared_noise: whether all rows of a span share one v; otherwise each row has its own
+    words: words, phrases and prompts to search besides the vocabulary of the tokenizer. Each
+        replaces the concept in its first template; with the template "{}" a prompt is used as is
+    exclude: words to preserve instead of erasing them, in every template of the concepts
     seed: seed of the draws
 
     Raises ValueError for a value of another type or out of its range, for a parameter that the
@@ -160,7 +161,7 @@ class NeighborSettings:
     s2: float | None = option(None, COSINE)
     d1: float | None = option(None, POSITIVE, NOISE)
     d1_anchor: float | None = option(None, POSITIVE, NOISE)
-    # A bank prompt is one v for the whole span already.
+    # With source "bank", a prompt is one v for the whole span anyway.
     shared_noise: bool = option(False, sources=("isotropic",))
     words: tuple[str, ...] = option((), sources=("vocabulary",))
     exclude: tuple[str, ...] = option(())
@@ -169,12 +170,12 @@ class NeighborSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.source not in SOURCES:
-            raise ValueError(f"source {self.source!r} is none of {', '.join(SOURCES)}")
+            raise ValueError(f"source = {self.source!r}: it must be one of {', '.join(SOURCES)}")
         refuse_unused(self, self.source)
         (s2, s1), source = self.cosines, self.source
         if not -1.0 <= s2 < s1 <= 1.0:
             raise ValueError(
-                f"S2 = {s2} and S1 = {s1}: a neighbour's cosine lies between them, so S2 must be "
+                f"S2 = {s2} and S1 = {s1}: cosines of neighbours lie between them, so S2 must be "
                 f"smaller; S2 = {S2[source]} and S1 = {S1[source]} are the defaults of {source!r}"
             )
 
@@ -190,12 +191,12 @@ class NeighborSettings:
 class BeyondSettings:
     """Parameters of Beyond Sampler (Sec. 4.2; Alg. 1, l. 13-22); None is automatic.
 
-    beyond: N, draws for each prompt; of the vocabulary, words for each concept
-    beyond_s2: cosine with e below which beyond points lie, the neighbours' s2 unless given
-    d2: largest step from e (Eq. 3), in units of the context; unless given, the distance at which
-        the expected cosine falls to 0
-    preserve: prompts that keep their outputs in every row
-    beyond_seed: seed of the draws, derived from the neighbours' unless given
+    beyond: number of beyond points N, per prompt; with source "vocabulary", per concept
+    beyond_s2: cosine with e below which beyond points lie; default: s2 of the neighbours
+    d2: largest step from e (Eq. 3), in units of the context; default: distance at which the
+        expected cosine falls to 0
+    preserve: prompts whose outputs are preserved in every row
+    beyond_seed: seed of the draws; default: derived from the seed of the neighbours
 
     Raises ValueError for a value of another type or out of its range.
     """
@@ -212,16 +213,16 @@ class BeyondSettings:
     def farthest(self, neighbor: NeighborSettings) -> float:
         """The cosine below which beyond points lie, resolved.
 
-        Raises ValueError when points would be erased and preserved, and for a parameter that the
-        neighbours' source does not use.
+        Raises ValueError when a point could be both erased and preserved, and for a parameter that
+        the source of the neighbours does not use.
         """
         refuse_unused(self, neighbor.source)
         s2 = neighbor.cosines[0]
         farthest = s2 if self.beyond_s2 is None else self.beyond_s2
         if farthest > s2:
             raise ValueError(
-                f"beyond points below S2 = {farthest} and neighbours from S2 = {s2} on: what lies "
-                "between would be erased and preserved; choose the beyond points' S2 at most as "
+                f"S2 = {farthest} of the beyond points is larger than S2 = {s2} of the neighbours: "
+                "points between them would be both erased and preserved; choose it at most as "
                 "large, or leave it auto"
             )
         return farthest
@@ -231,26 +232,26 @@ class BeyondSettings:
 class SolveSettings:
     """Parameters of the closed form (Eq. 7; Alg. 1, l. 24).
 
-    lambda1: weight of what is preserved
-    lambda2: weight of staying near the original, in units of the system's mean diagonal
-    suppression: how strongly the prompts of the preservation bank are pushed off the concept
-        direction and the mean of its mined words (`closed_form.solve`). 0: not at all; 1: their
-        component along it becomes the bank's mean; more: beyond. Many words that draw a concept
-        are in no ring but among these prompts
-    pair_weight: weight of a row of an unperturbed pair, or of a prompt to preserve, where a drawn
-        row has weight 1
-    bank: whether everyday prompts keep their meaning (`mining.preservation_bank`)
+    lambda1: weight λ1 of preserved rows
+    lambda2: weight λ2 of |W - W_org|², in units of the mean diagonal of the system
+    suppression: strength with which prompts of the preservation bank are pushed off the concept
+        direction and the mean of its mined words (`closed_form.solve`), since many words that draw
+        a concept are in no ring but among these prompts. 0: not at all; 1: their component along it
+        becomes that of the bank's mean
+    pair_weight: weight of a row of an unperturbed pair or of a prompt to preserve, relative to a
+        mined row
+    bank: whether everyday prompts are preserved (`mining.preservation_bank`)
 
     Raises ValueError for a value of another type or out of its range.
     """
 
-    # The paper's λ1 is 0.1, of a Pre without a bank. λ2 keeps T from reaching exactness through
-    # directions that no prompt uses: at 1e-4 mined words leave 6 % of what implies a concept and
-    # move others as much, at 0.1 none.
+    # The paper has λ1 = 0.1, for a Pre without a bank. λ2 keeps T from reaching exactness through
+    # directions that no prompt uses: with 1e-4, 6 % of what implies a concept is left and other
+    # words move as much; with 0.1, none.
     lambda1: float = option(1.0, Range(0))
     lambda2: float = option(0.1, POSITIVE)
     suppression: float = option(1.6, Range(0, MAX_SUPPRESSION))
-    # Beside the bank T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
+    # With the bank, T e = e* then holds to 2-6 % of |e - e*| for M = 0 to 16 (miniature).
     pair_weight: float = option(100.0, POSITIVE)
     bank: bool = option(True)
 
@@ -262,7 +263,7 @@ class SolveSettings:
 class Settings:
     """Every parameter of Alg. 1, l. 1-24.
 
-    Raises ValueError when those of neighbours and of beyond points contradict each other.
+    Raises ValueError when neighbours and beyond points contradict each other.
     """
 
     neighbor: NeighborSettings = NeighborSettings()
@@ -274,7 +275,7 @@ class Settings:
 
     @staticmethod
     def of(**values: Any) -> "Settings":
-        """From parameters by their names, as provenance has them. Raises TypeError for others."""
+        """Settings from the names and values in a provenance. Raises TypeError for other names."""
         parts: list[Any] = []
         for kind in (NeighborSettings, BeyondSettings, SolveSettings):
             names = [parameter.name for parameter in fields(kind) if parameter.name in values]
@@ -284,21 +285,24 @@ class Settings:
         return Settings(*parts)
 
     def flat(self) -> dict[str, Any]:
-        """Name -> value of every parameter, as provenance has them."""
+        """Name -> value of every parameter, as in a provenance."""
         return {**asdict(self.neighbor), **asdict(self.beyond), **asdict(self.solve)}
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the LoRA is trained; the paper's own values are steps 200 and learning rate 1e-5.
+    """Parameters of the alignment (Alg. 1, l. 25-30); the paper has a learning rate of 1e-5.
 
-    rank: rank of the LoRA of every projection
-    batch: prompts per step
-    save_every: steps between two saved states
-    gradient_checkpointing: whether activations are recomputed, for less memory and up to half more
-        time; turned on where the free memory of a GPU is too small without it
-    adversarial: number of contexts that are optimised between the steps to bring the concept back,
-        and then aligned; 0 as in the paper
+    steps: number of training steps
+    rank: rank of the LoRA of each projection
+    learning_rate: learning rate of AdamW
+    batch: number of prompts per step
+    seed: seed of the LoRA and of all draws
+    save_every: number of steps between saved states
+    gradient_checkpointing: whether activations are recomputed: less memory, up to half more time;
+        turned on automatically where the free memory of a GPU is too small without it
+    adversarial: number of contexts that are optimised between steps to bring the concept back, and
+        then aligned; 0 as in the paper
     """
 
     steps: int = option(200, POSITIVE_COUNT)

@@ -572,7 +572,7 @@ def claim_a_second_beyond_sampler_is_refused():
 
 def claim_the_same_words_are_never_erased_and_preserved():
     (found, *_) = run(mining.NeighborSampler, clip=miniature().clip, concepts=NAMED)
-    with refused("would be erased and preserved"):
+    with refused("would be both erased and preserved"):
         run(mining.BeyondSampler, mining=found, s2=0.9)
 
 

@@ -1,4 +1,4 @@
-"""What speaks against an anchor is said before anything is drawn or trained."""
+"""Warnings about anchors and names, before anything is drawn or trained."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from realera.text.encoding import EncoderPart
 RING = NeighborSettings(s2=0.4, neighbors=1)
 
 
-def said(text, anchor, settings=RING):
+def warnings_for(text, anchor, settings=RING):
     plan = plan_mining(text, [Concept("airplane", anchor)], settings, None)
     return " ".join(anchor_warnings(text, plan))
 
@@ -31,10 +31,10 @@ def test_an_anchor_that_would_be_mined_is_doubted_and_one_beyond_the_ring_is_not
     cosines = cosines_of(tiny_text)
     near, far = max(cosines, key=cosines.get), min(cosines, key=cosines.get)
     assert cosines[near] > RING.s2 > cosines[far]
-    told = said(tiny_text, near)
-    assert f"{near!r} is itself a neighbour of 'airplane'" in told
-    assert f"cosine {cosines[near]:.2f}, S2 0.4" in told
-    assert "neighbour" not in said(tiny_text, far)
+    warning = warnings_for(tiny_text, near)
+    assert f"{near!r} is itself a neighbour of 'airplane'" in warning
+    assert f"cosine {cosines[near]:.2f}, S2 0.4" in warning
+    assert "neighbour" not in warnings_for(tiny_text, far)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,15 @@ def test_an_anchor_that_would_be_mined_is_doubted_and_one_beyond_the_ring_is_not
     [("tree", True), ("an old House", True), ("glossy", True), ("ground", False), ("sky", False)],
 )
 def test_an_anchor_that_the_bundled_model_was_not_taught_is_doubted(tiny_text, anchor, drawn):
-    told = said(tiny_text, anchor, NeighborSettings(source="isotropic", neighbors=0))
-    assert ("does not draw the anchor" in told) is not drawn
+    isotropic = NeighborSettings(source="isotropic", neighbors=0)
+    warning = warnings_for(tiny_text, anchor, isotropic)
+    assert ("was not trained to draw the anchor" in warning) is not drawn
 
 
-def test_of_what_another_model_draws_nothing_is_said(pipelines):
+def test_another_model_gets_no_warning_about_what_the_bundled_one_draws(pipelines):
     pipeline = pipelines["sd1"]
     text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
-    assert said(text, "ground", NeighborSettings(source="isotropic", neighbors=0)) == ""
+    assert warnings_for(text, "ground", NeighborSettings(source="isotropic", neighbors=0)) == ""
 
 
 def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
@@ -63,16 +64,16 @@ def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
     assert "'飞机 -> tree' and '喷气机 -> tree'" in other
 
 
-def test_a_word_to_leave_out_that_no_ring_holds_is_said(tiny_text):
+def test_a_word_to_leave_out_that_is_in_no_ring_is_warned_about(tiny_text):
     cosines = cosines_of(tiny_text)
     near = max(cosines, key=cosines.get)
     left_out = replace(RING, exclude=(near.upper(), "asdfghj"))
-    told = said(tiny_text, "tree", left_out)
+    warning = warnings_for(tiny_text, "tree", left_out)
     plan = plan_mining(tiny_text, [Concept("airplane", "tree")], left_out, None)
     assert plan.named == (near.upper(), "asdfghj")  # words, in however many templates
     assert len(plan.preserved) > 2
-    assert "leave out 'asdfghj' lies in no ring" in told
-    assert f"leave out {near.upper()!r}" not in told
+    assert "leave out 'asdfghj' is in no ring" in warning
+    assert f"leave out {near.upper()!r}" not in warning
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_name_in_characters_that_the_encoder_does_not_read_is_doubted(
     isotropic = NeighborSettings(source="isotropic", neighbors=0)
     plan = plan_mining(text, [Concept(name, "tree") for name in names], isotropic, None)
     warnings = unknown_names(text, plan)
-    assert len(warnings) == 3 and all("does not read" in warning for warning in warnings)
+    assert len(warnings) == 3 and all("cannot read" in warning for warning in warnings)
     assert "'飞机' in the name 'red 飞机'" in warnings[2]
 
 

@@ -109,7 +109,10 @@ def test_erase_searches_the_lines_of_a_file_beside_the_vocabulary(tmp_path, caps
     concept = ["-c", "airplane -> sky", "--template", "{}", "--prompt", "a dog"]
     arguments = ["erase", "miniature", *concept, "--words", str(words), "-o", str(out), *quick]
     assert main(arguments) == 0
-    assert "warning: the bundled model does not draw the anchor 'sky'" in capsys.readouterr().err
+    assert (
+        "warning: the bundled model was not trained to draw the anchor 'sky'"
+        in capsys.readouterr().err
+    )
     provenance = load_erasure(out / FILES[2]).provenance
     assert provenance["settings"]["words"] == ["plane taking off from the runway"]
     assert "plane taking off from the runway" in {effect["word"] for effect in provenance["scope"]}
@@ -120,7 +123,7 @@ def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
     empty.write_text(" \n\n", "utf-8")
     latin.write_bytes("Beyoncé".encode("latin-1"))
     start = ["erase", "miniature", "-c", "cat -> dog", "-o", str(tmp_path / "out")]
-    for path, reason in ((empty, "holds no word"), (latin, "not UTF-8"), (tmp_path / "no", "No s")):
+    for path, reason in ((empty, "is empty"), (latin, "not UTF-8"), (tmp_path / "no", "No s")):
         assert main([*start, "--words", str(path)]) == 1
         error = capsys.readouterr().err
         assert str(path) in error and reason in error

@@ -156,7 +156,7 @@ def test_an_unchanged_graph_is_not_run_again_and_a_changed_concept_is(server, er
     assert loader in cached
     assert sampler not in cached
     assert outputs[sampler]["realera_geometry"], "a sampler runs alone, with nothing behind it"
-    assert "does not draw the anchor 'sea'" in outputs[sampler]["text"][-1]
+    assert "was not trained to draw the anchor 'sea'" in outputs[sampler]["text"][-1]
 
 
 def closed_form_only(graph, filename):

@@ -215,7 +215,7 @@ def test_a_full_disk_under_a_group_is_a_warning(tmp_path, folder, monkeypatch):
     names.write_text("concept,anchor\nairplane,tree\n", "utf-8")
 
     def on_full_disk(*arguments):
-        with files_of_at_most(1000), pytest.warns(UserWarning, match="it is summed again"):
+        with files_of_at_most(1000), pytest.warns(UserWarning, match="sums this part again"):
             return sum_part(*arguments)
 
     monkeypatch.setattr(parallel, "sum_part", on_full_disk)

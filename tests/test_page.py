@@ -453,7 +453,7 @@ RING = {
     "neighbors": [],
     "beyond": [],
 }
-DOUBT = "the anchor 'ground' is one that the bundled model does not draw surely, so look for it"
+DOUBT = "the anchor 'ground' is none that the bundled model was trained to draw"
 POINTS = {"words": [], "source": "isotropic", "s1": 0.7, "s2": 0.4, "neighbors": [[1.0, 3.0]] * 3}
 FILES = [{"filename": f"{name}.png", "subfolder": "", "type": "input"} for name in ("red", "blue")]
 SENT = {  # what a run sends to each node that has a view

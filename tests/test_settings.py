@@ -1,4 +1,4 @@
-"""What a user gives by value: checked where it is given, with a sentence that says what works."""
+"""Values of parameters are checked at construction, with errors that say what would work."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_a_text_in_the_place_of_a_tuple_is_refused_and_the_tuple_shown(name):
         with pytest.raises(ValueError, match=rf"^{name} = .*: it must be a tuple of texts"):
             Settings.of(**{name: wrong})
     for wrong, shown in (("a rocket", ""), "''"), (("a rocket", " "), "' '"), ((3,), "3"):
-        with pytest.raises(ValueError, match=rf"^{name} = .* holds {shown} where a text is due"):
+        with pytest.raises(ValueError, match=rf"^{name} = .*: {shown} is not a text with words"):
             Settings.of(**{name: wrong})
     assert Settings.of(**{name: ["a rocket"]}).flat()[name] == ("a rocket",)
 
@@ -137,5 +137,5 @@ def test_a_number_on_the_command_line_is_refused_with_what_it_may_be(
     for value in values:
         with pytest.raises(SystemExit):
             main([*command, f"{option}={value}"])
-        told = capsys.readouterr().err
-        assert f"argument {option}: '{value}': it must be a " in told
+        error = capsys.readouterr().err
+        assert f"argument {option}: '{value}': it must be a " in error

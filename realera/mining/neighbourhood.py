@@ -1,4 +1,4 @@
-"""The interface of a source of neighbours: names for the plan, and rows around its pairs."""
+"""The interface that a source of neighbours must implement."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..settings import Progress
 from ..text.encoding import TextEncoder
 from .pairs import MinedRows, Pairs
-from .plan import Plan, Progress
+from .plan import Plan
 
 
 @dataclass(frozen=True)
 class Radii:
-    """Radii and directions of steps in one stream.
+    """Radii and directions of random steps in one stream.
 
-    d1, d1_anchor, d2: r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the stream
+    d1, d1_anchor, d2: bounds r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the stream
     centre: rows that cosines are measured around, [tokens, dim]
     candidates: rows v to step towards, [candidates, tokens, dim]; None for noise
     """
@@ -42,37 +43,36 @@ class Neighbourhood(Protocol):
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` new neighbours (l. 28) around each of the pairs `of`, all unless given."""
+        """`count` new neighbours (l. 28) around each of the pairs `of`; default: all pairs."""
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """As `neighbors`, beyond points."""
+        """As `neighbors`, for beyond points."""
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:
-        """stream -> radii around each prompt; empty where neighbours are words."""
+        """stream -> radii around each prompt; empty when neighbours are words."""
 
     @property
     def has_beyond(self) -> bool:
-        """Whether there is a beyond point around every concept."""
+        """Whether every concept has a beyond point."""
 
     def replan(self, plan: Plan) -> "Neighbourhood":
-        """With the beyond points of another plan with the same neighbours."""
+        """The neighbourhood of a plan that differs in the settings of the beyond points."""
 
     def representatives(self) -> dict[str, Tensor]:
-        """stream -> rows that stand for the neighbours of the concepts, [rows, dim]; empty for
-        none."""
+        """stream -> rows that represent the neighbours of the concepts, [rows, dim]; or {}."""
 
     def encode_all(self) -> None:
-        """Encodes all that can be drawn, before a network takes the memory."""
+        """Encodes everything that can be drawn, before a network takes the memory."""
 
 
 class NeighbourSource(Protocol):
-    """A module for one source of neighbours."""
+    """A module that implements one source of neighbours."""
 
     def complete(self, text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-        """The plan with the names that the source chooses."""
+        """The plan with the words or prompts that the source chooses."""
 
     def neighbourhood(self, text: TextEncoder, plan: Plan, pairs: Pairs) -> Neighbourhood:
         """The neighbourhood of the pairs of the plan's concepts."""

@@ -1,8 +1,8 @@
 """Random steps around every concept (Sec. 4.1-4.2; Alg. 1, l. 4-22).
 
-A neighbour is e + r v̂, a step from the concept's embedding towards v: random noise, v ~ N(0, I), as
-in the paper; or the row of a bank prompt at the same position, so that the step goes towards things
-that prompts can say. Cosines are taken around the origin for noise and around the bank's mean
+A neighbour is e + r v̂, a step from the embedding of a concept towards v. With source "isotropic",
+v is noise, v ~ N(0, I), as in the paper; with source "bank", v is the row of an everyday prompt at
+the same position. Cosines are measured around the origin for noise and around the mean of the bank
 otherwise, since the rows of one encoder share a large common part.
 """
 
@@ -14,22 +14,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..settings import S2, BeyondSettings
+from ..settings import S2, BeyondSettings, Progress
 from ..storage.safetensors_file import digest
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
 from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs
-from .plan import Plan, Progress
+from .plan import Plan
 from .preservation_bank import drop_related_prompts, encode_bank
 
-BLOCK = 16  # draws tried at once: 4 MB of a whole span in SD 1.x, which a cache holds
+BLOCK = 16  # draws at once: 4 MB for a whole span in SD 1.x, which fits into a CPU cache
 MAX_DRAWS = 1024 * BLOCK
-EVERY = 4  # one of so many bank prompts is stepped towards
+EVERY = 4  # every fourth bank prompt is stepped towards
 
 
 @dataclass(frozen=True)
 class GaussianNeighbourhood:
-    """As `neighbourhood.Neighbourhood`, of random steps.
+    """A `neighbourhood.Neighbourhood` of random steps.
 
     radii: stream -> radii around each prompt
     """
@@ -39,7 +39,7 @@ class GaussianNeighbourhood:
     radii: Mapping[str, Sequence[Radii]]
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
-        """Each concept has seeds of its own, so that the draws do not depend on the part."""
+        """Seeds are derived per concept, so that the draws do not depend on the part."""
         neighbor, beyond = self.plan.neighbor, self.plan.beyond or BeyondSettings(beyond=0)
         beyond_seed = neighbor.seed if beyond.beyond_seed is None else beyond.beyond_seed
         near, far = [], []
@@ -97,9 +97,10 @@ class GaussianNeighbourhood:
         count: int,
         of: Sequence[int] | None,
     ) -> MinedRows:
-        """The draws around each of the pairs `of`, all unless given.
+        """The draws around each of the pairs `of`; default: all pairs.
 
-        drawn: stream, pair and radii -> rows e and e* of `count` draws, [count, tokens, dim]
+        drawn: function from stream, pair and radii to the rows e and e* of `count` draws, [count,
+            tokens, dim]
         """
         of = range(len(self.pairs.prompts)) if of is None else of
         e, target = {}, {}
@@ -123,10 +124,10 @@ class GaussianNeighbourhood:
     ) -> tuple[Tensor, Tensor]:
         """`count` accepted steps from pair i: v̂ [count, tokens, dim], r [count, 1, 1].
 
-        lengths: least and largest r
-        cosines: least and largest cosine of e with e + r v̂, as a mean over the span
+        lengths: smallest and largest r
+        cosines: smallest and largest cosine of e with e + r v̂, as a mean over the span
 
-        Directions are zero outside the span. Draws are made in blocks.
+        Directions are zero outside the span.
         """
         radii, shared_noise = self.radii[stream][i], self.plan.neighbor.shared_noise
         context, span = self.pairs.e[stream][i], self.pairs.span[stream][i]
@@ -167,8 +168,8 @@ class GaussianNeighbourhood:
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-    """The plan, with source "bank" with the prompts to step towards: one in EVERY of the bank, and
-    none that is related to a concept."""
+    """The plan with the prompts to step towards, for source "bank": every fourth prompt of the bank
+    that is not related to a concept."""
     if plan.neighbor.source == "isotropic":
         return plan
     bank = drop_related_prompts(encode_bank(text, progress=progress), text, plan.concepts)
@@ -176,21 +177,20 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> GaussianNeighbourhood:
-    """Random steps around the pairs. Raises ValueError for ranges that no draw can satisfy."""
+    """The neighbourhood of the pairs. Raises ValueError for ranges that no draw can satisfy."""
     steps: Encoding | None = None
     if plan.neighbor.source == "bank":
         steps = text.encode(plan.steps)
         if not _alike(pairs.e, steps):
             raise ValueError(
-                "source 'bank' steps from every row of a prompt to the same row of another, and "
-                "this text encoder gives short prompts fewer rows: use source 'vocabulary' or "
-                "'isotropic'"
+                "source 'bank' needs equally many rows for all prompts, and this text encoder "
+                "gives short prompts fewer: use source 'vocabulary' or 'isotropic'"
             )
     return GaussianNeighbourhood(plan, pairs, radii_of(plan, pairs, steps))
 
 
 def seeded(seed: int, purpose: str, name: str) -> torch.Generator:
-    """A generator for the draws of one purpose around one concept."""
+    """The generator of the draws for one purpose around one concept."""
     return torch.Generator().manual_seed(int(digest(seed, purpose, name)[:16], 16))
 
 
@@ -199,15 +199,14 @@ def radii_of(
 ) -> dict[str, list[Radii]]:
     """stream -> radii around each prompt, the same for all prompts of a concept.
 
-    candidates: rows v to step towards in each stream, noise unless given
+    The radii in the settings are in units of the context; in another stream they are scaled by the
+    ratio of the automatic radii. Raises ValueError for a range that no draw can satisfy.
 
-    Radii of the settings are in units of the context; in another stream they are scaled by the
-    ratio of the automatic radii. Raises ValueError for a range that no draw can satisfy, with one
-    that works.
+    candidates: stream -> rows v to step towards; default: noise
     """
     named = (plan.neighbor.d1, plan.neighbor.d1_anchor, (plan.beyond or BeyondSettings()).d2)
     found: dict[str, list[Radii]] = {stream: [] for stream in pairs.e}
-    units: list[float] = []  # each concept's automatic D1 in the context
+    units: list[float] = []  # automatic D1 of each concept in the context
     for stream, e in pairs.e.items():
         v = (candidates or {}).get(stream)
         if v is None:
@@ -225,9 +224,8 @@ def radii_of(
             if not math.isfinite(distance(plan.farthest)):
                 limit = float((-norm / torch.hypot(norm, spread)).mean())
                 raise ValueError(
-                    f"S2 = {plan.farthest}: steps towards random points never get below a cosine "
-                    f"of about {limit:.2f}; choose S2 above it, {S2[plan.neighbor.source]} is the "
-                    "default"
+                    f"S2 = {plan.farthest}: random steps never reach a cosine below about "
+                    f"{limit:.2f}; choose a larger S2 (default: {S2[plan.neighbor.source]})"
                 )
             automatic = distance(plan.neighbor.cosines[0])
             if stream == CONTEXT:  # the first
@@ -254,9 +252,11 @@ def _checked(
     d1_anchor: float | None,
     d2: float | None,
 ) -> tuple[float, float, float]:
-    """D1, D1' and D2, automatic unless given, checked.
+    """D1, D1' and D2, with automatic values for None.
 
-    distance: cosine -> distance at which the expected cosine falls to it
+    distance: function from a cosine to the distance at which the expected cosine falls to it
+
+    Raises ValueError for a range that no draw can satisfy.
     """
     (s2, s1), farthest = plan.neighbor.cosines, plan.farthest
     d1 = distance(s2) if d1 is None else d1
@@ -265,9 +265,9 @@ def _checked(
     d2 = widest if d2 is None else d2
     if d1 <= distance(s1):
         raise ValueError(
-            f"D1 = {d1:g} never reaches S1 = {s1}: the cosine falls to S1 at a distance of about "
-            f"{distance(s1):.3g} and to S2 = {s2} at {distance(s2):.3g}; choose D1 between them or "
-            "leave it auto"
+            f"D1 = {d1:g} is too small for S1 = {s1}: the cosine falls to S1 at a distance of "
+            f"about {distance(s1):.3g} and to S2 = {s2} at {distance(s2):.3g}; choose D1 between "
+            "them or leave it auto"
         )
     if d2 <= max(d1, distance(farthest)):
         raise ValueError(

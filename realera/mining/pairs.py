@@ -1,4 +1,4 @@
-"""Row-aligned pairs (e, e*) of prompts (Alg. 1, l. 1), and rows mined around them (l. 4-22)."""
+"""Row-aligned pairs (e, e*) of prompts (Alg. 1, l. 1), and rows mined around pairs (l. 4-22)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..concepts import Concept
-from ..text.encoding import BATCH, Encoding, TextEncoder, longer, repeated
+from ..text.encoding import BATCH, Encoding, TextEncoder, joined, repeated
 from ..text.token_alignment import map_rows, prompt_summaries
 
 
@@ -15,14 +15,15 @@ from ..text.token_alignment import map_rows, prompt_summaries
 class Pairs:
     """The embedding e of every prompt and the aligned embedding e* of its anchor prompt.
 
-    prompts, anchor_prompts: a prompt per concept and template, concept by concept
-    concept: concept of each prompt, int64 [prompts]
+    concepts: the concepts c and their anchors c*
+    prompts, anchor_prompts: one prompt per concept and template, in the order of the concepts
+    concept: index of the concept of each prompt, int64 [prompts]
     e: encoded prompts
     anchor: encoded anchor prompts, which the teacher reads in Eq. 8
-    target: e*, to which row i of `e` is mapped at row i; equal to `e` outside the span
-    span: stream -> rows from the concept's first token on, bool [prompts, tokens]
-    summary, target_summary: context row of e and of e* that stands for the whole prompt, [prompts,
-        dim], on the CPU
+    target: e*, row-aligned with `e`; equal to `e` outside the span
+    span: stream -> rows from the first token of the concept on, bool [prompts, tokens]
+    summary, target_summary: context rows of e and e* that represent whole prompts, [prompts, dim],
+        on the CPU
     """
 
     concepts: tuple[Concept, ...]
@@ -38,11 +39,11 @@ class Pairs:
 
     @property
     def first(self) -> Tensor:
-        """The prompt of every concept in its first template, int64 [concepts]."""
+        """Index of the prompt of every concept in its first template, int64 [concepts]."""
         return torch.searchsorted(self.concept, torch.arange(len(self.concepts)))
 
     def of(self, concept: int) -> range:
-        """The prompts of a concept."""
+        """Indices of the prompts of a concept."""
         first = int(self.first[concept])
         return range(first, first + len(self.concepts[concept].templates))
 
@@ -78,10 +79,10 @@ class MinedRows:
     """Neighbours (E and E*; Alg. 1, l. 9) or beyond points (Pre; l. 18).
 
     e: e_c or e', [n, tokens, dim] in each stream
-    target: e*_c; equal to e' for beyond points, which keep their outputs
-    span: stream -> rows that count, bool [n, tokens]
-    pair: pair that each was drawn around, int64 [n]
-    words: the words, with source "vocabulary"
+    target: e*_c; equal to e' for beyond points, whose outputs are preserved
+    span: stream -> rows that enter the sums, bool [n, tokens]
+    pair: index of the pair that each was mined around, int64 [n]
+    words: the mined words, with source "vocabulary"
     """
 
     e: Encoding
@@ -100,14 +101,10 @@ class MinedRows:
     @staticmethod
     def cat(mined: Sequence["MinedRows"]) -> "MinedRows":
         """As `Encoding.cat`."""
-        e, span = Encoding.cat([one.e for one in mined]), {}
-        for stream, rows in e.items():
-            parts = [longer(one.span[stream], rows.shape[1]) for one in mined]
-            span[stream] = torch.cat(parts)
         return MinedRows(
-            e,
+            Encoding.cat([one.e for one in mined]),
             Encoding.cat([one.target for one in mined]),
-            span,
+            {stream: joined([one.span[stream] for one in mined]) for stream in mined[0].span},
             torch.cat([one.pair for one in mined]),
             tuple(word for one in mined for word in one.words),
         )
@@ -115,11 +112,6 @@ class MinedRows:
 
 def first_summaries(text: TextEncoder, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
     """The summary rows of e and of e* of every concept in its first template, [concepts, dim]."""
-    found = []
-    for n in range(0, len(concepts), BATCH):
-        some = [
-            replace(concept, templates=concept.templates[:1]) for concept in concepts[n : n + BATCH]
-        ]
-        pairs = encode_pairs(text, some)
-        found.append((pairs.summary, pairs.target_summary))
-    return torch.cat([e for e, _ in found]), torch.cat([target for _, target in found])
+    firsts = [replace(concept, templates=concept.templates[:1]) for concept in concepts]
+    pairs = [encode_pairs(text, firsts[n : n + BATCH]) for n in range(0, len(firsts), BATCH)]
+    return torch.cat([p.summary for p in pairs]), torch.cat([p.target_summary for p in pairs])

@@ -1,12 +1,11 @@
-"""What is mined around each concept, as names alone (Alg. 1, l. 1-22).
+"""A plan of what is mined around each concept, as names without embeddings (Alg. 1, l. 1-22).
 
-All that depends on several concepts is decided here: which word is nearest to which concept, and
-which words are drawn. So the parts of a plan can be encoded one after the other, or on many
-machines.
+A plan holds every decision that involves several concepts: the nearest concept of each word, and
+the words that are drawn. Its parts can therefore be encoded one by one, or on many machines.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -14,8 +13,7 @@ from torch import Tensor
 from ..concepts import Concept
 from ..settings import BeyondSettings, NeighborSettings
 
-Progress = Callable[[int, int], None]
-Words = tuple[tuple[int, str], ...]  # concept number and word, concept by concept
+Words = tuple[tuple[int, str], ...]  # (number of the concept, word), in the order of the concepts
 
 
 @dataclass(frozen=True)
@@ -23,18 +21,18 @@ class Plan:
     """The concepts to erase and the words that belong to each.
 
     neighbor: settings of the neighbours
-    beyond: settings of the beyond points, None for none
-    preserved: prompts that keep their outputs in every row; they belong to no concept
-    near: words inside the ring of each concept: its name, then the nearest first
+    beyond: settings of the beyond points; None for no beyond points
+    preserved: prompts whose outputs are preserved in every row; they belong to no concept
+    near: words inside the ring of each concept: the name of the concept, then the nearest first
     far: words just outside the rings, nearest first
     outside: all words outside the rings
-    drawn_near, drawn_far: indices of the drawn words of near and far
-    compared: concept number, word and cosine of near, far and excluded words
+    drawn_near, drawn_far: indices of the drawn words in near and far
+    compared: (number of the concept, word, cosine) of near, far and excluded words
     centres: template -> mean row of the vocabulary, [dim]
-    contested: words inside the rings of several concepts, which belong to the nearest
+    contested: words inside the rings of several concepts; they belong to the nearest concept
     steps: bank prompts to step towards, with source "bank"
 
-    Raises ValueError when settings of neighbours and of beyond points contradict each other.
+    Raises ValueError when settings of neighbours and beyond points contradict each other.
     """
 
     concepts: tuple[Concept, ...]
@@ -58,7 +56,7 @@ class Plan:
 
     @property
     def farthest(self) -> float:
-        """Cosine with e below which beyond points lie."""
+        """The cosine with e below which beyond points lie."""
         return (self.beyond or BeyondSettings()).farthest(self.neighbor)
 
     @property
@@ -69,13 +67,13 @@ class Plan:
 
     @property
     def listed(self) -> list[tuple[str, float, bool]]:
-        """Word, cosine and whether it was mined, in the rings and just outside, nearest first."""
+        """(word, cosine, whether it is drawn) in the rings and just outside, nearest first."""
         mined = {self.near[k][1] for k in self.drawn_near}
         words = sorted(self.compared, key=lambda compared: -compared[2])
         return [(word, cosine, word in mined) for _, word, cosine in words]
 
     def part(self, start: int, stop: int) -> "Plan":
-        """The concepts [start, stop), with what their rows need."""
+        """The concepts [start, stop) and their words."""
 
         def words(of_all: Words, drawn: Sequence[int]) -> tuple[Words, tuple[int, ...]]:
             first, last = (bisect_left(of_all, n, key=lambda word: word[0]) for n in (start, stop))
@@ -100,5 +98,5 @@ class Plan:
         )
 
     def parts(self, size: int) -> list["Plan"]:
-        """Parts of `size` concepts."""
+        """The plan in parts of `size` concepts."""
         return [self.part(n, n + size) for n in range(0, len(self.concepts), size)]

@@ -1,11 +1,10 @@
-"""Words around every concept: Sec. 4.1-4.2 with what prompts can say in place of noise.
+"""Words around every concept: Sec. 4.1-4.2 with words of the vocabulary in place of noise.
 
-Every word of the tokenizer's vocabulary is put in the concept's template and compared with it on
-the row that has seen the whole prompt, around the vocabulary's mean, since the rows of one encoder
-share a large common part. The words inside the ring are neighbours, those just outside beyond
-points; nothing is random but their choice, and a user can read them and leave one out. Where
-Alg. 1 makes a neighbour the anchor (l. 8), a word goes the way of its concept: "runway" becomes
-what it is beside an airplane, and the anchor.
+Every word of the vocabulary replaces the concept in its first template, and is compared with it by
+the cosine of their summary rows around the mean of the vocabulary, since the rows of one encoder
+share a large common part. Words inside the ring are neighbours, words just outside are beyond
+points; a user can read them and leave some out. Alg. 1 maps a neighbour to the anchor (l. 8); a
+word is moved by e* - e of its concept instead, so that it keeps what it means besides the concept.
 """
 
 from collections import Counter
@@ -17,26 +16,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts import Concept
+from ..settings import Progress, quiet
 from ..storage.cache import cached
 from ..text.encoding import BATCH, Encoding, TextEncoder
 from ..text.token_alignment import map_rows, prompt_embeddings
 from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs, first_summaries
-from .plan import Plan, Progress, Words
+from .plan import Plan, Words
 
-# Words per concept inside the ring, its name included, and just outside that may be drawn: 80 MB in
-# SDXL. On the bundled encoder a ring has 20 to 60.
+# Most words per concept inside the ring, the name included, and just outside: 80 MB in SDXL. With
+# the bundled encoder a ring has 20 to 60 words.
 NEAR_WORDS = FAR_WORDS = 64
-WORDS_AT_ONCE = 1024  # between two calls of progress
-CONCEPTS_AT_ONCE = 256  # compared with all words: 34 MB of cosines
+WORDS_AT_ONCE = 1024  # words between two calls of progress
+CONCEPTS_AT_ONCE = 256  # concepts compared with all words at once: 34 MB of cosines
 
 
 @dataclass(frozen=True)
 class WordRows:
     """Words in the first template of their concepts, encoded when they are drawn.
 
-    words: concept number and word, concept by concept
-    read: index -> compact e, e* and span of a word that was encoded
+    words: (number of the concept, word), in the order of the concepts
+    read: index -> compact e, e* and span of a word that has been encoded
     """
 
     text: TextEncoder = field(repr=False)
@@ -46,25 +46,21 @@ class WordRows:
 
     @property
     def concept(self) -> Tensor:
-        """The concept of each word, int64 [words]."""
+        """Number of the concept of each word, int64 [words]."""
         return torch.tensor([number for number, _ in self.words], dtype=torch.int64)
 
     def placed(self, index: Sequence[int]) -> list[tuple[str, Concept, str]]:
-        """Word, concept and template of each of `index`."""
+        """(word, concept, template) of the words at `index`."""
         words = [self.words[k] for k in index]
         concepts = [self.pairs.concepts[number] for number, _ in words]
         return [(w, c, c.templates[0]) for (_, w), c in zip(words, concepts, strict=True)]
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The words of `index` in their templates."""
+        """The words at `index` in their templates."""
         return [template.replace("{}", word) for word, _, template in self.placed(index)]
 
     def take(self, index: Tensor) -> MinedRows:
-        """The words of int64 `index` [n].
-
-        A word is mapped as its concept is, to e + e*_c - e_c row by row, so that it keeps what it
-        means besides the concept.
-        """
+        """The words at int64 `index` [n]. A word is mapped to e + e*_c - e_c, row by row."""
         if not len(index):
             nothing = self.pairs.e.take(index)
             span = {s: rows[:0] for s, rows in self.pairs.span.items()}
@@ -75,7 +71,7 @@ class WordRows:
         return MinedRows.cat([self.read[k] for k in index.tolist()])
 
     def draw(self, count: int, generator: torch.Generator, of: Sequence[int]) -> MinedRows:
-        """`count` words of each of the concepts `of`, expanded for a model to read."""
+        """`count` words of each of the concepts `of`, expanded to the rows that a model reads."""
         return self.take(drawn(self.concept, count, generator, of)).expanded()
 
     def _encode(self, index: Sequence[int]) -> None:
@@ -95,7 +91,7 @@ class WordRows:
 
 @dataclass(frozen=True)
 class VocabularyNeighbourhood:
-    """As `neighbourhood.Neighbourhood`, with the near and far words of the plan.
+    """A `neighbourhood.Neighbourhood` of the near and far words of a plan.
 
     Words are in the first template of their concept, whichever pair they are drawn around.
     """
@@ -115,16 +111,16 @@ class VocabularyNeighbourhood:
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` words for each pair, or all of its concept where the ring has fewer.
+        """`count` words for each pair, or all words of the concept when there are fewer.
 
-        of: pairs, one for each concept unless given
+        of: indices of pairs; default: the first pair of each concept
         """
         return self.near.draw(count, generator, self._concepts(of))
 
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """As `neighbors`, of the words just outside."""
+        """As `neighbors`, for the words just outside the ring."""
         far = self.far.draw(count, generator, self._concepts(of))
         return replace(far, target=far.e)
 
@@ -147,15 +143,15 @@ class VocabularyNeighbourhood:
         return replace(self, plan=plan, far=WordRows(self.far.text, self.pairs, plan.far))
 
     def representatives(self) -> dict[str, Tensor]:
-        """The mean of all words in the ring of each concept, drawn or not; empty where no word is
-        mined."""
+        """The mean embedding of all words in the ring of each concept, drawn or not; {} when no
+        word is mined."""
         if not self.plan.drawn_near:
             return {}
         near, found = self.near, []
         for index in torch.arange(len(near.words)).split(torch.bincount(near.concept).tolist()):
             parts = [
-                prompt_embeddings(near.text, near.prompts(some.tolist()), near.take(some).e)
-                for some in index.split(BATCH)
+                prompt_embeddings(near.text, near.prompts(part.tolist()), near.take(part).e)
+                for part in index.split(BATCH)
             ]
             found.append({s: torch.cat([rows[s] for rows in parts]).mean(0) for s in parts[0]})
         return {stream: torch.cat([rows[stream] for rows in found]) for stream in found[0]}
@@ -168,16 +164,16 @@ class VocabularyNeighbourhood:
 def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
     """Indices of `count` random words of each of the concepts `of`, or of all if there are fewer.
 
-    concept: concept of each word, int64 [words]
+    concept: number of the concept of each word, int64 [words]
 
-    Returns int64 indices in the order of `of`; where that repeats a concept, it gets other words as
+    Returns int64 indices in the order of `of`; a concept that occurs again gets other words, as
     long as there are enough.
     """
     shuffled = torch.randperm(len(concept), generator=generator)
     by_concept = shuffled[concept[shuffled].argsort(stable=True)]
     sizes = torch.bincount(concept, minlength=max(of, default=0) + 1)
     words = by_concept.split(sizes.tolist())
-    times: Counter[int] = Counter()  # how often each concept came
+    times: Counter[int] = Counter()  # previous occurrences of each concept
     parts = [shuffled[:0]]
     for n in of:
         parts.append(words[n].roll(-count * times[n])[:count])
@@ -186,17 +182,17 @@ def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeighbourhood:
-    """The words of the plan around its pairs; none is encoded yet."""
+    """The neighbourhood of the pairs, with no word encoded yet."""
     near, far = (WordRows(text, pairs, words) for words in (plan.near, plan.far))
     return VocabularyNeighbourhood(plan, pairs, near, far)
 
 
 def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-    """The plan with the words around every concept, each with the concept it is nearest to.
+    """The plan with the words around every concept; each word belongs to the nearest concept.
 
-    Near words have a centred cosine in [s2, s1]: the NEAR_WORDS nearest, without excluded ones. Far
-    words are the FAR_WORDS nearest below beyond_s2. Raises ValueError when no word is left outside
-    of the rings.
+    Near words are the NEAR_WORDS nearest words with a centred cosine in [s2, s1], without excluded
+    ones; far words are the FAR_WORDS nearest below beyond_s2. Raises ValueError when no word is
+    outside the rings.
     """
     plan = choose_words(plan, text, first_summaries(text, plan.concepts)[0], progress)
     neighbor, beyond = plan.neighbor, plan.beyond
@@ -215,9 +211,9 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
 
 
 def choose_words(
-    plan: Plan, text: TextEncoder, summary: Tensor, progress: Progress = lambda done, total: None
+    plan: Plan, text: TextEncoder, summary: Tensor, progress: Progress = quiet
 ) -> Plan:
-    """`complete` without draws.
+    """As `complete`, without draws.
 
     summary: summary row of every concept in its first template, [concepts, dim]
     """
@@ -237,7 +233,7 @@ def choose_words(
     nearest, rings = torch.zeros(2, len(words), dtype=torch.int64)
     for template in dict.fromkeys(templates):
         rows = vocabulary_rows(text, template, progress)[known]
-        # Around the vocabulary alone: what the user adds does not move the words that are there.
+        # The mean of the vocabulary alone: words that a user adds do not change other cosines.
         centre = centres[template] = rows.mean(0)
         if added:
             rows = torch.cat([rows, word_rows(text, template, added)])
@@ -248,32 +244,28 @@ def choose_words(
             cosines = around @ normalize(summary[numbers] - centre, dim=-1).T  # [words, concepts]
             rings += ((cosines >= s2) & (cosines <= s1)).sum(1)
             closest, which = cosines.max(1)
-            closer = closest > cosine  # of two alike, the concept that comes first
+            closer = closest > cosine  # at equal cosines, the first concept
             cosine[closer], nearest[closer] = closest[closer], numbers[which[closer]]
     order = cosine.argsort(descending=True, stable=True)
 
-    inside: list[list[int]] = [[] for _ in concepts]
-    below: list[list[int]] = [[] for _ in concepts]
-    triples = zip(order.tolist(), nearest[order].tolist(), cosine[order].tolist(), strict=True)
-    for k, number, closeness in triples:
-        if closeness <= s1:
-            if closeness >= s2 and len(inside[number]) < NEAR_WORDS - 1:
-                inside[number].append(k)
-            if closeness < outer and len(below[number]) < FAR_WORDS:
-                below[number].append(k)
     near: list[tuple[int, str]] = []
     far: list[tuple[int, str]] = []
     compared: list[tuple[int, str, float]] = []
-    for number, concept in enumerate(concepts):
-        compared += [(number, words[k], float(cosine[k])) for k in inside[number] + below[number]]
-        kept = [words[k] for k in inside[number] if words[k].casefold() not in excluded]
-        # The concept's name is the first neighbour, so that no ring is empty.
-        near += [(number, word) for word in (concept.name, *kept)]
-        far += [(number, words[k]) for k in below[number]]
+    by_concept = order[nearest[order].argsort(stable=True)]  # nearest words first
+    sizes = torch.bincount(nearest, minlength=len(concepts)).tolist()
+    for number, (concept, index) in enumerate(zip(concepts, by_concept.split(sizes), strict=True)):
+        closeness = cosine[index]
+        inside = index[(closeness >= s2) & (closeness <= s1)][: NEAR_WORDS - 1].tolist()
+        below = index[(closeness < outer) & (closeness <= s1)][:FAR_WORDS].tolist()
+        compared += [(number, words[k], float(cosine[k])) for k in inside + below]
+        erased = [words[k] for k in inside if words[k].casefold() not in excluded]
+        # The name of the concept is the first neighbour, so that no ring is empty.
+        near += [(number, word) for word in (concept.name, *erased)]
+        far += [(number, words[k]) for k in below]
     if not far:
         raise ValueError(
-            f"every word lies within S2 = {outer} of {concepts[0].name!r} or another concept, none "
-            "is left as a beyond point: raise S2 or give more words"
+            f"every word has a cosine of at least S2 = {outer} with a concept, so that no beyond "
+            "point is left: raise S2 or add words"
         )
     apart = (cosine < outer).nonzero()[:, 0]
     apart = apart[nearest[apart].argsort(stable=True)]
@@ -291,31 +283,26 @@ def choose_words(
 
 
 def word_rows(
-    text: TextEncoder,
-    template: str,
-    words: Sequence[str],
-    progress: Progress = lambda done, total: None,
+    text: TextEncoder, template: str, words: Sequence[str], progress: Progress = quiet
 ) -> Tensor:
     """The summary rows of words in a template, float32 [words, dim] on the CPU.
 
-    progress: called with (words done, total)
+    progress: callback with (words done, total)
     """
     parts = []
     for start in range(0, len(words), WORDS_AT_ONCE):
-        some = [template.replace("{}", word) for word in words[start : start + WORDS_AT_ONCE]]
-        parts.append(text.summary(some).cpu().float())
-        progress(start + len(some), len(words))
+        prompts = [template.replace("{}", word) for word in words[start : start + WORDS_AT_ONCE]]
+        parts.append(text.summary(prompts).cpu().float())
+        progress(start + len(prompts), len(words))
     return torch.cat(parts)
 
 
-def vocabulary_rows(
-    text: TextEncoder, template: str, progress: Progress = lambda done, total: None
-) -> Tensor:
-    """`word_rows` of the vocabulary, encoded once per encoder and template."""
+def vocabulary_rows(text: TextEncoder, template: str, progress: Progress = quiet) -> Tensor:
+    """As `word_rows` for the vocabulary, encoded once per encoder and template."""
     words = text.words()
     made = cached(
         "vocabulary",
-        # Behind "embedding:name" of a template stands a file, whose contents the tokens tell.
+        # "embedding:name" in a template names a file; its contents determine the tokens.
         [text.fingerprint, template, [part.tokenize([template]) for part in text.parts], words],
         lambda: {"rows": word_rows(text, template, words, progress)},
     )

@@ -1,6 +1,6 @@
 """The interface that a text encoder must implement, and the `Encoding` that it returns.
 
-A model reads a prompt in *streams*: SD 1.x and 2.x read one, the context; SDXL also reads the
+A model reads a prompt in *streams*: SD 1.x and 2.x read the context alone; SDXL also reads the
 pooled embedding of its second encoder. `pipelines/` implements the interface for diffusers,
 `nodes/` for ComfyUI.
 """
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 CONTEXT, POOLED = "context", "pooled"  # the streams; every model has a context
-BATCH = 32  # prompts the text encoder reads at once
+BATCH = 32  # prompts that a text encoder reads at once
 
 
 @dataclass(frozen=True)
 class Encoding(Mapping[str, Tensor]):
-    """What a model reads of its prompts: stream -> rows, float32 [prompts, tokens, dim].
+    """The text embeddings of prompts: stream -> rows, float32 [prompts, tokens, dim].
 
     The context has one row per token (dim 768 in SD 1.x, 1024 in SD 2.x, 2048 in SDXL, where the
     rows of both encoders are concatenated, 4096 in SD 3 and Flux), the pooled embedding one row
-    (dim 1280 in SDXL). Behind an RMS norm they are unit rows: the norm's gain belongs to the layer
-    that reads them.
+    (dim 1280 in SDXL). In families that apply an RMS norm to the context, rows are normalised
+    without its gain, which belongs to the layers that read them.
 
-    weights: stream -> weight of each row in a sum, [prompts, tokens]: 0 for an absent row, where
-        another prompt is longer; the padding of one prompt weighs as one row. 1 for every row
-        unless given
-    repeats: stream -> number of rows of a model's input that each row stands for, int64 [prompts,
-        tokens]; 1 for every row unless given
+    streams: stream -> rows
+    weights: stream -> weight of each row in a sum, [prompts, tokens]: 0 for an absent row of a
+        shorter prompt; the padding of one prompt weighs as much as one row. Default: 1
+    repeats: stream -> number of input rows of the model that each row represents, int64 [prompts,
+        tokens]. Default: 1
     """
 
     streams: Mapping[str, Tensor]
@@ -58,38 +58,31 @@ class Encoding(Mapping[str, Tensor]):
         return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
 
     def weighed(self, stream: str) -> Tensor:
-        """The rows times the square roots of their weights, so that their Gram is weighted."""
+        """The rows times the square roots of their weights, for weighted Gram matrices."""
         if stream not in self.weights:
             return self[stream]
         return self[stream] * self.weights[stream].sqrt()[..., None]
 
     def take(self, index: Tensor) -> "Encoding":
-        """The prompts of int64 `index` [n], in its order."""
+        """The prompts at int64 `index` [n]."""
         return self._each(lambda tensor: tensor[index.to(tensor.device)])
 
     def like(self, other: "Encoding") -> "Encoding":
-        """One prompt's rows for every prompt of `other`."""
-        n = other.prompts
-        if self.prompts == n:
-            return self
-        return self._each(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+        """The rows of a single prompt, repeated for every prompt of `other`."""
+        return self._each(lambda tensor: tensor.expand(other.prompts, *tensor.shape[1:]))
 
     def cpu(self) -> "Encoding":
         return self._each(Tensor.cpu)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Encoding":
-        """With every tensor changed."""
-        return Encoding(
-            *(
-                {stream: change(tensor) for stream, tensor in tensors.items()}
-                for tensors in (self.streams, self.weights, self.repeats)
-            )
-        )
+        """The encoding with `change` applied to every tensor."""
+        parts = self.streams, self.weights, self.repeats
+        return Encoding(*({stream: change(t) for stream, t in part.items()} for part in parts))
 
     def compact(self) -> "Encoding":
-        """The padding of each prompt as one row of the same weight, its mean.
+        """The encoding with the padding of each prompt averaged into one row.
 
-        A short prompt keeps about ten of T5's 512 rows; `expanded` restores their number.
+        A short prompt keeps about ten of the 512 rows of T5; `expanded` restores their number.
         """
         streams, weights, repeats = dict(self.streams), dict(self.weights), {}
         for stream, weight in self.weights.items():
@@ -104,10 +97,7 @@ class Encoding(Mapping[str, Tensor]):
         return Encoding(streams, weights, repeats)
 
     def compact_mask(self, mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mask of the rows that `compact` keeps.
-
-        mask: stream -> bool [prompts, tokens]
-        """
+        """A mask, stream -> bool [prompts, tokens], for the rows of `compact`."""
         found = dict(mask)
         for stream, weight in self.weights.items():
             _, kept, order = _kept_rows(weight)
@@ -115,7 +105,7 @@ class Encoding(Mapping[str, Tensor]):
         return found
 
     def expanded(self) -> "Encoding":
-        """With every row repeated as often as a model reads it."""
+        """The encoding with every row repeated as often as the model reads it."""
         streams, weights = dict(self.streams), dict(self.weights)
         for stream, repeats in self.repeats.items():
             streams[stream] = repeated(streams[stream], repeats)
@@ -127,66 +117,64 @@ class Encoding(Mapping[str, Tensor]):
         """The prompts of all encodings, in order; shorter ones get rows of weight 0."""
         streams, weights, repeats = {}, {}, {}
         for stream in encodings[0]:
-            longest = max(e[stream].shape[1] for e in encodings)
-            rows = [longer(e[stream], longest) for e in encodings]
-            streams[stream] = torch.cat(rows)
-            lengths = {e[stream].shape[1] for e in encodings}
-            if len(lengths) > 1 or any(stream in e.weights for e in encodings):
-                ones = [torch.ones_like(e[stream][..., 0]) for e in encodings]
+            rows = [e[stream] for e in encodings]
+            streams[stream] = joined(rows)
+            if len({r.shape[1] for r in rows}) > 1 or any(stream in e.weights for e in encodings):
+                ones = [torch.ones_like(r[..., 0]) for r in rows]
                 given = [e.weights.get(stream, one) for e, one in zip(encodings, ones, strict=True)]
-                weights[stream] = torch.cat([longer(weight, longest) for weight in given])
+                weights[stream] = joined(given)
             if any(stream in e.repeats for e in encodings):
                 counts = [e.repeats.get(stream, e.there(stream).long()) for e in encodings]
-                repeats[stream] = torch.cat([longer(count, longest) for count in counts])
+                repeats[stream] = joined(counts)
         return Encoding(streams, weights, repeats)
 
 
 def _kept_rows(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are padding and which `compact` keeps, bool [prompts, tokens], and the indices of
-    the latter, in order, int64 [prompts, rows]: all rows but padding, and the first of that."""
+    """Padding rows and the rows that `compact` keeps, bool [prompts, tokens], and the indices of
+    the latter, int64 [prompts, rows]: all rows except padding, and the first row of padding."""
     padding = (weights > 0) & (weights < 1)
     kept = (weights >= 1) | (padding & (padding.cumsum(1) == 1))
     order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
     return padding, kept, order[:, : int(kept.sum(1).max()) if len(kept) else 0]
 
 
-def longer(rows: Tensor, length: int) -> Tensor:
-    """Rows [prompts, tokens, ...] padded with zeros to `length` tokens."""
-    if rows.shape[1] == length:
-        return rows
-    return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows [prompts, tokens, ...] of all parts, padded with zeros to the most tokens."""
+    most = max(rows.shape[1] for rows in parts)
+    padding = (rows.new_zeros(len(rows), most - rows.shape[1], *rows.shape[2:]) for rows in parts)
+    return torch.cat([torch.cat(pair, 1) for pair in zip(parts, padding, strict=True)])
 
 
 def repeated(rows: Tensor, repeats: Tensor) -> Tensor:
     """Rows [prompts, tokens, ...], each repeated int64 `repeats` [prompts, tokens] times."""
     if not len(repeats):
         return rows
-    longest, prompts = int(repeats.sum(1).amax()), zip(rows, repeats, strict=True)
-    return torch.cat([longer(row.repeat_interleave(n, 0)[None], longest) for row, n in prompts])
+    prompts = zip(rows, repeats, strict=True)
+    return joined([row.repeat_interleave(n, 0)[None] for row, n in prompts])
 
 
 def alike(*encodings: Encoding) -> list[Tensor]:
-    """Groups of prompts with equally many context rows in each encoding, int64 [n] each."""
+    """Indices of prompts with equally many context rows in each encoding, int64 [n] per group."""
     lengths = torch.stack([e.there(CONTEXT).sum(1).cpu() for e in encodings], 1)
     return [(lengths == length).all(1).nonzero()[:, 0] for length in lengths.unique(dim=0)]
 
 
 def rows_of(encoding: Encoding) -> dict[str, Tensor]:
-    """The rows of prompts with equally many context rows, without absent ones."""
+    """stream -> rows of prompts with equally many context rows, without absent rows."""
     length = int(encoding.there(CONTEXT)[0].sum())
     return {**encoding, CONTEXT: encoding[CONTEXT][:, :length]}
 
 
 @dataclass(frozen=True)
 class EncoderPart:
-    """One text encoder of a model; its rows are a slice of the context.
+    """One text encoder of a model, whose rows are a slice of the context.
 
-    tokenize: prompts -> token ids of each, with all that the family puts around a prompt, neither
-        padded nor truncated
-    length: largest number of tokens that it reads
-    causal: whether a row depends on the tokens before it alone; else on the whole prompt
-    first: index of its first row in the context
-    rows: number of its rows; None: all that follow, as many as the prompt needs
+    tokenize: function from prompts to the token ids of each, with everything that the family puts
+        around a prompt, neither padded nor truncated
+    length: largest number of tokens that the encoder reads
+    causal: whether a row depends only on its token and earlier ones; otherwise on the whole prompt
+    first: index of the first row in the context
+    rows: number of rows; None: all that follow, as many as the prompt needs
     """
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
@@ -201,9 +189,9 @@ class TextEncoder(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the weights and the tokenizer: two encoders that share it encode alike.
+        """Hash of the weights and the tokenizer; encoders with the same hash encode alike.
 
-        None when not all of what decides an encoding has a hash; nothing is cached then.
+        None when something that determines an encoding has no hash; nothing is cached then.
         """
 
     @property
@@ -214,17 +202,15 @@ class TextEncoder(Protocol):
         """The prompts as the model reads them, truncated or padded as the family does."""
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """The row of each prompt that stands for all of it, [prompts, dim]
-        (`token_alignment.prompt_summaries`)."""
+        """The summary row of each prompt, [prompts, dim] (`token_alignment.prompt_summaries`)."""
 
     def words(self) -> list[str]:
-        """The whole words of the tokenizer's vocabulary, of letters only, sorted."""
+        """The words of the vocabulary: tokens that are whole words of letters, sorted."""
 
 
-# A token that is a whole word: CLIP marks its end, SentencePiece and byte-level BPE the space in
-# front of it.
+# A whole word: CLIP marks its end; SentencePiece and byte-level BPE mark the space in front of it.
 _WORD = r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})"
-MOST_WORDS = 40_000  # a language model's vocabulary has more than three times as many
+MOST_WORDS = 40_000  # the vocabulary of a language model has more than three times as many
 
 
 def whole_words(vocabulary: Mapping[str, int]) -> list[str]:

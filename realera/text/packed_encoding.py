@@ -1,7 +1,7 @@
 """Many prompts packed into one sequence of a causal encoder, for the last row of each.
 
-A row does not depend on later ones. So no padding is needed, the tokens that all prompts begin with
-are read once per sequence, and a word in a template costs two or three rows instead of 77.
+Rows do not depend on later rows. So no padding is needed, tokens that all prompts start with are
+read once per sequence, and a word in a template takes two or three rows instead of 77.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from .encoding import BATCH
 class PackedPrompts:
     """Input of an encoder.
 
-    ids, positions: tokens and their positions in their prompts, int64 [sequences, tokens]
-    attends: which tokens each token attends to, bool [sequences, tokens, tokens]
+    ids, positions: token ids, and positions in the prompts, int64 [sequences, tokens]
+    attends: mask of the tokens that each token attends to, bool [sequences, tokens, tokens]
     """
 
     ids: Tensor
@@ -28,7 +28,7 @@ class PackedPrompts:
     attends: Tensor
 
     def mask(self, like: Tensor) -> Tensor:
-        """Attention mask to add to the logits, [sequences, 1, tokens, tokens]."""
+        """The additive attention mask, [sequences, 1, tokens, tokens], in the dtype of `like`."""
         shut = ~self.attends[:, None].to(like.device)
         return torch.zeros_like(shut, dtype=like.dtype).masked_fill(
             shut, torch.finfo(like.dtype).min
@@ -40,10 +40,9 @@ def last_rows(
 ) -> Tensor:
     """The row of the last token of every prompt in a causal encoder, [prompts, dim].
 
-    ids: tokens of each prompt with start and end-of-text; those beyond `length` are dropped, but
-        end-of-text is kept
-    read: encoder of at most BATCH sequences of at most `length` tokens -> rows [sequences, tokens,
-        dim]
+    ids: token ids of each prompt with start and end-of-text; they are truncated to `length`
+    read: function from at most BATCH sequences of at most `length` tokens to their rows,
+        [sequences, tokens, dim]
     """
     ids = [[*row[: length - 1], row[-1]] if len(row) > length else row for row in ids]
     columns = zip(*(row[:-1] for row in ids), strict=False)
@@ -69,7 +68,7 @@ def last_rows(
 
 
 def _packed(start: Sequence[int], sequences: Sequence[Sequence[Sequence[int]]]) -> PackedPrompts:
-    """start: tokens at the head of every sequence, before its prompts without them."""
+    """start: token ids that every sequence starts with; its prompts follow without them."""
     ids, positions, prompt_of = [], [], []
     for prompts in sequences:
         parts = [start, *prompts]

@@ -1,8 +1,8 @@
-"""Which anchor row each row of a concept's prompt is mapped to (Alg. 1, l. 1).
+"""Alignment of the rows of a concept prompt with those of the anchor prompt (Alg. 1, l. 1).
 
-In a causal encoder the rows before the concept do not depend on it and stay; every row from its
-first token on does, end-of-text and padding included ("erasure concept token and its subsequent
-tokens"). In an encoder that is not causal (T5), every row of the prompt does.
+In a causal encoder, every row from the first token of the concept on depends on the concept,
+end-of-text and padding included ("erasure concept token and its subsequent tokens"); earlier rows
+stay. In an encoder that is not causal (T5), every row of the prompt depends on the concept.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .encoding import CONTEXT, EncoderPart, Encoding, TextEncoder
 
 @dataclass(frozen=True)
 class RowMap:
-    """Anchor row of every row of some prompts.
+    """A map from every row of some prompts to a row of their anchor prompts.
 
     streams: stream -> index of the anchor row, int64 [prompts, tokens]; -1 for rows that stay
     """
@@ -25,11 +25,11 @@ class RowMap:
 
     @property
     def span(self) -> dict[str, Tensor]:
-        """stream -> which rows change, bool [prompts, tokens]."""
+        """stream -> mask of the rows that change, bool [prompts, tokens]."""
         return {stream: index >= 0 for stream, index in self.streams.items()}
 
     def target(self, e: Encoding, anchor: Encoding) -> Encoding:
-        """e*: anchor rows inside the span, the rows of `e` outside."""
+        """e*: the anchor rows inside the span and the rows of `e` outside."""
         target = {}
         for stream, index in self.streams.items():
             rows = anchor[stream]
@@ -39,11 +39,11 @@ class RowMap:
 
 
 def map_rows(text: TextEncoder, rows: Sequence[tuple[str, str, str]], encoded: Encoding) -> RowMap:
-    """Maps row i of a phrase's span to the anchor row at the same distance from its first token.
+    """Maps token j of a phrase to token j of the anchor phrase, and later rows to later rows.
 
-    rows: phrase, anchor phrase and template of every prompt
-    encoded: the prompts of the phrases. A stream with a single row per prompt describes the whole
-        prompt: its row is mapped to the anchor's
+    rows: (phrase, anchor phrase, template) of every prompt
+    encoded: encoding of the prompts of the phrases; the row of a stream with a single row per
+        prompt is mapped to that of the anchor prompt
 
     Raises ValueError when a phrase or anchor has no token or its prompt is too long.
     """
@@ -66,10 +66,10 @@ def map_rows(text: TextEncoder, rows: Sequence[tuple[str, str, str]], encoded: E
 
 
 def prompt_summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encoding) -> Tensor:
-    """The context row of every prompt that stands for all of it, [prompts, dim].
+    """The context row that represents each whole prompt, [prompts, dim], from the first encoder.
 
-    Of the first part: its end-of-text row where it is causal, which depends on the whole prompt;
-    else the mean of the rows before end-of-text.
+    In a causal encoder this is the end-of-text row, which depends on all tokens; otherwise the mean
+    of the rows before end-of-text.
     """
     return _summary(text.parts[0], prompts, encoded[CONTEXT])
 
@@ -77,10 +77,10 @@ def prompt_summaries(text: TextEncoder, prompts: Sequence[str], encoded: Encodin
 def prompt_embeddings(
     text: TextEncoder, prompts: Sequence[str], encoded: Encoding
 ) -> dict[str, Tensor]:
-    """stream -> the rows of every prompt that stand for all of it, [prompts, parts, dim].
+    """stream -> the rows that represent each whole prompt, [prompts, parts, dim].
 
-    The context has one for each part, as `prompt_summaries` has for the first; a stream with a
-    single row per prompt has that row.
+    In the context, one row for each encoder, as `prompt_summaries` has for the first; in a stream
+    with a single row per prompt, that row.
     """
     context = [_summary(part, prompts, encoded[CONTEXT]) for part in text.parts]
     return {**encoded, CONTEXT: torch.stack(context, 1)}
@@ -98,15 +98,17 @@ def _summary(part: EncoderPart, prompts: Sequence[str], context: Tensor) -> Tens
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows [..., dim] after an RMS norm without gain."""
+    """Rows [..., dim] divided by their root mean square, as by an RMS norm without gain."""
     return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Tensor) -> Tensor:
-    """Weight of each context row, [prompts, tokens], as `Encoding` has it.
+    """`Encoding.weights` of the context, [prompts, tokens].
 
-    there: which rows are present, bool [prompts, tokens]. Padding rows of an encoder that is not
-        causal mean little and are nearly alike: those of one prompt together weigh 1
+    Padding rows of an encoder that is not causal are nearly equal and carry little meaning:
+    together, those of one prompt weigh 1.
+
+    there: mask of the rows that are present, bool [prompts, tokens]
     """
     weights = there.float()
     at = torch.arange(there.shape[1], device=there.device)
@@ -121,7 +123,7 @@ def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Ten
 
 
 def refuse_long_prompts(text: TextEncoder, prompts: Sequence[str]) -> None:
-    """Raises ValueError for a prompt that an encoder would truncate."""
+    """Raises ValueError for the first prompt that an encoder would truncate."""
     for part in text.parts:
         for prompt, ids in zip(prompts, part.tokenize(prompts), strict=True):
             _refuse_long(part, prompt, ids)
@@ -137,7 +139,7 @@ def _refuse_long(part: EncoderPart, prompt: str, ids: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class _Span:
-    """Token indices of a phrase in its prompt, [first, last), and the prompt's number of tokens."""
+    """Token indices [first, last) of a phrase in its prompt, and the tokens of the whole prompt."""
 
     first: int
     last: int
@@ -148,9 +150,8 @@ def _locate(part: EncoderPart, template: str, phrase: str) -> _Span:
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
     whole, prefix, suffix = part.tokenize([prompt, before, after])
-    # Byte-pair encoding can merge a phrase with its neighbours ("anti{}", "{}s"): the span starts
-    # and ends where the token sequences diverge. What the family puts around a prompt is in all
-    # three.
+    # Byte-pair encoding can merge a phrase with adjacent text ("anti{}", "{}s"): the span starts
+    # and ends where the sequences diverge. All three have what the family puts around a prompt.
     first = _common(whole[:-1], prefix[:-1])
     last = len(whole) - _common(whole[::-1], suffix[::-1])
     if last <= first:
@@ -170,11 +171,11 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _anchor_rows(part: EncoderPart, span: _Span, anchor: _Span, rows: int) -> Tensor:
-    """Anchor row for each of an encoder's rows, int64 [rows]; -1 for those that stay.
+    """Index of the anchor row for each row of an encoder, int64 [rows]; -1 for rows that stay.
 
-    Phrase token j is mapped to anchor token j (to the last one where the phrase is longer), suffix
-    to suffix, end-of-text and padding to end-of-text and padding; prefix to prefix. The suffix is
-    counted from the end: it has a token less where one of the phrases is merged with it.
+    Phrase token j is mapped to anchor token j (to the last one when the phrase is longer), prefix
+    to prefix, suffix to suffix, end-of-text and padding to end-of-text and padding. The suffix is
+    counted from the end: it lacks a token when a phrase is merged with it.
     """
     at = torch.arange(rows)
     before = torch.full_like(at, -1) if part.causal else at
