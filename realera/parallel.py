@@ -26,7 +26,7 @@ from .mining.plan import Plan
 from .mining.preservation_bank import bank_prompts
 from .pipelines.interface import Diffusion
 from .settings import Progress, SolveSettings, Training
-from .storage.safetensors_file import digest, keep_tensors, open_tensors
+from .storage.safetensors_file import digest, open_tensors, write_if_possible
 from .text.encoding import TextEncoder
 from .training.loop import align
 
@@ -105,7 +105,7 @@ def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, 
         return _read_sums(path, made_by)
     sums = sum_parts(text, part, job.settings)
     tensors = {f"{s}.{name}": getattr(of, name) for s, of in sums.items() for name in TENSORS}
-    keep_tensors(path, tensors, {"run": made_by}, "an interrupted run sums this part again")
+    write_if_possible(path, tensors, {"run": made_by}, "an interrupted run sums this part again")
     return sums
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from realera import parallel
-from realera.checkpoints.writing import replaced_folder, write_checkpoint
+from realera.checkpoints.writing import output_folder_path, write_checkpoint
 from realera.cli import main
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
@@ -26,7 +26,7 @@ from realera.parallel import sum_part
 from realera.pipelines.sampling import Sampling
 from realera.storage import cache
 from realera.storage.cache import cached, cached_files
-from realera.storage.safetensors_file import HOST, readable, write_tensors, writing
+from realera.storage.safetensors_file import HOST, format_bytes, write_tensors, writing
 from realera.text.encoding import CONTEXT
 
 ROOT = Path(__file__).parents[1]
@@ -374,7 +374,7 @@ def test_a_folder_that_a_killed_run_had_moved_away_comes_back(tmp_path, folders)
     write_checkpoint(folders["sd1"], plain, old)
     (half / "unet").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="out exists"):
-        replaced_folder(out)
+        output_folder_path(out)
     assert (out / "model_index.json").exists() and not old.exists()
     write_checkpoint(folders["sd1"], plain, old)
     write_checkpoint(folders["sd1"], plain, out, overwrite=True)
@@ -398,4 +398,4 @@ def test_a_disk_that_fills_up_is_told_with_the_file(tmp_path):
     ],
 )
 def test_a_number_of_bytes_can_be_read(size, told):
-    assert readable(size) == told
+    assert format_bytes(size) == told

@@ -53,7 +53,7 @@ _UNET_LAYERS = (
 class Family:
     """The family of a model, and the configurations of its parts.
 
-    name: name of the JSON file of the family; "own" for a U-Net with configurations of its own
+    name: name of the JSON file of the family; "own" for a U-Net that carries its configurations
     title: name that users know
     dim: width of a context row
     pooled: width of the pooled embedding, or None
@@ -212,7 +212,7 @@ def _family(
         raise ValueError(f"{path}: the configuration of text_encoder_2 lacks its projection_dim")
     return Family(
         known or "own",
-        FAMILIES[known]["title"] if known else "a model with a configuration of its own",
+        FAMILIES[known]["title"] if known else "a U-Net that carries its configuration",
         dim,
         width,
         first.shape[1],
@@ -232,7 +232,7 @@ def _first_convolution(
 
 
 def _unknown_family(layer: str, dim: int, pooled: bool) -> str:
-    """What is said of a network whose layers read text and are of no family, without the path."""
+    """The predicate of a sentence on a network of no supported family."""
     if "attn2" not in layer:
         return (
             f"has a layer {layer!r} that may read text, in a network of no family that RealEra "
@@ -245,7 +245,7 @@ def _unknown_family(layer: str, dim: int, pooled: bool) -> str:
 
 
 def _unknown_network(layers: Iterable[str]) -> str:
-    """What is said of a file in which no layer is known to read text, without the path."""
+    """The predicate of a sentence on a file in which no layer is known to read text."""
     layers = set(layers)
     marks = (known["marks"][layout][0] for known in TRANSFORMERS.values() for layout in LAYOUTS)
     for mark in (*_UNET_LAYERS, *marks):
@@ -281,13 +281,13 @@ def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
     layers = _layers(files)
     names = canonical(layers.values())
     places = {names[layer]: place for place, layer in layers.items()}
-    found = {}
+    by_layer = {}
     for name in places:
         kind = text_layer_kind(name)
         if kind is not None and kind.norm in places:
             n, key = places[kind.norm]
-            found[name] = gain_of(weight_of(files[n], key))
-    return found
+            by_layer[name] = gain_of(weight_of(files[n], key))
+    return by_layer
 
 
 def _stream(layer: str) -> str | None:

@@ -53,23 +53,23 @@ def adapter_of(file: TensorFile) -> Adapter | None:
 
     Names of tensors decide alone: no model has those of an adapter, and metadata may be missing.
     """
-    found = {
+    keys = {
         kind: [key for key in file.entries if re.fullmatch(f".+{ending}", key)]
         for kind, ending in _ADAPTERS.items()
     }
-    kind = max(found, key=lambda kind: len(found[kind]))  # biases and norms often go along as diffs
-    if not found[kind]:
+    kind = max(keys, key=lambda kind: len(keys[kind]))  # a LoRA often holds biases as differences
+    if not keys[kind]:
         return None
     ranks = [
         file.entries[key].shape[0]
-        for key in found[kind]
+        for key in keys[kind]
         if re.fullmatch(_RANKED, key) and file.entries[key].shape
     ]
-    return Adapter(kind, len(found[kind]), max(ranks, default=None))
+    return Adapter(kind, len(keys[kind]), max(ranks, default=None))
 
 
 def kind_of(file: TensorFile) -> str | None:
-    """What a file holds that is no model, with its article: "a ControlNet"; None for the rest."""
+    """What a file holds that is no model, with an article ("a ControlNet"), or None."""
     if "realera_erasure" in file.metadata:
         return "a RealEra erasure"
     if adapter := adapter_of(file):
@@ -77,7 +77,7 @@ def kind_of(file: TensorFile) -> str | None:
     for kind, name in _OTHERS.items():
         if any(re.fullmatch(name, key) for key in file.entries):
             return kind
-    # Beside a U-Net, a ControlNet is one more reader of the text.
+    # With a U-Net in the same file, the file is a model.
     alone = not any(standard_key(key).startswith(NETWORK) for key in file.entries)
     if alone and any(key.startswith(CONTROLNET) for key in file.entries):
         return "a ControlNet"

@@ -1,8 +1,9 @@
-"""What a layer computes with, out of what a file stores, and back.
+"""Weights of scaled fp8 files: what a layer computes with, from what the file stores, and back.
 
-Scaled fp8 files keep a weight's numbers divided by a scale, which lies beside it: `X.scale_weight`
-(ComfyUI's older layout, with a tensor `scaled_fp8` as its mark) or `X.weight_scale` (its newer one,
-with `X.comfy_quant`, and other tools'). The scale of a layer's *input* changes no weight.
+A scaled fp8 file stores a weight divided by a scale, which is a tensor of the same module:
+`X.scale_weight` in ComfyUI's older layout (marked by a tensor `scaled_fp8`), `X.weight_scale` in
+its newer one (with `X.comfy_quant`) and in those of other tools. The scale of the *input* of a
+layer does not change the weight.
 """
 
 import re
@@ -18,34 +19,34 @@ _COMPANION = r"weight_.+|.*(?:scale|quant|zero_point).*"
 
 
 def is_companion(key: str) -> bool:
-    """Whether a tensor says how others are stored and is no parameter of the model itself."""
+    """Whether a tensor describes how others are stored, and is no parameter of the model."""
     leaf = key.rpartition(".")[2]
     return leaf in ("scale_weight", "scaled_fp8", *_INPUT) or leaf.endswith("weight_scale")
 
 
 def scale_of(file: TensorFile, key: str) -> str | None:
-    """The key of the scale that multiplies this tensor, from the header alone.
+    """The key of the scale of a tensor, or None, from the header alone.
 
-    Raises ValueError that names what lies beside the tensor and is not understood: other scales
-    (of blocks, say, or several) would make the stored numbers mean something else.
+    Raises ValueError for a scale that is not understood (one for each block, say, or several), by
+    which the stored numbers would mean something else.
     """
     module, _, leaf = key.rpartition(".")
     if not leaf.endswith("weight"):
         return None
     known = [f"{leaf}_scale", *(["scale_weight"] if leaf == "weight" else [])]
-    beside = [
-        other
-        for other in file.modules[module]
-        if other not in (leaf, *_INPUT) and re.fullmatch(_COMPANION, other)
+    companions = [
+        name
+        for name in file.modules[module]
+        if name not in (leaf, *_INPUT) and re.fullmatch(_COMPANION, name)
     ]
-    beside += [f"{leaf}.{other}" for other in file.modules.get(key, ())]
-    scales = [other for other in beside if other in known]
-    unknown = [other for other in beside if other not in known] or scales[1:]
+    companions += [f"{leaf}.{name}" for name in file.modules.get(key, ())]
+    scales = [name for name in companions if name in known]
+    unknown = [name for name in companions if name not in known] or scales[1:]
     if unknown:
         raise ValueError(
-            f"{file.path}: beside {key!r} lies {unknown[0]!r}, which changes what its numbers mean "
-            "and is not known here: use the checkpoint in float16 or float32, or in fp8 with one "
-            "scale a tensor (scale_weight or weight_scale)"
+            f"{file.path}: {key!r} comes with {unknown[0]!r}, a scale of a kind that RealEra does "
+            "not know: use the checkpoint in float16 or float32, or in fp8 with one scale for each "
+            "tensor (scale_weight or weight_scale)"
         )
     if not scales:
         return None
@@ -55,17 +56,18 @@ def scale_of(file: TensorFile, key: str) -> str | None:
         all(size == 1 for size in entry.shape) or (len(shape), entry.shape) == (2, (shape[0], 1))
     ):
         raise ValueError(
-            f"{file.path}: the scale {scale!r} is {entry.dtype} {list(entry.shape)}; known are one "
-            f"number a tensor and one a row, [{shape[0] if shape else 1}, 1], of floating point"
+            f"{file.path}: the scale {scale!r} is {entry.dtype} {list(entry.shape)}; RealEra knows "
+            "floating-point scales with one number for the tensor, or one for each row: "
+            f"[{shape[0] if shape else 1}, 1]"
         )
     return scale
 
 
 def weight_of(file: TensorFile, key: str) -> Tensor:
-    """The tensor as its layer computes with it: as stored, or in float32 times its scale.
+    """A tensor as its layer computes with it: as stored, or in float32 times its scale.
 
-    Raises ValueError, naming file and tensor, when it is of a type that cannot be computed with,
-    its scale is unknown (see `scale_of`) or a number is not finite.
+    Raises ValueError, with the names of file and tensor, for a data type that cannot be computed
+    with, an unknown scale (see `scale_of`), and a number that is not finite.
     """
     entry = file.entries[key]
     if entry.dtype not in FLOATS:
@@ -85,21 +87,22 @@ def weight_of(file: TensorFile, key: str) -> Tensor:
     return tensor
 
 
-def stored(file: TensorFile, key: str, weight: Tensor) -> dict[str, Tensor]:
-    """What to write so that `weight_of` gives this weight, to the rounding of the stored type.
+def stored_tensors(file: TensorFile, key: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors to store so that `weight_of` gives this weight, up to rounding.
 
-    The tensor, and its scale where the weight no longer fits under the one that is there; both in
-    the file's own types and shapes. Raises ValueError when the type cannot hold the weight.
+    Key -> tensor, in the data types and shapes of the file: the tensor of this key, and its scale,
+    which grows where the weight needs it. Raises ValueError when the data type cannot hold the
+    weight.
     """
     dtype, scale = DTYPES[file.entries[key].dtype], scale_of(file, key)
     if scale is None:
         tensors = {key: weight.to(dtype)}
     else:
         largest, old = torch.finfo(dtype).max, _positive(file, scale)
-        own = weight.abs().amax(dim=1, keepdim=True) if old.numel() > 1 else weight.abs().amax()
-        needed = (own.float() / largest).reshape(old.shape)
+        peak = weight.abs().amax(dim=1, keepdim=True) if old.numel() > 1 else weight.abs().amax()
+        needed = (peak.float() / largest).reshape(old.shape)
         new = torch.where(needed <= old, old, needed).to(DTYPES[file.entries[scale].dtype])
-        # A scale that was rounded down would push the largest number over the edge.
+        # Clamped, since the scale may have been rounded down.
         divided = (weight.float() / new.float()).clamp(-largest, largest)
         tensors = {key: divided.to(dtype), scale: new}
     if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
@@ -111,7 +114,7 @@ def stored(file: TensorFile, key: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _positive(file: TensorFile, key: str) -> Tensor:
-    """A scale in float32."""
+    """A scale in float32. Raises ValueError when a number is not positive."""
     scale = file.read(key).float()
     if not (scale > 0).all():
         raise ValueError(f"{file.path}: the scale {key!r} holds numbers that are not positive")

@@ -63,9 +63,11 @@ def network_folders(path: Path) -> tuple[Path, list[Path]]:
 
     Raises ValueError when there is no network.
     """
-    found = [path / name for name in ("transformer", "unet") if (path / name).is_dir()]
-    if found:
-        return found[0], sorted({file.parent for file in path.glob("controlnet*/**/config.json")})
+    networks = [path / name for name in ("transformer", "unet") if (path / name).is_dir()]
+    if networks:
+        return networks[0], sorted(
+            {file.parent for file in path.glob("controlnet*/**/config.json")}
+        )
     config = path / "config.json"
     part = read_json(config.read_bytes(), config).get("_class_name") if config.is_file() else None
     raise ValueError(

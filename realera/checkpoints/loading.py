@@ -1,6 +1,6 @@
-"""Loading a model from a single file or a diffusers folder, with no hub and no network.
+"""Loading a model from a single file or a diffusers folder, without the internet.
 
-Apart from the families, since diffusers takes seconds to import and an erasure needs none of it.
+A module of its own, since diffusers takes seconds to import and no other one needs it.
 """
 
 import gzip
@@ -53,7 +53,7 @@ from .fp8_scales import FLOATS, is_companion, weight_of
 from .layouts import NETWORK, VAE, locate, read_json, standard_key, weight_files
 
 ENCODERS = "text_encoders."  # prefix of the text encoders of a transformer in a single file
-BUFFERS = ("position_ids", "attn_mask")  # made anew by every loader; mergers leave fractions there
+BUFFERS = ("position_ids", "attn_mask")  # set by every loader; merged files hold fractions
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CLIP_VOCABULARY = 49408
 _PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
@@ -64,10 +64,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Diffusion:
-    """The whole model, with no hub and no network.
+    """Loads a whole model, without the internet.
 
-    source: a single file, a diffusers folder, or "miniature"; dtype: None is float32 on the CPU and
-    the file's own elsewhere. Raises ValueError when the file is incomplete or of no family we know.
+    source: checkpoint file, diffusers folder or name of a bundled model
+    dtype: data type to compute in; None: float32 on the CPU, elsewhere bfloat16 for a transformer
+        and the data type of the file for a U-Net (float16 for fp8)
+    device: device to load the model on
+
+    Raises FileNotFoundError, and ValueError when the model is incomplete or of no supported family.
     """
     path, family = locate(source), family_of(source)
     if family.name in TRANSFORMERS:
@@ -114,8 +118,10 @@ def load_text(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> TextEncoder:
-    """The text side alone, as in `load_model`: the closed form needs no more, and no U-Net is ever
-    built."""
+    """Loads the text encoder alone, which is all that the closed form needs.
+
+    Parameters and errors as for `load_model`.
+    """
     path, family = locate(source), family_of(source)
     dtype = _dtype(family, dtype, device)
     if family.name in TRANSFORMERS:
@@ -125,8 +131,7 @@ def load_text(
 
 
 def _dtype(family: Family, dtype: torch.dtype | None, device: str | torch.device) -> torch.dtype:
-    """float32 on the CPU and the file's own elsewhere, unless given; a transformer's is bfloat16,
-    an fp8 file's float16."""
+    """The data type to compute in, as `load_model` says."""
     if dtype is not None:
         return dtype
     if torch.device(device).type == "cpu":
@@ -192,23 +197,27 @@ def _transformer_text(
             + ": make the erasure in ComfyUI, or from the diffusers folder of the model; `realera "
             "apply` writes it into this file"
         )
-    # The bundled transformer reads by the encoder of the miniature, which its file leaves out.
+    # The bundled transformer has the text encoder of the miniature, which its file leaves out.
     clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
     second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
     return SiblingText(_on(clip, device), second)
 
 
 def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: Any) -> Any:
-    """The pipeline of a folder; parts: those to leave out, as None."""
+    """The pipeline of a folder.
+
+    parts: name -> part that is there already, or None to leave it out
+    """
     index = read_json((path / "model_index.json").read_bytes(), path / "model_index.json")
     for name, entry in index.items():
         if name not in parts and name.startswith(("text_encoder", "transformer", "vae")):
             library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-            if library in _LIBRARIES:  # of a part that was left out, null
+            if library in _LIBRARIES:  # null for a part that the pipeline lacks
                 part_class = getattr(_LIBRARIES[library], str(kind), None)
                 if part_class is None:
                     raise ValueError(
-                        f"{path / name} is a {kind}, which the {library} at hand has not: update it"
+                        f"{path / name} is a {kind}, which the installed {library} lacks: update "
+                        f"{library}"
                     )
                 parts[name] = _folder_part(part_class, path / name, dtype)
     return getattr(diffusers, family.pipeline["class"]).from_pretrained(
@@ -239,22 +248,22 @@ def _file_part(
             options["torch_dtype"] = dtype
         try:
             part = part_class.from_single_file(dict(state), **options)
-        except NotImplementedError:  # some tensors have no numbers
+        except NotImplementedError:  # diffusers moves tensors that it left on the meta device
             with torch.device("meta"):
                 part = part_class.from_config(part_class.load_config(folder, subfolder=name))
             loadable: Any = SINGLE_FILE_LOADABLE_CLASSES[part_class.__name__]
-            found = loadable["checkpoint_mapping_fn"](checkpoint=dict(state), config=part.config)
-            _refuse_incomplete(part, file, part.state_dict().keys() - found.keys())
+            tensors = loadable["checkpoint_mapping_fn"](checkpoint=dict(state), config=part.config)
+            _refuse_incomplete(part, file, part.state_dict().keys() - tensors.keys())
             raise
     _refuse_incomplete(part, file, [n for n, t in part.named_parameters() if t.is_meta])
     return part
 
 
 def _folder_part(part_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A part of a pipeline folder, in the variant that it has.
+    """A part of a pipeline folder, in the variant that the folder has.
 
-    Raises ValueError when the folder lacks a tensor of it, which transformers would fill with
-    random numbers and diffusers leave without any.
+    Raises ValueError when the folder lacks a tensor of the part. transformers would fill it with
+    random numbers, diffusers would leave it empty.
     """
     paths, variant = weight_files(folder)
     for file in map(open_tensors, paths):
@@ -273,7 +282,7 @@ def _folder_part(part_class: Any, folder: Path, dtype: torch.dtype) -> Any:
         output_loading_info=True,
         **{"dtype" if of_transformers else "torch_dtype": dtype},
     )
-    # Buffers are made anew, and of tied weights one is enough.
+    # Buffers are set by the class, and of tied weights one is enough.
     parameters = dict(part.named_parameters())
     missing = sorted(set(loaded["missing_keys"]) & parameters.keys())
     if missing:
@@ -303,8 +312,8 @@ def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
             kind = read_json(config.read_bytes(), config).get("model_type", "clip")
             if not str(kind).startswith("clip"):
                 raise ValueError(
-                    f"{folder} is a text encoder of type {kind!r} and no CLIP, which the models of "
-                    "this family that RealEra knows read by: it cannot be erased from"
+                    f"{folder} is a text encoder of type {kind!r} and no CLIP: RealEra cannot "
+                    "erase from a U-Net with this encoder"
                 )
             encoders.append(_folder_part(_text_class(suffix), folder, dtype))
             tokenizers.append(CLIPTokenizer.from_pretrained(words, local_files_only=True))
@@ -312,7 +321,7 @@ def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
 
 
 def _text_parts(text: DiffusersText) -> dict[str, Any]:
-    """The text side as a pipeline names it."""
+    """Name of the part in a pipeline -> tokenizer or text encoder."""
     parts = {}
     for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
         parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, encoder
@@ -345,24 +354,25 @@ def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText
 def _text_state(
     file: TensorFile, family: Family, suffix: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A text encoder's tensors, in one of the two layouts that diffusers converts.
+    """The tensors of a text encoder, in one of the two layouts that diffusers converts.
 
-    Files have more, and ComfyUI reads them: names as in transformers with or without "text_model."
-    or below "model.", OpenCLIP's below "conditioner." in SD 2, the projection either way around.
+    Files come in more layouts, which ComfyUI reads: names of transformers with or without
+    "text_model.", or behind "model."; names of OpenCLIP behind "conditioner." in SD 2; the
+    projection as it is or transposed.
     """
-    homes = ["conditioner.embedders.1." if suffix else "conditioner.embedders.0."]
+    prefixes = ["conditioner.embedders.1." if suffix else "conditioner.embedders.0."]
     if family.pooled is None:
-        homes.append("cond_stage_model.")
-    found = {
-        key.removeprefix(home): tensor
-        for home in homes
-        for key, tensor in _state(file, home, dtype).items()
+        prefixes.append("cond_stage_model.")
+    tensors = {
+        key.removeprefix(prefix): tensor
+        for prefix in prefixes
+        for key, tensor in _state(file, prefix, dtype).items()
     }
-    if not found:
-        raise _lacking(file, f"text_encoder{suffix}", homes[-1])
-    plain, open_clip = "cond_stage_model.transformer.", f"{homes[-1]}model."
+    if not tensors:
+        raise _lacking(file, f"text_encoder{suffix}", prefixes[-1])
+    plain, open_clip = "cond_stage_model.transformer.", f"{prefixes[-1]}model."
     state, projection = {}, None  # [width, pooled width]
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if name.endswith(("text_projection", "text_projection.weight")):
             projection = tensor.T if name.endswith("weight") else tensor
         elif match := re.fullmatch(_PLAIN_TEXT, name):
@@ -382,7 +392,7 @@ def _text_class(suffix: str) -> Any:
 
 
 def _tokenizer(vocabulary: int, pad: int) -> Any:
-    """CLIP's own tokenizer, from its merges; the miniature has another vocabulary."""
+    """The tokenizer of CLIP, from its merges; for another vocabulary, that of the miniature."""
     if vocabulary != CLIP_VOCABULARY:
         from ..miniature import TOKENIZER
 
@@ -405,7 +415,7 @@ def _tokenizer(vocabulary: int, pad: int) -> Any:
 
 
 def _refuse_edm(path: Path) -> None:
-    """Playground 2.5 and CosXL: their U-Nets are fed by Karras' rule, which DDIM does not know."""
+    """Raises ValueError for Playground 2.5 and CosXL, whose U-Nets need the EDM preconditioning."""
     if path.is_dir():
         config = path / "scheduler" / "scheduler_config.json"
         name = read_json(config.read_bytes(), config).get("_class_name") if config.is_file() else ""
@@ -420,10 +430,10 @@ def _refuse_edm(path: Path) -> None:
 
 
 def _prediction(file: TensorFile, family: Family) -> tuple[dict[str, Any], int]:
-    """Scheduler configuration and latent size, as far as only the weights can tell them."""
+    """The configuration of the scheduler and the side of a latent, from family and weights."""
     scheduler, size = dict(family.config["scheduler"]), family.config["unet"]["sample_size"]
-    # SD 2.x does not say whether it predicts epsilon or v. As ComfyUI does, we tell the two apart
-    # by a norm's bias, which the v-prediction training left far wider.
+    # SD 2.x predicts epsilon or v, and only the weights tell which: a certain bias is far wider in
+    # models that predict v (as in ComfyUI).
     bias = NETWORK + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
     wide = (
         family.name == "sd2"
@@ -450,7 +460,7 @@ def _lacking(file: TensorFile, part: str, prefix: str) -> ValueError:
 
 
 def _state(file: TensorFile, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parameters below a prefix. Raises ValueError when one cannot be read (`weight_of`)."""
+    """Standard key -> tensor, for the keys with a prefix. Raises ValueError as `weight_of`."""
     return {
         standard_key(key): weight_of(file, key).to(dtype)
         for key, entry in file.entries.items()
@@ -463,9 +473,9 @@ def _state(file: TensorFile, prefix: str, dtype: torch.dtype) -> dict[str, Tenso
 
 @contextmanager
 def _configuration_folder(family: Family) -> Iterator[str]:
-    """The configurations as the folder that diffusers' converters read."""
+    """Yields a folder with the configurations of the parts, for the converters of diffusers."""
     with tempfile.TemporaryDirectory() as folder:
-        # The names may be a stranger's: only those of parts are written.
+        # The configurations may be a stranger's: only known names become folders.
         for name in (*PARTS, "text_encoder_2", "transformer"):
             part = family.config.get(name)
             if isinstance(part, dict):
@@ -483,10 +493,10 @@ def _configuration_folder(family: Family) -> Iterator[str]:
 
 @contextmanager
 def _explained(file: TensorFile, family: Family) -> Iterator[None]:
-    """What a converter trips over in a file that lacks a part or does not fit its family."""
+    """Turns an error of a converter into one that says what the file may lack."""
     try:
         yield
-    # Not Exception: no memory, a full disk or a missing package is not the file's fault.
+    # Not Exception: missing memory, disk space or packages are not the fault of the file.
     except (ValueError, LookupError, NotImplementedError, SingleFileComponentError) as error:
         raise ValueError(
             f"{file.path} does not fit {family.title} and cannot be loaded: it may lack its text "

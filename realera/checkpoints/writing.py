@@ -1,4 +1,4 @@
-"""What an erasure leaves on disk: an erased checkpoint, and a LoRA that carries it all."""
+"""Writing an erased checkpoint, or a LoRA file of the whole erasure."""
 
 import errno
 import hashlib
@@ -31,31 +31,31 @@ from ..settings import TOLERANCE, TOLERANCES
 from ..storage.safetensors_file import (
     DTYPES,
     TensorFile,
-    abandoned,
-    beside,
+    abandoned_paths,
+    format_bytes,
     header_bytes,
     make_writable,
+    output_file_path,
     raw_bytes,
-    readable,
     refuse_pickle_name,
     refuse_source,
-    replaced_file,
+    temporary_path,
     write_tensors,
     writing,
 )
 from ..text.encoding import POOLED
 from .families import Files, family_like, gains, open_network
-from .fp8_scales import stored, weight_of
+from .fp8_scales import stored_tensors, weight_of
 from .layouts import AVERAGE, CONTROLNET, locate, read_json
 
 DOWN = ".lora_down.weight"
-NOTHING: Mapping[str, Tensor] = {}
+NO_GAINS: Mapping[str, Tensor] = {}
 CHUNK = 16 << 20  # bytes copied at once
 AHEAD = 2  # erased tensors in memory that are not written yet
-# Of the weights as they were: tools that look a file up by them would take it for the unerased one.
+# Hashes of the original weights, by which tools would take the erased file for the original.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 NETWORKS = ("unet", "transformer")
-DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -80,16 +80,24 @@ def write_checkpoint(
     edit_strength: float = 1.0,
     lora_strength: float = 1.0,
 ) -> None:
-    """The source with the layers that read its text erased, all else as it was.
+    """Writes a copy of a model in which the layers that read text are erased.
 
-    A file gives a file, a diffusers folder a folder; dtypes, metadata and the order of the header
-    are kept, and the erasure's provenance is added under "realera". One tensor is in memory at a
-    time. A scaled fp8 weight stays one, with a new scale where it no longer fits under its own.
-    A folder's other parts are copied as they are, pickles unopened; what else may hold the unerased
-    U-Net (its own folder's other files, whole checkpoints beside the parts) is left out.
-    Raises ValueError when the erasure does not fit the source, the source is not whole or holds
-    numbers that are not finite; FileExistsError when the destination exists, or is a folder that
-    holds files of other names; OSError when the disk is full. Nothing is left behind.
+    A file gives a file, a diffusers folder gives a folder. Data types, metadata and the order of
+    the header are kept; the provenance of the erasure is added to the metadata under "realera". A
+    few tensors are in memory at a time. A scaled fp8 weight stays scaled fp8, with a larger scale
+    where the erased weight needs one. The other parts of a folder are copied, pickles unopened.
+    Files that may hold the original network once more are not copied: other files in its folder,
+    and checkpoints outside of the folders of the parts.
+
+    source: checkpoint file, diffusers folder or name of a bundled model
+    destination: file or folder to write
+    overwrite: whether an existing file, or the folder of an earlier copy, is replaced
+    edit_strength: factor of T - I
+    lora_strength: factor of the trained LoRA, which ControlNets do not get
+
+    Raises ValueError when the erasure does not fit the source, or the source is incomplete or holds
+    numbers that are not finite; FileExistsError as `output_folder_path`; OSError when the disk is
+    full. No incomplete file is left.
     """
     path, target = locate(source), Path(destination)
     refuse_source(target, path)
@@ -102,7 +110,7 @@ def write_checkpoint(
     def stream(file: TensorFile, keys: Mapping[str, str], part: Path) -> None:
         def erased(name: str, weight: Tensor) -> Tensor:
             layer = name.removeprefix(CONTROLNET)
-            # The LoRA was trained for the network's own layers, which a ControlNet's are not.
+            # The LoRA was trained for the layers of the network, not for those of a ControlNet.
             strength = lora_strength if layer == name else 0.0
             factor = gain[file.path.parent].get(layer)
             return erasure.erased_weight(layer, weight, edit_strength, strength, factor)
@@ -137,7 +145,7 @@ def refuse_destination_folder(
     destination."""
     path = locate(source)
     parts = _parts(path, open_network(path)[1])
-    replaced_folder(destination, overwrite, [part.relative_to(path) for part in parts])
+    output_folder_path(destination, overwrite, [part.relative_to(path) for part in parts])
 
 
 def _parts(path: Path, files: Files) -> list[Path]:
@@ -147,11 +155,11 @@ def _parts(path: Path, files: Files) -> list[Path]:
 
 
 def _copied(path: Path) -> list[Path]:
-    """The files of a diffusers folder that its erased copy shares with it.
+    """The files of a diffusers folder that are copied into its erased copy.
 
-    All of a part that the pipeline names, whatever its format; elsewhere only what cannot hold
-    weights, for the U-Net's folder, the top and folders of any other name may hold the unerased
-    model once more. Raises ValueError when a part that the pipeline names is not there.
+    All files of the parts that model_index.json names, but for the networks and ControlNets;
+    elsewhere only files that cannot hold weights, since any other may hold the original network
+    once more. Raises ValueError when a part that model_index.json names is missing.
     """
     index = path / "model_index.json"
     if not index.is_file():
@@ -165,17 +173,17 @@ def _copied(path: Path) -> list[Path]:
         and "ControlNet" not in str(kind)
     }
     for name, kind in named.items():
-        if all(kind) and name not in DISPENSABLE and not (path / name).is_dir():
+        if all(kind) and name not in OPTIONAL_PARTS and not (path / name).is_dir():
             raise ValueError(f"{path} is no whole pipeline folder: it lacks {name}/")
-    found = []
+    copied = []
     for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # git's, the hub's
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache
         inside = Path(folder).relative_to(path).parts
         for name in names:
             weightless = Path(name).suffix.lower() in WEIGHTLESS and ".bin.index" not in name
             if weightless or (inside and inside[0] in named):
-                found.append(Path(folder, name))
-    return found
+                copied.append(Path(folder, name))
+    return copied
 
 
 def write_lora(
@@ -185,15 +193,20 @@ def write_lora(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
 ) -> dict[str, Cut]:
-    """The whole erasure as a LoRA file for the source, as `save_lora` writes it."""
+    """Writes the whole erasure as a LoRA file for a model on disk.
+
+    source: checkpoint file, diffusers folder or name of a bundled model
+
+    Other parameters, result and errors as for `save_lora`.
+    """
     path = locate(source)
     refuse_source(destination, path)
-    make_writable(replaced_file(destination, overwrite).parent)  # raises before the work
+    make_writable(output_file_path(destination, overwrite).parent)  # raises before the work
     family, files = open_network(path)
     weights = {}
     for file, keys in files:
         for key, name in keys.items():
-            # A LoRA is loaded onto the network alone, and no loader draws with its running average.
+            # Loaders apply a LoRA to the network alone, and never use its running average.
             if not (name.startswith(CONTROLNET) or key.startswith(AVERAGE)):
                 weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
                 weights[name] = weight.half() if fp8 else weight
@@ -210,12 +223,15 @@ def save_lora(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     family: str | None = None,
-    gain: Mapping[str, Tensor] = NOTHING,
+    gain: Mapping[str, Tensor] = NO_GAINS,
 ) -> dict[str, Cut]:
-    """The whole erasure as a LoRA file for these weights, as `lora_tensors` lays it out.
+    """Writes the whole erasure as a LoRA file for the weights of a network.
 
-    Its metadata name the family, by which A1111 and Forge tell whether it fits; unless given, a
-    U-Net's is told by its shapes. Returns what was cut of every stream's edit.
+    weights, tolerance, family, gain: as for `lora_tensors`; without a family, that of a U-Net is
+        told by the shapes of its weights. A1111 and Forge read it in the metadata
+    overwrite: whether an existing file is replaced
+
+    Returns the `Cut` of every stream. Raises FileExistsError, and ValueError as `lora_tensors`.
     """
     refuse_pickle_name(destination)
     tensors, cuts = lora_tensors(weights, erasure, tolerance, family, gain)
@@ -241,19 +257,21 @@ def lora_tensors(
     erasure: Erasure,
     tolerance: float = TOLERANCE,
     family: str | None = None,
-    gain: Mapping[str, Tensor] = NOTHING,
+    gain: Mapping[str, Tensor] = NO_GAINS,
 ) -> tuple[dict[str, Tensor], dict[str, Cut]]:
-    """The whole erasure as a LoRA for these weights, and what it leaves out.
+    """The tensors of a LoRA file of the whole erasure, and what the LoRA leaves out.
 
-    W_org (T - I) + B A = [W_org up, B] [down; A], where up down leaves out at most a share
-    `tolerance` of |T - I| (Frobenius). The strength of the LoRA scales T - I and the trained part
-    alike.
-    U-Nets in kohya's layout, which ComfyUI, A1111/Forge and diffusers load; a transformer in the
-    layout of its family.
+    W_org (T - I) + B A = [W_org up, B] [down; A]. The strength of the LoRA scales T - I and the
+    trained part alike. Names are kohya's for a U-Net, which ComfyUI, A1111, Forge and diffusers
+    load, and those of the family for a transformer.
 
-    weights: canonical name -> W_org [out, in] of every layer that reads a stream
-    gain: of the norms in front of them, as `families.gains`
-    Raises ValueError when the erasure does not fit them, or the tolerance is not between 0 and 1.
+    weights: canonical layer name -> W_org [out, in], of every layer that reads text
+    tolerance: largest share of |T - I| (Frobenius) that the LoRA leaves out
+    family: name of the family; decides the names of a transformer's tensors
+    gain: gains of the norms in front of the layers, as `families.gains`
+
+    Raises ValueError when the erasure does not fit the weights, or the tolerance is not between 0
+    and 1.
     """
     TOLERANCES.check("tolerance", tolerance)
     splits = {stream: edit.split(tolerance) for stream, edit in erasure.edits.items()}
@@ -262,11 +280,11 @@ def lora_tensors(
     tensors: dict[str, Tensor] = {}
     lacking, change = dict.fromkeys(splits, 0.0), dict.fromkeys(splits, 0.0)  # squared norms
     for name, kind in kinds.items():
-        stored = weights[name]
+        original = weights[name]
         if kind.stream not in splits:
             continue
-        refuse_misfit(name, stored.shape, erasure.edits[kind.stream], erasure.lora.get(name))
-        weight = stored.float().cpu()
+        refuse_misfit(name, original.shape, erasure.edits[kind.stream], erasure.lora.get(name))
+        weight = original.float().cpu()
         (up, down), (cut_up, cut_down) = (
             _lora_of(edit, weight, gain.get(name)) for edit in splits[kind.stream]
         )
@@ -274,13 +292,13 @@ def lora_tensors(
             a, b = erasure.lora[name]
             down, up = torch.cat([down, a.float()]), torch.cat([up, b.float()], dim=1)
         # Loaders cast a LoRA; bfloat16 would round off more than the tolerance leaves out.
-        dtype = torch.float32 if stored.dtype == torch.float32 else torch.float16
+        dtype = torch.float32 if original.dtype == torch.float32 else torch.float16
         rounded_up, rounded_down = up.to(dtype), down.to(dtype)
         for factor in (rounded_up, rounded_down):
             if not factor.isfinite().all():
                 raise ValueError(
-                    f"the LoRA of {name} would not be finite in {dtype}: the model's weight is "
-                    "broken, or too large for that type"
+                    f"the LoRA of {name} would not be finite in {dtype}: the weight of the model "
+                    "is damaged, or too large for this data type"
                 )
         prefix = prefixes[name]
         if family in TRANSFORMERS:
@@ -316,17 +334,17 @@ def _square_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:
 
 
 def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[str, str]:
-    """What a LoRA file calls the layers with these canonical names."""
+    """Canonical layer name -> name of the layer in a LoRA file."""
     if family in TRANSFORMERS:
         known = TRANSFORMERS[family]
         return {
-            reader["single"]: known["lora"].format(**{k: reader[k] for k in LAYOUTS})
-            for reader in known["readers"]
+            layer["single"]: known["lora"].format(**{layout: layer[layout] for layout in LAYOUTS})
+            for layer in known["readers"]
         }
     # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
     xl = POOLED in {kind.stream for kind in kinds.values()}
     names = {name: name for name in kinds} if xl else diffusers_names(kinds)
-    return {name: "lora_unet_" + own.replace(".", "_") for name, own in names.items()}
+    return {layer: "lora_unet_" + name.replace(".", "_") for layer, name in names.items()}
 
 
 def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:
@@ -361,11 +379,11 @@ def _stream(
     def header() -> bytes:
         source = {"file": file.path.name, "sha256": digest.hexdigest()}
         notes = [*erasure_notes(file), {**note, "from": source}]
-        kept = {k: v for k, v in file.metadata.items() if k not in HASHES}
-        return header_bytes({**kept, "realera": json.dumps(notes)}, file.entries)
+        metadata = {k: v for k, v in file.metadata.items() if k not in HASHES}
+        return header_bytes({**metadata, "realera": json.dumps(notes)}, file.entries)
 
     def erase(key: str) -> dict[str, Tensor]:
-        return stored(file, key, erased(erasable[key], weight_of(file, key).float()))
+        return stored_tensors(file, key, erased(erasable[key], weight_of(file, key).float()))
 
     with (
         file.path.open("rb") as source,
@@ -373,15 +391,15 @@ def _stream(
         ThreadPoolExecutor(1) as hashing,
         ThreadPoolExecutor(1) as erasing,
     ):
-        start = len(header())  # the header comes last: it holds the hash of all that is read here
+        start = len(header())  # written last, since it holds the hash of the whole source
         hashed = hashing.submit(digest.update, source.read(file.start))
         waiting: deque[Future[dict[str, Tensor]]] = deque()
-        scales: dict[str, Tensor] = {}  # written last: each may come before its weight or after
+        scales: dict[str, Tensor] = {}  # written after the weights, which may precede or follow
 
         def read(size: int) -> bytes:
             nonlocal hashed
             data = source.read(size)
-            hashed.result()  # one piece in memory behind this one, never more
+            hashed.result()  # at most two pieces in memory
             hashed = hashing.submit(digest.update, data)
             return data
 
@@ -434,27 +452,29 @@ def _check_space(destination: Path, size: int) -> None:
     if free < size:
         raise OSError(
             errno.ENOSPC,
-            f"the disk has {readable(free)} left and {readable(size)} are to be written: free at "
-            f"least {readable(size - free)}",
+            f"the disk has {format_bytes(free)} left and {format_bytes(size)} are to be written: "
+            f"free at least {format_bytes(size - free)}",
             str(destination.parent),
         )
 
 
-def replaced_folder(
+def output_folder_path(
     destination: str | os.PathLike[str],
     overwrite: bool = False,
     written: Collection[Path] = (),
 ) -> Path:
-    """The path that a diffusers folder for `destination` is written to: its links followed.
+    """The path of an output folder, with links followed.
 
+    A folder that a killed process had renamed gets its name back.
+
+    overwrite: whether an existing folder may be replaced
     written: paths of the new folder's files, relative to it
 
-    A folder that a killed process had moved away gets its name back. Raises FileExistsError when
-    the destination exists and `overwrite` is false, and always for what is no folder or holds a
-    file that is not in `written`.
+    Raises FileExistsError for an existing folder unless `overwrite`, and always for a file and for
+    a folder that holds a file which is not in `written`.
     """
     path = Path(os.path.realpath(destination))
-    for old in abandoned(path, "old"):
+    for old in abandoned_paths(path, "old"):
         if os.path.lexists(path):
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -482,16 +502,15 @@ def replaced_folder(
 def _writing_folder(
     destination: Path, overwrite: bool, written: Collection[Path]
 ) -> Iterator[Path]:
-    """As `safetensors_file.writing`, for a diffusers folder of the files `written`; only such a
-    folder is ever overwritten."""
-    path = replaced_folder(destination, overwrite, written)
+    """As `safetensors_file.writing`, for a diffusers folder of the files `written`."""
+    path = output_folder_path(destination, overwrite, written)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in abandoned(path, "tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary, replaced = beside(path, "tmp"), beside(path, "old")
+    for abandoned in abandoned_paths(path, "tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary, replaced = temporary_path(path, "tmp"), temporary_path(path, "old")
     try:
         yield temporary
-        replaced_folder(path, overwrite, written)  # what came meanwhile is kept
+        output_folder_path(path, overwrite, written)  # what came meanwhile is kept
         if path.exists():
             os.replace(path, replaced)
         os.replace(temporary, path)

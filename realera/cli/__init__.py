@@ -79,7 +79,7 @@ def run_apply(options: argparse.Namespace) -> None:
     strengths = options.edit_strength, options.lora_strength
     if options.lora:
         if strengths != (1.0, 1.0):
-            raise ValueError("a LoRA file has no strengths of its own: set them where it is loaded")
+            raise ValueError("a LoRA file has no strengths: set its strength where it is loaded")
         cuts = write_lora(options.model, erasure, options.out, options.tolerance, options.overwrite)
         for stream, cut in cuts.items():
             print(
@@ -93,10 +93,10 @@ def run_apply(options: argparse.Namespace) -> None:
 def run_merge(options: argparse.Namespace) -> None:
     from ..edit.erasure import Erasure
     from ..edit.erasure_file import load_erasure, save_erasure
-    from ..storage.safetensors_file import make_writable, refuse_source, replaced_file
+    from ..storage.safetensors_file import make_writable, output_file_path, refuse_source
 
     refuse_source(options.out, *options.erasures)
-    make_writable(replaced_file(options.out, options.overwrite).parent)
+    make_writable(output_file_path(options.out, options.overwrite).parent)
     merged = Erasure.merge([load_erasure(path) for path in options.erasures])
     save_erasure(merged, options.out, options.overwrite)
     print(options.out)
@@ -114,8 +114,8 @@ def run_info(options: argparse.Namespace) -> None:
     file = open_network(path)[1][0][0] if path.is_dir() else open_tensors(path)
     if "realera_erasure" in file.metadata:
         erasure = load_erasure(path)
-        edits = ", ".join(f"{stream} of {edit.dim}" for stream, edit in erasure.edits.items())
-        print(f"RealEra erasure: {edits} numbers, {len(erasure.lora)} LoRAs")
+        edits = ", ".join(f"{s} of width {edit.dim}" for s, edit in erasure.edits.items())
+        print(f"RealEra erasure: {edits}; LoRA on {len(erasure.lora)} layers")
         print(json.dumps(erasure.provenance, indent=1, ensure_ascii=False))
         return
     if "realera" in file.metadata:
@@ -129,7 +129,7 @@ def run_info(options: argparse.Namespace) -> None:
         print(kind)
     else:
         family, network = open_network(path)
-        print(f"{family.title}, text embeddings of {family.dim} numbers, {family.dtype}")
+        print(f"{family.title}, text embeddings of width {family.dim}, {family.dtype}")
         if any(name.startswith(CONTROLNET) for _, keys in network for name in keys.values()):
             print("with a ControlNet, which reads the same text: `realera apply` erases in both")
 
@@ -141,7 +141,7 @@ def run_cache(options: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in files)
     for path in files:
         if options.empty:
-            path.unlink()
+            path.unlink(missing_ok=True)
         else:
             print(f"{path.stat().st_size / 1e6:10.1f} MB  {path.name}")
     gone = "removed from" if options.empty else "in"
@@ -183,23 +183,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
 
-    put = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
-    put.add_argument("model", help="checkpoint file or diffusers folder the erasure was made for")
-    put.add_argument("erasure", help="erasure.safetensors")
-    put.add_argument("out", help="file, or folder for a diffusers folder")
-    put.add_argument("--lora", action="store_true", help="write a LoRA file instead")
-    put.add_argument(
-        "--edit-strength", type=number(STRENGTHS), default=1.0, help="of the closed form"
+    apply = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
+    apply.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
     )
-    put.add_argument(
-        "--lora-strength", type=number(STRENGTHS), default=1.0, help="of the trained part"
+    apply.add_argument("erasure", help="erasure file (erasure.safetensors)")
+    apply.add_argument("out", help="file to write; for a diffusers folder, folder to write")
+    apply.add_argument(
+        "--lora", action="store_true", help="write a LoRA file instead of a checkpoint"
     )
-    file_options(put)
+    apply.add_argument(
+        "--edit-strength", type=number(STRENGTHS), default=1.0, help="factor of the closed form"
+    )
+    apply.add_argument(
+        "--lora-strength", type=number(STRENGTHS), default=1.0, help="factor of the trained LoRA"
+    )
+    file_options(apply)
 
     merge = command("merge", run_merge, "merge erasures into one, as if fitted jointly")
-    merge.add_argument("erasures", nargs="+", help="erasure.safetensors of each")
-    merge.add_argument("-o", "--out", required=True, help="file to write")
-    merge.add_argument("--overwrite", action="store_true")
+    merge.add_argument("erasures", nargs="+", help="erasure files to merge")
+    merge.add_argument("-o", "--out", required=True, help="erasure file to write")
+    merge.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     evaluate.add_evaluate(
         command("evaluate", evaluate.run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
@@ -212,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
-    info = command("info", run_info, "what a checkpoint, LoRA or erasure file holds")
-    info.add_argument("file")
+    info = command("info", run_info, "print what a file is, and which erasures it carries")
+    info.add_argument("file", help="checkpoint, LoRA or erasure file, or diffusers folder")
 
-    kept = command("cache", run_cache, "what is kept between runs: encoded vocabularies and banks")
-    kept.add_argument("--empty", action="store_true", help="remove it")
+    cache = command("cache", run_cache, "list the cache: encoded vocabularies, banks and images")
+    cache.add_argument("--empty", action="store_true", help="remove the files of the cache")
     return parser

@@ -19,7 +19,7 @@ from ..evaluation.vocabulary import VocabularyReport, classify_words, compare
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
-from ..storage.safetensors_file import make_writable, replaced_file, writing
+from ..storage.safetensors_file import make_writable, output_file_path, writing
 
 EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
 VOCABULARY = ("vocabulary.json", "vocabulary.txt")
@@ -111,7 +111,7 @@ def _refuse(
     """Raises for files that exist, for erasures that do not fit the model, and for a folder that
     cannot be written to."""
     for name in names:
-        replaced_file(folder / name, overwrite)
+        output_file_path(folder / name, overwrite)
     for erasure in erasures.values():
         with temporarily_erased(erasure, model.network):
             pass

@@ -22,7 +22,7 @@ from ..pipelines.sampling import Sampling
 from ..report import plots
 from ..report.scope import WordEffect, check_images
 from ..settings import TOLERANCE
-from ..storage.safetensors_file import refuse_source, replaced_file, writing
+from ..storage.safetensors_file import output_file_path, refuse_source, writing
 from ..text.encoding import CONTEXT, TextEncoder
 from .run_note import RunNote
 
@@ -70,7 +70,7 @@ class Folder:
             if name == "checkpoint":
                 refuse_destination_folder(model, path, self.may_replace(name))
             else:
-                replaced_file(path, self.may_replace(name))
+                output_file_path(path, self.may_replace(name))
 
     def may_replace(self, name: str) -> bool:
         return self.overwrite or self.note.may_replace(name)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling, sample_prompts
 from ..storage.cache import cached
-from ..storage.safetensors_file import digest, keep_tensors, open_tensors
+from ..storage.safetensors_file import digest, open_tensors, write_if_possible
 from .coarse_samples import COARSE
 from .report import rounded
 from .scorers import ConceptClassifier, Scorer
@@ -111,7 +111,7 @@ def classify_words(
             }
             if state is not None and number % SAVED == 0:
                 without = "if this run is interrupted, it starts afresh"
-                keep_tensors(state, found, {"of": key}, without)
+                write_if_possible(state, found, {"of": key}, without)
             progress(len(found["seen"]), len(words))
         return found
 

@@ -1,6 +1,6 @@
-"""What is worked out once and kept: files in a cache folder, named for all that decides them.
+"""The cache: tensors that take long to compute, in files named by a hash of their inputs.
 
-Torch is imported where a tensor is read or written: to list the files takes none.
+Torch is imported where a tensor is read or written; listing the files does not need it.
 """
 
 import os
@@ -14,26 +14,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIMIT = 8 << 30  # bytes; what was used longest ago goes first
+LIMIT = 8 << 30  # bytes; the least recently used files are removed first
 KINDS = ("anchors", "bank", "drawn", "tails", "vocabulary")
 
 
 def cache_folder() -> Path:
-    """$REALERA_CACHE, else ~/.cache/realera."""
+    """The folder of the cache: $REALERA_CACHE, by default ~/.cache/realera."""
     return Path(os.environ.get("REALERA_CACHE") or "~/.cache/realera").expanduser()
 
 
 def cached(
     kind: str, decided_by: list[object], make: Callable[[], "dict[str, Tensor]"]
 ) -> "dict[str, Tensor]":
-    """What `make` gives, read back where it was made before from the same.
+    """The tensors that `make` returns, from the cache if an earlier call had the same inputs.
 
-    kind: one of KINDS, with which the file's name begins; decided_by: everything that decides the
-    tensors, as `safetensors_file.digest` takes it. None among them is a fingerprint that is not
-    known: nothing is cached then. A damaged file is made anew; where no file can be written there
-    is a warning, and the work goes on.
+    A damaged file is replaced. A file that cannot be written is a warning.
+
+    kind: kind of the tensors, one of KINDS, with which the name of the file begins
+    decided_by: everything that decides the tensors, as `safetensors_file.digest` takes it; with a
+        None among it (an unknown fingerprint) nothing is cached
+    make: called without arguments when the cache has no such file
     """
-    from .safetensors_file import digest, keep_tensors, open_tensors
+    from .safetensors_file import digest, open_tensors, write_if_possible
 
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of cached file; they are {', '.join(KINDS)}")
@@ -51,12 +53,12 @@ def cached(
         except (OSError, ValueError) as error:
             warnings.warn(f"{path} cannot be used and is made anew: {error}", stacklevel=2)
         else:
-            with suppress(OSError):  # another user's, or on a disk that is only read
+            with suppress(OSError):  # a file of another user, or on a read-only disk
                 os.utime(path)
             return tensors
     tensors = made()
-    if not path.is_symlink():  # whose target is not the cache's to replace
-        keep_tensors(
+    if not path.is_symlink():  # its target may lie outside of the cache
+        write_if_possible(
             path,
             tensors,
             {},
@@ -67,14 +69,14 @@ def cached(
 
 
 def cached_files() -> list[Path]:
-    """The files that `cached` wrote, the one used longest ago first; no links, no other files."""
+    """The files that `cached` wrote, the least recently used first; no links, no other files."""
     name = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{24}}\.safetensors")
-    found = [
+    files = [
         path
         for path in cache_folder().glob("*-*.safetensors")
         if name.fullmatch(path.name) and path.is_file() and not path.is_symlink()
     ]
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+    return sorted(files, key=lambda path: path.stat().st_mtime)
 
 
 def _make_room(newest: Path) -> None:

@@ -1,7 +1,7 @@
-"""Safetensors files, read without trust and written without a trace of failure.
+"""Safetensors files, read without trust and written atomically.
 
-A file's header is checked whole against the file before a byte of a tensor is used; a file that is
-written appears under its name only when it is complete.
+The header is checked against the size of the file before any tensor is read. A file that is written
+appears under its name only when it is complete.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BITS = {  # of one number in every data type of the format; a tensor's bytes are always whole
+BITS = {  # bits per number of every data type of the format
     "F64": 64,
     "F32": 32,
     "F16": 16,
@@ -47,7 +47,7 @@ BITS = {  # of one number in every data type of the format; a tensor's bytes are
     "U8": 8,
     "BOOL": 8,
 }
-DTYPES: dict[str, torch.dtype] = {  # those whose numbers we read; the others are only copied
+DTYPES: dict[str, torch.dtype] = {  # data types that can be read; the others are only copied
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -79,13 +79,17 @@ OTHERS = {  # first bytes -> what the file is
 }
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Tells machines that share a folder apart, where one process number means different processes.
+# Distinguishes machines that share a folder: a process number is unique on one machine only.
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in the file: where it lies and what it is. Offsets count from the data's start."""
+    """A tensor in a file.
+
+    dtype: data type, by its name in the format
+    begin, end: bytes of the tensor, counted from the start of the data
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -95,8 +99,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The checked header of a safetensors file; `read` gets one tensor at a time.
+    """The checked header of a safetensors file; `read` reads one tensor.
 
+    entries: key -> tensor, in the order of the header
     start: byte at which the data begins
     """
 
@@ -107,29 +112,29 @@ class TensorFile:
 
     @cached_property
     def modules(self) -> Mapping[str, tuple[str, ...]]:
-        """Module -> the last parts of its own tensors' names: "a.to_k" -> ("weight", "bias")."""
-        found: dict[str, list[str]] = {}
+        """Module -> last parts of the keys of its tensors: "a.to_k" -> ("weight", "bias")."""
+        modules: dict[str, list[str]] = {}
         for key in self.entries:
             module, _, leaf = key.rpartition(".")
-            found.setdefault(module, []).append(leaf)
-        return {module: tuple(leaves) for module, leaves in found.items()}
+            modules.setdefault(module, []).append(leaf)
+        return {module: tuple(leaves) for module, leaves in modules.items()}
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, in memory of its own.
+        """Reads a tensor, in the data type of the file.
 
-        Raises ValueError when its data type is not in DTYPES or the file is shorter than it was.
+        Raises ValueError when the data type is not in DTYPES, or the file has become shorter.
         """
         entry = self.entries[key]
         if entry.dtype not in DTYPES:
             raise ValueError(
-                f"{self.path}: tensor {key!r} is {entry.dtype}, which can only be copied; read are "
-                f"{', '.join(DTYPES)}"
+                f"{self.path}: tensor {key!r} is {entry.dtype}, which can only be copied; the data "
+                f"types that can be read are {', '.join(DTYPES)}"
             )
         data = bytearray(entry.end - entry.begin)
         with self.path.open("rb") as file:
             file.seek(self.start + entry.begin)
-            found = file.readinto(data)
-        if found != len(data):
+            count = file.readinto(data)
+        if count != len(data):
             raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
         if not data:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -137,9 +142,11 @@ class TensorFile:
 
 
 def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> TensorFile:
-    """Reads and checks a safetensors header; the tensors stay on disk.
+    """Reads and checks the header of a safetensors file.
 
-    Raises FileNotFoundError, or ValueError when the file is a pickle, cut off or not safetensors.
+    max_header: largest size of a header in bytes
+
+    Raises FileNotFoundError, and ValueError when the file is cut off or of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,7 +158,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         plausible = size >= 8 and 2 <= length <= max_header and 8 + length <= size
         file.seek(8)
         header = file.read(length) if plausible else b""
-    # Safetensors under a pickle's name are read.
+    # A safetensors file may have the name of a pickle.
     if not plausible or (path.suffix.lower() in PICKLES and not header.startswith(b"{")):
         what = _other_format(path, start) or (
             f"is not a safetensors file or was cut off: its first 8 bytes announce a header of "
@@ -167,7 +174,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} has a corrupt safetensors header: {error}") from error
 
-    position = 0  # the tensors fill the data without gap or overlap
+    position = 0  # tensors fill the data without gap or overlap
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             raise ValueError(
@@ -184,7 +191,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
 
 
 def _other_format(path: Path, start: bytes) -> str | None:
-    """What a file that is no safetensors file is instead, as the rest of a sentence, or None.
+    """The predicate of a sentence on a file that is not in the safetensors format, or None.
 
     start: first bytes of the file
     """
@@ -239,7 +246,7 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
-    """A safetensors header, length prefix included, padded so that the data stay aligned."""
+    """A safetensors header with its length in front, padded so that the data are aligned."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, entry in entries.items():
         offsets = [entry.begin, entry.end]
@@ -250,36 +257,37 @@ def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> b
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The tensor's bytes as safetensors stores them."""
+    """The bytes of a tensor as safetensors stores them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def digest(*things: Any) -> str:
-    """A hash of tensors, of lists and mappings of them, and of whatever JSON can hold."""
-    found = hashlib.sha256()
+    """SHA-256 of tensors, of what JSON can hold, and of lists and mappings of them, as hex."""
+    sha256 = hashlib.sha256()
 
     def feed(thing: Any) -> None:
         if isinstance(thing, Tensor):
-            found.update(f"{thing.dtype} {list(thing.shape)}".encode())
+            sha256.update(f"{thing.dtype} {list(thing.shape)}".encode())
             data = thing.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(data.numpy().data)
+            sha256.update(data.numpy().data)
         elif isinstance(thing, Mapping):
             feed([[key, value] for key, value in thing.items()])
         elif isinstance(thing, list | tuple):
-            found.update(f"{len(thing)} of".encode())
+            sha256.update(f"{len(thing)} of".encode())
             for part in thing:
                 feed(part)
         else:
-            found.update(json.dumps(thing).encode() + b"\n")
+            sha256.update(json.dumps(thing).encode() + b"\n")
 
     feed(list(things))
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file in the order given, so that the same content is the same bytes.
+    """Writes a safetensors file; equal content in equal order gives equal bytes.
 
-    safetensors' own writer shuffles the metadata and refuses tensors that share memory.
+    The writer of the safetensors package shuffles the metadata and refuses tensors that share
+    memory.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Entry] = {}
@@ -295,7 +303,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def refuse_pickle_name(destination: str | os.PathLike[str]) -> None:
-    """Raises ValueError when programs would take what is written there for a pickle."""
+    """Raises ValueError for a name that programs take for that of a pickle."""
     path = Path(destination)
     if path.suffix.lower() in PICKLES:
         raise ValueError(
@@ -304,13 +312,14 @@ def refuse_pickle_name(destination: str | os.PathLike[str]) -> None:
         )
 
 
-def keep_tensors(
+def write_if_possible(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], without: str
 ) -> None:
-    """`write_tensors` of what can be computed again, over a file that may be there.
+    """Writes tensors that can be computed again, with a warning instead of an OSError.
 
-    Where it cannot be written, as on a full disk, there is a warning and the work goes on.
-    without: what is to be expected then, as a sentence of the warning
+    An existing file is replaced.
+
+    without: consequence of a missing file, as the last clause of the warning
     """
     try:
         with writing(path, overwrite=True) as part:
@@ -320,8 +329,8 @@ def keep_tensors(
         warnings.warn(f"{path} cannot be written to ({reason}): {without}", stacklevel=2)
 
 
-def readable(size: float) -> str:
-    """A number of bytes, in the largest unit that is not more than it."""
+def format_bytes(size: float) -> str:
+    """A number of bytes as text: "8.00 GB", "12 bytes"."""
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= one:
             return f"{size / one:.2f} {unit}"
@@ -329,7 +338,7 @@ def readable(size: float) -> str:
 
 
 def refuse_source(destination: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
-    """Raises ValueError when `destination` is a source, lies in one or contains one."""
+    """Raises ValueError when the destination is a source, or one of the two contains the other."""
     target = Path(os.path.realpath(destination))
     for source in sources:
         path = Path(os.path.realpath(source))
@@ -341,11 +350,13 @@ def refuse_source(destination: str | os.PathLike[str], *sources: str | os.PathLi
             )
 
 
-def replaced_file(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The path that a file for `destination` is written to: its links followed.
+def output_file_path(destination: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The path of an output file, with links followed.
 
-    Raises FileExistsError when a file is there and `overwrite` is false, and always for a folder
-    and for what is no regular file: a device, a pipe, a socket.
+    overwrite: whether an existing file may be replaced
+
+    Raises FileExistsError for an existing file unless `overwrite`, and always for a folder, device,
+    pipe, socket or circular link.
     """
     path = Path(os.path.realpath(destination))
     if path.is_dir():
@@ -363,7 +374,7 @@ def replaced_file(destination: str | os.PathLike[str], overwrite: bool = False) 
 
 
 def make_writable(folder: Path) -> None:
-    """Creates the folder, before long work. Raises OSError when no file can be written there."""
+    """Creates a folder. Raises OSError when no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryFile(dir=folder):
@@ -373,27 +384,27 @@ def make_writable(folder: Path) -> None:
         raise
 
 
-def beside(path: Path, ending: str) -> Path:
-    """The hidden name beside `path` that this process alone gives."""
+def temporary_path(path: Path, ending: str) -> Path:
+    """A hidden path in the folder of `path`, with a name that only this process uses."""
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.realera-{ending}")
 
 
-def abandoned(path: Path, ending: str) -> list[Path]:
-    """What `beside` named for processes of this machine that were killed. No links."""
+def abandoned_paths(path: Path, ending: str) -> list[Path]:
+    """The temporary paths of `path` whose process, on this machine, has ended. No links."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{HOST}-([1-9]\d{{0,8}})\.realera-{ending}")
     return [
-        left
-        for left in path.parent.glob(f".*.realera-{ending}")
-        if (match := name.fullmatch(left.name))
-        and not left.is_symlink()
-        and not _running(int(match[1]))
+        candidate
+        for candidate in path.parent.glob(f".*.realera-{ending}")
+        if (match := name.fullmatch(candidate.name))
+        and not candidate.is_symlink()
+        and not _is_running(int(match[1]))
     ]
 
 
-def _running(process: int) -> bool:
-    if process == os.getpid():  # whose number an earlier process had
+def _is_running(process: int) -> bool:
+    if process == os.getpid():  # an earlier process had the same number
         return False
-    if os.name == "nt":  # where os.kill would end it
+    if os.name == "nt":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)
@@ -406,18 +417,18 @@ def _running(process: int) -> bool:
 
 @contextmanager
 def writing(destination: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields a path beside `destination` to write a file to, which takes its name when complete.
+    """Yields a temporary path to write a file to, which is renamed to `destination` at the end.
 
-    Whatever interrupts the block, nothing is left behind and a file that was there stays; what a
-    killed process left, the next one that writes to `destination` removes. A link stays a link, and
-    the file that it leads to is replaced. Raises FileExistsError as `replaced_file`.
+    When the block fails or is interrupted, the temporary file is removed and an existing file is
+    kept; the temporary file of a killed process is removed by the next one that writes to
+    `destination`. Of a link, the target is replaced. Raises FileExistsError as `output_file_path`.
     """
-    path = replaced_file(destination, overwrite)
+    path = output_file_path(destination, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in abandoned(path, "tmp"):
+    for abandoned in abandoned_paths(path, "tmp"):
         with suppress(OSError):
-            left.unlink()
-    temporary = beside(path, "tmp")
+            abandoned.unlink()
+    temporary = temporary_path(path, "tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:

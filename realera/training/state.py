@@ -10,7 +10,7 @@ import torch
 from ..edit.erasure import Lora
 from ..pipelines.interface import Diffusion
 from ..settings import Training
-from ..storage.safetensors_file import digest, keep_tensors, open_tensors
+from ..storage.safetensors_file import digest, open_tensors, write_if_possible
 from .adversarial import Contexts
 from .inputs import TrainingInputs
 
@@ -83,7 +83,7 @@ class TrainingState:
             for moment in MOMENTS:
                 tensors[f"{key}.{moment}"] = self.optimizer.state[weight][moment].cpu()
         without = "if this run is interrupted, it starts afresh"
-        keep_tensors(self.path, tensors, {"run": self.run}, without)
+        write_if_possible(self.path, tensors, {"run": self.run}, without)
 
     @contextmanager
     def updating(self, loss: float, contexts: Contexts | None) -> Iterator[None]:
