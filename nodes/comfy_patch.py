@@ -26,15 +26,15 @@ from .comfy_weights import plain_weight
 class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
     """The erasure of one weight, as a ModelPatcher patch.
 
-    ComfyUI runs the patches of a weight in the order they were added and on the device of the
-    moment, so W is the weight of the MODEL that was given: its own, with the LoRAs that came
-    before; a LoRA added later acts on top. Where it loads weights dynamically, it makes the patch
-    anew from (loaded_keys, weights), after it has pinned and moved the tensors in `weights`, layer
-    by layer. The edit is none of them: all layers share its factors, which `_on` moves once.
+    ComfyUI runs the patches of a weight in the order in which they were added and on the device
+    where the weight is. So W includes the LoRAs before the erasure, and a LoRA after it acts on
+    top. With dynamic VRAM, ComfyUI pins and moves the tensors in `weights`, layer by layer, and
+    makes the patch anew from (loaded_keys, weights). The edit is no tensor, so that all layers
+    share its factors; `_on` moves them once.
 
-    weights: canonical layer name, names of the concepts, edit or None, its strength, the LoRA's A
-        and B or None, its strength, the gain of the RMS norm in front, [in]; [1] where there is
-        none, for ComfyUI fails to pin a patch without tensors
+    weights: canonical layer name; names of the concepts; edit or None; edit strength; A and B of
+        the LoRA or None; LoRA strength; gain of the RMS norm in front, [in], or ones [1] without a
+        norm, since ComfyUI fails to pin a patch that has no tensor
     """
 
     name = "realera"
@@ -70,12 +70,12 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
         return (full + function(strength * (erased - full))).to(weight.dtype)
 
 
-# An edit -> its copy on the device where it was used last, as long as the edit is there.
+# Edit -> copy on the device where it was used last; it is freed with the edit.
 _MOVED: WeakKeyDictionary[Edit, Edit] = WeakKeyDictionary()
 
 
 def _on(edit: Edit, device: torch.device) -> Edit:
-    """The edit on a device, where the next layer finds it."""
+    """The edit on a device; the copy is shared by the layers that follow."""
     moved = _MOVED.get(edit)
     if moved is None or moved.up.device != device:
         moved = _MOVED[edit] = edit.to(device)
@@ -85,29 +85,29 @@ def _on(edit: Edit, device: torch.device) -> Edit:
 def apply_erasure(
     model: Any, erasure: Erasure, edit_strength: float = 1.0, lora_strength: float = 1.0
 ) -> Any:
-    """A clone of the MODEL with the erasure as patches; the MODEL itself is left as it is.
+    """A clone of the MODEL with the erasure as patches; the MODEL itself is unchanged.
 
-    Raises ValueError when the erasure was made for a model of another family or leaves a way for
-    the text as it was, or is on it already.
+    Raises ValueError when the erasure was made for another family, lacks a stream that the MODEL
+    reads, or is on the MODEL already.
     """
     refuse_edited(model, erasure)
     refuse_partial(model, erasure)
     concepts, patches = sorted(_names(erasure)), {}
-    for name, reader in affected_layers(erasure, model.model.diffusion_model).items():
-        layer = reader.layer
+    for name, text_layer in affected_layers(erasure, model.model.diffusion_model).items():
+        layer = text_layer.layer
         shape, due = tuple(layer.weight.shape), (layer.out_features, layer.in_features)
         if shape != due:
             raise ValueError(
-                f"the weight of {reader.path} is {list(shape)} where {list(due)} is due, so its "
+                f"the weight of {text_layer.path} is {list(shape)}, expected {list(due)}, so its "
                 "loader keeps it packed: load the model in float16, bfloat16 or scaled fp8 with "
                 "Load Checkpoint or Load Diffusion Model"
             )
-        edit, lora = erasure.edits.get(reader.kind.stream), erasure.lora.get(name)
+        edit, lora = erasure.edits.get(text_layer.kind.stream), erasure.lora.get(name)
         refuse_misfit(name, shape, edit, lora)
         a, b = lora or (None, None)
-        gain = torch.ones(1) if reader.gain is None else reader.gain
+        gain = torch.ones(1) if text_layer.gain is None else text_layer.gain
         weights = (name, concepts, edit, edit_strength, a, b, lora_strength, gain)
-        patches[f"diffusion_model.{reader.path}.weight"] = ErasurePatch(set(), weights)
+        patches[f"diffusion_model.{text_layer.path}.weight"] = ErasurePatch(set(), weights)
     erased = model.clone()
     # ComfyUI leaves out, without a word, what it does not find.
     if left := patches.keys() - set(erased.add_patches(patches)):
@@ -119,18 +119,18 @@ def apply_erasure(
 
 
 def refuse_partial(model: Any, erasure: Erasure) -> None:
-    """Raises ValueError when a transformer reads the text by a stream that the erasure lacks."""
-    for reader in text_layers(model.model.diffusion_model).values():
-        stream = reader.kind.stream
-        if reader.kind.whole and stream not in erasure.edits:
+    """Raises ValueError when a transformer reads a stream that the erasure has no edit of."""
+    for text_layer in text_layers(model.model.diffusion_model).values():
+        stream = text_layer.kind.stream
+        if text_layer.kind.sole_input and stream not in erasure.edits:
             raise ValueError(
-                f"the erasure has no edit of the {stream} embedding, by which this MODEL would go "
-                "on drawing what is to be erased: make the erasure with the MODEL's own CLIP"
+                f"the erasure has no edit of the {stream} embedding, so this MODEL would still "
+                "draw the concept: make the erasure with the MODEL's own CLIP"
             )
 
 
 def refuse_edited(model: Any, erasure: Erasure) -> None:
-    """Raises ValueError when the MODEL carries this erasure, or one of a same concept, already."""
+    """Raises ValueError when the MODEL has this erasure, or one of the same concept, already."""
     names, edits = _names(erasure), erasure.edits.values()
     for patch in _erasures(list(model.patches.values())):
         same = patch.edit is not None and any(
@@ -146,7 +146,7 @@ def refuse_edited(model: Any, erasure: Erasure) -> None:
 
 
 def _erasures(patches: Any) -> Iterator[ErasurePatch]:
-    """The erasures among patches; those of a MODEL that was merged in lie in lists of their own."""
+    """The erasures among patches; the patches of a MODEL that was merged in are nested lists."""
     if isinstance(patches, ErasurePatch):
         yield patches
     elif isinstance(patches, list | tuple):
@@ -161,18 +161,18 @@ def _names(erasure: Erasure) -> set[str]:
 def write_lora(model: Any, erasure: Erasure, path: Path, tolerance: float) -> None:
     """The erasure as a LoRA file for the MODEL with the LoRAs that it carries.
 
-    Of its weights in the type that it is stored in; as `writing.save_lora`.
+    As `writing.save_lora`, of the weights in the dtype in which they are stored.
     """
     refuse_edited(model, erasure)
     refuse_partial(model, erasure)
     network, stored = model.model.diffusion_model, model.model.get_dtype()
     dtype = torch.float16 if stored.itemsize == 1 else stored
     weights, gain = {}, {}
-    for name, reader in affected_layers(erasure, network).items():
-        key = f"diffusion_model.{reader.path}.weight"
+    for name, text_layer in affected_layers(erasure, network).items():
+        key = f"diffusion_model.{text_layer.path}.weight"
         added = model.patches.get(key, [])
-        own = plain_weight(model, key)
-        weights[name] = comfy.lora.calculate_weight(added, own, key).to(dtype)
-        if reader.gain is not None:
-            gain[name] = reader.gain
+        weight = plain_weight(model, key)
+        weights[name] = comfy.lora.calculate_weight(added, weight, key).to(dtype)
+        if text_layer.gain is not None:
+            gain[name] = text_layer.gain
     save_lora(weights, erasure, path, tolerance, family=family_in(network), gain=gain)

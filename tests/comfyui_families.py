@@ -187,7 +187,7 @@ def random_erasure(model, rank=2):
     """An edit of every stream that the model reads and a LoRA on its projections."""
     found, edits, lora = text_layers(model.diffusion_model), {}, {}
     for name, reader in found.items():
-        wide = reader.layer.in_features if reader.kind.whole else 1280
+        wide = reader.layer.in_features if reader.kind.sole_input else 1280
         edits.setdefault(reader.kind.stream, random_edit(wide))
         if reader.kind.trained:
             a = 0.01 * torch.randn(rank, reader.layer.in_features)
@@ -198,7 +198,7 @@ def random_erasure(model, rank=2):
 def random_encoding(model, prompts=2):
     streams = {}
     for reader in text_layers(model.diffusion_model).values():
-        wide = reader.layer.in_features if reader.kind.whole else 1280
+        wide = reader.layer.in_features if reader.kind.sole_input else 1280
         rows = 77 if reader.kind.stream == CONTEXT else 1
         if reader.kind.stream not in streams:
             streams[reader.kind.stream] = torch.randn(prompts, rows, wide)

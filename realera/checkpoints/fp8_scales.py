@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..storage.safetensors_file import DTYPES, TensorFile
+from ..storage.safetensors_file import DTYPES, TensorFile, is_finite
 
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 _INPUT = ("scale_input", "input_scale", "comfy_quant")
@@ -79,7 +79,7 @@ def weight_of(file: TensorFile, key: str) -> Tensor:
     tensor = file.read(key)
     if scale is not None:
         tensor = tensor.float() * _positive(file, scale)
-    if not tensor.float().isfinite().all():
+    if not is_finite(tensor):
         raise ValueError(
             f"{file.path}: tensor {key!r} holds numbers that are not finite: the checkpoint is "
             "damaged, use another copy of it"
@@ -105,7 +105,7 @@ def stored_tensors(file: TensorFile, key: str, weight: Tensor) -> dict[str, Tens
         # Clamped, since the scale may have been rounded down.
         divided = (weight.float() / new.float()).clamp(-largest, largest)
         tensors = {key: divided.to(dtype), scale: new}
-    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
+    if not all(map(is_finite, tensors.values())):
         raise ValueError(
             f"{file.path}: tensor {key!r} would hold numbers beyond {file.entries[key].dtype} when "
             "erased: use the float32 checkpoint, or lower strengths"

@@ -34,6 +34,7 @@ from ..storage.safetensors_file import (
     abandoned_paths,
     format_bytes,
     header_bytes,
+    is_finite,
     make_writable,
     output_file_path,
     raw_bytes,
@@ -64,8 +65,8 @@ class Cut:
     """How a LoRA file differs from the erasure, in the layers that read one stream.
 
     rank: rank of T - I in the file
-    error: norm (Frobenius) of what the file lacks of the weights' change, the rounding of its
-        tensors included, over the norm of that change
+    error: norm (Frobenius) of the difference between the change of the weights by the file, whose
+        tensors are rounded, and by the erasure, over the norm of the latter
     """
 
     rank: int
@@ -295,7 +296,7 @@ def lora_tensors(
         dtype = torch.float32 if original.dtype == torch.float32 else torch.float16
         rounded_up, rounded_down = up.to(dtype), down.to(dtype)
         for factor in (rounded_up, rounded_down):
-            if not factor.isfinite().all():
+            if not is_finite(factor):
                 raise ValueError(
                     f"the LoRA of {name} would not be finite in {dtype}: the weight of the model "
                     "is damaged, or too large for this data type"
@@ -336,10 +337,10 @@ def _square_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:
 def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[str, str]:
     """Canonical layer name -> name of the layer in a LoRA file."""
     if family in TRANSFORMERS:
-        known = TRANSFORMERS[family]
+        description = TRANSFORMERS[family]
         return {
-            layer["single"]: known["lora"].format(**{layout: layer[layout] for layout in LAYOUTS})
-            for layer in known["readers"]
+            layer["single"]: description["lora"].format(**{name: layer[name] for name in LAYOUTS})
+            for layer in description["readers"]
         }
     # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
     xl = POOLED in {kind.stream for kind in kinds.values()}
@@ -354,7 +355,7 @@ def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:
     if unknown:
         raise ValueError(
             f"the erasure changes {unknown[0]}, which {path} lacks: use a checkpoint of the "
-            "erasure's own family"
+            "erasure's family"
         )
 
 

@@ -95,8 +95,8 @@ class Edit:
         return (full @ up @ down).float().add_(full).to(weight.dtype)
 
     def split(self, tolerance: float) -> tuple["Edit", "Edit"]:
-        """The edit of the smallest rank within a share `tolerance` of |T - I| (Frobenius), and what
-        it leaves out of T - I, as an edit of its own."""
+        """The edit of the smallest rank within a share `tolerance` of |T - I| (Frobenius), and the
+        rest of T - I, as a second edit."""
         return _split(self.up.double(), self.down.double(), tolerance)
 
 
@@ -136,7 +136,7 @@ class Sums:
         )
 
     def add_preserved(self, rows: Tensor, weight: float) -> "Sums":
-        """The sums with more of Pre: rows [n, dim] that stay. weight: λ1 times a row's own."""
+        """The sums with more of Pre: rows [n, dim] that stay. weight: λ1 w"""
         rows = rows.cpu().double()
         return replace(self, gram=self.gram + weight * rows.T @ rows)
 
@@ -172,9 +172,8 @@ class PackedSums:
 class BankGram:
     """The preservation bank, as one text encoder reads a stream of it.
 
-    triangle: Σ e eᵀ over its rows, packed (`triangles.pack`)
-    mean: mean of its prompts' embeddings (`token_alignment.prompt_embeddings`), float32
-        [parts, dim]
+    triangle: Σ e eᵀ over the rows of all prompts, packed (`triangles.pack`)
+    mean: mean of the prompt embeddings (`token_alignment.prompt_embeddings`), float32 [parts, dim]
     dropped: prompts too close to a concept to be preserved, prompt -> rows [n, dim]
         (`condensed`)
     name: hash of the prompts and of the encoder's dimensions; "" where it is unknown
@@ -225,7 +224,8 @@ class BankGram:
 def condensed(rows: Tensor) -> Tensor:
     """The fewest rows [n, dim] whose Gram matrix is that of rows [tokens, dim], float32.
 
-    They leave out CONDENSED_TOLERANCE of the rows' norm: the padding of a prompt is nearly one row.
+    They leave out CONDENSED_TOLERANCE of the norm of the rows: the padding of a prompt, for
+    example, is nearly one row.
     """
     rows = rows.double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # in ascending order
@@ -316,8 +316,9 @@ def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _low_rank(numerator: Tensor, cholesky: Tensor) -> Edit:
     """T - I = numerator @ system⁻¹ as factors, to RANK_TOLERANCE.
 
-    Its range is found by random probes until new ones lie in it (Halko, Martinsson and Tropp 2011,
-    Alg. 4.2); the probes have a seed of their own, so that T is the same in every run.
+    A basis of its range is found by random probes, until new ones lie in it (Halko, Martinsson and
+    Tropp 2011, Alg. 4.2). The probes are drawn with a fixed seed, so that T is the same in every
+    run.
 
     cholesky: lower Cholesky factor of the system
     """

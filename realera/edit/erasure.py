@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..concepts import Concept, holds_name
 from ..settings import STRENGTHS, SolveSettings
-from ..storage.safetensors_file import digest
+from ..storage.safetensors_file import digest, is_finite
 from .closed_form import BankGram, Edit, PackedSums, Sums, shift_cov_of, solve
 from .text_layers import TextLayer, text_layer_kind, text_layers
 from .triangles import pack, unpack
@@ -27,7 +27,7 @@ class Erasure:
     lora: canonical layer name -> (A [rank, in], B [out, rank]), alpha folded into B
     sums, bank: stream -> what T was solved from with lambda1, lambda2 and suppression, for merging;
         both empty where that was not saved
-    sums_ids: hash of the sums of every single erasure that was merged into this one, or of its own
+    sums_ids: hash of the sums, one for each erasure that was merged into this one
     provenance: JSON: concepts, settings, versions, source, scope
     """
 
@@ -53,8 +53,10 @@ class Erasure:
         """The closed form of the sums of every stream (Eq. 7), with no LoRA yet."""
         bank = bank or {}
         suppression = suppression if bank else 0.0  # it moves the rows of the bank
-        edits = {s: solve(of, bank.get(s), lambda1, lambda2, suppression) for s, of in sums.items()}
-        packed = {s: PackedSums(pack(of.gram), of.representatives) for s, of in sums.items()}
+        edits, packed = {}, {}
+        for stream, added in sums.items():
+            edits[stream] = solve(added, bank.get(stream), lambda1, lambda2, suppression)
+            packed[stream] = PackedSums(pack(added.gram), added.representatives)
         note, ids = provenance or {}, (sums_id(packed),)
         return Erasure(edits, {}, packed, bank, note, lambda1, lambda2, suppression, ids)
 
@@ -115,8 +117,8 @@ class Erasure:
         sums, bank, lora = first.unpacked_sums(), dict(first.bank), first.lora
         for other in others:
             added = other.unpacked_sums()
-            sums = {stream: of + added[stream] for stream, of in sums.items()}
-            bank = {stream: of | other.bank[stream] for stream, of in bank.items()}
+            sums = {stream: sums[stream] + added[stream] for stream in sums}
+            bank = {stream: bank[stream] | other.bank[stream] for stream in bank}
             lora = joined(lora, other.lora)
         provenance = {"merged": [one.provenance for one in erasures]}
         merged = Erasure.fit(
@@ -126,7 +128,7 @@ class Erasure:
         return replace(merged, lora=lora, sums_ids=ids)
 
     def unpacked_sums(self) -> dict[str, Sums]:
-        """stream -> the sums that its edit was solved from, within 1e-6 of |T - I| for T."""
+        """stream -> the sums that T was solved from; they give T again, to 1e-6 of |T - I|."""
         found = {}
         for stream, packed in self.sums.items():
             gram, v = unpack(packed.triangle), packed.representatives
@@ -137,11 +139,11 @@ class Erasure:
 
 def sums_id(sums: Mapping[str, PackedSums]) -> str:
     """A hash by which the sums of an erasure are known again."""
-    return digest({stream: [of.triangle, of.representatives] for stream, of in sums.items()})
+    return digest({s: [packed.triangle, packed.representatives] for s, packed in sums.items()})
 
 
 def _refuse_same_sums(erasures: Sequence[Erasure]) -> None:
-    seen: dict[str, int] = {}
+    seen: dict[str, int] = {}  # id of the sums -> number of the erasure
     for number, one in enumerate(erasures, 1):
         for sums in one.sums_ids:
             if sums in seen:
@@ -182,8 +184,8 @@ def erase_weight(
         a, b = (factor.to(full) for factor in lora)
         full = full + lora_strength * (b @ a)
     rounded = full.to(weight.dtype)
-    if not rounded.float().isfinite().all():
-        if not weight.float().isfinite().all():
+    if not is_finite(rounded):
+        if not is_finite(weight):
             raise ValueError(
                 f"{name} holds numbers that are not finite before anything is erased: the model is "
                 "broken, get it again"
@@ -205,12 +207,12 @@ def refuse_misfit(
     if kind is not None and edit is not None and not kind.fits(shape[1], edit.dim):
         raise ValueError(
             f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
-            f"{shape[1]}: use a checkpoint of the erasure's own family"
+            f"{shape[1]}: use a checkpoint of the erasure's family"
         )
     if lora is not None and (len(lora[1]), lora[0].shape[1]) != tuple(shape):
         raise ValueError(
             f"the LoRA of {name} is {len(lora[1])} x {lora[0].shape[1]} and the layer {shape[0]} x "
-            f"{shape[1]}: use a checkpoint of its own family"
+            f"{shape[1]}: use a checkpoint of the erasure's family"
         )
 
 
@@ -225,24 +227,24 @@ def joined(lora: Lora, other: Lora) -> Lora:
 
 
 def notes_of(erasure: Erasure) -> list[Mapping[str, Any]]:
-    """The provenance of the single erasures that this one was merged from, or its own.
+    """Provenance of every erasure that was merged into this one.
 
-    Raises ValueError when a stranger's file holds something else there.
+    Raises ValueError when an entry, as a stranger's file may have it, is no JSON object.
     """
-    left, found = [erasure.provenance], []
-    while left:
-        note = left.pop()
+    unread, found = [erasure.provenance], []
+    while unread:
+        note = unread.pop()
         if not isinstance(note, Mapping):
-            raise ValueError(f"the erasure's provenance holds {note!r} where an object is due")
+            raise ValueError(f"the erasure's provenance holds {note!r}, expected a JSON object")
         if isinstance(note.get("merged"), list):
-            left += note["merged"][::-1]
+            unread += note["merged"][::-1]
         else:
             found.append(note)
     return found
 
 
 def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
-    """What it erases, by its provenance. Raises ValueError when that cannot be read."""
+    """The erased concepts, by the provenance. Raises ValueError when that cannot be read."""
     try:
         return tuple(
             Concept(str(c["name"]), str(c["anchor"]), tuple(map(str, c["templates"])))
@@ -255,9 +257,9 @@ def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
 
 def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
     def listed(note: Any, key: str) -> list[Any]:
-        """A list in a note that a stranger may have written."""
-        found = note.get(key) if isinstance(note, Mapping) else None
-        return list(found) if isinstance(found, list | tuple) else []
+        """An entry of a note from an untrusted file, [] unless it is a list."""
+        entry = note.get(key) if isinstance(note, Mapping) else None
+        return list(entry) if isinstance(entry, list | tuple) else []
 
     concepts = [c for note in notes for c in listed(note, "concepts") if isinstance(c, Mapping)]
     erased = [str(concept["name"]) for concept in concepts if concept.get("name")]
@@ -273,18 +275,18 @@ def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def affected_layers(erasure: Erasure, network: nn.Module) -> dict[str, TextLayer]:
-    """The layers of a network that an erasure changes, by canonical name.
+    """Canonical name -> layer, of the layers of a network that an erasure changes.
 
-    Raises ValueError when the network lacks one: it is of another family.
+    Raises ValueError when the network lacks one, since it is of another family.
     """
     found = {n: r for n, r in text_layers(network).items() if r.kind.stream in erasure.edits}
-    missing = erasure.edits.keys() - {reader.kind.stream for reader in found.values()}
+    missing = erasure.edits.keys() - {text_layer.kind.stream for text_layer in found.values()}
     unknown = sorted(erasure.lora.keys() - found.keys())
     if missing or unknown:
-        what = f"a LoRA for {unknown[0]}" if unknown else f"an edit of the {min(missing)} embedding"
+        part = f"a LoRA for {unknown[0]}" if unknown else f"an edit of the {min(missing)} embedding"
         raise ValueError(
-            f"the erasure has {what}, which this model does not read: use a model of the erasure's "
-            "own family"
+            f"the erasure has {part}, which this model does not read: use a model of the erasure's "
+            "family"
         )
     return found
 
@@ -292,17 +294,17 @@ def affected_layers(erasure: Erasure, network: nn.Module) -> dict[str, TextLayer
 def erase_in_place(
     erasure: Erasure, network: nn.Module, edit_strength: float = 1.0, lora_strength: float = 1.0
 ) -> None:
-    """Erases in the network's own weights. Raises ValueError, with the network as it was."""
+    """Erases in the weights of a network. After a ValueError they are unchanged."""
     layers = affected_layers(erasure, network)
     with torch.no_grad():
         erased = {
             name: erasure.erased_weight(
-                name, reader.layer.weight, edit_strength, lora_strength, reader.gain
+                name, text_layer.layer.weight, edit_strength, lora_strength, text_layer.gain
             )
-            for name, reader in layers.items()
+            for name, text_layer in layers.items()
         }
-        for name, reader in layers.items():
-            reader.layer.weight.copy_(erased[name])
+        for name, text_layer in layers.items():
+            text_layer.layer.weight.copy_(erased[name])
 
 
 @contextmanager
@@ -310,12 +312,12 @@ def temporarily_erased(
     erasure: Erasure, network: nn.Module, edit_strength: float = 1.0, lora_strength: float = 1.0
 ) -> Iterator[None]:
     """`erase_in_place` within the block; the weights are as before afterwards."""
-    layers = [reader.layer for reader in affected_layers(erasure, network).values()]
-    kept = [layer.weight.detach().clone() for layer in layers]
+    layers = [text_layer.layer for text_layer in affected_layers(erasure, network).values()]
+    originals = [layer.weight.detach().clone() for layer in layers]
     try:
         erase_in_place(erasure, network, edit_strength, lora_strength)
         yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
+            for layer, weight in zip(layers, originals, strict=True):
                 layer.weight.copy_(weight)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..storage.safetensors_file import (
     TensorFile,
+    is_finite,
     open_tensors,
     refuse_pickle_name,
     write_tensors,
@@ -328,6 +329,6 @@ class _Keys:
         if default is not None and not self.has(key):
             return default
         tensor = self.file.read(self.names.get(key, key))
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"{key!r} holds numbers that are not finite")
         return tensor

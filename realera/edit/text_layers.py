@@ -1,8 +1,8 @@
-"""Which layers of a network read which stream of the text, and what every layout calls them.
+"""The layers of a network that read the text, by stream, and their names in every layout.
 
 Where text reaches the image only through layers that are linear in its rows, W T e is W applied to
-T e: an erasure is one T a stream, and the layers that read it are listed here and nowhere else.
-Names are *canonical* in the single-file layout, which is ComfyUI's too.
+T e. An erasure has one T for each stream, and this module alone lists the layers that read one.
+Their *canonical* names are those of the single-file layout, which ComfyUI uses as well.
 """
 
 import json
@@ -22,7 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     for path in sorted(Path(__file__).parents[1].glob("families/*.json"))
 }
 SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
-# Transformers, those first that are told apart by most of their layers.
+# Transformers; those whose marks are the most layers come first, since others have some of them.
 TRANSFORMERS = dict(
     sorted(
         ((name, family) for name, family in FAMILIES.items() if "readers" in family),
@@ -30,34 +30,35 @@ TRANSFORMERS = dict(
     )
 )
 LAYOUTS = ("single", "diffusers")
-GUIDANCE = 7.5  # unless the family says otherwise
+GUIDANCE = 7.5  # of families whose file names none
 
 
 @dataclass(frozen=True)
 class TextLayerKind:
     """A kind of layers that read a stream.
 
-    pattern: of their canonical names
-    whole: they read nothing else; else the stream's columns come first and the others stay
-    trained: alignment trains a LoRA on them
-    norm: the canonical name of the RMS norm in front, where there may be one
+    pattern: regular expression of their canonical names
+    sole_input: whether the stream is all that they read; else its columns come first, and the
+        others stay as they are
+    trained: whether the alignment trains a LoRA on them
+    norm: canonical name of the RMS norm in front, where a network may have one
     """
 
     stream: str
     pattern: str
-    whole: bool = True
+    sole_input: bool = True
     trained: bool = True
     norm: str | None = None
 
     def fits(self, columns: int, dim: int) -> bool:
-        """Whether a layer of that many columns can read a stream of `dim` numbers."""
-        return columns == dim if self.whole else columns >= dim
+        """Whether a layer with `columns` inputs can read a stream of dimension `dim`."""
+        return columns == dim if self.sole_input else columns >= dim
 
 
 def _transformer_kinds() -> Iterable[TextLayerKind]:
-    known = [reader for family in TRANSFORMERS.values() for reader in family["readers"]]
-    norms = {r["single"]: r["norm"]["single"] for r in known if "norm" in r}
-    for name, stream in {reader["single"]: reader["stream"] for reader in known}.items():
+    layers = [layer for family in TRANSFORMERS.values() for layer in family["readers"]]
+    norms = {layer["single"]: layer["norm"]["single"] for layer in layers if "norm" in layer}
+    for name, stream in {layer["single"]: layer["stream"] for layer in layers}.items():
         yield TextLayerKind(
             stream, re.escape(name), trained=stream == CONTEXT, norm=norms.get(name)
         )
@@ -72,7 +73,7 @@ KINDS = (
         ),
     ),
     # SDXL's pooled embedding is followed by the size embeddings.
-    TextLayerKind(POOLED, r"label_emb\.0\.0", whole=False, trained=False),
+    TextLayerKind(POOLED, r"label_emb\.0\.0", sole_input=False, trained=False),
     *_transformer_kinds(),
 )
 _DIFFUSERS = (
@@ -83,9 +84,11 @@ _DIFFUSERS = (
 
 @dataclass(frozen=True)
 class TextLayer:
-    """A layer of a network, by its canonical name and the network's own.
+    """A layer of a network that reads the text.
 
-    norm: the RMS norm in front, if there is one
+    name: canonical name
+    path: name in the network
+    norm: RMS norm in front, if there is one
     """
 
     name: str
@@ -96,14 +99,14 @@ class TextLayer:
 
     @property
     def gain(self) -> Tensor | None:
-        """What the norm in front multiplies its unit rows with, as `gain_of`."""
+        """Gain of the norm in front (`gain_of`), float32 [in]."""
         return None if self.norm is None else gain_of(self.norm.get_parameter("weight"))
 
 
 def gain_of(weight: Tensor) -> Tensor:
-    """An RMS norm's gain, float32 [in], by which a reader behind it can be divided.
+    """Gain of an RMS norm as a divisor of the layer behind it, float32 [in].
 
-    Where it is 0 nothing is read, whatever the layer's column says.
+    weight: weight of the norm; where it is 0 the layer reads nothing, and the gain is 1
     """
     gain = weight.detach().float()
     return torch.where(gain == 0, 1.0, gain)
@@ -130,7 +133,7 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
             found[names[path]] = TextLayer(names[path], path, layer, kind, norm)
         elif kind is not None:
             other.append(path)
-    if not any(reader.kind.stream == CONTEXT for reader in found.values()):
+    if not any(layer.kind.stream == CONTEXT for layer in found.values()):
         raise ValueError(
             f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
             f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
@@ -145,7 +148,7 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
 
 
 def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """ComfyUI's quantised layers have the attributes of an nn.Linear and are none."""
+    """Whether it has the attributes of an nn.Linear, as ComfyUI's quantised layers have."""
     return all(hasattr(layer, name) for name in ("in_features", "out_features", "weight"))
 
 
@@ -155,27 +158,27 @@ def uncompiled_module(network: nn.Module) -> nn.Module:
 
 
 def trained_layers(network: nn.Module) -> dict[str, TextLayer]:
-    """The readers that a LoRA is trained on: those of the context."""
-    return {name: reader for name, reader in text_layers(network).items() if reader.kind.trained}
+    """The layers that a LoRA is trained on: those that read the context."""
+    return {name: layer for name, layer in text_layers(network).items() if layer.kind.trained}
 
 
 def text_layer_kind(name: str) -> TextLayerKind | None:
-    """What the layer with this canonical name reads, or None when it reads no text."""
+    """Kind of the layer with this canonical name, or None when it reads no text."""
     return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
 
 
 def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """The family and layout of a transformer with these layers, or None when it is none we know."""
+    """Family and layout of the transformer with these layers, or None when it is unknown."""
     names = set(names)
-    for family, known in TRANSFORMERS.items():
+    for family, description in TRANSFORMERS.items():
         for layout in LAYOUTS:
-            if names.issuperset(known["marks"][layout]):
+            if names.issuperset(description["marks"][layout]):
                 return family, layout
     return None
 
 
 def family_in(network: nn.Module) -> str | None:
-    """The family of a transformer, by its layers; None of a U-Net."""
+    """Family of a transformer, by its layers; None for a U-Net."""
     network = uncompiled_module(network)
     layers = (name for name, _ in network.named_modules())
     found = transformer_of(
@@ -185,23 +188,25 @@ def family_in(network: nn.Module) -> str | None:
 
 
 def guidance_of(network: nn.Module) -> float:
-    """The classifier-free guidance that images are drawn with; 1 where the network is told it
-    (FLUX.1 dev) or was made to need none (Z-Image Turbo)."""
+    """Classifier-free guidance for sampling; 1 where guidance is an input of the network (FLUX.1
+    dev) or the network was distilled to need none (Z-Image Turbo)."""
     family = family_in(network)
     return float(FAMILIES[family].get("guidance", GUIDANCE) if family else GUIDANCE)
 
 
 def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Layer names of a network, of either layout, as the single-file layout calls them.
+    """Name of a layer in either layout -> canonical name.
 
     down_blocks.1.attentions.0.X -> input_blocks.4.1.X (two layers a block); names of layers that
-    read no text are left as they are. Give all layers at once: they tell what the network is.
+    read no text map to themselves.
+
+    names: all layers of a network; the family follows from them
     """
     names = list(names)
     transformer = transformer_of(names)
     if transformer is not None:
-        own = renamed(*transformer)
-        return {name: own.get(name, name) for name in names}
+        known = canonical_names(*transformer)
+        return {name: known.get(name, name) for name in names}
     found = [re.fullmatch(_DIFFUSERS, name) for name in names]
     downs = [int(m["layer"]) for m in found if m and m["block"].startswith("down")]
     stride = max(downs, default=1) + 2  # the layers of a block and its down- or upsampler
@@ -222,15 +227,15 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     return {name: rename(name, match) for name, match in zip(names, found, strict=True)}
 
 
-def renamed(family: str, layout: str) -> dict[str, str]:
-    """What a transformer's layout calls its readers and the norms in front -> canonical name."""
-    text_layers = TRANSFORMERS[family]["readers"]
-    names = [*text_layers, *(reader["norm"] for reader in text_layers if "norm" in reader)]
-    return {name[layout]: name["single"] for name in names}
+def canonical_names(family: str, layout: str) -> dict[str, str]:
+    """Name in a layout -> canonical name, of a transformer's text layers and their norms."""
+    layers = TRANSFORMERS[family]["readers"]
+    norms = (layer["norm"] for layer in layers if "norm" in layer)
+    return {names[layout]: names["single"] for names in (*layers, *norms)}
 
 
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """The inverse of `canonical`, for all readers of a U-Net."""
+    """Canonical name -> name in diffusers' layout, for all text layers of a U-Net."""
     names = list(names)
     blocks = {int(n.split(".")[1]) for n in names if n.startswith("input_blocks")}
     # Layers with attention follow each other; a downsampler's number is the gap between blocks.

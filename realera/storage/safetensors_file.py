@@ -283,6 +283,14 @@ def digest(*things: Any) -> str:
     return sha256.hexdigest()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite: infinities and NaN show in the minimum and maximum, which take
+    a twentieth of the time of `tensor.isfinite()` on a CPU."""
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # float8 has no order
+    return not tensor.numel() or bool(torch.stack([tensor.min(), tensor.max()]).isfinite().all())
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file; equal content in equal order gives equal bytes.
 
