@@ -394,15 +394,19 @@ def _stream(
     ):
         start = len(header())  # written last, since it holds the hash of the whole source
         hashed = hashing.submit(digest.update, source.read(file.start))
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]
         waiting: deque[Future[dict[str, Tensor]]] = deque()
         scales: dict[str, Tensor] = {}  # written after the weights, which may precede or follow
 
-        def read(size: int) -> bytes:
+        def read(begin: int, end: int) -> Iterator[memoryview]:
             nonlocal hashed
-            data = source.read(size)
-            hashed.result()  # at most two pieces in memory
-            hashed = hashing.submit(digest.update, data)
-            return data
+            for position in range(begin, end, CHUNK):
+                buffers.reverse()
+                data = buffers[0][: end - position]
+                source.readinto(data)
+                hashed.result()  # the other buffer is free again
+                hashed = hashing.submit(digest.update, data)
+                yield data
 
         def write(key: str, tensor: Tensor) -> None:
             out.seek(start + file.entries[key].begin)
@@ -418,12 +422,11 @@ def _stream(
 
         for key, entry in sorted(file.entries.items(), key=lambda item: item[1].begin):
             if key in erasable:
-                read(entry.end - entry.begin)
                 waiting.append(erasing.submit(erase, key))
-            else:
-                out.seek(start + entry.begin)
-                for position in range(entry.begin, entry.end, CHUNK):
-                    out.write(read(min(CHUNK, entry.end - position)))
+            out.seek(start + entry.begin)
+            for data in read(entry.begin, entry.end):
+                if key not in erasable:
+                    out.write(data)
             write_erased(AHEAD)
         write_erased(0)
         for key, scale in scales.items():
