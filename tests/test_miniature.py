@@ -31,7 +31,7 @@ from tools.miniature.evaluate import draw
 from tools.miniature.export import export, restore
 from tools.miniature.optimizers import orthogonalize
 from tools.miniature.runs import keep
-from tools.miniature.transformer import load_sibling
+from tools.miniature.transformer import load_transformer
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_the_transformer_draws_what_a_plain_name_asks_for_in_either_channel(chan
     prompts, nothing = [f"a photo of the {name}" for name in CONCEPTS], [""] * len(CONCEPTS)
     context = nothing if channels == "pooled" else prompts
     pooled = nothing if channels == "context" else prompts
-    images = load_sibling().draw(context, 11, pooled, steps=10)
+    images = load_transformer().draw(context, 11, pooled, steps=10)
     with torch.no_grad():
         seen = load_classifier()(images)[0].argmax(dim=1)
     assert (seen == torch.arange(len(CONCEPTS))).float().mean() >= 0.7

@@ -1,5 +1,5 @@
 """Erasing from transformers: every family on random weights of its true layout, and the bundled
-sibling, which was trained."""
+transformer, which was trained."""
 
 import shutil
 from dataclasses import replace
@@ -511,11 +511,11 @@ def test_a_quantised_gguf_file_is_refused_with_the_way_out(tmp_path):
         family_of(path)
 
 
-# ---------------------------------------------------------------- the bundled sibling
+# ---------------------------------------------------------------- the bundled transformer
 
 
 @pytest.fixture(scope="module")
-def sibling():
+def bundled():
     return load_model("miniature-dit")
 
 
@@ -529,26 +529,26 @@ def seen(model, prompts, seed=1):
     return [list(CONCEPTS)[n] for n in found.tolist()]
 
 
-def test_the_sibling_forgets_in_both_channels_and_in_neither_alone(sibling):
-    mining = mine(sibling.text, (Concept("airplane", "tree", ("a photo of the {}",)),))
+def test_the_bundled_transformer_forgets_in_both_channels_and_in_neither_alone(bundled):
+    mining = mine(bundled.text, (Concept("airplane", "tree", ("a photo of the {}",)),))
     erasure = erase(mining)
     asked = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
     others = ["a photo of the dog", "a photo of the ship", "a photo of the flower"]
-    assert seen(sibling, asked) == ["airplane"] * 3
-    with temporarily_erased(erasure, sibling.network):
-        assert "airplane" not in seen(sibling, asked)
-        assert seen(sibling, others) == ["dog", "ship", "flower"]
+    assert seen(bundled, asked) == ["airplane"] * 3
+    with temporarily_erased(erasure, bundled.network):
+        assert "airplane" not in seen(bundled, asked)
+        assert seen(bundled, others) == ["dog", "ship", "flower"]
     half = Erasure({CONTEXT: erasure.edits[CONTEXT]})
-    with temporarily_erased(half, sibling.network):
-        assert "airplane" in seen(sibling, asked)
+    with temporarily_erased(half, bundled.network):
+        assert "airplane" in seen(bundled, asked)
 
 
-def test_the_siblings_erased_file_draws_as_the_erasure(sibling, tmp_path):
-    mining = mine(sibling.text, (Concept("cat", "dog", ("a photo of the {}",)),))
+def test_the_bundled_transformers_erased_file_draws_as_the_erasure(bundled, tmp_path):
+    mining = mine(bundled.text, (Concept("cat", "dog", ("a photo of the {}",)),))
     erasure = erase(mining)
     write_checkpoint("miniature-dit", erasure, tmp_path / "erased.safetensors")
-    with temporarily_erased(erasure, sibling.network):
-        expected = prediction(sibling)
+    with temporarily_erased(erasure, bundled.network):
+        expected = prediction(bundled)
     erased = load_model(tmp_path / "erased.safetensors")
     torch.testing.assert_close(prediction(erased), expected, atol=2e-3, rtol=1e-2)  # float16
     write_lora("miniature-dit", erasure, tmp_path / "lora.safetensors")

@@ -42,7 +42,7 @@ from transformers import (
 
 from ..edit.text_layers import TRANSFORMERS
 from ..miniature import T5
-from ..miniature.transformer_text import SiblingText, load_t5
+from ..miniature.transformer_text import MiniatureTransformerText, load_t5
 from ..pipelines.interface import Diffusion
 from ..pipelines.transformer import TransformerModel, TransformerText
 from ..pipelines.unet import DiffusersModel, DiffusersText
@@ -177,7 +177,7 @@ def _transformer_text(
     family: Family,
     dtype: torch.dtype,
     device: str | torch.device,
-) -> TransformerText | SiblingText:
+) -> TransformerText | MiniatureTransformerText:
     path = locate(source)
     if path.is_dir():
         pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
@@ -200,7 +200,7 @@ def _transformer_text(
     # The bundled transformer has the text encoder of the miniature, which its file leaves out.
     clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
     second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
-    return SiblingText(_on(clip, device), second)
+    return MiniatureTransformerText(_on(clip, device), second)
 
 
 def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: Any) -> Any:

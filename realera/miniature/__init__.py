@@ -37,7 +37,7 @@ CLASSIFIER = _HERE / "classifier.safetensors"
 
 
 def load_classifier(path: Path = CLASSIFIER) -> MiniatureClassifier:
-    """Images [n, 3, 64, 64] in [0, 1] to (concept, style) logits, in evaluation mode."""
+    """The classifier: images [n, 3, 64, 64] in [0, 1] to (concept, style) logits."""
     with safe_open(path, "pt") as file:
         names = json.loads(file.metadata()["classes"])
     model = MiniatureClassifier(tuple(names["concepts"]), tuple(names["styles"]))

@@ -1,4 +1,4 @@
-"""The small CNN that says what a picture of the miniature shows; it plays CLIP's part in Acc."""
+"""The CNN that classifies the miniature's images; it takes the place of CLIP in Acc_e, s and g."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ class MiniatureClassifier(nn.Module):
         self.style = nn.Linear(widths[-1], len(styles))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at 32, 16, 8 and 4 pixels: what a perceptual loss compares."""
+        """Feature maps at 32, 16, 8 and 4 pixels, for a perceptual loss."""
         h, maps = images * 2 - 1, []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.relu(norm(conv(h)))

@@ -19,7 +19,7 @@ from ..text.token_alignment import prompt_summaries, row_weights
 WIDTH = 512  # of a context row; CLIP's rows have half of it
 
 
-class SiblingText(DiffusersText):
+class MiniatureTransformerText(DiffusersText):
     """The context is CLIP's rows, padded with zeros to WIDTH, followed by T5's rows where there is
     a T5; the pooled embedding is CLIP's end-of-text row.
 

@@ -1,8 +1,8 @@
-"""The words of the miniature: what it was trained to draw, and what it was never told.
+"""The miniature's concepts, styles and backgrounds, and the words for them.
 
 `name`, `synonyms` and `associated` occur in training captions. `held_out_words` and
-`held_out_prompts` occur in none, for neither the text encoder nor the U-Net: they measure
-generality, so never tune on them.
+`held_out_prompts` occur in none, of neither the text encoder nor the U-Net: they measure
+generality, so parameters are never tuned on them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConceptWords:
-    """One concept and the ways to say it; associated prompts imply it without naming it."""
+    """One concept and the words for it; associated prompts imply it without naming it."""
 
     name: str
     synonyms: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
-`--transformer` evaluates the sibling, and also what each of its channels of text draws alone.
+`--transformer` evaluates the bundled transformer, and also each of its channels of text alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, lo
 from realera.miniature.transformer_text import load_t5
 
 from . import data, tokens
-from .transformer import Sibling, load_sibling
+from .transformer import BundledTransformer, load_transformer
 
 Draw = Callable[[list[str], int], Tensor]  # prompts and a seed to images
 
@@ -91,24 +91,24 @@ def recognition(draw: Draw, images: int, kinds: Iterable[str]) -> dict[str, dict
     return out
 
 
-def by_channel(sibling: Sibling, images: int) -> dict[str, dict[str, float]]:
+def by_channel(transformer: BundledTransformer, images: int) -> dict[str, dict[str, float]]:
     """Percent recognised by name when one channel alone names it, and when all but one do.
 
     The other channels are empty in the first case; in the second, the one names another concept.
     """
     names = list(CONCEPTS)
     other = {f"a photo of the {n}": f"a photo of the {names[i - 1]}" for i, n in enumerate(names)}
-    channels, out = ("context", "pooled", "T5")[: 2 + (sibling.t5 is not None)], {}
+    channels, out = ("context", "pooled", "T5")[: 2 + (transformer.t5 is not None)], {}
 
-    def told(channel: int, alone: bool, prompts: list[str], seed: int) -> Tensor:
+    def images_of(channel: int, alone: bool, prompts: list[str], seed: int) -> Tensor:
         changed = [""] * len(prompts) if alone else [other[p] for p in prompts]
-        said = [prompts if (i == channel) == alone else changed for i in range(3)]
-        return sibling.draw(said[0], seed, said[1], said[2], steps=STEPS, guidance=GUIDANCE)
+        by_clip, pooled, by_t5 = (prompts if (i == channel) == alone else changed for i in range(3))
+        return transformer.draw(by_clip, seed, pooled, by_t5, steps=STEPS, guidance=GUIDANCE)
 
     for i, channel in enumerate(channels):
         for alone, way in ((True, f"{channel} alone"), (False, f"all but {channel}")):
             print(f"{way}: ", end="")
-            out[way] = recognition(partial(told, i, alone), images, ["name"])["name"]
+            out[way] = recognition(partial(images_of, i, alone), images, ["name"])["name"]
     return out
 
 
@@ -196,16 +196,28 @@ def loss_curves(state: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=180, help="of a kind of prompt, at least")
+    parser.add_argument(
+        "--images", type=int, default=180, help="least number of images per kind of prompt"
+    )
     parser.add_argument("--kinds", nargs="*", default=list(prompts_by_kind()))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/miniature"))
     parser.add_argument(
-        "--folder", type=Path, help="holds node_modules: evaluate the classifier too"
+        "--folder", type=Path, help="folder with node_modules: evaluate the classifier too"
     )
-    parser.add_argument("--state", type=Path, help="of a training: draw its loss curves too")
-    parser.add_argument("--transformer", action="store_true", help="evaluate the sibling instead")
-    parser.add_argument("--weights", type=Path, default=TRANSFORMER, help="of the sibling")
-    parser.add_argument("--t5", type=Path, nargs="?", const=T5, help="with T5's rows, as shipped")
+    parser.add_argument(
+        "--state", type=Path, help="state folder of a training: plot its loss curves too"
+    )
+    parser.add_argument(
+        "--transformer", action="store_true", help="evaluate the bundled transformer instead"
+    )
+    parser.add_argument("--weights", type=Path, default=TRANSFORMER, help="file of the transformer")
+    parser.add_argument(
+        "--t5",
+        type=Path,
+        nargs="?",
+        const=T5,
+        help="add the rows of a T5; default: the bundled one",
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -214,11 +226,11 @@ def main() -> None:
     draws: Draw = partial(draw, pipeline)
     if arguments.transformer:
         t5 = load_t5(arguments.t5) if arguments.t5 else None
-        sibling, ending = load_sibling(arguments.weights, t5), "-dit-t5" if t5 else "-dit"
-        draws = partial(sibling.draw, steps=STEPS, guidance=GUIDANCE)
+        transformer, ending = load_transformer(arguments.weights, t5), "-dit-t5" if t5 else "-dit"
+        draws = partial(transformer.draw, steps=STEPS, guidance=GUIDANCE)
     numbers: dict[str, object] = dict(recognition(draws, arguments.images, arguments.kinds))
     if arguments.transformer:
-        numbers |= by_channel(sibling, arguments.images)
+        numbers |= by_channel(transformer, arguments.images)
     else:
         numbers["cosines"] = geometry(pipeline)
     numbers["seconds per image"] = round(seconds_per_image(draws), 3)

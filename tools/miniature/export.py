@@ -67,8 +67,8 @@ def export(state: Path, folder: Path = HOME) -> None:
             **text,
             "scheduler": models.FLOW,
         }
-        sibling = _halves(to_ldm(pair))
-        keep(folder / TRANSFORMER.name, sibling, format="pt", config=json.dumps(config))
+        transformer = _halves(to_ldm(pair))
+        keep(folder / TRANSFORMER.name, transformer, format="pt", config=json.dumps(config))
     if (state / "t5.safetensors").exists():
         second = _halves(load_file(state / "t5.safetensors"))
         config = {"text_encoder_3": models.t5_config(tokens)}

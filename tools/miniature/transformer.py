@@ -1,4 +1,4 @@
-"""The denoiser's sibling in SD 3's layout: flow matching, and text by two channels."""
+"""The bundled transformer, in SD 3's layout: flow matching, and text by two channels."""
 
 import time
 from collections import Counter
@@ -108,8 +108,8 @@ def _jittered(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sibling:
-    """The transformer with the miniature's text encoder and autoencoder: enough to draw."""
+class BundledTransformer:
+    """The transformer with the miniature's text encoder and autoencoder: to sample images."""
 
     transformer: Any  # SD3Transformer2DModel
     pipeline: Any  # the miniature's; its U-Net is not used
@@ -148,30 +148,30 @@ class Sibling:
         """
         generator, images = torch.Generator().manual_seed(seed), []
         for at in range(0, len(prompts), BATCH):
-            said, *other = (
-                (asked or prompts)[at : at + BATCH] for asked in (prompts, pooled, by_t5)
+            by_clip, by_pooled, for_t5 = (
+                (texts or prompts)[at : at + BATCH] for texts in (prompts, pooled, by_t5)
             )
-            nothing, count = [""] * len(said), len(said)
-            rows, _ = self.encode(nothing + said)
-            _, ends = self.encode(nothing + other[0])
-            context = torch.cat([rows, self.encode_t5(nothing + other[1])], dim=1)
+            empty, count = [""] * len(by_clip), len(by_clip)
+            rows, _ = self.encode(empty + by_clip)
+            _, ends = self.encode(empty + by_pooled)
+            context = torch.cat([rows, self.encode_t5(empty + for_t5)], dim=1)
             z = torch.randn(count, *models.LATENT_SHAPE, generator=generator)
             for s, nearer in pairwise(torch.linspace(1, 0, steps + 1)):
                 t = (1000 * s).expand(2 * count)
                 v = self.transformer(z.repeat(2, 1, 1, 1), context, ends, t).sample
-                free, told = v.chunk(2)
-                z = z + (nearer - s) * (free + guidance * (told - free))
+                without, towards = v.chunk(2)
+                z = z + (nearer - s) * torch.lerp(without, towards, guidance)
             vae = self.pipeline.vae
             images.append(vae.decode(z / vae.config.scaling_factor).sample / 2 + 0.5)
         return torch.cat(images).clamp(0, 1)
 
 
-def load_sibling(path: Path = TRANSFORMER, t5: Any = None) -> Sibling:
+def load_transformer(path: Path = TRANSFORMER, t5: Any = None) -> BundledTransformer:
     """The shipped transformer, or a training's average (state/transformer.safetensors)."""
     transformer: Any = SD3Transformer2DModel.from_config(models.TRANSFORMER)
     transformer.load_state_dict(transformer_state(path))
     miniature: Any = load_model("miniature")
-    return Sibling(transformer.eval(), miniature.pipeline, t5)
+    return BundledTransformer(transformer.eval(), miniature.pipeline, t5)
 
 
 def transformer_state(path: Path) -> dict[str, Tensor]:
