@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -309,6 +310,22 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
     )
     change = one.matrix - torch.eye(one.dim)
     assert (many.matrix - one.matrix).norm() < 1e-4 * change.norm()
+
+
+@pytest.mark.parametrize("source", ["miniature", "miniature-dit"])
+def test_the_text_encoder_alone_has_the_precision_that_it_has_in_the_model(source, monkeypatch):
+    """Else a part would be summed by one encoder and aligned by another (B10, G11)."""
+    from realera.checkpoints import loading
+
+    given = []
+    real = loading._text
+    monkeypatch.setattr(loading, "_text", lambda *a: given.append(a[-1]) or real(*a))
+    # "meta" is a device that is no CPU and that every machine has.
+    monkeypatch.setattr(loading, "_on", lambda text, device: text)
+    for load in (loading.load_text, loading.load_model):
+        with suppress(NotImplementedError):  # no weights can be moved there
+            load(source, device="meta")
+    assert len(given) == 2 and given[0] == given[1]
 
 
 def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, capsys):
