@@ -13,11 +13,11 @@ from ..realera.settings import Training
 from ..realera.training.loop import align
 from .comfy_model import ComfyDiffusion, refuse_noiseless, training, whole_clone
 from .comfy_patch import refuse_edited
-from .files import state_path
+from .files import state_path, target_path
 from .page import to_image
 from .preview import preview_latents, previewer
 from .progress import reporter, tell
-from .schema import ErasureWire, MiningWire, advanced, schema, seed_input
+from .schema import ErasureWire, MiningWire, advanced, schema, seed_input, valid
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -184,6 +184,10 @@ class LoraAlign(io.ComfyNode):
             view=True,
             alone=False,
         )
+
+    @classmethod
+    def validate_inputs(cls, resume: str | None = "") -> bool | str:
+        return valid(lambda: not resume or target_path("realera", resume))
 
     @classmethod
     def execute(

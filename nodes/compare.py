@@ -17,7 +17,7 @@ from .comfy_model import ComfyDiffusion
 from .comfy_transformer_text import text_of
 from .page import to_image
 from .progress import tell
-from .schema import ClassifierWire, advanced, growing, schema, seed_input
+from .schema import ClassifierWire, advanced, growing, schema, seed_input, valid
 
 MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 
@@ -131,6 +131,10 @@ class Compare(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompts: str | None, more: object = None) -> bool | str:
+        return valid(lambda: prompts is None or prompts_in(prompts))
+
+    @classmethod
     def execute(
         cls,
         before,
@@ -152,9 +156,7 @@ class Compare(io.ComfyNode):
         more=None,
         classifier=None,
     ) -> io.NodeOutput:
-        texts = lines(prompts)
-        if not texts:
-            raise ValueError("no prompt to draw: write one per line")
+        texts = prompts_in(prompts)
         models = [before, after, third, fourth, fifth, *(more or {}).values()]
         models = [model for model in models if model is not None]
         labels = [name.strip() for name in names.split(",")]
@@ -196,12 +198,24 @@ class Compare(io.ComfyNode):
         picture = to_image(grid([list(of) for of in images], labels, prompt_of, size=side))
         first, second = (of.movedim(1, -1) for of in images[:2])
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        pair = [ui.PreviewImage(of, cls=cls).as_dict()["images"] for of in (first, second)]
-        shown["realera_pairs"] = [
-            {"prompt": prompt, "before": one, "after": other}
-            for prompt, one, other in zip(prompt_of, *pair, strict=True)
+        files = [ui.PreviewImage(of.movedim(1, -1), cls=cls).as_dict()["images"] for of in images]
+        shown["realera_models"] = labels
+        shown["realera_images"] = [
+            {
+                "prompt": prompt,
+                "files": [of_model[k] for of_model in files],
+                "verdicts": [of_model[k] for of_model in described],
+            }
+            for k, prompt in enumerate(prompt_of)
         ]
         return io.NodeOutput(picture, first, second, verdict, ui=shown)
+
+
+def prompts_in(text: str) -> list[str]:
+    """The prompts of a text, one a line. Raises ValueError when there is none."""
+    if not (found := lines(text)):
+        raise ValueError("no prompt to draw: write one per line")
+    return found
 
 
 def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
@@ -259,19 +273,35 @@ class ClipClassifier(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, classes: str | None = "\n".join(CIFAR10), template: str | None = OBJECT
+    ) -> bool | str:
+        return valid(lambda: classes is None or template is None or classes_in(classes, template))
+
+    @classmethod
     def execute(
         cls, clip_folder: str, classes: str = "\n".join(CIFAR10), template: str = OBJECT
     ) -> io.NodeOutput:
-        names = list(dict.fromkeys(lines(classes)))
-        if len(names) == 1:
-            raise ValueError(
-                f"{names[0]!r} is the only class: write at least two, one per line, or none for "
-                "the CLIP score"
-            )
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the class: add it")
+        names = classes_in(classes, template)
         clip = Clip(_clip_folders()[clip_folder])
         return io.NodeOutput(clip_classifier(clip, names, template) if names else ClipScore(clip))
+
+
+def classes_in(text: str, template: str) -> list[str]:
+    """The classes of a text, one a line.
+
+    template: prompt for a class
+    Raises ValueError for a single class, and for a template without {}.
+    """
+    names = list(dict.fromkeys(lines(text)))
+    if len(names) == 1:
+        raise ValueError(
+            f"{names[0]!r} is the only class: write at least two, one per line, or none for "
+            "the CLIP score"
+        )
+    if "{}" not in template:
+        raise ValueError(f"the template {template!r} has no {{}} for the class: add it")
+    return names
 
 
 def _clip_folders() -> dict[str, Path]:

@@ -170,6 +170,7 @@ class ClosedFormEdit(io.ComfyNode):
             )
             for effect in effects
         )
+        anchors = {concept.name: concept.anchor for concept in mining.plan.concepts}
         view = {
             "realera_scope": [
                 [
@@ -179,6 +180,7 @@ class ClosedFormEdit(io.ComfyNode):
                     round(effect.moved, 3),
                     None if effect.image_moved is None else round(effect.image_moved, 3),
                     effect.erased,
+                    anchors[effect.concept],
                 ]
                 for effect in effects
             ],

@@ -13,10 +13,15 @@ from ..realera.settings import TOLERANCE
 from ..realera.storage.file_names import portable
 from .comfy_patch import write_lora
 from .progress import tell
-from .schema import BUNDLED, BUNDLED_MODELS, ErasureWire, advanced, schema, strength_input
+from .schema import BUNDLED, BUNDLED_MODELS, ErasureWire, advanced, schema, strength_input, valid
 
 FOLDER = "erasures"
 NAME = "realera"
+NO_MODEL = (
+    "a LoRA file is computed from the weights of the model: connect the original MODEL, or switch "
+    "'lora' off"
+)
+NOTHING = "nothing to save: switch 'lora' or 'erasure_file' on"
 ALONE = "diffusion_models/"  # prefix of list entries that are diffusion models alone
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.add_model_folder_path(
@@ -32,7 +37,8 @@ def new_path(folder: str, name: str) -> Path:
     name: name of the file without its number and suffix, or a path below the subfolder
     Raises ValueError when the name leads out of the subfolder.
     """
-    target = _target(folder, name)
+    target = target_path(folder, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while (path := target.with_name(f"{target.name}_{number:05}_.safetensors")).exists():
         number += 1
@@ -41,21 +47,26 @@ def new_path(folder: str, name: str) -> Path:
 
 def state_path(name: str) -> Path:
     """Path of a training state of LoRA Align. Raises ValueError as `new_path`."""
-    target = _target("realera", name)
+    target = target_path("realera", name)
+    target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f"{target.name}.safetensors")
 
 
-def _target(folder: str, name: str) -> Path:
-    if not name.strip():
+def target_path(folder: str, name: str) -> Path:
+    """Path of a file in ComfyUI's output folder, without its number and suffix.
+
+    Raises ValueError when the name is empty or leads out of the folder.
+    """
+    if not name.removesuffix(".safetensors").strip():
         raise ValueError("the file name is empty: give one such as 'no-airplane'")
     home = Path(folder_paths.get_output_directory(), folder).resolve()
-    target = (home / portable(name, datetime.now())).resolve()
+    stem = portable(name.removesuffix(".safetensors"), datetime.now())
+    target = (home / stem).resolve()
     if home not in target.parents:
         raise ValueError(
             f"the file name {name!r} leads out of the folder output/{folder}: give one such as "
             "'no-airplane'"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
@@ -127,6 +138,24 @@ class SaveErasure(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        filename: str | None = NAME,
+        lora: bool | None = True,
+        erasure_file: bool | None = True,
+        model: bool | None = False,
+    ) -> bool | str:
+        def check() -> None:  # of an input that is linked, ComfyUI passes None
+            if filename is not None:
+                target_path("loras", filename)
+            if lora and model is False:
+                raise ValueError(NO_MODEL)
+            if lora is False and erasure_file is False:
+                raise ValueError(NOTHING)
+
+        return valid(check)
+
+    @classmethod
     def execute(
         cls,
         erasure,
@@ -139,10 +168,7 @@ class SaveErasure(io.ComfyNode):
         lora_name = erasure_name = ""
         if lora:
             if model is None:
-                raise ValueError(
-                    "a LoRA file is computed from the weights of the model: connect the original "
-                    "MODEL, or switch 'lora' off"
-                )
+                raise ValueError(NO_MODEL)
             path = new_path("loras", filename)
             write_lora(model, erasure, path, tolerance)
             lora_name = _listed("loras", path)
@@ -151,7 +177,7 @@ class SaveErasure(io.ComfyNode):
             save_erasure(erasure, path)
             erasure_name = _listed(FOLDER, path)
         if not (lora or erasure_file):
-            raise ValueError("nothing to save: switch 'lora' or 'erasure_file' on")
+            raise ValueError(NOTHING)
         folders = {"output/loras": lora_name, f"output/{FOLDER}": erasure_name}
         saved = [f"saved {folder}/{name}" for folder, name in folders.items() if name]
         return io.NodeOutput(lora_name, erasure_name, ui={"text": saved})
@@ -241,6 +267,10 @@ class SaveErasedCheckpoint(io.ComfyNode):
             ],
             view=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = NAME) -> bool | str:
+        return valid(lambda: filename is None or target_path("checkpoints", filename))
 
     @classmethod
     def execute(

@@ -1,11 +1,13 @@
 """Neighbor Sampler and Beyond Sampler (Sec. 4.1-4.2; Alg. 1, l. 4-22)."""
 
+from typing import Any, cast
+
 from comfy_api.latest import io
 
 from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
 from ..realera.anchor_warnings import anchor_warnings
 from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
-from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings
+from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings, Source
 from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
 from .progress import reporter
@@ -18,6 +20,7 @@ from .schema import (
     auto_input,
     schema,
     seed_input,
+    valid,
 )
 
 NEIGHBOR, BEYOND = NeighborSettings(), BeyondSettings()
@@ -41,6 +44,20 @@ def summary(mining: MiningResult) -> str:
     if plan.named:
         parts.append(f"{len(plan.named)} that you named are preserved")
     return ", ".join(parts)
+
+
+def neighbor_settings(source: str, s1: float, s2: float, **others: Any) -> NeighborSettings:
+    """Settings from the inputs of Neighbor Sampler, where AUTO_COSINE stands for None.
+
+    others: further fields, by their names
+    Raises ValueError as `NeighborSettings`.
+    """
+    return NeighborSettings(
+        source=cast(Source, source),
+        s1=None if s1 == AUTO_COSINE else s1,
+        s2=None if s2 == AUTO_COSINE else s2,
+        **others,
+    )
 
 
 class NeighborSampler(io.ComfyNode):
@@ -182,6 +199,23 @@ class NeighborSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        concepts: str | None,
+        templates: str | None = "\n".join(TEMPLATES),
+        source: str | None = NEIGHBOR.source,
+        s1: float | None = AUTO_COSINE,
+        s2: float | None = AUTO_COSINE,
+    ) -> bool | str:
+        def check() -> None:  # of an input that is linked, ComfyUI passes None
+            if None not in (concepts, templates):
+                parse_concepts(concepts, lines(templates))
+            if None not in (source, s1, s2):
+                neighbor_settings(source=source, s1=s1, s2=s2)
+
+        return valid(check)
+
+    @classmethod
     def execute(
         cls,
         clip,
@@ -197,11 +231,11 @@ class NeighborSampler(io.ComfyNode):
         seed: int = NEIGHBOR.seed,
         words: str = "",
     ) -> io.NodeOutput:
-        settings = NeighborSettings(
-            source=source,
+        settings = neighbor_settings(
+            source,
+            s1,
+            s2,
             neighbors=count,
-            s1=None if s1 == AUTO_COSINE else s1,
-            s2=None if s2 == AUTO_COSINE else s2,
             d1=d1 or None,
             d1_anchor=d1_anchor or None,
             words=tuple(lines(words)),

@@ -27,9 +27,10 @@ def reporter(node_id: str | None, what: str) -> Callable[..., None]:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node while it runs."""
-    if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    """Shows a line of text on a node while it runs, in the page that runs it."""
+    server = PromptServer.instance
+    if node_id is not None and server.client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def _clock(seconds: float) -> str:

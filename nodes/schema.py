@@ -1,6 +1,7 @@
 """Types of our wires, inputs that several nodes have, and fields of newer releases of ComfyUI."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
@@ -37,6 +38,20 @@ def schema(
         shown = alone or "has_intermediate_output" not in KNOWN
         fields["is_output_node" if shown else "has_intermediate_output"] = True
     return io.Schema(category=CATEGORY, **fields)
+
+
+def valid(check: Callable[[], object]) -> bool | str:
+    """Result for `validate_inputs`, which ComfyUI calls before anything is loaded.
+
+    check: function that raises ValueError for a wrong input
+
+    Returns True, or the message of the error.
+    """
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 def growing(template: io.Input, names: list[str], tooltip: str) -> list[io.Input]:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -304,8 +305,8 @@ def compare(before, after, prompts="a photo of the airplane\na photo of the dog"
 
 def pairs(server, outputs, name="compare"):
     return [
-        (server.pixels(pair["before"]), server.pixels(pair["after"]))
-        for pair in outputs[name]["realera_pairs"]
+        tuple(server.pixels(file) for file in image["files"])
+        for image in outputs[name]["realera_images"]
     ]
 
 
@@ -525,24 +526,59 @@ def test_nudenet_counts_or_says_how_to_install_it(server):
         assert lines and all(line.endswith(": nothing explicit") for line in lines)
 
 
+def refusals(server, graph):
+    """Id of a node -> what ComfyUI refused of it before it ran anything."""
+    try:
+        answer = server.post("/prompt", {"prompt": graph})
+    except urllib.error.HTTPError as error:
+        answer = json.loads(error.read())
+    found = answer["node_errors"].items()
+    return {node: {error["details"] for error in of["errors"]} for node, of in found}
+
+
 @pytest.mark.parametrize(
-    ("node", "field", "value", "said"),
+    ("node", "values", "said"),
     [
-        ("RealEraNeighborSampler", "concepts", "airplane", "write 'concept -> anchor'"),
-        ("RealEraNeighborSampler", "templates", "a photo", "exactly once"),
-        ("RealEraBeyondSampler", "preserve", "an airplane", "which is to be erased"),
-        ("RealEraSaveErasure", "filename", "../../escaped", "leads out of"),
-        ("RealEraSaveErasedCheckpoint", "filename", "/tmp/escaped", "leads out of"),
+        ("RealEraNeighborSampler", {"concepts": "airplane"}, "write 'concept -> anchor'"),
+        ("RealEraNeighborSampler", {"templates": "a photo"}, "exactly once"),
+        ("RealEraNeighborSampler", {"s1": 0.2, "s2": 0.5}, "S2 must be smaller"),
+        ("RealEraNeighborSampler", {"s1": 7.0}, "finite number in [-1, 1]"),
+        ("RealEraCompare", {"prompts": "\n"}, "no prompt to draw"),
+        ("RealEraLoraAlign", {"resume": "../escaped"}, "leads out of"),
+        ("RealEraSaveErasure", {"filename": "../../escaped"}, "leads out of"),
+        ("RealEraSaveErasure", {"lora": False, "erasure_file": False}, "nothing to save"),
+        ("RealEraSaveErasedCheckpoint", {"filename": ".safetensors"}, "name is empty"),
     ],
 )
-def test_an_error_names_the_way_out(server, erased, node, field, value, said):
-    graph = json.loads(json.dumps(erased[0]))
-    _, inputs = node_of(graph, node)
-    inputs[field] = value
-    entry = server.wait(server.queue(graph))
-    assert entry["status"]["status_str"] == "error"
-    assert said in server.error(entry)
+def test_an_input_that_cannot_work_is_refused_before_anything_runs(server, node, values, said):
+    graph = short(workflow(1))
+    name, inputs = node_of(graph, node)
+    inputs |= values
+    assert any(said in detail for detail in refusals(server, graph)[name])
+    server.post("/interrupt")  # of the outputs that need nothing of it
     assert not list(server.home.parent.rglob("escaped*"))
+
+
+def test_a_lora_without_a_model_is_refused_before_anything_runs(server):
+    graph = short(workflow(1))
+    name, inputs = node_of(graph, "RealEraSaveErasure")
+    del inputs["model"]
+    assert any("connect the original MODEL" in one for one in refusals(server, graph)[name])
+    server.post("/interrupt")
+
+
+def test_an_error_names_the_way_out(server, erased):
+    graph = json.loads(json.dumps(erased[0]))
+    _, inputs = node_of(graph, "RealEraBeyondSampler")
+    inputs["preserve"] = "an airplane"
+    assert "which is to be erased" in server.error(server.wait(server.queue(graph)))
+
+
+def test_a_name_with_the_suffix_of_a_file_has_it_once(server, erased):
+    graph = json.loads(json.dumps(erased[0]))
+    name, inputs = node_of(graph, "RealEraSaveErasure")
+    inputs["filename"] = "twice.safetensors"
+    assert "saved output/loras/twice_00001_.safetensors" in server.run(graph)[0][name]["text"]
 
 
 def test_the_concept_is_gone_by_the_classifier_and_others_stay(server, erased):

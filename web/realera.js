@@ -15,12 +15,16 @@ const TEXTS = {
     connect: "Connect a Beyond Sampler to keep the meaning of a prompt.",
     near: "are erased too",
     far: "keep their meaning",
-    before: "before",
-    after: "after",
-    step: "step",
-    loss: "loss",
+    left: "left image",
+    right: "right image",
+    way: (share, anchor) => `${share} of the way to ${anchor}`,
     moved: "moved",
     drawn: "when drawn",
+    running: "Running…",
+    concept: "concept (Eq. 8)",
+    neighbors: "neighbours and beyond points (Eq. 9)",
+    step: (step, steps) => `step ${step} of ${steps}`,
+    stopped: "stopped",
   },
   zh: {
     run: "运行工作流后显示。",
@@ -29,12 +33,16 @@ const TEXTS = {
     connect: "连接“外围采样器”后才能保留提示词。",
     near: "一并擦除",
     far: "保持原意",
-    before: "之前",
-    after: "之后",
-    step: "步",
-    loss: "损失",
+    left: "左图",
+    right: "右图",
+    way: (share, anchor) => `向“${anchor}”移动 ${share}`,
     moved: "已偏移",
     drawn: "（画出后）",
+    running: "运行中…",
+    concept: "概念（式 8）",
+    neighbors: "邻近词与外围点（式 9）",
+    step: (step, steps) => `第 ${step} 步，共 ${steps} 步`,
+    stopped: "已停止",
   },
 };
 
@@ -116,10 +124,34 @@ new MutationObserver(() => {
 
 const MARGINS = 20; // pixels that a classic node keeps free above and below a widget's element
 
+/** Lets the wheel and a drag with the middle button over a classic node's view reach the graph, as
+ * ComfyUI's text boxes do; Nodes 2.0 does so for every element. A list that can scroll keeps the
+ * wheel. */
+function forwardToGraph(view) {
+  const classic = () => !view.closest("[data-node-id]");
+  view.addEventListener("wheel", (event) => {
+    if (!classic()) return;
+    const list = event.target.closest(".realera-scope");
+    if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+  const middle = { pointerdown: "processMouseDown", pointerup: "processMouseUp" };
+  for (const [name, method] of Object.entries(middle)) {
+    view.addEventListener(name, (event) => {
+      if (classic() && event.button === 1) app.canvas[method](event);
+    });
+  }
+  view.addEventListener("pointermove", (event) => {
+    if (classic() && event.buttons & 4) app.canvas.processMouseMove(event);
+  });
+}
+
 /** Adds a view under a node; it is neither saved nor sent.
  *
  * `height` is its smallest; it grows with its node. Classic nodes ask the widget for it, Nodes 2.0
- * the style. What is in it lies in a size container, so that it never pushes its node.
+ * the style. What is in it lies in a size container, so that it never pushes its node. The panel
+ * at the right leaves it out: it would take the element away from its node.
  */
 function addView(node, name, height, repaint) {
   const view = element("div", {
@@ -135,14 +167,100 @@ function addView(node, name, height, repaint) {
     font: "11px sans-serif",
   });
   view.className = "realera-view";
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => height + MARGINS };
+  const getMinHeight = () => height + MARGINS;
+  const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight };
   const widget = node.addDOMWidget(name, name, view, options);
   widget.serialize = false;
   view.repaint = () => view.isConnected && repaint();
   views.add(new WeakRef(view));
   new ResizeObserver(view.repaint).observe(view);
+  forwardToGraph(view);
   return view;
 }
+
+// ------------------------------------------------------------------------ errors
+
+/** Shows on a node, in its view or in one made for it, what ComfyUI found wrong; "" removes it. */
+function showError(node, message) {
+  if (!node?.comfyClass?.startsWith("RealEra")) return;
+  node.realeraError?.remove();
+  node.realeraError = null;
+  if (!message) return;
+  let view = node.widgets?.find(({ element }) => element?.matches(".realera-view"))?.element;
+  let discard = () => {};
+  if (!view) {
+    const size = [...node.size];
+    view = addView(node, "realera_error", 70, () => colorsOf(view));
+    discard = () => {
+      node.removeWidget(node.widgets.find(({ name }) => name === "realera_error"));
+      node.setSize(size);
+    };
+  }
+  const box = element("div", {
+    position: "absolute",
+    inset: "auto 0 0 0",
+    maxHeight: "100%",
+    overflowY: "auto",
+    boxSizing: "border-box",
+    padding: "6px",
+    background: "var(--comfy-input-bg, #222)",
+    borderTop: "2px solid var(--realera-concept)",
+    color: "var(--realera-concept)",
+    font: "12px sans-serif",
+    userSelect: "text",
+    whiteSpace: "pre-line",
+  });
+  box.className = "realera-error";
+  box.role = "alert";
+  box.textContent = message;
+  view.append(box);
+  view.repaint();
+  node.realeraError = {
+    remove() {
+      box.remove();
+      discard();
+    },
+  };
+}
+
+const failed = new Set(); // nodes that show an error of the last run
+let refused = null; // what ComfyUI last refused, by node id
+
+function clearErrors() {
+  for (const node of failed) showError(node, "");
+  failed.clear();
+}
+
+function fail(id, message) {
+  const node = nodeOf(id);
+  if (!node) return;
+  failed.add(node);
+  showError(node, message);
+}
+
+/** The messages of the inputs that ComfyUI refused on one node, each once. */
+function messagesOf({ errors }) {
+  const found = errors.map(({ type, message, details, extra_info: { input_name } = {} }) =>
+    type === "custom_validation_failed"
+      ? details.replace(`${input_name} - `, "")
+      : [message, details].filter(Boolean).join(": "),
+  );
+  return [...new Set(found)].join("\n");
+}
+
+// No event tells that ComfyUI has refused a graph.
+setInterval(() => {
+  const errors = app.lastNodeErrors ?? null;
+  if (errors === refused) return;
+  refused = errors;
+  clearErrors();
+  for (const [id, of] of Object.entries(errors ?? {})) fail(id, messagesOf(of));
+}, 250);
+
+api.addEventListener("execution_start", clearErrors);
+api.addEventListener("execution_error", ({ detail }) => {
+  fail(detail.node_id, detail.exception_message.trim());
+});
 
 function addCanvas(node, name, height, draw) {
   const canvas = element("canvas", { width: "100%", height: "100%", display: "block" });
@@ -429,15 +547,21 @@ function toggleKept(node, word) {
 
 const ROW = 16; // pixels
 
+/** The share that a word has lost of its meaning: as it was drawn, else as T alone tells. */
+function lostOf([, , toward, , drawn]) {
+  return typeof drawn === "number" ? drawn : toward;
+}
+
 function addScope(node) {
   const view = addView(node, "realera_scope", 300, () => colorsOf(view));
   const said = element("div", { color: "var(--realera-text)", padding: "4px 4px 0" });
   const hint = element("div", { color: "var(--realera-grey)", padding: "4px" });
   const list = element("div", { flex: "0 1 auto", minHeight: 0, overflowY: "auto" });
   list.className = "realera-scope";
-  // Whole rows; the wheel over them is theirs, once they have the focus (ComfyUI's rule).
+  // Whole rows; the wheel over them is theirs, once they have the focus (ComfyUI's rule) and as
+  // long as there is more of them than fits.
   list.tabIndex = -1;
-  list.dataset.captureWheel = "true";
+  new ResizeObserver(() => keepWheel()).observe(list);
   list.style.outline = "none";
   list.style.maxHeight = `round(down, 100%, ${ROW}px)`;
   list.style.scrollSnapType = "y mandatory";
@@ -451,24 +575,27 @@ function addScope(node) {
   box.append(said, hint, frame);
   view.append(box);
   let reaches = [];
+  const keepWheel = () => {
+    if (list.scrollHeight > list.clientHeight) list.dataset.captureWheel = "true";
+    else delete list.dataset.captureWheel;
+  };
+  const strip = { boxSizing: "border-box", height: `${ROW}px`, lineHeight: `${ROW - 2}px` };
+  Object.assign(strip, { overflow: "hidden", padding: "1px 4px", scrollSnapAlign: "start" });
 
   const fill = () => {
     const { leaveOut, preserve } = reaches.length ? keepersOf(node) : {};
     const kept = new Set([...linesOf(leaveOut), ...linesOf(preserve)].map(fold));
     hint.textContent = text(!reaches.length ? "run" : leaveOut || preserve ? "hint" : "connect");
     hint.style.textAlign = reaches.length ? "left" : "center";
-    const rows = reaches.map(([word, concept, toward, moved, drawn, gone = toward >= 0.5]) => {
+    const rowOf = ([word, , toward, moved, drawn, gone, anchor]) => {
       const checked = typeof drawn === "number"; // else foretold
-      const lost = checked ? drawn : toward;
+      const lost = lostOf([word, null, toward, moved, drawn]);
       const held = kept.has(fold(word));
-      const row = element("div", { display: "flex", gap: "6px", padding: "1px 4px" });
-      Object.assign(row.style, { boxSizing: "border-box", height: `${ROW}px`, cursor: "pointer" });
-      Object.assign(row.style, { lineHeight: `${ROW - 2}px`, overflow: "hidden" });
-      row.style.scrollSnapAlign = "start";
+      const row = element("div", { ...strip, display: "flex", gap: "6px", cursor: "pointer" });
       const percent = (share) => `${Math.round(100 * share)} %`;
-      row.title = `${percent(toward)} → ${concept}, ${percent(moved)} ${text("moved")}`;
+      row.title = `${text("way")(percent(toward), anchor)}, ${percent(moved)} ${text("moved")}`;
       if (checked) row.title += `, ${percent(drawn)} ${text("drawn")}`;
-      row.ariaPressed = String(held);
+      Object.assign(row, { role: "button", tabIndex: 0, ariaPressed: String(held) });
       const color = held ? "far" : gone ? "concept" : "near";
       const bar = element("div", { flex: "1", background: "rgba(128,128,128,.15)" });
       const share = Math.max(0, Math.min(1, lost));
@@ -482,9 +609,27 @@ function addScope(node) {
         toggleKept(node, word);
         fill();
       });
+      row.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        event.stopPropagation();
+        const place = [...list.children].indexOf(row);
+        row.click();
+        list.children[place].focus({ preventScroll: true });
+      });
       return row;
+    };
+    const groups = Object.values(Object.groupBy(reaches, ([, concept]) => concept));
+    const rows = groups.flatMap((group) => {
+      const [[, concept, , , , , anchor]] = group;
+      const shown = group.toSorted((one, other) => lostOf(other) - lostOf(one)).map(rowOf);
+      if (groups.length < 2) return shown;
+      const heading = element("div", strip, `${concept} → ${anchor}`);
+      heading.style.color = "var(--realera-concept)";
+      return [heading, ...shown];
     });
     list.replaceChildren(...rows);
+    keepWheel();
   };
   fill();
   return (output) => {
@@ -511,77 +656,121 @@ function addSaved(node) {
 
 // ------------------------------------------------------------------------ the loss
 
+/** Training steps, [step, loss]: dots of both equations and their means of the last twenty. */
 function addLoss(node) {
-  let steps = [];
+  let losses = [];
   let total = 1;
+  let state = "run"; // the key of what to say
   const redraw = addCanvas(node, "realera_loss", 200, (pen, width, height, colors) => {
-    if (!steps.length) return say(pen, width, height, text("run"), colors);
-    const left = 8;
-    const bottom = height - 18;
-    const top = Math.max(...steps.map(({ loss }) => loss)) || 1;
-    const x = (step) => left + ((width - 2 * left) * step) / total;
-    const y = (loss) => bottom - ((bottom - 16) * loss) / top;
-    pen.strokeStyle = colors.grey;
-    pen.strokeRect(left, 16, width - 2 * left, bottom - 16);
-    for (const { step, loss } of steps) {
-      pen.fillStyle = step % 2 ? colors.near : colors.far;
-      pen.fillRect(x(step) - 1, y(loss) - 1, 2.5, 2.5);
-    }
-    pen.strokeStyle = colors.concept;
-    pen.lineWidth = 2;
-    pen.beginPath();
-    let mean = 0;
-    steps.forEach(({ step, loss }, k) => {
-      mean += (loss - mean) / Math.min(k + 1, 20);
-      pen.lineTo(x(step), y(mean));
+    if (!losses.length) return say(pen, width, height, text(state), colors);
+    const highest = Math.max(...losses.map(([, loss]) => loss)) || 1;
+    const label = highest.toPrecision(2);
+    const [top, bottom, right] = [36, height - 20, width - 8];
+    const left = 12 + pen.measureText(label).width;
+    const x = (step) => left + ((right - left) * step) / total;
+    const y = (loss) => bottom - ((bottom - top) * loss) / highest;
+    pen.strokeStyle = pen.fillStyle = colors.grey;
+    pen.strokeRect(left, top, right - left, bottom - top);
+    pen.textAlign = "right";
+    pen.fillText(label, left - 4, top + 8);
+    pen.fillText("0", left - 4, bottom);
+    const stopped = state === "stopped" ? `, ${text("stopped")}` : "";
+    pen.fillText(`${text("step")(losses.at(-1)[0], total)}${stopped}`, right, height - 6);
+    const kinds = [["concept", 1], ["neighbors", 0]];
+    kinds.forEach(([name, odd], k) => {
+      const of = losses.filter(([step]) => step % 2 === odd);
+      pen.strokeStyle = pen.fillStyle = odd ? colors.concept : colors.far;
+      pen.textAlign = "left";
+      pen.fillText(`● ${text(name)}`, left, 14 + 14 * k);
+      for (const [step, loss] of of) pen.fillRect(x(step) - 1, y(loss) - 1, 2, 2);
+      pen.lineWidth = 2;
+      pen.beginPath();
+      of.forEach(([step], n) => {
+        const last = of.slice(Math.max(0, n - 19), n + 1);
+        pen.lineTo(x(step), y(last.reduce((sum, [, loss]) => sum + loss, 0) / last.length));
+      });
+      pen.stroke();
     });
-    pen.stroke();
-    const last = steps.at(-1);
-    pen.fillStyle = colors.grey;
-    pen.textAlign = "left";
-    const label = `${text("step")} ${last.step} / ${total}, ${text("loss")} ${mean.toFixed(4)}`;
-    pen.fillText(label, left, height - 4);
   });
-  node.realeraStep = (made) => {
-    if (made.step <= (steps.at(-1)?.step ?? 0)) steps = [];
-    steps.push(made);
-    total = made.steps;
+  const enter = (next) => {
+    state = next;
     redraw();
+  };
+  node.realeraStep = ({ step, steps, loss }) => {
+    if (step <= (losses.at(-1)?.[0] ?? 0)) losses = [];
+    losses.push([step, loss]);
+    total = steps;
+    enter("running");
+  };
+  node.realeraStarted = () => {
+    losses = [];
+    enter("running");
+  };
+  node.realeraEnded = () => {
+    if (state === "running") enter("stopped");
   };
   return (output) => {
     if (!output.realera_loss) return;
-    steps = output.realera_loss.map(([step, loss]) => ({ step, loss }));
-    total = steps.at(-1)?.step ?? 1;
-    redraw();
+    losses = output.realera_loss;
+    total = losses.at(-1)?.[0] ?? 1;
+    enter("run");
   };
 }
+
+/** Frontends before 1.49 leave the last word of the progress standing. */
+function dropProgress(node) {
+  const progress = node.widgets?.find(({ name }) => name === "$$node-text-preview");
+  if (progress) node.removeWidget(progress);
+}
+
+let running = null; // the node that ComfyUI executes
 
 api.addEventListener("realera.step", ({ detail }) => {
   nodeOf(detail.node)?.realeraStep?.(detail);
 });
+api.addEventListener("executing", ({ detail }) => {
+  running = detail && nodeOf(detail);
+  running?.realeraStarted?.();
+});
+for (const end of ["execution_error", "execution_interrupted"]) {
+  api.addEventListener(end, () => {
+    running?.realeraEnded?.();
+    if (running?.comfyClass?.startsWith("RealEra")) dropProgress(running);
+  });
+}
 
 // ------------------------------------------------------------------------ before and after
 
 // Room for four prompts: classic nodes ask the widget for it, Nodes 2.0 the style.
 const PROMPTS = 96; // pixels
-const style = document.createElement("style");
-style.textContent = `.lg-node-widgets:has(.realera-slider) textarea { min-height: ${PROMPTS}px; }`;
-document.head.append(style);
 
 function addSlider(node) {
   const prompts = node.widgets.find(({ name }) => name === "prompts");
   prompts.options.getMinHeight = () => PROMPTS;
   prompts.options.getMaxHeight = () => 2 * PROMPTS; // a larger node is for the picture
-  const view = addView(node, "realera_slider", 320, () => colorsOf(view));
+  const view = addView(node, "realera_slider", 320, () => {
+    colorsOf(view);
+    const box = view.closest("[data-node-id]")?.querySelector("textarea"); // of Nodes 2.0
+    if (box) box.style.minHeight = `${PROMPTS}px`;
+  });
   view.classList.add("realera-slider");
   const box = element("div", { flexDirection: "column", height: "100%", gap: "4px" });
   Object.assign(box.style, { display: "none", boxSizing: "border-box", padding: "4px" });
   const empty = element("div", { color: "var(--realera-grey)", padding: "4px" }, text("run"));
   empty.style.textAlign = "center";
-  const choice = element("select", { font: "inherit", color: "var(--realera-text)" });
-  choice.style.background = "var(--comfy-input-bg, #222)";
-  choice.style.border = "1px solid var(--realera-grey)";
-  choice.style.borderRadius = "4px";
+  const select = (name) => {
+    const made = element("select", {
+      font: "inherit",
+      color: "var(--realera-text)",
+      background: "var(--comfy-input-bg, #222)",
+      border: "1px solid var(--realera-grey)",
+      borderRadius: "4px",
+      minWidth: 0,
+    });
+    made.className = `realera-${name}`;
+    return made;
+  };
+  const choice = select("prompt");
 
   // The picture as large as its stage lets it be: all that is dragged is measured on it.
   const stage = element("div", { flex: "1", minHeight: 0, containerType: "size" });
@@ -589,25 +778,37 @@ function addSlider(node) {
   const frame = element("div", { position: "relative", touchAction: "none", cursor: "ew-resize" });
   const fit = { position: "absolute", inset: 0, width: "100%", height: "100%", maxWidth: "none" };
   Object.assign(fit, { imageRendering: "pixelated", pointerEvents: "none", userSelect: "none" });
-  const [before, after] = [element("img", fit), element("img", fit)];
+  const [before, after] = [element("img", fit), element("img", fit)]; // left and right
   for (const image of [before, after]) image.draggable = false;
   const line = element("div", { position: "absolute", top: 0, bottom: 0, width: "2px" });
   Object.assign(line.style, { marginLeft: "-1px", background: "#fff", pointerEvents: "none" });
   line.style.boxShadow = "0 0 0 1px rgba(0, 0, 0, .5)";
   const below = element("div", { width: "100%", position: "absolute", top: "100%" });
-  const names = element("div", { display: "flex", justifyContent: "space-between" });
-  names.style.color = "var(--realera-text)";
-  names.append(element("span", {}, text("before")), element("span", {}, text("after")));
+  // Each image's model, and what the classifier sees in it.
+  const names = element("div", { display: "flex", justifyContent: "space-between", gap: "8px" });
+  const verdicts = element("div", { color: "var(--realera-text)" });
+  Object.assign(verdicts.style, { display: "flex", justifyContent: "space-between", gap: "8px" });
+  Object.assign(verdicts.style, { height: "14px", lineHeight: "14px", whiteSpace: "nowrap" });
+  verdicts.className = "realera-verdicts";
+  const sides = ["left", "right"].map((side) => {
+    const model = select(side);
+    model.ariaLabel = text(side);
+    const verdict = element("span", { overflow: "hidden", textOverflow: "ellipsis" });
+    names.append(model);
+    verdicts.append(verdict);
+    model.addEventListener("change", () => show());
+    return { model, verdict };
+  });
   const slider = element("input", { width: "100%", margin: 0, display: "block" });
   Object.assign(slider, { type: "range", min: 0, max: 100, step: "any", value: 50 });
-  slider.ariaLabel = `${text("before")} / ${text("after")}`;
-  below.append(names, slider);
+  slider.ariaLabel = `${text("left")} / ${text("right")}`;
+  below.append(names, verdicts, slider);
   frame.append(before, after, line, below);
   stage.append(frame);
   box.append(choice, stage);
   view.append(empty, box);
 
-  let pairs = [];
+  let rows = []; // of each image: its prompt, and every model's file and verdict
   const url = ({ filename, subfolder, type }) =>
     api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
   const cut = () => {
@@ -615,14 +816,17 @@ function addSlider(node) {
     line.style.left = `${slider.value}%`;
   };
   const show = () => {
-    const pair = pairs[choice.selectedIndex];
-    if (!pair) return;
-    before.src = url(pair.before);
-    after.src = url(pair.after);
+    const row = rows[choice.selectedIndex];
+    if (!row) return;
+    [before, after].forEach((image, side) => {
+      const { model, verdict } = sides[side];
+      image.src = url(row.files[model.selectedIndex]);
+      verdict.textContent = verdict.title = row.verdicts[model.selectedIndex] ?? "";
+    });
   };
   before.addEventListener("load", () => {
     const { naturalWidth, naturalHeight } = before;
-    const under = "36px"; // the names and the slider
+    const under = "56px"; // the names, the verdicts and the slider
     frame.style.width = `min(100cqw, (100cqh - ${under}) * ${naturalWidth / naturalHeight})`;
     frame.style.aspectRatio = `${naturalWidth} / ${naturalHeight}`;
   });
@@ -644,11 +848,15 @@ function addSlider(node) {
   choice.addEventListener("change", show);
   cut();
   return (output) => {
-    if (!output.realera_pairs?.length) return;
-    pairs = output.realera_pairs;
+    if (!output.realera_images?.length) return;
+    rows = output.realera_images;
     choice.replaceChildren(
-      ...pairs.map(({ prompt }, k) => element("option", {}, `${k + 1}: ${prompt}`)),
+      ...rows.map(({ prompt }, k) => element("option", {}, `${k + 1}: ${prompt}`)),
     );
+    sides.forEach(({ model }, side) => {
+      model.replaceChildren(...output.realera_models.map((name) => element("option", {}, name)));
+      model.selectedIndex = side;
+    });
     empty.style.display = "none";
     box.style.display = "flex";
     show();
@@ -675,21 +883,8 @@ function translatePlaceholders(node) {
   }
 }
 
-/** ComfyUI lists templates as the disk does, in no order: ours are numbered. */
-function sortTemplates() {
-  const [, pack] = new URL(import.meta.url).pathname.match(/extensions\/([^/]+)\//) ?? [];
-  const listed = api.getWorkflowTemplates;
-  if (!pack || !listed) return;
-  api.getWorkflowTemplates = async function () {
-    const templates = await listed.call(this);
-    templates[decodeURIComponent(pack)]?.sort();
-    return templates;
-  };
-}
-
 app.registerExtension({
-  name: "RealEra",
-  init: sortTemplates,
+  name: "RealEra.views",
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("RealEra")) return;
     translatePlaceholders(node);
@@ -699,9 +894,7 @@ app.registerExtension({
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);
-      // Frontends before 1.49 leave the last word of the progress standing.
-      const progress = this.widgets.find(({ name }) => name === "$$node-text-preview");
-      if (progress) this.removeWidget(progress);
+      dropProgress(this);
       if (output) this.realeraShow(output); // a node from the cache may have none
     };
   },
