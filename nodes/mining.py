@@ -208,10 +208,10 @@ class NeighborSampler(io.ComfyNode):
         s2: float | None = AUTO_COSINE,
     ) -> bool | str:
         def check() -> None:  # of an input that is linked, ComfyUI passes None
-            if None not in (concepts, templates):
+            if concepts is not None and templates is not None:
                 parse_concepts(concepts, lines(templates))
-            if None not in (source, s1, s2):
-                neighbor_settings(source=source, s1=s1, s2=s2)
+            if source is not None and s1 is not None and s2 is not None:
+                neighbor_settings(source, s1, s2)
 
         return valid(check)
 

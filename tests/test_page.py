@@ -1122,13 +1122,10 @@ def test_what_a_run_failed_of_stands_on_its_node_whether_it_has_a_view_or_not(sh
 
 
 def test_progress_text_reaches_the_page_that_runs_and_no_other(server, browser):
-    graph = json.loads((ROOT / f"workflows/api/{EXAMPLE}.json").read_text("utf-8"))
-    keep = {}
-    for name, node in graph.items():
-        if node["class_type"] in ("RealEraBundledModel", "RealEraNeighborSampler"):
-            keep[name] = node
-    mining = next(n for n in keep.values() if n["class_type"] == "RealEraNeighborSampler")
-    mining["inputs"] |= {"concepts": "ship -> flower", "seed": 77}
+    model = {"class_type": "RealEraBundledModel", "inputs": {"checkpoint": "bundled"}}
+    inputs = {"before": ["1", 0], "after": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]}
+    inputs |= {"prompts": "a photo of the dog", "seeds": 1, "seed": 77, "steps": 2}
+    graph = {"1": model, "2": {"class_type": "RealEraCompare", "inputs": inputs}}
     pages = [Window(browser.new_page(), server.address) for _ in range(2)]
     for page in pages:
         page.do(
@@ -1142,7 +1139,7 @@ def test_progress_text_reaches_the_page_that_runs_and_no_other(server, browser):
     pages[0].do(
         """graph => app.api.fetchApi('/prompt', { method: 'POST', body: JSON.stringify(
             { prompt: graph, client_id: app.api.clientId }) })""",
-        keep,
+        graph,
     )
     pages[0].until("() => window.outcome === 'success'")
     pages[1].settle()
