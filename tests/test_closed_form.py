@@ -331,6 +331,17 @@ def test_no_factors_of_that_rank_come_nearer_to_the_edit(seed, tolerance):
     assert float((cut.matrix - edit.matrix).norm()) == pytest.approx(norm, abs=1e-4)
 
 
+@pytest.mark.parametrize("dim", [256, 768])
+@pytest.mark.parametrize("size", [1.0, 5.0])
+def test_a_dense_edit_of_an_older_file_has_the_rank_that_it_had_before_it_was_rounded(dim, size):
+    """Its rounding to float32 would fill all directions: minutes at dim = 4096."""
+    left, right = rows_of(0, dim, 30), rows_of(1, dim, 30)
+    change = size * left.T @ right / (left.T @ right).norm()
+    edit = Edit.from_matrix((torch.eye(dim, dtype=torch.float64) + change).float())
+    assert edit.rank == 30
+    assert (edit.up.double() @ edit.down.double() - change).norm() <= 1e-6 * change.norm()
+
+
 @pytest.mark.parametrize(("dim", "count"), [(300, 20), (300, 200), (40, 100)])
 def test_an_edit_has_no_more_directions_than_rows_and_is_the_solution_to_1e_6(dim, count):
     e, target = rows_of(0, dim, count), rows_of(1, dim, count)

@@ -27,6 +27,7 @@ from .triangles import unpack
 # by rounding, whose diagonal is near 1.
 RANK_TOLERANCE = 5e-7
 PROBES = 64  # directions of T - I that are sought at once
+NOISE_MARGIN = 1.1  # of the noise that is expected in a stored T; it varies by 5 % where dim is 256
 # The wide edit: its ridge, in units of Σ |m - v|², and the share of m - v by which the mean moves.
 # In CLIP all prompts share half of a row or more, in the bundled encoder a tenth.
 SHIFT_RIDGE, MEAN_SHIFT = 0.1, 0.1
@@ -50,9 +51,15 @@ class Edit:
 
     @staticmethod
     def from_matrix(matrix: Tensor) -> "Edit":
-        """The factors of a dense T [dim, dim], to RANK_TOLERANCE."""
-        change = matrix.double() - torch.eye(len(matrix), dtype=torch.float64)
-        return _low_rank(change, torch.eye(len(matrix), dtype=torch.float64))
+        """The factors of a dense T, float32 [dim, dim].
+
+        They leave out RANK_TOLERANCE of |T - I|, and the rounding of T to float32, which is no
+        more than noise and would fill all dim directions.
+        """
+        unit = torch.eye(len(matrix), dtype=torch.float64)
+        size = matrix.abs()
+        spacing = (torch.nextafter(size, torch.full_like(size, torch.inf)) - size).double()
+        return _low_rank(matrix.double() - unit, unit, float(spacing.square().sum()) / 12)
 
     @property
     def dim(self) -> int:
@@ -313,7 +320,7 @@ def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     return goals.T, torch.cholesky_solve(rows, torch.linalg.cholesky(system))
 
 
-def _low_rank(numerator: Tensor, cholesky: Tensor) -> Edit:
+def _low_rank(numerator: Tensor, cholesky: Tensor, noise: float = 0.0) -> Edit:
     """T - I = numerator @ system⁻¹ as factors, to RANK_TOLERANCE.
 
     A basis of its range is found by random probes, until new ones lie in it (Halko, Martinsson and
@@ -321,6 +328,7 @@ def _low_rank(numerator: Tensor, cholesky: Tensor) -> Edit:
     run.
 
     cholesky: lower Cholesky factor of the system
+    noise: expected |noise|² (Frobenius) of T - I, which is not sought
     """
     dim = len(numerator)
     generator = torch.Generator().manual_seed(0)
@@ -332,7 +340,8 @@ def _low_rank(numerator: Tensor, cholesky: Tensor) -> Edit:
         size = size or float(images.square().mean())
         images = images - basis @ (basis.T @ images)
         # A tenth: the factors are truncated to the tolerance in the end.
-        if basis.shape[1] and images.square().mean() <= (0.1 * RANK_TOLERANCE) ** 2 * size:
+        due = (0.1 * RANK_TOLERANCE) ** 2 * size + NOISE_MARGIN * noise / dim
+        if basis.shape[1] and images.square().mean() <= due:
             break
         images = torch.linalg.qr(images).Q
         images = torch.linalg.qr(images - basis @ (basis.T @ images)).Q
