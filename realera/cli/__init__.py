@@ -14,7 +14,7 @@ from typing import Any
 
 from ..settings import STRENGTHS
 from . import erase, evaluate
-from .options import file_options, number
+from .options import file_options, model_option, number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,9 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
 
     apply = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
-    apply.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
-    )
+    model_option(apply)
     apply.add_argument("erasure", help="erasure file (erasure.safetensors)")
     apply.add_argument("out", help="file to write; for a diffusers folder, folder to write")
     apply.add_argument(

@@ -36,6 +36,7 @@ from .options import (
     file_options,
     load,
     load_encoder,
+    model_option,
     number,
     progress_bar,
 )
@@ -202,9 +203,7 @@ def add_demo(sub: argparse.ArgumentParser) -> None:
 
 
 def add_erase(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
-    )
+    model_option(sub)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",

@@ -14,6 +14,7 @@ from .options import (
     device_options,
     load,
     load_encoder,
+    model_option,
     number,
     progress_bar,
 )
@@ -177,9 +178,7 @@ def scorer_of(
 
 
 def add_evaluate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
-    )
+    model_option(sub)
     sub.add_argument(
         "concept",
         help="an object or style of the bundled model; for other models an object, celebrity or "
@@ -216,9 +215,7 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def add_scope(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
-    )
+    model_option(sub)
     sub.add_argument("erasure", help="erasure.safetensors")
     sub.add_argument(
         "--words",

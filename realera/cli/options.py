@@ -29,6 +29,12 @@ def number(allowed: Range) -> Callable[[str], Any]:
     return read
 
 
+def model_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
+    )
+
+
 def check_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--check", type=number(POSITIVE_COUNT), metavar="N",
