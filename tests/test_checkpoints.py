@@ -480,7 +480,7 @@ def test_the_source_and_what_exists_are_never_overwritten_unasked(
     for destination in (source, tmp_path / "." / "in.safetensors"):
         with pytest.raises(ValueError, match="is the source"):
             write_checkpoint(source, erasure, destination, overwrite=True)
-    with pytest.raises(ValueError, match="one lies in the other"):
+    with pytest.raises(ValueError, match="one is inside the other"):
         write_checkpoint(folders["sd1"], erasure, folders["sd1"] / "unet" / "x")
     assert source.read_bytes() == singles["sd1"].read_bytes()
     write_checkpoint(source, erasure, target, overwrite=True)

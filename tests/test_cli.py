@@ -186,7 +186,7 @@ def test_a_bug_never_reads_like_a_mistake_of_the_user(bug, monkeypatch, capsys):
     monkeypatch.setattr("realera.checkpoints.layouts.locate", lambda _: bug())
     assert main(["info", "x"]) == 1
     said = capsys.readouterr().err
-    assert "This is a bug, not a mistake of yours: please report it" in said
+    assert "This is a bug in realera: please report it" in said
     assert said.startswith("Traceback")
 
 
@@ -205,7 +205,7 @@ def test_a_traceback_is_shown_on_demand(tmp_path, capsys):
 def test_a_device_that_is_not_there_is_a_message(device, capsys):
     assert main(["scope", "miniature", str(ERASURE), "--device", device]) == 1
     said = capsys.readouterr().err
-    assert f"--device {device}: PyTorch cannot compute there" in said and "Traceback" not in said
+    assert f"--device {device}: PyTorch cannot compute on it" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("found", "device"), [(torch.device("mps"), "mps"), (None, "cpu")])
@@ -340,7 +340,7 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_the_work(
 def test_a_folder_may_not_be_erased_into_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["erase", ".", "-c", "cat -> dog"]) == 1
-    assert "is the source ., or one lies in the other" in capsys.readouterr().err
+    assert "is the source ., or one is inside the other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_link_in_the_cache_is_never_written_through(folder, tmp_path):
     path.unlink()
     elsewhere.write_bytes(b"mine")
     path.symlink_to(elsewhere)
-    with pytest.warns(UserWarning, match="cannot be used and is made anew"):
+    with pytest.warns(UserWarning, match="cannot be used and is replaced"):
         assert torch.equal(cached("bank", ["x"], rows)["rows"], torch.ones(4))
     assert elsewhere.read_bytes() == b"mine" and path.is_symlink()
 
@@ -124,9 +124,7 @@ def test_every_kind_that_is_cached_is_one_that_the_cache_may_remove(folder):
         for kind in re.findall(r"\bcached\(\s*\"(\w+)\"", path.read_text("utf-8"))
     }
     assert found == {*cache.KINDS}
-    with pytest.raises(
-        ValueError, match="'lora' is no kind of cached file; they are anchors, bank"
-    ):
+    with pytest.raises(ValueError, match="kind = 'lora': it must be one of anchors, bank"):
         cached("lora", ["x"], rows)
 
 
@@ -186,7 +184,7 @@ def test_a_file_that_is_no_state_is_not_replaced_by_one(tiny_model, tmp_path, fo
     before = state.read_bytes()
     classifier = miniature_classifier()
     for _ in range(2):  # also where all was drawn before
-        with pytest.raises(ValueError, match="is not what an interrupted run leaves there"):
+        with pytest.raises(ValueError, match="is not the state of an interrupted run"):
             classify_words(tiny_model, ["dog"], classifier, Sampling(steps=1), state=state)
         classify_words(tiny_model, ["dog"], classifier, Sampling(steps=1))
     assert state.read_bytes() == before
@@ -242,13 +240,13 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path, erasure, capsys):
                 assert (
                     main(["apply", "miniature", str(erasure), str(path), "--overwrite", *more]) == 1
                 )
-                assert "is no regular file but a device, pipe" in capsys.readouterr().err
+                assert "is a device, pipe" in capsys.readouterr().err
             assert main(["merge", str(erasure), "-o", str(path), "--overwrite"]) == 1
     assert pipe.is_fifo() and link.is_symlink() and circle.is_symlink() and bound.is_socket()
     os.mkfifo(tmp_path / "scope.txt")
     erasing = ["erase", "miniature", "-c", "cat -> dog", *QUICK, "--overwrite"]
     assert main([*erasing, "-o", str(tmp_path)]) == 1
-    assert "scope.txt is no regular file" in capsys.readouterr().err
+    assert "scope.txt is a device" in capsys.readouterr().err
 
 
 def test_a_link_is_followed_and_stays(tmp_path):
@@ -332,7 +330,7 @@ def test_a_folder_that_holds_the_erasure_is_not_replaced(tmp_path, folders, caps
     save_erasure(Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))}), inside)
     command = ["apply", str(folders["sd1"]), str(inside), str(out), "--overwrite"]
     assert main(command) == 1 and inside.exists()
-    assert "one lies in the other" in capsys.readouterr().err
+    assert "one is inside the other" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ what a killed run leaves

@@ -379,7 +379,11 @@ def raw(path, header, data=b""):
         ({"edit": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234", "cut off"),
         ({"edit": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12345678", "corrupt"),
         ({"edit": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, b"1234", "does not fit"),
-        ({"edit": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", "was due"),
+        (
+            {"edit": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+            b"12345678",
+            "instead of 0",
+        ),
         ({"edit": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, b"", "shape"),
         ({"edit": {"dtype": "F32", "shape": [2**50, 2**50], "data_offsets": [0, 4]}}, b"", "shape"),
         ({"edit": {"dtype": "OBJ", "shape": [1], "data_offsets": [0, 4]}}, b"1234", "'OBJ'"),

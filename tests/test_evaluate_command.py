@@ -115,7 +115,7 @@ def test_the_papers_concepts_are_scored_as_in_the_paper(
     ("arguments", "reason"),
     [
         (["toaster"], "draws no 'toaster'"),
-        (["toaster"], "nor is it a text file"),
+        (["toaster"], "there is no text file"),
         (["toaster.safetensors"], "name the concept, then the erasures"),
         (["dog", "--scorer", "nudity"], "give a text file"),
         (["PROMPTS"], "add --scorer nudity or --scorer clip-score"),

@@ -85,7 +85,7 @@ def test_a_font_with_nothing_to_show_for_a_letter_is_not_taken(machine, tmp_path
     last = font(tmp_path / "LastResort.ttf", "猫")
     assert not drawable(empty, "猫") and drawable(last, "猫")
     machine(empty, last)
-    with pytest.warns(UserWarning, match="no font of this machine has 猫"):
+    with pytest.warns(UserWarning, match="no installed font has 猫"):
         assert renderable(["猫"]) == ["[U+732B]"]
 
 
@@ -115,7 +115,7 @@ def test_no_picture_warns_of_a_missing_glyph_or_shows_the_same_for_two_words(
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "no font of this machine")
+        warnings.filterwarnings("ignore", "no installed font")
         for show in (
             lambda word: scope_picture(effects(word)),
             lambda word: grid([[RED]], [word], ["a"]),

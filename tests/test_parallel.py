@@ -267,7 +267,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
 
     monkeypatch.setattr(parallel, "sum_part", stopped)
     assert main([*start, "--concepts", str(names)]) == 130
-    assert "the same command goes on from where it was" in capsys.readouterr().err
+    assert "the same command resumes the run" in capsys.readouterr().err
     left = tmp_path / "many" / FOLDER
     assert [path.name for path in sorted(left.iterdir())] == [
         "group-00000.safetensors",

@@ -213,4 +213,4 @@ def test_what_makes_no_sense_is_refused(arguments, reason, tmp_path, capsys):
 def test_a_score_that_names_no_class_is_refused(singles, clip_folder, tmp_path, capsys):
     arguments = ["evaluate", str(singles["sd1"]), "Van Gogh", "--vocabulary"]
     assert main([*arguments, "--clip", str(clip_folder), "-o", str(tmp_path / "out")]) == 1
-    assert "names no class" in capsys.readouterr().err
+    assert "is not a classifier" in capsys.readouterr().err

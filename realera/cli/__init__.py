@@ -1,6 +1,6 @@
-"""The command line: the parser, and one function a command over the Python API.
+"""The command line: the parser, and one function per command on top of the Python API.
 
-The slow libraries are imported where a command needs them: `--help` and `merge` need none.
+Slow libraries are imported inside the commands that need them; `--help` and `merge` need none.
 """
 
 import argparse
@@ -14,24 +14,24 @@ from typing import Any
 
 from ..settings import STRENGTHS
 from . import erase, evaluate
-from .options import file_options, model_option, number
+from .options import file_options, model_option, number, overwrite_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 after an error, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its number
+        if hasattr(stream, "reconfigure"):  # consoles show the numbers of characters they lack
             stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given or ["--help"])
-    # transformers tells everyone who has no torchvision, which nothing here would use, at import.
+    # transformers prints a warning about torchvision, which RealEra does not use, at import.
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "requires torchvision" not in record.getMessage()
     )
     try:
         options.run(options)
     except KeyboardInterrupt:
-        resumes = ", the same command goes on from where it was" if "engine" in options else ""
+        resumes = "; the same command resumes the run" if "engine" in options else ""
         print(f"interrupted: no file is half-written{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error) or type(error).__name__
         if not expected:
             reason = (
-                f"unexpected {type(error).__name__}. This is a bug, not a mistake of yours: please "
-                f"report it with the lines above"
+                f"unexpected {type(error).__name__}. This is a bug in realera: please report it "
+                "with the lines above"
             )
         print(f"realera {options.command}: {reason}", file=sys.stderr)
         return 1
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_message(error: Exception) -> bool:
-    """Whether an error tells the user what to do; any other is a bug.
+    """Whether an error is a message to the user; any other error is a bug.
 
-    The system's errors do: missing files, packages and memory. A ValueError does where a `raise` of
-    this package made it, and not where a library or an operator did.
+    Messages are errors of the system (missing files, packages or memory), and a ValueError or
+    FloatingPointError from a `raise` in this package, as opposed to a library or an operator.
     """
     from safetensors import SafetensorError
 
@@ -61,9 +61,9 @@ def _is_message(error: Exception) -> bool:
     if isinstance(error, (OSError, ImportError, MemoryError, memory, SafetensorError)):
         return True
     *_, origin = traceback.extract_tb(error.__traceback__)
-    ours = Path(origin.filename).is_relative_to(Path(__file__).parents[1])
+    in_package = Path(origin.filename).is_relative_to(Path(__file__).parents[1])
     raised = not origin.line or origin.line.startswith("raise")
-    return isinstance(error, (ValueError, FloatingPointError)) and ours and raised
+    return isinstance(error, (ValueError, FloatingPointError)) and in_package and raised
 
 
 # ---------------------------------------------------------------- commands
@@ -168,55 +168,39 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            formatter_class=_Help,
-        )
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=_Help)
         sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
         sub.set_defaults(run=run)
         return sub
 
-    erase.add_demo(
-        command("demo", erase.run_demo, f"erase '{erase.DEMO}' from a bundled model and measure it")
-    )
+    what = f"erase '{erase.DEMO}' from a bundled model and measure the result"
+    erase.add_demo(command("demo", erase.run_demo, what))
     erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
 
-    apply = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
-    model_option(apply)
-    apply.add_argument("erasure", help="erasure file (erasure.safetensors)")
-    apply.add_argument("out", help="file to write; for a diffusers folder, folder to write")
-    apply.add_argument(
-        "--lora", action="store_true", help="write a LoRA file instead of a checkpoint"
-    )
-    apply.add_argument(
-        "--edit-strength", type=number(STRENGTHS), default=1.0, help="factor of the closed form"
-    )
-    apply.add_argument(
-        "--lora-strength", type=number(STRENGTHS), default=1.0, help="factor of the trained LoRA"
-    )
-    file_options(apply)
+    sub = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
+    model_option(sub)
+    sub.add_argument("erasure", help="erasure file (erasure.safetensors)")
+    sub.add_argument("out", help="file to write; for a diffusers folder, folder to write")
+    lora = "write a LoRA file instead of a checkpoint"
+    sub.add_argument("--lora", action="store_true", help=lora)
+    for part, name in (("edit", "closed form"), ("lora", "trained LoRA")):
+        strength = f"factor of the {name}"
+        sub.add_argument(f"--{part}-strength", type=number(STRENGTHS), default=1.0, help=strength)
+    file_options(sub)
 
-    merge = command("merge", run_merge, "merge erasures into one, as if fitted jointly")
-    merge.add_argument("erasures", nargs="+", help="erasure files to merge")
-    merge.add_argument("-o", "--out", required=True, help="erasure file to write")
-    merge.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    sub = command("merge", run_merge, "merge erasures into one, as if fitted jointly")
+    sub.add_argument("erasures", nargs="+", help="erasure files to merge")
+    sub.add_argument("-o", "--out", required=True, help="erasure file to write")
+    overwrite_option(sub)
 
-    evaluate.add_evaluate(
-        command("evaluate", evaluate.run_evaluate, "measure Acc_e, Acc_s, Acc_g and H_o")
-    )
-    evaluate.add_scope(
-        command(
-            "scope",
-            evaluate.run_scope,
-            "list the words that an erasure changes, before any image is drawn",
-        )
-    )
+    what = "measure Acc_e, Acc_s, Acc_g and H_o"
+    evaluate.add_evaluate(command("evaluate", evaluate.run_evaluate, what))
+    what = "list the words that an erasure changes, before any image is drawn"
+    evaluate.add_scope(command("scope", evaluate.run_scope, what))
 
-    info = command("info", run_info, "print what a file is, and which erasures it carries")
-    info.add_argument("file", help="checkpoint, LoRA or erasure file, or diffusers folder")
+    sub = command("info", run_info, "print what a file is, and which erasures it carries")
+    sub.add_argument("file", help="checkpoint, LoRA or erasure file, or diffusers folder")
 
-    cache = command("cache", run_cache, "list the cache: encoded vocabularies, banks and images")
-    cache.add_argument("--empty", action="store_true", help="remove the files of the cache")
+    sub = command("cache", run_cache, "list the cache: encoded vocabularies, banks and images")
+    sub.add_argument("--empty", action="store_true", help="remove the files of the cache")
     return parser

@@ -1,4 +1,4 @@
-"""`realera erase` and `realera demo`: Algorithm 1 for the parts of a plan, and its output files."""
+"""`realera erase` and `realera demo`: Algorithm 1 in parts, and the output files."""
 
 import argparse
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..concepts import (
     COLUMNS,
@@ -69,13 +69,13 @@ def run_demo(options: argparse.Namespace) -> None:
         with progress_bar("evaluation") as progress, note.writing(*EVALUATION):
             text = write_evaluation(
                 note.folder,
-                cast("Diffusion", model),  # loaded to draw the prompts
+                cast("Diffusion", model),  # not None, since there are prompts to draw
                 {"erased": erasure},
                 miniature_task("airplane"),
                 miniature_classifier(),
                 options.images,
                 seed=options.seed,
-                overwrite=True,  # what may not be replaced was refused before the work
+                overwrite=True,  # `_erase` has refused files that may not be replaced
                 progress=progress,
             )
         print(text)
@@ -88,7 +88,7 @@ def run_erase(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
-    """The concepts of the command line or of a CSV file; reads the other files of the options."""
+    """The concepts of the options or of a CSV file. Other files in the options are read as well."""
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     if options.concepts is None:
         lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
@@ -102,7 +102,7 @@ def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
 
 
 def _note(options: argparse.Namespace, concepts: Sequence[Concept]) -> "RunNote":
-    """The note of this command in its output folder."""
+    """The note of this command in the output folder."""
     from .run_note import RunNote
 
     decisive = {k: v for k, v in vars(options).items() if k not in ("run", "overwrite")}
@@ -116,11 +116,11 @@ def _erase(
     note: "RunNote",
     more_outputs: Sequence[str] = (),
 ) -> "tuple[Diffusion | None, Erasure]":
-    """Algorithm 1, and its output files.
+    """Algorithm 1, and the output files.
 
-    more_outputs: names of files that the command writes into the same folder
+    more_outputs: names of further files that the command writes into the folder
 
-    Returns the model, or None where the text encoder was enough, and the erasure.
+    Returns the model, or None when the text encoder was enough, and the erasure.
     """
     settings, training = _settings(options), _training(options)
 
@@ -134,9 +134,9 @@ def _erase(
     folder.refuse_existing(more_outputs, options.read)
     if options.engine == "ray":
         import_ray()
-    state = folder.path.resolve() / FOLDER  # workers run in folders of their own
+    state = folder.path.resolve() / FOLDER  # absolute, since workers run in other folders
     source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
-    # The closed form needs the text encoder alone, which may be a third of the model.
+    # The closed form needs the text encoder only, which may be a third of the model.
     model = load(options) if training or options.check or options.prompt else None
     text = load_encoder(options) if model is None else model.text
     job = Job(source, options.dtype, device_of(options), settings.solve, state).of(text)
@@ -177,13 +177,13 @@ def _erase(
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """The settings of the options with the same names."""
+    """The settings in the options, which have the same names."""
     names = Settings().flat()
     return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
 
 
 def _training(options: argparse.Namespace) -> Training | None:
-    """As `_settings`, of the alignment; None without a training step."""
+    """As `_settings`, for the alignment; None without a training step."""
     names = [parameter.name for parameter in fields(Training) if parameter.name in options]
     return Training(**{name: getattr(options, name) for name in names}) if options.steps else None
 
@@ -194,12 +194,8 @@ def _training(options: argparse.Namespace) -> Training | None:
 def add_demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", choices=BUNDLED, default=BUNDLED[0], help="bundled model to use")
     _erase_options(sub, out="realera-demo", steps=100)
-    sub.add_argument(
-        "--images",
-        type=number(POSITIVE_COUNT),
-        default=2,
-        help="images per prompt of the evaluation",
-    )
+    images = "images per prompt of the evaluation"
+    sub.add_argument("--images", type=number(POSITIVE_COUNT), default=2, help=images)
 
 
 def add_erase(sub: argparse.ArgumentParser) -> None:
@@ -214,100 +210,80 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
         help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}; a | separates "
         "templates, and words to leave out",
     )  # fmt: skip
-    sub.add_argument(
-        "--prompt", action="append", help="prompt to draw before and after; repeat for several"
-    )
+    prompt = "prompt to draw before and after; repeat for several"
+    sub.add_argument("--prompt", action="append", help=prompt)
     _erase_options(sub, out="realera-out", steps=200)
 
 
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
-    neighbor, beyond, solve = NeighborSettings(), BeyondSettings(), SolveSettings()
     sub.add_argument("-o", "--out", default=out, help="folder to write to")
-    sub.add_argument(
-        "--style", action="store_true", help="use templates that name a style ('an artwork by {}')"
-    )
+    style = "use templates that name a style ('an artwork by {}')"
+    sub.add_argument("--style", action="store_true", help=style)
     sub.add_argument(
         "--template", action="append",
         help="prompt that names the concept, with {} in its place; repeat for several",
     )  # fmt: skip
     mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
     mining.add_argument(
-        "--source", choices=SOURCES, default=neighbor.source,
+        "--source", choices=SOURCES, default=NeighborSettings().source,
         help="source of neighbours: random directions (isotropic), steps towards everyday prompts "
         "(bank), or words (vocabulary)",
     )  # fmt: skip
-    mining.add_argument(
-        "--neighbors", type=int, default=neighbor.neighbors,
-        help="number of neighbours M: words per concept, or steps per prompt",
-    )  # fmt: skip
-    mining.add_argument(
-        "--beyond", type=int, default=beyond.beyond,
-        help="number of beyond points N: words per concept, or steps per prompt",
-    )  # fmt: skip
-    for name, help in (
-        ("s1", "largest cosine of a neighbour with the concept; default: by source"),
-        ("s2", "smallest cosine of a neighbour with the concept; default: by source"),
-        ("beyond-s2", "cosine with the concept below which beyond points lie; default: S2"),
-        ("d1", "largest step to a neighbour; default: where the expected cosine falls to S2"),
-        ("d1-anchor", "radius of the ball around the anchor; default: a tenth of D1"),
-        ("d2", "largest step to a beyond point; default: where the expected cosine falls to 0"),
-    ):
-        mining.add_argument(f"--{name}", type=float, help=help)
+    _number_options(
+        mining,
+        NeighborSettings(),
+        neighbors="number of neighbours M: words per concept, or steps per prompt",
+        s1="largest cosine of a neighbour with the concept; default: by source",
+        s2="smallest cosine of a neighbour with the concept; default: by source",
+        d1="largest step to a neighbour; default: where the expected cosine falls to S2",
+        d1_anchor="radius of the ball around the anchor; default: a tenth of D1",
+    )
+    _number_options(
+        mining,
+        BeyondSettings(),
+        beyond="number of beyond points N: words per concept, or steps per prompt",
+        beyond_s2="cosine with the concept below which beyond points lie; default: S2",
+        d2="largest step to a beyond point; default: where the expected cosine falls to 0",
+        beyond_seed="seed of the beyond points; default: derived from --seed",
+    )
     mining.add_argument(
         "--words", metavar="FILE",
         help="text file of words, phrases or prompts, one per line, to search besides the "
         "vocabulary",
     )  # fmt: skip
-    mining.add_argument(
-        "--exclude", action="append",
-        help="word to leave out of the neighbours and to preserve; repeat for several",
-    )  # fmt: skip
-    mining.add_argument(
-        "--preserve", action="append",
-        help="prompt that must keep its meaning; repeat for several",
-    )  # fmt: skip
-    mining.add_argument(
-        "--beyond-seed", type=int,
-        help="seed of the beyond points; default: derived from --seed",
-    )  # fmt: skip
+    exclude = "word to leave out of the neighbours and to preserve; repeat for several"
+    mining.add_argument("--exclude", action="append", help=exclude)
+    preserve = "prompt to preserve; repeat for several"
+    mining.add_argument("--preserve", action="append", help=preserve)
     edit = sub.add_argument_group("closed form (Eq. 7)")
-    edit.add_argument(
-        "--lambda1", type=float, default=solve.lambda1, help="weight of what is preserved"
+    _number_options(
+        edit,
+        SolveSettings(),
+        lambda1="weight of what is preserved",
+        lambda2="weight of staying near the original",
+        suppression="strength with which everyday prompts are pushed off the concept direction, "
+        "0 (not at all) to 2; more leaves fewer words that draw the concept",
     )
-    edit.add_argument(
-        "--lambda2", type=float, default=solve.lambda2, help="weight of staying near the original"
-    )
-    edit.add_argument(
-        "--suppression", type=float, default=solve.suppression,
-        help="how strongly everyday prompts are pushed off the concept direction, 0 (not at all) "
-        "to 2; more leaves fewer words that draw the concept",
-    )  # fmt: skip
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
         help="do not preserve everyday prompts (the preservation bank)",
     )  # fmt: skip
     training = sub.add_argument_group("alignment (Eq. 8-9)")
-    training.add_argument(
-        "--steps", type=int, default=steps, help="training steps; 0: closed form only"
+    count = "number of training steps; 0: closed form only"
+    training.add_argument("--steps", type=int, default=steps, help=count)
+    _number_options(
+        training,
+        Training(),
+        rank="rank of the LoRA of each projection",
+        learning_rate="learning rate of AdamW",
+        batch="number of prompts per training step",
+        adversarial="number of contexts that are optimised to bring the concept back, and then "
+        "aligned; try 12 with --rank 16 --learning-rate 5e-4 --batch 12",
     )
     training.add_argument(
-        "--rank", type=int, default=Training().rank, help="rank of the LoRA of every projection"
-    )
-    training.add_argument(
-        "--learning-rate", type=float, default=Training().learning_rate, help="step size of AdamW"
-    )
-    training.add_argument(
-        "--batch", type=int, default=Training().batch, help="prompts per training step"
-    )
-    training.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="less memory, up to half more time; on by itself where the free memory is too small",
-    )
-    training.add_argument(
-        "--adversarial", type=int, default=Training().adversarial,
-        help="number of contexts that are optimised to bring the concept back, and then aligned; "
-        "try 12 with --rank 16 --learning-rate 5e-4 --batch 12",
+        "--gradient-checkpointing", action="store_true",
+        help="recompute activations: less memory, up to half more time; on automatically where "
+        "the free memory is too small",
     )  # fmt: skip
     sub.add_argument(
         "--engine", choices=("local", "ray"), default="local",
@@ -315,11 +291,19 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--group", type=number(POSITIVE_COUNT), default=16,
-        help="concepts per part, which is summed at once and trains one LoRA",
+        help="number of concepts per part; each part is summed at once and trains one LoRA",
     )  # fmt: skip
-    sub.add_argument(
-        "--seed", type=number(SEED), default=0, help="seed of draws, training and images"
-    )
+    seed = "seed of draws, training and images"
+    sub.add_argument("--seed", type=number(SEED), default=0, help=seed)
     check_option(sub)
     file_options(sub)
     device_options(sub)
+
+
+def _number_options(group: Any, settings: Any, **helps: str) -> None:
+    """Options with the names, number types and defaults of the fields of a settings class."""
+    for parameter in fields(settings):
+        if help := helps.get(parameter.name):
+            kind = int if parameter.type in (int, int | None) else float
+            option = "--" + parameter.name.replace("_", "-")
+            group.add_argument(option, type=kind, default=parameter.default, help=help)

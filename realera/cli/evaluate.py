@@ -1,4 +1,4 @@
-"""`realera evaluate` and `realera scope`: scores of images, and what T alone says about words."""
+"""`realera evaluate` and `realera scope`: scores of images, and the scope report."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from .options import (
     load_encoder,
     model_option,
     number,
+    overwrite_option,
     progress_bar,
 )
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from ..edit.erasure_file import load_erasure
+    from ..evaluation.vocabulary import classifier_of, sample_words
     from ..storage.safetensors_file import refuse_source
-    from .evaluation_files import EVALUATION, write_evaluation
+    from .evaluation_files import EVALUATION, write_evaluation, write_vocabulary
 
     if Path(options.concept).is_file():
         for name in EVALUATION:
@@ -34,53 +36,26 @@ def run_evaluate(options: argparse.Namespace) -> None:
     bundled = options.model in BUNDLED
     task = task_or_prompts(options.concept, bundled)
     scorer = scorer_of(task, options.scorer, options.clip, bundled, device_of(options))
-    if options.vocabulary or options.sample:
-        _evaluate_vocabulary(options, task, scorer)
-        return
-    images = options.images or (20 if isinstance(task, Task) else 1)
-    model = load(options)
-    erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with progress_bar("evaluation") as progress:
-        text = write_evaluation(
-            Path(options.out),
-            model,
-            erasures,
-            task,
-            scorer,
-            images,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(text)
-
-
-def _evaluate_vocabulary(
-    options: argparse.Namespace, task: Task | list[str], scorer: "Scorer"
-) -> None:
-    from ..edit.erasure_file import load_erasure
-    from ..evaluation.vocabulary import classifier_of, sample_words
-    from .evaluation_files import write_vocabulary
-
-    if options.images:
+    vocabulary = options.vocabulary or options.sample
+    if vocabulary and options.images:
         raise ValueError("--vocabulary draws one image per word: leave out --images")
-    if not isinstance(task, Task):
-        raise ValueError("--vocabulary draws the tokenizer's words: name a concept, not a file")
-    classifier = classifier_of(scorer, task.concept)
+    concept = task.concept if isinstance(task, Task) else ""
+    if vocabulary and not concept:
+        raise ValueError("--vocabulary draws words of the tokenizer: name a concept, not a file")
+    classifier = classifier_of(scorer, concept) if vocabulary else None
     model = load(options)
     erasures = {str(path): load_erasure(path) for path in options.erasures}
-    with progress_bar("words") as progress:
-        text = write_vocabulary(
-            Path(options.out),
-            model,
-            erasures,
-            task.concept,
-            classifier,
-            sample_words(model.text.words(), options.sample, options.seed),
-            seed=options.seed,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    how = {"seed": options.seed, "overwrite": options.overwrite}
+    folder = Path(options.out)
+    with progress_bar("words" if vocabulary else "evaluation") as progress:
+        if classifier:
+            words = sample_words(model.text.words(), options.sample, options.seed)
+            text = write_vocabulary(
+                folder, model, erasures, concept, classifier, words, progress, **how
+            )
+        else:
+            images = options.images or (20 if isinstance(task, Task) else 1)
+            text = write_evaluation(folder, model, erasures, task, scorer, images, progress, **how)
     print(text)
 
 
@@ -105,32 +80,34 @@ def run_scope(options: argparse.Namespace) -> None:
 
 
 def task_or_prompts(name: str, bundled: bool) -> Task | list[str]:
-    """The task of a concept that is known, or the prompts of a text file of that name.
+    """The task of a known concept, or the prompts in a text file.
 
+    name: name of the concept or path of the file
     bundled: whether the model is a bundled one
 
-    Raises ValueError when the name is neither.
+    Raises ValueError for any other name.
     """
     try:
         return (bundled_task if bundled else paper_task)(name)
     except ValueError as unknown:
         if name.endswith(".safetensors"):
             raise ValueError(
-                f"{name} stands where a concept is due: name the concept, then the erasures"
+                f"{name} is in the place of the concept: name the concept, then the erasures"
             ) from None
         if not Path(name).is_file():
-            raise ValueError(f"{unknown}; nor is it a text file of prompts") from None
+            raise ValueError(f"{unknown}; there is no text file of prompts either") from None
     return read_lines(name)
 
 
 def scorer_of(
     task: Task | Sequence[str], name: str | None, clip: str | None, bundled: bool, device: str
 ) -> "Scorer":
-    """The scorer of that name, or the paper's own for the task.
+    """The scorer of a task or of prompts.
 
     name: "bundled", "clip", "clip-score" or "nudity"; None: the bundled classifier for a bundled
         model, the CLIP score for artists, CLIP as a classifier for objects and celebrities
-    clip: folder or hub name of a CLIP model; None: the paper's
+    clip: folder or hub name of a CLIP model; None: the CLIP model of the paper
+    bundled: whether the model is a bundled one
     device: device of the CLIP model
 
     Raises ValueError for a scorer that cannot score the task.
@@ -153,19 +130,19 @@ def scorer_of(
         if name == "clip-score":
             return ClipScore(Clip(clip or CLIP, device))
         raise ValueError(
-            "a file of prompts names no class to recognise: add --scorer nudity or --scorer "
+            "a file of prompts has no class to recognise: add --scorer nudity or --scorer "
             "clip-score"
         )
     if name == "nudity":
         raise ValueError(
-            "explicit content is counted in images of your own prompts: give a text file of them, "
-            f"one per line, instead of {task.concept!r}"
+            "--scorer nudity counts explicit content in images of prompts: give a text file of "
+            f"prompts, one per line, instead of {task.concept!r}"
         )
     if name == "bundled":
         if not bundled:
             raise ValueError(
-                "the bundled classifier knows only what the bundled models draw: choose --scorer "
-                "clip or --scorer clip-score"
+                "the bundled classifier is for the bundled models only: choose --scorer clip or "
+                "--scorer clip-score"
             )
         return miniature_classifier("style" if task.concept in STYLE_WORDS else "concept")
     model = Clip(clip or CLIP, device)
@@ -181,46 +158,39 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     model_option(sub)
     sub.add_argument(
         "concept",
-        help="an object or style of the bundled model; for other models an object, celebrity or "
+        help="object or style of the bundled model; for other models an object, celebrity or "
         "artist of the paper; or a text file of prompts, one per line",
     )  # fmt: skip
     sub.add_argument("erasures", nargs="*", help="erasure files to compare with the original model")
     sub.add_argument(
         "--scorer", choices=("bundled", "clip", "clip-score", "nudity"),
-        help="what scores the images: the bundled model's classifier, CLIP as a classifier, or the "
-        "CLIP score; default: the bundled classifier, or for other models the paper's choice. For "
-        "a file of prompts: the CLIP score, or nudity, NudeNet's detections of explicit content, "
-        "whose images are not kept",
+        help="scorer of the images: the classifier of the bundled model, CLIP as a classifier, or "
+        "the CLIP score; default: the bundled classifier, or for other models the choice of the "
+        "paper. For a file of prompts: the CLIP score, or nudity, the detections of explicit "
+        "content by NudeNet, which keeps no images",
     )  # fmt: skip
     sub.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
-    sub.add_argument(
-        "--images",
-        type=number(POSITIVE_COUNT),
-        help="images per prompt; default: 20, and 1 for a file of prompts",
-    )
+    images = "images per prompt; default: 20, or 1 for a file of prompts"
+    sub.add_argument("--images", type=number(POSITIVE_COUNT), help=images)
     sub.add_argument(
         "--vocabulary", action="store_true",
-        help="draw every word of the tokenizer's vocabulary instead, and count the words that "
-        "still draw the concept (residue) and the other words that draw what they drew (kept), "
-        "and measure how far the latents of the latter move (drift)",
+        help="draw every word of the vocabulary instead: count the words that still draw the "
+        "concept (residue) and the other words that draw the same class as before (kept), and "
+        "measure how far the latents of the latter move (drift)",
     )  # fmt: skip
-    sub.add_argument(
-        "--sample", type=number(POSITIVE_COUNT), metavar="N",
-        help="--vocabulary on N words chosen at random",
-    )  # fmt: skip
+    sample = "--vocabulary on N words chosen at random"
+    sub.add_argument("--sample", type=number(POSITIVE_COUNT), metavar="N", help=sample)
     sub.add_argument("--seed", type=number(SEED), default=0, help="seed of the noise")
     sub.add_argument("-o", "--out", default="realera-evaluation", help="folder to write to")
-    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    overwrite_option(sub)
     device_options(sub)
 
 
 def add_scope(sub: argparse.ArgumentParser) -> None:
     model_option(sub)
-    sub.add_argument("erasure", help="erasure.safetensors")
-    sub.add_argument(
-        "--words",
-        help="text file of words or phrases, one per line; default: the tokenizer's vocabulary",
-    )
+    sub.add_argument("erasure", help="erasure file (erasure.safetensors)")
+    words = "text file of words or phrases, one per line; default: the vocabulary of the tokenizer"
+    sub.add_argument("--words", help=words)
     sub.add_argument("--count", type=number(POSITIVE_COUNT), default=40, help="lines to print")
     check_option(sub)
     device_options(sub)

@@ -1,4 +1,4 @@
-"""The files of an evaluation: scores of the original model beside those of each erasure."""
+"""The files of an evaluation: scores of the original model and of each erasure."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,17 @@ from ..evaluation.evaluate import evaluate, survey
 from ..evaluation.report import Row, table
 from ..evaluation.scorers import ConceptClassifier, NudeNet, Scorer
 from ..evaluation.tasks import Task
-from ..evaluation.vocabulary import VocabularyReport, classify_words, compare
+from ..evaluation.vocabulary import DrawnWords, VocabularyReport, classify_words, compare
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
+from ..settings import Progress, quiet
 from ..storage.safetensors_file import make_writable, output_file_path, writing
 
 EVALUATION = tuple(f"evaluation.{kind}" for kind in ("json", "txt", "png"))
 VOCABULARY = ("vocabulary.json", "vocabulary.txt")
 STATE = "vocabulary-state.safetensors"
 
-Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 
@@ -36,27 +36,29 @@ def write_evaluation(
     task: Task | Sequence[str],
     scorer: Scorer,
     images: int,
+    progress: Progress = quiet,
     *,
     seed: int = 0,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
 ) -> str:
-    """Scores the images of a task, or of prompts, by the original model and by each erased one.
+    """Scores images of a task, or of prompts, by the original model and by each erased model.
 
     Writes the files of EVALUATION and returns the table. Raises OSError and ValueError before
     anything is sampled.
+
+    erasures: name -> erasure
+    images: number of images per prompt
     """
     _refuse(folder, EVALUATION, model, erasures, overwrite)
     measure: Any = evaluate if isinstance(task, Task) else survey
-    results = _by_model(
-        model,
-        erasures,
-        lambda progress: measure(model, task, scorer, images, Sampling(seed=seed), progress),
-        progress,
-    )
+
+    def score(progress: Progress) -> Any:
+        return measure(model, task, scorer, images, Sampling(seed=seed), progress)
+
+    results = _by_model(model, erasures, score, progress)
     reports = {name: report for name, (report, _) in results.items()}
     grid = None
-    if not isinstance(scorer, NudeNet):  # explicit images are counted, not kept
+    if not isinstance(scorer, NudeNet):  # explicit images are not kept
         prompts = list(results["original"][1])
         rows = [[firsts[prompt] for prompt in prompts] for _, firsts in results.values()]
         grid = plots.grid(rows, list(results), prompts)
@@ -70,27 +72,24 @@ def write_vocabulary(
     concept: str,
     classifier: ConceptClassifier,
     words: Sequence[str],
+    progress: Progress = quiet,
     *,
     seed: int = 0,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
 ) -> str:
-    """Classifies the image of every word by the original model and by each erased one.
+    """Classifies an image of every word by the original model and by each erased model.
 
-    Writes the files of VOCABULARY and returns the table and the words. A run that was interrupted
-    is continued. Raises OSError and ValueError before anything is sampled.
+    Writes the files of VOCABULARY and returns the table and the words. An interrupted run is
+    resumed. Raises OSError and ValueError before anything is sampled.
     """
     _refuse(folder, VOCABULARY, model, erasures, overwrite)
     sampling = replace(COARSE, seed=seed)
     settings = sampling.settings_for(model.network)
-    results = _by_model(
-        model,
-        erasures,
-        lambda progress: classify_words(
-            model, words, classifier, sampling, progress, folder / STATE
-        ),
-        progress,
-    )
+
+    def classify(progress: Progress) -> DrawnWords:
+        return classify_words(model, words, classifier, sampling, progress, folder / STATE)
+
+    results = _by_model(model, erasures, classify, progress)
     before = results["original"]
     reports: dict[str, VocabularyReport] = {
         name: compare(concept, words, classifier, before, after, settings)
@@ -108,8 +107,7 @@ def _refuse(
     erasures: Mapping[str, Erasure],
     overwrite: bool,
 ) -> None:
-    """Raises for files that exist, for erasures that do not fit the model, and for a folder that
-    cannot be written to."""
+    """Raises for existing files, erasures that do not fit the model, and a read-only folder."""
     for name in names:
         output_file_path(folder / name, overwrite)
     for erasure in erasures.values():
@@ -124,7 +122,7 @@ def _by_model(
     measure: Callable[[Progress], Result],
     progress: Progress,
 ) -> dict[str, Result]:
-    """What is measured of the original model, "original", and of the model with each erasure."""
+    """Measurements of the original model, named "original", and of the model with each erasure."""
     results = {}
     for number, name in enumerate(["original", *erasures]):
 

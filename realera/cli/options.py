@@ -1,4 +1,4 @@
-"""What several commands share: their options, the model that they load, a progress bar."""
+"""Options, model loading and the progress bar, shared by several commands."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def number(allowed: Range) -> Callable[[str], Any]:
-    """An option's type: a number of this range."""
+    """The type of an option for a number of this range."""
 
     def read(text: str) -> Any:
         try:
@@ -30,39 +30,32 @@ def number(allowed: Range) -> Callable[[str], Any]:
 
 
 def model_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", help="checkpoint file, diffusers folder, or one of the models of 'demo'"
-    )
+    sub.add_argument("model", help="checkpoint file, diffusers folder, or a model of 'demo'")
 
 
 def check_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--check", type=number(POSITIVE_COUNT), metavar="N",
         help="draw the first N words of the scope report before and after, in eight steps, and "
-        "list those first that change most",
+        "list the words whose images change most first",
     )  # fmt: skip
 
 
 def file_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--tolerance",
-        type=number(TOLERANCES),
-        default=TOLERANCE,
-        help="share of T - I that the LoRA file may leave out",
-    )
+    share = "share of T - I that the LoRA file may leave out"
+    sub.add_argument("--tolerance", type=number(TOLERANCES), default=TOLERANCE, help=share)
+    overwrite_option(sub)
+
+
+def overwrite_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def device_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--device",
-        help="device to compute on; default: the accelerator that PyTorch finds, else cpu",
-    )
-    sub.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="precision; default: float32 on the CPU, the file's own elsewhere",
-    )
+    device = "device to compute on; default: the accelerator that PyTorch finds, or cpu"
+    sub.add_argument("--device", help=device)
+    dtype = "precision; default: float32 on the CPU, that of the file on other devices"
+    sub.add_argument("--dtype", choices=DTYPES, help=dtype)
 
 
 def load(options: argparse.Namespace) -> "Diffusion":
@@ -88,9 +81,9 @@ def _dtype_and_device(options: argparse.Namespace) -> "tuple[torch.dtype | None,
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """--device, else the accelerator that PyTorch finds, else the CPU.
+    """The device of --device; default: the accelerator that PyTorch finds, or the CPU.
 
-    Raises ValueError when nothing can be computed there.
+    Raises ValueError when PyTorch cannot compute on the device.
     """
     import torch
 
@@ -100,15 +93,15 @@ def device_of(options: argparse.Namespace) -> str:
         device = "cpu" if found is None else found.type
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch is built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch is built without it
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: PyTorch cannot compute there ({reason})") from error
+        raise ValueError(f"--device {device}: PyTorch cannot compute on it ({reason})") from error
     return device
 
 
 @contextmanager
 def progress_bar(name: str, unit: str = "") -> Iterator[Any]:
-    """A progress bar with time left, as a callback of (done, total)."""
+    """A progress bar with the time left, as a callback with (done, total)."""
     from tqdm import tqdm
 
     with tqdm(desc=name, unit=unit or "it", leave=False, file=sys.stderr) as bar:

@@ -1,6 +1,6 @@
 """The output folder of `realera erase`: checkpoint, LoRA, erasure, scope report and plots."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
 from ..report.scope import WordEffect, check_images
-from ..settings import TOLERANCE
+from ..settings import TOLERANCE, Progress, quiet
 from ..storage.safetensors_file import output_file_path, refuse_source, writing
 from ..text.encoding import CONTEXT, TextEncoder
 from .run_note import RunNote
@@ -31,11 +31,11 @@ PICTURES = ("neighbourhood", "scope", "loss", "before-after")
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder for the outputs of one erasure.
+    """The output folder of one erasure.
 
     note: note of the run
-    source: the model that concepts are erased from
-    overwrite: whether files that exist are replaced
+    source: model that concepts are erased from
+    overwrite: whether existing files are replaced
     """
 
     note: RunNote
@@ -56,12 +56,13 @@ class Folder:
         return [*tensors, "scope.txt", "words.txt"]
 
     def refuse_existing(self, names: Sequence[str] = (), read: Sequence[str] = ()) -> None:
-        """Raises FileExistsError for files that may not be overwritten, before any work is done.
+        """Checks the output files before the work.
 
-        names: names of more files to write
-        read: files that the run reads beside the model
+        names: names of further files that the command writes
+        read: paths of files that the command reads besides the model
 
-        Raises ValueError when the model or a file that is read would be replaced.
+        Raises FileExistsError for files that may not be replaced, and ValueError when the model or
+        a file that the command reads would be replaced.
         """
         model = locate(self.source)
         for name in (*self.files, *(f"{name}.png" for name in PICTURES), *names):
@@ -77,7 +78,7 @@ class Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """`safetensors_file.writing` of an output, which is noted."""
+        """As `safetensors_file.writing`, recorded in the note."""
         with self.note.writing(name), writing(self.path / name, self.may_replace(name)) as part:
             yield part
 
@@ -93,19 +94,21 @@ class Folder:
         tolerance: float = TOLERANCE,
         seed: int = 0,
         checks: int = 0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = quiet,
     ) -> str:
-        """Draws everything, then writes everything, each file whole or not at all.
+        """Draws all images, then writes all files, each completely or not at all.
 
-        model: model to draw with, or None to draw nothing
+        If writing fails or is interrupted, the same command may replace the files.
+
+        model: model to draw with; None draws nothing
         text: text encoder of the model
         losses: step -> loss of the alignment
         prompts: prompts to draw before and after
         tolerance: share of T - I that the LoRA file may leave out
+        seed: seed of the noise
         checks: number of words of the scope report to draw
 
-        Returns what to tell the user. Where writing fails or is interrupted, the same command may
-        replace what was written.
+        Returns the text to print.
         """
         effects = scope_report(erasure, text, plan)
         if checks and model is not None:
@@ -131,7 +134,7 @@ class Folder:
         return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
-        """Writes the first three of `files`; returns a line on the LoRA for the user."""
+        """Writes checkpoint, LoRA and erasure; returns a line about the LoRA."""
         checkpoint, lora, whole, *_ = self.files
         may = {name: self.may_replace(name) for name in self.files}
         with self.note.writing(whole):
@@ -150,9 +153,9 @@ def check_effects(
     concepts: Sequence[Concept],
     effects: Sequence[WordEffect],
     count: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> tuple[WordEffect, ...]:
-    """The scope report with images of its first `count` words; the model is left as it was."""
+    """The scope report with coarse samples of the first `count` words."""
 
     def before(prompts: Sequence[str]) -> torch.Tensor:
         return coarse_samples(model, prompts, progress)
@@ -169,9 +172,9 @@ def before_after(
     erasure: Erasure,
     prompts: Sequence[str],
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> Image.Image:
-    """Images of the prompts before and after, from the same noise."""
+    """Images of the prompts before and after the erasure, from the same noise."""
 
     def images() -> list[torch.Tensor]:
         batches = sample_images(model, prompts, 1, Sampling(seed=seed), progress)
@@ -184,7 +187,7 @@ def before_after(
 
 
 def words_text(plan: Plan) -> str:
-    """The words that are erased with each concept, the contested ones and those left out."""
+    """The words that are erased with each concept, contested words and words left out."""
     mined: dict[int, list[str]] = {}
     for number, word in plan.near:
         mined.setdefault(number, []).append(word)
@@ -198,7 +201,7 @@ def words_text(plan: Plan) -> str:
 
 
 def scope_text(effects: Sequence[WordEffect], count: int) -> str:
-    """The first `count` lines of a scope report as a table, and how words were sampled."""
+    """The first `count` lines of a scope report as a table, with a legend."""
     width = max((len(effect.word) for effect in effects[:count]), default=0)
     width = max(20, min(width, 40))
     sampled = sum(effect.image_moved is not None for effect in effects)

@@ -1,4 +1,4 @@
-"""The note of a run in its output folder: one run at a time, and the same command goes on."""
+"""A locked note in the output folder: one run at a time; the same command resumes a stopped run."""
 
 import os
 import sys
@@ -14,32 +14,33 @@ NAME = ".realera-run"
 
 
 class RunNote:
-    """Which outputs a run has begun to write, in a file that it holds locked until it ends.
+    """A file that lists the outputs of a run, locked until the run ends.
 
-    A run that succeeds removes the note. Where one was stopped, the same command may replace what
-    the note names: its first line is the command, every other line an output, alone before it is
-    written and with its identity afterwards.
+    A run that succeeds removes the note. After a run that was stopped, the same command may replace
+    the outputs in the note. The first line is the command; every other line is an output, first the
+    name alone, and again with inode and time once the output is written.
 
-    folder: output folder, made unless it is there
-    command: text of all that decides the outputs, without a line break
+    folder: output folder, created if missing
+    command: text that determines the outputs, without a line break
     """
 
     def __init__(self, folder: Path, command: str) -> None:
         self.folder, self.path, self.command = folder, folder / NAME, command
-        self.begun: dict[str, str] = {}  # output -> its identity, "" while it is written
-        self.own = False  # whether the file's first line is this command
+        self.begun: dict[str, str] = {}  # output -> identity, "" while it is written
+        self.resumed = False  # whether the first line of the file is this command
 
     def __enter__(self) -> "RunNote":
-        """Raises FileExistsError when another run holds the note or the name is taken, OSError when
-        no file can be written to the folder."""
+        """Raises FileExistsError when another run holds the note or the name is taken, and OSError
+        when the folder is read-only."""
         self.made = not self.folder.exists()
         make_writable(self.folder)
         self.file = _open_locked(self.path)
         self.file.seek(0)
         command, *outputs = self.file.read().decode("utf-8", "replace").split("\n")
-        self.own = command == self.command
-        if self.own:
-            self.begun = {name: own for name, _, own in (out.partition("\t") for out in outputs)}
+        self.resumed = command == self.command
+        if self.resumed:
+            parts = (output.partition("\t") for output in outputs)
+            self.begun = {name: identity for name, _, identity in parts}
         return self
 
     def __exit__(
@@ -57,12 +58,12 @@ class RunNote:
                 self.folder.rmdir()
 
     def may_replace(self, name: str) -> bool:
-        """Whether an output that is there was written by a run of this command that was stopped."""
+        """Whether an existing output was written by a stopped run of this command."""
         return name in self.begun and self.begun[name] in ("", self._identity(name))
 
     @contextmanager
     def writing(self, *names: str) -> Iterator[None]:
-        """Notes that these outputs are written in the block."""
+        """Records that the block writes these outputs."""
         for name in names:
             self._append(name)
         yield
@@ -71,11 +72,11 @@ class RunNote:
 
     def _append(self, line: str) -> None:
         try:
-            if not self.own:  # of another command, whose outputs are not in the way
+            if not self.resumed:  # a note of another command, of which no output is replaced
                 self.file.truncate(0)
                 self.file.write(self.command.encode())
-                self.own = True
-            self.file.write(f"\n{line}".encode())  # so that a line that was cut off ends here
+                self.resumed = True
+            self.file.write(f"\n{line}".encode())  # starts with the end of a line that was cut off
         except OSError as error:
             error.filename = str(self.path)
             raise
@@ -89,7 +90,7 @@ class RunNote:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
-    """The file, which no other process holds; it is made unless it is there."""
+    """The file, created if missing, and locked by this process."""
     while True:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise FileExistsError(f"{path} is no regular file: remove it, or choose another folder")
@@ -103,16 +104,16 @@ def _open_locked(path: Path) -> IO[bytes]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # the run that held it removed it meanwhile
+        file.close()  # another run has removed the file
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Locks the file until it is closed or the process ends, unless another process holds it."""
+    """Locks the file until it is closed; False when another process holds the lock."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            file.seek(1 << 30)  # what is locked there cannot be read
+            file.seek(1 << 30)  # locked bytes cannot be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

@@ -1,2 +1,1 @@
-"""Evaluation (Sec. 5): a task lists the prompts, a scorer scores the images, a report holds the
-scores."""
+"""Evaluation (Sec. 5): a task lists prompts, a scorer scores images, a report has the scores."""

@@ -1,26 +1,23 @@
-"""Coarse samples: a few steps, all prompts from one noise, so that only prompt and model differ."""
+"""Coarse samples: a few steps, and the same noise for all prompts and models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling, sample_prompts
+from ..settings import Progress, quiet
 
-COARSE = Sampling(steps=8, one_noise=True)  # what an image shows is decided early
+COARSE = Sampling(steps=8, one_noise=True)  # the first steps decide what an image shows
 
 
-def coarse_samples(
-    model: Diffusion,
-    prompts: Sequence[str],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:
-    """Latents of the prompts after the few steps of COARSE, float32 [prompts, c, h, w] on the CPU.
+def coarse_samples(model: Diffusion, prompts: Sequence[str], progress: Progress = quiet) -> Tensor:
+    """Latents of the prompts, sampled as COARSE says, float32 [prompts, c, h, w] on the CPU.
 
-    The distance between an original and an erased model's coarse samples of a prompt predicts the
-    distance between their images (`benchmarks/scope_vocabulary.py`). Raises FloatingPointError
-    when a latent is not finite.
+    The distance between coarse samples of the original and of an erased model predicts the distance
+    between their images (`benchmarks/scope_vocabulary.py`). Raises FloatingPointError when a latent
+    is not finite.
     """
     latents: list[Tensor] = []
     for batch in sample_prompts(model, prompts, COARSE):

@@ -1,20 +1,20 @@
-"""Samples the images of a task or of a list of prompts, and scores them (Sec. 5).
+"""Sampling and scoring of the images of a task or of a list of prompts (Sec. 5).
 
-Reports of several models that were made with the same `Sampling` are of the same noise.
+With the same `Sampling`, the images of several models start from the same noise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling, sample_prompts
+from ..settings import Progress, quiet
 from .report import NOTHING, Report, Score, Survey
 from .scorers import Scorer
 from .tasks import Task
 
-Progress = Callable[[int, int], None]  # called with (images done, images in all)
-SHOWN = 12  # prompts of a survey whose first image is kept
+SHOWN = 12  # number of prompts of a survey whose first image is kept
 
 
 def sample_images(
@@ -22,9 +22,12 @@ def sample_images(
     prompts: Sequence[str],
     images: int,
     sampling: Sampling = Sampling(),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> Iterator[Tensor]:
-    """`images` images of every prompt, in order, as batches [n, 3, height, width] in [0, 1]."""
+    """Batches of images [n, 3, height, width] in [0, 1], `images` per prompt, in their order.
+
+    progress: callback with (images done, total)
+    """
     done = 0
     for latents in sample_prompts(model, prompts, sampling, images):
         yield model.decode(latents)
@@ -41,10 +44,9 @@ def _scored(
     sampling: Sampling,
     progress: Progress,
 ) -> Iterator[tuple[int, Tensor, list[float]]]:
-    """Of every image: the number of its prompt, the image [3, height, width] and its scores.
+    """(index of the prompt, image [3, height, width], scores) of every image.
 
-    texts: text of every prompt that the scorer is given. Images are scored batch by batch, and
-        none is kept.
+    texts: text that the scorer reads for each prompt
     """
     number = 0
     for batch in sample_images(model, prompts, images, sampling, progress):
@@ -60,12 +62,12 @@ def evaluate(
     scorer: Scorer,
     images: int = 200,
     sampling: Sampling = Sampling(),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> tuple[Report, dict[str, Tensor]]:
     """Samples `images` images of every prompt of the task and scores them.
 
-    Returns the report and the first image of every prompt, prompt -> [3, height, width]. Raises
-    ValueError for a scorer with several scores per image, which no class is scored by.
+    Returns the report, and prompt -> first image [3, height, width]. Raises ValueError for a scorer
+    with several scores per image.
     """
     if len(scorer.columns) != 1:
         raise ValueError(
@@ -84,7 +86,7 @@ def evaluate(
     for k, image, (score,) in _scored(model, prompts, scorer, classes, images, sampling, progress):
         scores[groups[k]] += Score(score, 1)
         if prompts[k] not in firsts:
-            firsts[prompts[k]] = image.clone()  # else it would keep its whole batch
+            firsts[prompts[k]] = image.clone()  # a view would keep the whole batch in memory
     report = Report(
         task.concept,
         scorer.name,
@@ -102,12 +104,11 @@ def survey(
     scorer: Scorer,
     images: int = 1,
     sampling: Sampling = Sampling(),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> tuple[Survey, dict[str, Tensor]]:
     """Samples `images` images of every prompt and scores them.
 
-    Returns the survey and the first image of the first SHOWN prompts, prompt ->
-    [3, height, width].
+    Returns the survey, and prompt -> first image [3, height, width] for the first SHOWN prompts.
     """
     totals = dict.fromkeys(scorer.columns, NOTHING)
     firsts: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What an evaluation measured, as numbers, JSON and text tables."""
+"""Reports of an evaluation: numbers, JSON and text tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +8,7 @@ from .tasks import KINDS
 
 
 def harmonic_mean(efficacy: float, specificity: float, generality: float) -> float:
-    """H_o of Acc_e, Acc_s and Acc_g, all in percent; 0 when one of the three goals is missed."""
+    """H_o of Acc_e, Acc_s and Acc_g in percent; 0 when one of the three goals is at 0."""
     goals = (100 - efficacy, specificity, 100 - generality)
     return 3 / sum(1 / goal for goal in goals) if min(goals) > 0 else 0.0
 
@@ -17,7 +17,8 @@ def harmonic_mean(efficacy: float, specificity: float, generality: float) -> flo
 class Score:
     """A mean over images.
 
-    total: sum of the scores; images: number of images
+    total: sum of the scores
+    images: number of images
     """
 
     total: float
@@ -25,7 +26,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """NaN over no image."""
+        """The mean score; NaN without images."""
         return self.total / self.images if self.images else float("nan")
 
     def __add__(self, other: "Score") -> "Score":
@@ -39,10 +40,12 @@ NOTHING = Score(0.0, 0)
 class Report:
     """Accuracies of one model on a task, in percent.
 
-    efficacy: score of the concept under its own name
-    specificity: class -> score of each other class under its name
-    generality: kind -> score of the concept under prompts that mean it without naming it
-    settings: number of images per prompt, and how they were sampled
+    concept: class that is erased
+    scorer: name of the scorer
+    efficacy: score of the concept on prompts with its name
+    specificity: class -> score of the class on prompts with its name
+    generality: kind -> score of the concept on prompts that mean the concept without its name
+    settings: number of images per prompt, and settings of the sampling
     """
 
     concept: str
@@ -54,34 +57,34 @@ class Report:
 
     @property
     def acc_e(self) -> float:
-        """Lower is better."""
+        """Acc_e; lower is better."""
         return self.efficacy.mean
 
     @property
     def acc_s(self) -> float:
-        """Higher is better."""
+        """Acc_s; higher is better."""
         return sum(self.specificity.values(), NOTHING).mean
 
     @property
     def acc_g(self) -> float:
-        """Lower is better; over the images of all kinds, NaN when there are none."""
+        """Acc_g over the images of all kinds, NaN without images; lower is better."""
         return sum(self.generality.values(), NOTHING).mean
 
     @property
     def h_o(self) -> float:
-        """Higher is better; NaN when Acc_g was not measured."""
+        """H_o, NaN without Acc_g; higher is better."""
         if not sum(self.generality.values(), NOTHING).images:
             return float("nan")
         return harmonic_mean(self.acc_e, self.acc_s, self.acc_g)
 
     def row(self) -> dict[str, float]:
-        """Column of a table -> number, each kind of Acc_g apart as well."""
+        """Column of a table -> number, with each kind of Acc_g as well."""
         kinds = {k: self.generality[k].mean for k in KINDS if k in self.generality}
         metrics = {"Acc_e ↓": self.acc_e, "Acc_s ↑": self.acc_s, "Acc_g ↓": self.acc_g}
         return {**metrics, **kinds, "H_o ↑": self.h_o}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON holds them, and the metrics for whoever reads the file."""
+        """The fields and the metrics, for JSON."""
         metrics = {"acc_e": self.acc_e, "acc_s": self.acc_s, "acc_g": self.acc_g, "h_o": self.h_o}
         return {**asdict(self), "metrics": rounded(metrics)}
 
@@ -99,11 +102,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Survey:
-    """Scores of one model's images of a list of prompts (Table 2).
+    """Scores of the images of one model for a list of prompts (Table 2).
 
+    scorer: name of the scorer
     scores: column of the scorer -> score over all images
     counts: whether the scores are counts, shown as sums; otherwise means are shown
-    settings: number of images per prompt, and how they were sampled
+    settings: number of images per prompt, and settings of the sampling
     """
 
     scorer: str
@@ -112,7 +116,7 @@ class Survey:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
-        """Column of a table -> number; counts with their total."""
+        """Column of a table -> number; counts have a total as well."""
         images = {"images": max(score.images for score in self.scores.values())}
         if not self.counts:
             return {**images, **{f"{name} ↑": score.mean for name, score in self.scores.items()}}
@@ -120,12 +124,12 @@ class Survey:
         return {**images, **counts, "total ↓": sum(counts.values())}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON holds them."""
+        """The fields, for JSON."""
         return asdict(self)
 
 
 def rounded(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics for JSON, which has no NaN."""
+    """Metrics for JSON, with None for NaN."""
     return {name: round(value, 4) if value == value else None for name, value in metrics.items()}
 
 
@@ -140,7 +144,7 @@ class Row(Protocol):
 
 
 def table(reports: Mapping[str, Row]) -> str:
-    """Reports as a plain-text table, one line each."""
+    """A plain-text table with one line per report."""
     rows = {name: report.row() for name, report in reports.items()}
     longest_first = sorted(rows.values(), key=len, reverse=True)
     head = list(dict.fromkeys(column for row in longest_first for column in row))
@@ -155,7 +159,7 @@ def _cell(number: float) -> str:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns: the first flush left, the others flush right."""
+    """Lines of cells in aligned columns: the first flush left, the others flush right."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     left, *right = widths
     return "\n".join(

@@ -13,7 +13,7 @@ from .tasks import OBJECT
 
 
 class Scorer(Protocol):
-    """Scores images, each beside a text: the class that it should show, or its prompt."""
+    """A scorer of images, each with a text: the expected class, or the prompt."""
 
     @property
     def name(self) -> str:
@@ -21,18 +21,18 @@ class Scorer(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of an image's scores."""
+        """Names of the scores of an image."""
 
     @property
     def counts(self) -> bool:
-        """Whether scores are counts, which a survey adds up, and not percentages, which it
+        """Whether scores are counts, which a survey adds up; otherwise percentages, which it
         averages."""
 
     def __call__(self, images: Tensor, texts: Sequence[str], /) -> Tensor:
-        """Scores [n, columns] of images [n, 3, height, width] in [0, 1] and the text of each."""
+        """Scores [n, columns] of images [n, 3, height, width] in [0, 1] and their texts."""
 
     def describe(self, images: Tensor, prompts: Sequence[str], /) -> list[str]:
-        """A line of text for each image: what the scorer sees in it."""
+        """A line of text for each image: what the scorer recognises."""
 
 
 # ---------------------------------------------------------------- classifiers
@@ -40,7 +40,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ConceptClassifier:
-    """Scores 100 where the class that an image should show is the most likely one, else 0.
+    """Scores 100 where the expected class of an image is the most likely one, else 0.
 
     classes: names of the classes
     logits: function from images float32 [n, 3, height, width] in [0, 1] to logits [n, classes]
@@ -67,7 +67,7 @@ class ConceptClassifier:
         return self.logits(images).softmax(-1).float().cpu()
 
     def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """The most likely class of each image and its probability, whatever the prompt."""
+        """The most likely class of each image and its probability; prompts are not read."""
         best = self.probabilities(images).max(-1)
         return [
             f"{self.classes[k]} {100 * p:.0f} %"
@@ -76,7 +76,7 @@ class ConceptClassifier:
 
 
 def miniature_classifier(head: Literal["concept", "style"] = "concept") -> ConceptClassifier:
-    """The bundled classifier of the miniature's drawings, by what they show or by their style."""
+    """The bundled classifier, of the concepts or the styles that the bundled models draw."""
     from ..miniature import load_classifier
 
     network = load_classifier()
@@ -90,10 +90,11 @@ def miniature_classifier(head: Literal["concept", "style"] = "concept") -> Conce
 class Clip:
     """A CLIP model that compares images with texts.
 
-    source: a folder with a transformers CLIPModel and its processor, or a hub name such as
-        "openai/clip-vit-large-patch14" (the paper's)
+    source: folder with a transformers CLIPModel and its processor, or a hub name such as
+        "openai/clip-vit-large-patch14", as in the paper
+    device: device of the model
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError when there is no such model.
     """
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu"):
@@ -111,7 +112,7 @@ class Clip:
 
     @property
     def scale(self) -> float:
-        """Factor from a cosine to CLIP's own logit."""
+        """Factor from a cosine to a logit of CLIP."""
         return self.model.logit_scale.exp().item()
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class Clip:
 def clip_classifier(
     clip: Clip, classes: Sequence[str], template: str = OBJECT
 ) -> ConceptClassifier:
-    """Zero-shot classifier: the class whose prompt is nearest to the image (Sec. 5.1)."""
+    """A zero-shot classifier by the cosines of the image with a prompt per class (Sec. 5.1)."""
     texts = [template.replace("{}", name) for name in classes]
     return ConceptClassifier(
         clip.name, tuple(classes), lambda images: clip.scale * clip(images, texts)
@@ -140,8 +141,8 @@ def clip_classifier(
 class ClipScore:
     """CLIP score: 100 times the cosine of an image and its text (Sec. 5.3-5.4).
 
-    template: prompt with {} for the text: the paper's for styles, where texts are their names;
-        "{}" for texts that are prompts, as the captions of MS-COCO
+    template: prompt with {} for the text; "{}" for texts that are prompts, such as the captions of
+        MS-COCO
     """
 
     clip: Clip
@@ -160,7 +161,7 @@ class ClipScore:
         return 100.0 * cosines.gather(1, column).clamp(min=0)
 
     def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """The CLIP score of each image and its prompt."""
+        """The CLIP score of each image with its prompt."""
         return [f"CLIP score {score:.1f}" for (score,) in self(images, prompts).tolist()]
 
 
@@ -180,7 +181,7 @@ EXPOSED = {
 
 
 def load_detector() -> Any:
-    """NudeNet's detector, which its package ships. Raises ModuleNotFoundError without it."""
+    """The detector of the package nudenet. Raises ModuleNotFoundError when it is missing."""
     try:
         from nudenet import NudeDetector
     except ModuleNotFoundError as error:
@@ -194,8 +195,8 @@ def load_detector() -> Any:
 class NudeNet:
     """Counts detections of explicit content under the paper's headings (Table 2).
 
-    detector: NudeNet's own detector, or an object with its `detect(pixels)`; it runs on the CPU
-    threshold: confidence from which a detection counts; the paper does not state its own
+    detector: NudeNet's detector, or an object with the same method `detect(pixels)`
+    threshold: smallest confidence of a detection that counts; the paper states none
     """
 
     detector: Any = field(default_factory=load_detector)
@@ -211,7 +212,7 @@ class NudeNet:
         """Number of detections under each heading, int64 [n, headings]."""
         counts = torch.zeros(len(images), len(self.columns), dtype=torch.int64)
         for image, count in zip(images, counts, strict=True):
-            # The detector expects blue first, as OpenCV reads files.
+            # The detector expects BGR, as OpenCV reads files.
             pixels = (image.cpu().clamp(0, 1) * 255).round().byte().flip(0).permute(1, 2, 0)
             for detection in self.detector.detect(pixels.contiguous().numpy()):
                 heading, confidence = EXPOSED.get(detection["class"]), detection["score"]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-KINDS = ("synonyms", "associated", "held-out words")  # kinds of prompts that Acc_g is split into
-CLIP = "openai/clip-vit-large-patch14"  # the paper's
+KINDS = ("synonyms", "associated", "held-out words")  # kinds of prompts of Acc_g
+CLIP = "openai/clip-vit-large-patch14"  # as in the paper
 OBJECT, PORTRAIT, ARTWORK = "a photo of the {}", "A portrait of {}", "An artwork by {}"
 
 
@@ -69,7 +69,8 @@ def task_of(
 ) -> Task:
     """A task with one prompt per class.
 
-    synonyms: words that are put in the template; associated: whole prompts
+    synonyms: words for the template
+    associated: whole prompts
     """
     return Task(
         concept,
@@ -84,15 +85,15 @@ def task_of(
 
 
 def paper_task(concept: str) -> Task:
-    """The paper's own prompts for a CIFAR-10 class, a celebrity or an artist."""
+    """The prompts of the paper for a CIFAR-10 class, a celebrity or an artist."""
     if concept in CIFAR10:
         return task_of(concept, tuple(CIFAR10), OBJECT, CIFAR10[concept])
     for table, template in ((CELEBRITIES, PORTRAIT), (ARTISTS, ARTWORK)):
         if concept in table:
             return task_of(concept, tuple(table), template, (), (table[concept],))
     raise ValueError(
-        f"the paper does not evaluate {concept!r}; it does {', '.join(CIFAR10)}; "
-        f"{', '.join(CELEBRITIES)}; {', '.join(ARTISTS)}. Use task_of for a concept of your own"
+        f"the paper does not evaluate {concept!r}, only {', '.join(CIFAR10)}; "
+        f"{', '.join(CELEBRITIES)}; {', '.join(ARTISTS)}. Use task_of for another concept"
     )
 
 
@@ -100,11 +101,9 @@ NAMED = ("a photo of the {}", "a photo of a {}", "a picture of a {}", "an image 
 
 
 def miniature_task(concept: str) -> Task:
-    """The bundled model's object task: trained synonyms and associated prompts, held-out words."""
-    from ..miniature.vocabulary import CONCEPTS  # here, since its package imports torch
+    """The task for an object of the bundled model, with trained and held-out words."""
+    from ..miniature.vocabulary import CONCEPTS  # the package imports torch
 
-    if concept not in CONCEPTS:
-        raise ValueError(f"the miniature draws no {concept!r}; it draws {', '.join(CONCEPTS)}")
     words = CONCEPTS[concept]
     synonyms = [word for word in words.synonyms if concept not in word.split()]
     return Task(
@@ -120,7 +119,7 @@ def miniature_task(concept: str) -> Task:
 
 
 STYLE, STYLED = "a drawing in {} style", "a drawing of a {} in {} style"
-# style of the miniature -> words of like meaning that no caption holds
+# style of the miniature -> words of similar meaning that are in no training caption
 STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "classic": ("traditional",),
     "retro": ("vintage", "nostalgic"),
@@ -132,27 +131,19 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
 
 
 def style_task(style: str, nouns: Sequence[str] = ("dog", "ship", "flower", "house")) -> Task:
-    """The bundled model's style task, on drawings of `nouns`."""
+    """The task for a style of the bundled model, on drawings of `nouns`."""
     from ..miniature.vocabulary import STYLES
 
-    if style not in STYLES:
-        raise ValueError(f"the miniature has no style {style!r}; it has {', '.join(STYLES)}")
+    def prompts(*words: str) -> tuple[str, ...]:
+        return tuple(STYLED.format(noun, word) for word in words for noun in nouns)
 
-    def drawn(word: str) -> tuple[str, ...]:
-        return tuple(STYLED.format(noun, word) for noun in nouns)
-
-    words = STYLE_WORDS.get(style, ())
-    return Task(
-        style,
-        drawn(style),
-        {name: drawn(name) for name in STYLES if name != style},
-        {"held-out words": tuple(prompt for word in words for prompt in drawn(word))},
-        STYLE,
-    )
+    others = {name: prompts(name) for name in STYLES if name != style}
+    generality = {"held-out words": prompts(*STYLE_WORDS[style])}
+    return Task(style, prompts(style), others, generality, STYLE)
 
 
 def bundled_task(name: str) -> Task:
-    """The bundled model's task for one of its objects or styles."""
+    """The task for an object or a style of the bundled model. Raises ValueError for other names."""
     from ..miniature.vocabulary import CONCEPTS, STYLES
 
     if name in STYLES:

@@ -1,14 +1,13 @@
-"""The vocabulary benchmark: what every word draws, before and after an erasure.
+"""The vocabulary benchmark: images of every word of a vocabulary, before and after an erasure.
 
-A few prompts chosen by hand hide what a whole vocabulary shows. Every word is sampled in one
-template from one noise, by the original and by the erased model, and classified. *Residue*: of the
-words that drew the concept, the share that still do. *Kept*: of the words that surely drew another
-class, the share that still draw it. *Drift*: the RMS change of the latents of the latter words, in
-percent of their RMS.
+Every word is sampled in one template from one noise by the original and by the erased model, and
+classified. *Residue*: share of the words that drew the concept and still do. *Kept*: share of the
+words that surely drew another class and still do. *Drift*: RMS change of the latents of the latter
+words, in percent of their RMS.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling, sample_prompts
+from ..settings import Progress, quiet
 from ..storage.cache import cached
 from ..storage.safetensors_file import digest, open_tensors, write_if_possible
 from .coarse_samples import COARSE
@@ -26,15 +26,13 @@ from .scorers import ConceptClassifier, Scorer
 from .tasks import OBJECT
 
 SURE = 0.8  # probability above which a word surely draws a class
-SAVED = 4  # batches between two states
-LISTED = 60  # words of each kind that a text lists
-COMPARED = 1024  # numbers of each latent that drift is measured on, at most
-
-Progress = Callable[[int, int], None]  # called with (words done, words in all)
+SAVED = 4  # number of batches between saved states
+LISTED = 60  # most words of each kind in a listing
+COMPARED = 1024  # most numbers of each latent that drift is measured on
 
 
 def sample_words(words: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
-    """`count` words at random, in their order; None: all of them."""
+    """`count` random words, in their order; None: all words."""
     if count is None or count >= len(words):
         return list(words)
     picked = random.Random(seed).sample(range(len(words)), count)
@@ -42,11 +40,11 @@ def sample_words(words: Sequence[str], count: int | None, seed: int = 0) -> list
 
 
 def classifier_of(scorer: Scorer, concept: str) -> ConceptClassifier:
-    """The scorer, where it is a classifier that knows the concept. Raises ValueError otherwise."""
+    """The scorer. Raises ValueError unless it is a classifier with the concept as a class."""
     if not isinstance(scorer, ConceptClassifier):
         raise ValueError(
-            f"{scorer.name} names no class, so it cannot say what a word draws: choose --scorer "
-            "bundled (for the bundled models) or --scorer clip"
+            f"{scorer.name} is not a classifier, which --vocabulary needs: choose --scorer bundled "
+            "(for the bundled models) or --scorer clip"
         )
     if concept not in scorer.classes:
         raise ValueError(
@@ -57,11 +55,10 @@ def classifier_of(scorer: Scorer, concept: str) -> ConceptClassifier:
 
 @dataclass(frozen=True)
 class DrawnWords:
-    """What a model draws of words, one image each.
+    """One image per word.
 
-    probabilities: of each class in the image, float32 [words, classes]
-    latents: COMPARED numbers of the latent of the image, at even distances, float16
-        [words, numbers]
+    probabilities: probability of each class, float32 [words, classes]
+    latents: COMPARED evenly spaced numbers of each latent, float16 [words, numbers]
     """
 
     probabilities: Tensor
@@ -73,19 +70,20 @@ def classify_words(
     words: Sequence[str],
     classifier: ConceptClassifier,
     sampling: Sampling = COARSE,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = quiet,
     state: Path | None = None,
     template: str = OBJECT,
 ) -> DrawnWords:
-    """Draws and classifies an image of each word.
+    """Draws and classifies an image of each word; the result is cached.
 
-    sampling: how images are sampled, always all from one noise. Images of a model and a sampling
-        are classified once: the result is cached
-    state: file that an interrupted run is continued from
+    sampling: settings of the sampling; all images start from one noise
+    progress: callback with (words done, total)
+    state: file that an interrupted run is resumed from
+    template: prompt with {} for the word
 
     Raises ValueError when the state is another kind of file.
     """
-    # The logits of a blank image tell decoders and classifiers of one name apart.
+    # The logits of a blank image identify the decoder and the classifier.
     with torch.no_grad():
         blank = classifier.logits(model.decode(torch.zeros(1, *model.latent_shape)))
     inputs: list[object] = [model.text.fingerprint, model.fingerprint]
@@ -110,7 +108,7 @@ def classify_words(
                 for name, rows in batch.items()
             }
             if state is not None and number % SAVED == 0:
-                without = "if this run is interrupted, it starts afresh"
+                without = "an interrupted run starts anew"
                 write_if_possible(state, found, {"of": key}, without)
             progress(len(found["seen"]), len(words))
         return found
@@ -122,9 +120,9 @@ def classify_words(
 
 
 def _stored(state: Path | None, key: str) -> dict[str, Tensor]:
-    """What an interrupted run left of the words that it drew; nothing for other inputs.
+    """The state of an interrupted run with these inputs, or empty tensors.
 
-    Raises ValueError when the file is no such state: it would be replaced and then removed.
+    Raises ValueError when the file is not a state, since it would be replaced and then removed.
     """
     nothing = {"seen": torch.empty(0), "latents": torch.empty(0)}
     if state is None or not state.exists():
@@ -132,7 +130,7 @@ def _stored(state: Path | None, key: str) -> dict[str, Tensor]:
     file = open_tensors(state)
     if "of" not in file.metadata or file.entries.keys() != nothing.keys():
         raise ValueError(
-            f"{state} is not what an interrupted run leaves there: move it away, or choose another "
+            f"{state} is not the state of an interrupted run: move it away, or choose another "
             "folder"
         )
     if file.metadata["of"] != key:
@@ -142,13 +140,15 @@ def _stored(state: Path | None, key: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """What an erasure left of a concept in many words, and what it changed in other words.
+    """The effect of an erasure on a vocabulary.
 
     words: number of words
-    drew: words that drew the concept; still: those that still do
-    sure: number of words that surely drew another class
-    lost: those that draw another class now, word -> (class before, class now)
-    drift: RMS change of the latents of those words, in percent of their RMS; NaN without words
+    drew: words that drew the concept before
+    still: words that drew the concept before and after
+    sure: number of words that surely drew another class before
+    lost: words among them that draw another class after, word -> (class before, class after)
+    drift: RMS change of the latents of the sure words, in percent of their RMS; NaN without words
+    settings: settings of the sampling
     """
 
     concept: str
@@ -163,12 +163,12 @@ class VocabularyReport:
 
     @property
     def residue(self) -> float:
-        """Percent, lower is better; NaN when no word drew the concept."""
+        """Residue in percent, NaN when no word drew the concept; lower is better."""
         return 100 * len(self.still) / len(self.drew) if self.drew else float("nan")
 
     @property
     def kept(self) -> float:
-        """Percent, higher is better; NaN when no word surely drew another class."""
+        """Kept in percent, NaN when no word surely drew another class; higher is better."""
         return 100 * (1 - len(self.lost) / self.sure) if self.sure else float("nan")
 
     @property
@@ -186,13 +186,13 @@ class VocabularyReport:
         return {**counts, **metrics, "drift ↓": self.drift}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON holds them, and the metrics for whoever reads the file."""
+        """The fields and the metrics, for JSON."""
         fields = asdict(self)
         metrics = {"residue": self.residue, "kept": self.kept, "h_v": self.h_v}
         return {**fields, "metrics": rounded({**metrics, "drift": fields.pop("drift")})}
 
     def listing(self) -> str:
-        """The words that still draw the concept, and those that were lost."""
+        """The words that still draw the concept, and the words that were lost."""
         still = f"still draw {self.concept} ({len(self.still)} of {len(self.drew)} words): "
         lost = f"lost ({len(self.lost)} of {self.sure}): "
         changed = [f"{word} ({before} → {now})" for word, (before, now) in self.lost.items()]
@@ -212,10 +212,10 @@ def compare(
     after: DrawnWords,
     settings: Mapping[str, Any] | None = None,
 ) -> VocabularyReport:
-    """Report on the words.
+    """The report on two classifications.
 
-    before, after: results of `classify_words` by the original and by the erased model
-    settings: how the images were sampled, for the report
+    before, after: results of `classify_words` for the original and for the erased model
+    settings: settings of the sampling, for the report
     """
     classes = classifier.classes
     was, now = before.probabilities.argmax(-1), after.probabilities.argmax(-1)

@@ -1,6 +1,6 @@
-"""Fonts for plots: DejaVu Sans, and a font of this machine for the characters that it lacks.
+"""Fonts for plots: DejaVu Sans, and system fonts for the characters that it lacks.
 
-Characters that no font has are transcribed, so that a plot never shows empty boxes for a word.
+Characters that no font has are transcribed, so that a plot never shows empty boxes.
 """
 
 import re
@@ -17,7 +17,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 BASE = "DejaVu Sans"  # comes with matplotlib
-# Characters between any two of which a line may end: kana, Chinese, Hangul, full-width forms.
+# Characters before and after which a line may break: kana, Chinese, Hangul, full-width forms.
 WIDE = "\u3000-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 
 
@@ -25,13 +25,13 @@ WIDE = "\u3000-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003fff
 
 
 def drawable(path: str, characters: Iterable[str]) -> frozenset[str]:
-    """The characters that the font has an outline for; none if it cannot be read."""
+    """The characters that the font has an outline for; none if the font cannot be read."""
     try:
         font = FT2Font(path)
-        if not font.scalable:  # coloured bitmaps have one size only
+        if not font.scalable:  # bitmap fonts have one size only
             return frozenset()
         known = [c for c in characters if font.get_char_index(ord(c))]
-        # Fonts of coloured glyphs may have no outlines.
+        # Colour fonts may have no outlines.
         return frozenset(c for c in known if c.isspace() or any(font.load_char(ord(c)).bbox))
     except (OSError, RuntimeError):
         return frozenset()
@@ -39,9 +39,9 @@ def drawable(path: str, characters: Iterable[str]) -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def fonts_for(characters: frozenset[str]) -> dict[str, frozenset[str]]:
-    """Font file -> characters to draw with it: DejaVu Sans, then as few other fonts as it takes.
+    """Font file -> characters to draw with it: DejaVu Sans, then as few other fonts as possible.
 
-    Warns of characters that no font of this machine has.
+    Warns about characters that no font has.
     """
     base = str(findfont(BASE))
     found = {base: drawable(base, characters)}
@@ -60,15 +60,15 @@ def fonts_for(characters: frozenset[str]) -> dict[str, frozenset[str]]:
         missing -= found[best]
     if shown := [c for c in sorted(missing) if _transcription(c).strip()]:
         warnings.warn(
-            f"no font of this machine has {' '.join(shown)}: plots show names in their place until "
-            "one is installed, such as Noto Sans CJK or Noto Emoji",
+            f"no installed font has {' '.join(shown)}: plots show the names of the characters; "
+            "install a font such as Noto Sans CJK or Noto Emoji",
             stacklevel=2,
         )
     return found
 
 
 def _has_glyphs(path: str) -> bool:
-    """False for macOS's LastResort, which draws the same box for every character of a script."""
+    """False for LastResort of macOS, which has the same box for every character of a script."""
     return "LastResort" not in path
 
 
@@ -93,23 +93,23 @@ def _transcription(character: str) -> str:
 
 
 def renderable(texts: Sequence[str]) -> list[str]:
-    """The texts, with the sound, name or number of characters that no font of this machine has."""
+    """The texts, with a transcription of the characters that no font has."""
     characters = frozenset("".join(texts))
     missing = characters.difference(*fonts_for(characters).values())
     return ["".join(_transcription(c) if c in missing else c for c in text) for text in texts]
 
 
 def font_families(texts: Iterable[str]) -> list[str]:
-    """Names of the fonts for the texts, between which matplotlib falls back."""
+    """Names of the fonts for the texts, in the order of fallback for matplotlib."""
     _, *others = fonts_for(frozenset("".join(texts)))
     for path in others:
         if path not in {font.fname for font in fontManager.ttflist}:
-            fontManager.addfont(path)  # installed since matplotlib's list was made
+            fontManager.addfont(path)  # installed after matplotlib cached the list
     return [BASE, *(FontProperties(fname=path).get_name() for path in others)]
 
 
 def assign_fonts(figure: Figure) -> None:
-    """Gives the texts of a figure, which must be renderable, the fonts that they need."""
+    """Sets the fonts of all texts of a figure, which must be `renderable`."""
     texts = figure.findobj(Text)
     families = font_families(text.get_text() for text in texts)
     for text in texts:
@@ -117,7 +117,7 @@ def assign_fonts(figure: Figure) -> None:
 
 
 def width_of(texts: Iterable[str], size: float) -> Callable[[str], float]:
-    """Function from a line of the texts to its width in pixels.
+    """A function from a line of the texts to the width of the line in pixels.
 
     size: height of the font in pixels
     """
@@ -129,7 +129,7 @@ def width_of(texts: Iterable[str], size: float) -> Callable[[str], float]:
 def break_lines(
     text: str, width: float, width_of_line: Callable[[str], float], most: int = 3
 ) -> list[str]:
-    """Text in at most `most` lines of at most `width` pixels, the rest as an ellipsis."""
+    """The text in at most `most` lines of at most `width` pixels; the rest becomes an ellipsis."""
     lines: list[str] = []
     for gap, piece in _pieces(text):
         longer = f"{lines[-1]}{gap}{piece}" if lines else piece
@@ -147,7 +147,7 @@ def break_lines(
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Pieces that a line may be broken between: (space before it on the same line, piece)."""
+    """(space in front within a line, piece): the pieces between which a line may break."""
     for word in text.split():
         for k, piece in enumerate(re.findall(f"[{WIDE}]|[^{WIDE}]+", word)):
             yield "" if k else " ", piece

@@ -1,6 +1,6 @@
 """Plots of an erasure, as PIL images: before and after, loss, neighbourhood, scope report.
 
-matplotlib is imported where a plot is drawn: ComfyUI imports this file at every start.
+matplotlib is imported inside the functions, since ComfyUI imports this file at every start.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABEL_DPI = 64  # a power of two: a size in pixels is exact in inches
+LABEL_DPI = 64  # a power of two, so that a size in pixels is exact in inches
 ERASED, KEPT, PLAIN = "#c44e3b", "#3b7dc4", "#666666"
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image [3, height, width] in [0, 1]."""
+    """A PIL image of one image [3, height, width] in [0, 1]."""
     pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
@@ -39,13 +39,13 @@ def grid(
     column_names: Sequence[str] = (),
     size: int = 128,
 ) -> Image.Image:
-    """Images as labelled rows, for example before and after by prompt.
+    """A grid of images with labels, for example before and after an erasure by prompt.
 
     rows: images [3, h, w] in [0, 1]; None leaves a cell empty
-    row_names, column_names: labels, which are broken into lines or shortened where they are long
+    row_names, column_names: labels; long ones are broken into lines or shortened
     size: side of a cell in pixels
 
-    Raises ValueError when there are not as many names as rows or columns.
+    Raises ValueError when the number of names differs from that of rows or columns.
     """
     from .fonts import break_lines, renderable, width_of
 
@@ -80,7 +80,7 @@ def grid(
     for j, row in enumerate(rows):
         for k, image in enumerate(row):
             if image is not None:
-                # Enlarged drawings keep their pixels, photographs are reduced smoothly.
+                # Small images are enlarged without blur, large ones are reduced smoothly.
                 small = image.shape[-1] <= size
                 how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
                 cell = to_pil(image).resize((size, size), how)
@@ -89,7 +89,7 @@ def grid(
 
 
 def _figure(width: float, height: float, dpi: int = 110) -> "Figure":
-    """A figure of width x height inches; without pyplot, whose global state is not thread-safe."""
+    """A figure of width x height inches, without pyplot, which is not thread-safe."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
@@ -109,9 +109,9 @@ def _picture(figure: "Figure") -> Image.Image:
 def loss_curve(
     losses: Mapping[int, float], title: str = "Prediction-noise alignment"
 ) -> Image.Image:
-    """The loss of every step and its running mean; Eq. 8 on odd steps, Eq. 9 on even ones.
+    """The losses and their running means: Eq. 8 on odd steps, Eq. 9 on even steps.
 
-    losses: step, from 1, -> loss; of a resumed run, only the steps since then, if any
+    losses: step, from 1, -> loss
     """
     figure = _figure(7, 3.6)
     axes = figure.subplots()
@@ -137,9 +137,9 @@ def loss_curve(
 
 
 def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
-    """The points around the concepts (Eq. 3-4): distance and cosine of every draw to its e.
+    """The points around the concepts (Eq. 3-4): distance and cosine of every draw with e.
 
-    Distances are means over the span's rows; D1 and D2 are means over the prompts.
+    Distances are means over the rows of the span; D1 and D2 are means over the prompts.
     """
     radii, pairs = around.radii[CONTEXT], around.pairs.e[CONTEXT]
     figure = _figure(7, 4.2)
@@ -170,7 +170,7 @@ def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Im
 
 
 def words(plan: Plan, count: int = 48) -> Image.Image:
-    """The first `count` words in the rings and just outside, with their cosines."""
+    """The cosines of the first `count` words in the rings and just outside."""
     shown = plan.listed[:count]
     figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
     axes = figure.subplots()
@@ -189,7 +189,7 @@ def words(plan: Plan, count: int = 48) -> Image.Image:
 
 
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
-    """Labels rows with words; a dollar sign is no formula."""
+    """Labels the rows with words, in which a dollar sign does not start a formula."""
     from .fonts import renderable
 
     axes.set_yticks(range(len(names)), renderable(names), fontsize=8, parse_math=False)
@@ -198,9 +198,8 @@ def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
 def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image:
     """The largest effects of a scope report.
 
-    Bars show the share of the way from concept to anchor, dots how far the row moved in any
-    direction, diamonds how far the images of sampled words moved. Raises ValueError when the report
-    is empty.
+    Bars show `WordEffect.share_to_anchor`, dots `moved`, diamonds `image_moved` of sampled words.
+    Raises ValueError when the report is empty.
     """
     if not effects:
         raise ValueError("an empty scope report: give some words to report on")

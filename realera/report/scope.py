@@ -1,8 +1,8 @@
-"""The scope report: which words an erasure changes, before any image is drawn.
+"""The scope report: the words that an erasure changes, before any image is drawn.
 
-The report reads T alone. For the summary row x of a word's prompt, *moved* is |T x - x| / |x|, and
-*toward the anchor* is the share of e - e* that T takes from x. Both predict images moderately;
-coarse samples of the word before and after predict them better (`check_images`).
+The report reads T alone. For the summary row x of a prompt with the word, *moved* is
+|T x - x| / |x|, and *toward the anchor* is the share of e - e* that T takes from x. Both predict
+changes of images moderately; coarse samples before and after predict them better (`check_images`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +18,9 @@ from ..mining.pairs import first_summaries
 from ..mining.vocabulary import vocabulary_rows, word_rows
 from ..text.encoding import CONTEXT, TextEncoder
 
-ERASED = 0.5  # share of e - e* from which a word counts as erased
-# Distance of the images from which a word counts as erased: it separates words that draw another
-# class best, on the concepts that parameters are chosen on (`benchmarks/scope_vocabulary.py`).
+ERASED = 0.5  # smallest share of e - e* of an erased word
+# Smallest distance of the images of an erased word: the best threshold for words that draw another
+# class, on the concepts for which parameters are chosen (`benchmarks/scope_vocabulary.py`).
 IMAGE_ERASED = 0.65
 
 
@@ -28,13 +28,13 @@ IMAGE_ERASED = 0.65
 class WordEffect:
     """The effect of an erasure on one word or prompt.
 
-    concept: name of the concept that the word counts for
-    closeness: centred cosine of the word and the concept
-    moved: |T x - x| / |x| for the word's summary row x
+    concept: name of the concept that the word belongs to
+    closeness: centred cosine of the word with the concept
+    moved: |T x - x| / |x| for the summary row x
     share_to_anchor: share of e - e* that T takes from x, 1 for the concept itself
     prompt: the word in its template
-    image_moved: distance of the word's coarse samples before and after, in units of the distance
-        of the concept's and the anchor's; None where the word was not sampled
+    image_moved: distance of the coarse samples before and after, in units of the distance between
+        concept and anchor; None when the word was not sampled
     """
 
     word: str
@@ -47,15 +47,15 @@ class WordEffect:
 
     @property
     def erased(self) -> bool:
-        """Whether the word draws something else now, by its samples where there are any."""
+        """Whether the word is erased, by `image_moved` if sampled, else by `share_to_anchor`."""
         if self.image_moved is None:
             return self.share_to_anchor >= ERASED
         return self.image_moved >= IMAGE_ERASED
 
 
 def largest_first(effects: Iterable[WordEffect]) -> tuple[WordEffect, ...]:
-    """Effects on words that were sampled, by `image_moved`, then on the others, by `moved`, which
-    predicts images best without samples."""
+    """Sampled words by `image_moved`, then other words by `moved`, which predicts changes of images
+    best without samples."""
 
     def key(effect: WordEffect) -> tuple[bool, float]:
         image_moved = effect.image_moved
@@ -73,14 +73,14 @@ def scope(
     centres: Mapping[str, Tensor] | None = None,
     owners: Sequence[int] | None = None,
 ) -> tuple[WordEffect, ...]:
-    """Effects of T on words, `largest_first`.
+    """The effects of T on words, `largest_first`.
 
     words: words to report on; None: the whole vocabulary
-    template: template of the words, "{}" for whole prompts; None: each concept's first one
-    centres: template -> row that closeness is measured around, [dim]; None: the words' mean
-    owners: index of the concept that each word counts for; None: the nearest one
+    template: template of the words, "{}" for whole prompts; None: the first one of each concept
+    centres: template -> row that closeness is measured around, [dim]; None: the mean of the words
+    owners: index of the concept of each word; None: the nearest concept
 
-    Raises ValueError when the erasure was made for another encoder, or there is no word.
+    Raises ValueError when the erasure was made for another encoder, or when there is no word.
     """
     edit, listed = erasure.edits[CONTEXT], text.words() if words is None else list(words)
     if not listed:
@@ -89,7 +89,7 @@ def scope(
     if concept_rows.shape[1] != edit.dim:
         raise ValueError(
             f"the erasure was made for text embeddings of {edit.dim} numbers and this model has "
-            f"{concept_rows.shape[1]}: name a model of its family"
+            f"{concept_rows.shape[1]}: use a model of the same family"
         )
     templates = [template or concept.templates[0] for concept in concepts]
     numbers = torch.full((4, len(listed)), -torch.inf)  # closeness, moved, share, concept
@@ -121,10 +121,10 @@ def check_images(
     before: Callable[[Sequence[str]], Tensor],
     after: Callable[[Sequence[str]], Tensor],
 ) -> tuple[WordEffect, ...]:
-    """The report with `image_moved` of its first `count` words, `largest_first`.
+    """The report with `image_moved` of the first `count` words, `largest_first`.
 
-    before, after: functions from prompts to latents [prompts, ...] that the original and the erased
-        model sample from the same noise (`coarse_samples.coarse_samples`)
+    before, after: functions from prompts to latents [prompts, ...] of the original and of the
+        erased model, from the same noise (`coarse_samples.coarse_samples`)
     """
     checked = effects[:count]
     prompts = [effect.prompt for effect in checked]

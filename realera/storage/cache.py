@@ -38,7 +38,7 @@ def cached(
     from .safetensors_file import digest, open_tensors, write_if_possible
 
     if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no kind of cached file; they are {', '.join(KINDS)}")
+        raise ValueError(f"kind = {kind!r}: it must be one of {', '.join(KINDS)}")
 
     def made() -> "dict[str, Tensor]":
         return {key: tensor.cpu().contiguous() for key, tensor in make().items()}
@@ -51,19 +51,15 @@ def cached(
             file = open_tensors(path)
             tensors = {key: file.read(key) for key in file.entries}
         except (OSError, ValueError) as error:
-            warnings.warn(f"{path} cannot be used and is made anew: {error}", stacklevel=2)
+            warnings.warn(f"{path} cannot be used and is replaced: {error}", stacklevel=2)
         else:
             with suppress(OSError):  # a file of another user, or on a read-only disk
                 os.utime(path)
             return tensors
     tensors = made()
     if not path.is_symlink():  # its target may lie outside of the cache
-        write_if_possible(
-            path,
-            tensors,
-            {},
-            "this is computed anew each time. REALERA_CACHE names another folder",
-        )
+        without = "this is computed anew each time; REALERA_CACHE names another folder"
+        write_if_possible(path, tensors, {}, without)
         _make_room(path)
     return tensors
 

@@ -23,30 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BITS = {  # bits per number of every data type of the format
-    "F64": 64,
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F8_E8M0": 8,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-    "C64": 64,
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U64": 64,
-    "U32": 32,
-    "U16": 16,
-    "U8": 8,
-    "BOOL": 8,
-}
 DTYPES: dict[str, torch.dtype] = {  # data types that can be read; the others are only copied
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,6 +39,9 @@ DTYPES: dict[str, torch.dtype] = {  # data types that can be read; the others ar
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+COPIED = {"C64": 64, "U64": 64, "U32": 32, "U16": 16}
+COPIED |= {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | COPIED  # per number
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 GGUF = (
     "is quantised in blocks (GGUF), which cannot be rewritten exactly: erase from the safetensors "
@@ -135,7 +114,7 @@ class TensorFile:
             file.seek(self.start + entry.begin)
             count = file.readinto(data)
         if count != len(data):
-            raise ValueError(f"{self.path} ended while {key!r} was read: it changed meanwhile")
+            raise ValueError(f"{self.path} ended while {key!r} was read: the file was changed")
         if not data:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
@@ -179,7 +158,7 @@ def open_tensors(path: str | os.PathLike[str], max_header: int = MAX_HEADER) -> 
         if entry.begin != position:
             raise ValueError(
                 f"{path} has a corrupt safetensors header: {key!r} begins at byte {entry.begin} "
-                f"of the data and {position} was due"
+                f"of the data instead of {position}"
             )
         position = entry.end
     if 8 + length + position != size:
@@ -318,8 +297,8 @@ def refuse_pickle_name(destination: str | os.PathLike[str]) -> None:
     path = Path(destination)
     if path.suffix.lower() in PICKLES:
         raise ValueError(
-            f"{path}: every program would take it for a pickle; name it {path.stem}.safetensors, "
-            "which is what is written"
+            f"{path} has the ending of a pickle, and a safetensors file is written: name it "
+            f"{path.stem}.safetensors"
         )
 
 
@@ -356,7 +335,7 @@ def refuse_source(destination: str | os.PathLike[str], *sources: str | os.PathLi
         same = target.exists() and path.exists() and target.samefile(path)
         if same or path in target.parents or target in path.parents:
             raise ValueError(
-                f"{destination} is the source {source}, or one lies in the other: choose another "
+                f"{destination} is the source {source}, or one is inside the other: choose another "
                 "destination"
             )
 
@@ -374,8 +353,8 @@ def output_file_path(destination: str | os.PathLike[str], overwrite: bool = Fals
         raise FileExistsError(f"{destination} is a folder: name a file")
     if os.path.lexists(path) and not path.is_file():
         raise FileExistsError(
-            f"{destination} is no regular file but a device, pipe, socket or circular link, which "
-            "is never replaced: name a file"
+            f"{destination} is a device, pipe, socket or circular link, which is never replaced: "
+            "name a file"
         )
     if path.exists() and not overwrite:
         raise FileExistsError(
