@@ -170,7 +170,7 @@ def test_a_full_disk_under_what_was_drawn_is_a_warning(tiny_model, tmp_path, fol
     monkeypatch.setattr(vocabulary, "SAVED", 1)
     classifier = miniature_classifier()
     once = Sampling(steps=1)
-    with files_of_at_most(100), pytest.warns(UserWarning, match=r"state.* it starts afresh"):
+    with files_of_at_most(100), pytest.warns(UserWarning, match=r"state.* starts anew"):
         drawn = classify_words(
             tiny_model, ["dog", "ship"], classifier, once, state=tmp_path / "state"
         )

@@ -30,7 +30,7 @@ TRANSFORMERS = dict(
     )
 )
 LAYOUTS = ("single", "diffusers")
-GUIDANCE = 7.5  # of families whose file names none
+GUIDANCE = 7.5  # default guidance scale of a family
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Task:
         return (self.concept, *self.others)
 
 
-# CIFAR-10 class -> synonyms, as MACE has them, whose setup the paper follows
+# CIFAR-10 class -> synonyms, from MACE, as in the paper
 CIFAR10: dict[str, tuple[str, ...]] = {
     "airplane": ("aircraft", "plane", "jet"),
     "automobile": ("car", "vehicle", "motorcar"),

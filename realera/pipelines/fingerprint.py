@@ -1,4 +1,4 @@
-"""Hashes of models, worked out again only where a weight changed."""
+"""Hashes of models, computed again only after a weight has changed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,23 +7,23 @@ from torch import Tensor, nn
 
 from ..storage.safetensors_file import digest
 
-SAMPLES = 64  # numbers of each tensor that are looked at
-# What a configuration says of the file and the program, not of the model.
+SAMPLES = 64  # numbers of each tensor that are compared
+# Entries of a configuration that do not change a model's output.
 INCIDENTAL = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class Fingerprint:
-    """Hash of modules, kept until their weights change.
+    """A cached hash of modules, computed again after their weights have changed.
 
-    To hash an encoder takes 0.4 s (SD 1.x) to 15 s (T5-XXL). A change shows in a tensor's version
-    or in SAMPLES of its numbers: peft's `fuse_lora` adds to `.data`, which leaves the version.
+    Hashing an encoder takes 0.4 s (SD 1.x) to 15 s (T5-XXL). A change is detected by the version of
+    a tensor or by SAMPLES of its numbers: `fuse_lora` of peft changes `.data`, not the version.
     """
 
     def __init__(self) -> None:
         self._seen = self._digest = ""
 
     def of(self, modules: Sequence[nn.Module], *others: object) -> str:
-        """Hash of the modules' weights and of `others`, which `digest` can read."""
+        """Hash of the weights of the modules and of `others`, arguments of `digest`."""
         states = [dict(sorted(module.state_dict().items())) for module in modules]
         seen = digest(others, [_sampled(tensor) for state in states for tensor in state.values()])
         if seen != self._seen:
@@ -37,6 +37,6 @@ def _sampled(tensor: Tensor) -> list[object]:
 
 
 def described(config: Mapping[str, Any]) -> dict[str, str]:
-    """The entries of a diffusers or transformers configuration that decide a model's output."""
+    """The entries of a diffusers or transformers configuration that determine a model's output."""
     entries = sorted(config.items())
     return {k: str(v) for k, v in entries if not k.startswith("_") and k not in INCIDENTAL}

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from ..text.encoding import Encoding, TextEncoder
 
-LATENT_AREA = 4 * 64**2  # pixels of the latents computed at once: four of SD 1.x, one of SDXL
+LATENT_AREA = 4 * 64**2  # pixels of latents per pass: four of SD 1.x, one of SDXL
 
 
 def latents_at_once(height: int, width: int) -> int:
-    """Number of latents [height, width] that a network or a VAE is given at once."""
+    """Number of latents [height, width] per pass of a network or a VAE."""
     return max(1, LATENT_AREA // (height * width))
 
 
@@ -20,17 +20,17 @@ class Diffusion(Protocol):
 
     @property
     def text(self) -> TextEncoder:
-        """The encoder of its prompts."""
+        """The text encoders."""
 
     @property
     def network(self) -> nn.Module:
-        """The module whose layers `edit.text_layers.text_layers` finds."""
+        """The module with the layers that read the text (`edit.text_layers.text_layers`)."""
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the network's weights and configuration and of the forward process.
+        """Hash of the weights and configuration of the network and of the forward process.
 
-        None when not all of what decides a drawing has a hash; nothing is cached then.
+        None when something that determines an image has no hash; nothing is cached then.
         """
 
     @property
@@ -38,22 +38,23 @@ class Diffusion(Protocol):
         """Channels, height and width of one latent, as `sample` draws it."""
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random times of the forward process, [count], drawn as the model was trained."""
+        """Random times of the forward process, [count], as in the training of the model."""
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """z_t of the forward process: float32 [n, channels, h, w]."""
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
-        """The network's own prediction (epsilon, v or a flow's velocity), float32 [n, c, h, w]."""
+        """The prediction of the network (epsilon, v or velocity), float32 [n, c, h, w]."""
 
     def sample(
         self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         """One latent per prompt by deterministic DDIM or Euler, float32 [n, c, h, w].
 
-        negative: encoding of as many prompts, or of one for all
-        noise: where sampling starts, [n, c, h, w] of standard normal numbers
-        steps: number of steps; guidance: classifier-free guidance scale, 1 for none
+        negative: encoding of as many negative prompts, or of one for all
+        noise: standard normal noise, [n, c, h, w]
+        steps: number of steps
+        guidance: classifier-free guidance scale, 1 for none
         """
 
     def decode(self, latents: Tensor) -> Tensor:

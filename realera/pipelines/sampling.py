@@ -1,4 +1,4 @@
-"""How latents are sampled: steps, guidance, noise and batch size, in one place for every caller."""
+"""Sampling of latents: steps, guidance, noise and batch size, for every caller."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ..settings import POSITIVE_COUNT, SEED, Range, check_fields, option
 from ..text.encoding import Encoding
 from .interface import Diffusion, latents_at_once
 
-BATCH = 64  # latents per batch at most, and prompts encoded at once
+BATCH = 64  # most latents per batch, and prompts encoded at once
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Sampling:
     """Deterministic sampling by DDIM, or by Euler for flow-matching models.
 
     steps: number of passes over the noise schedule
-    guidance: classifier-free guidance scale; None: the default of the model's family
+    guidance: classifier-free guidance scale; None: the default of the family
     seed: seed of the initial noise
-    one_noise: whether all images start from the same noise; otherwise each has noise of its own
+    one_noise: whether all images start from the same noise
 
     Raises ValueError for a value of another type or out of its range.
     """
@@ -35,11 +35,11 @@ class Sampling:
         check_fields(self)
 
     def guidance_for(self, network: nn.Module) -> float:
-        """The guidance scale, or the default of the network's family where none was given."""
+        """The guidance scale; for None, the default of the family of the network."""
         return guidance_of(network) if self.guidance is None else self.guidance
 
     def settings_for(self, network: nn.Module) -> dict[str, float]:
-        """Steps, guidance and seed, as a report states them."""
+        """Steps, guidance and seed, for a report."""
         guidance = self.guidance_for(network)
         return {"seed": self.seed, "steps": self.steps, "guidance": guidance}
 
@@ -47,10 +47,11 @@ class Sampling:
 def sample(
     model: Diffusion, parts: Iterable[tuple[Encoding, Tensor]], sampling: Sampling
 ) -> Iterator[Tensor]:
-    """Batches of latents, float32 [n, channels, height, width]; image k has the same noise
-    whatever the model and the batch size.
+    """Batches of latents, float32 [n, channels, height, width].
 
-    parts: encoded prompts, and int64 [images], the prompt of each image
+    The noise of image k does not depend on the model or the batch size.
+
+    parts: pairs of encoded prompts and the index of the prompt of each image, int64 [images]
     """
     shape, guidance = model.latent_shape, sampling.guidance_for(model.network)
     batch = min(BATCH, latents_at_once(*shape[1:]))
@@ -69,10 +70,7 @@ def sample(
 def sample_prompts(
     model: Diffusion, prompts: Sequence[str], sampling: Sampling, images: int = 1
 ) -> Iterator[Tensor]:
-    """Batches of latents of `images` images per prompt, in the order of the prompts, as `sample`.
-
-    Prompts are encoded a few at a time: lists of prompts may be long.
-    """
+    """As `sample`, for `images` images per prompt, encoded BATCH prompts at a time."""
 
     def parts() -> Iterator[tuple[Encoding, Tensor]]:
         for start in range(0, len(prompts), BATCH):

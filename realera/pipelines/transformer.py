@@ -1,7 +1,7 @@
 """diffusers pipelines with a transformer behind the interfaces `TextEncoder` and `Diffusion`.
 
-Every family's own pipeline knows how to encode prompts, pack latents and call its network. It is
-run for one step, with a scheduler that sets our times and returns the network's prediction.
+The pipeline of each family encodes prompts, packs latents and calls the network. For a prediction
+the pipeline runs one step, with a scheduler that sets the times and returns the prediction.
 """
 
 import inspect
@@ -32,8 +32,8 @@ from ..text.token_alignment import prompt_summaries, row_weights, unit
 from .fingerprint import Fingerprint, described
 from .interface import latents_at_once
 
-DEFAULT_SIDE = 128  # of a latent whose pipeline does not say: images of 1,024 pixels
-EMBEDDED_GUIDANCE = 3.5  # guidance scale that networks such as FLUX.1 dev take as an input
+DEFAULT_SIDE = 128  # default side of a latent: images of 1,024 pixels
+EMBEDDED_GUIDANCE = 3.5  # guidance scale for networks that read it as an input (FLUX.1 dev)
 
 
 class TransformerText:
@@ -50,7 +50,7 @@ class TransformerText:
 
     @cached_property
     def parts(self) -> Sequence[EncoderPart]:
-        """One per tokenizer whose rows make the context; without those of missing encoders."""
+        """One part per tokenizer of the context, without those of missing encoders."""
         parts, first = [], 0
         *_, last = self.spec["tokenizers"]
         for name, spec in self.spec["tokenizers"].items():
@@ -82,7 +82,7 @@ class TransformerText:
         )
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        # Encoded without padding, which takes an eighth of the time for words.
+        # Without padding, words take an eighth of the time.
         rows, last = [], self.parts[-1]
         for i in range(0, len(prompts), BATCH):
             batch = prompts[i : i + BATCH]
@@ -95,7 +95,7 @@ class TransformerText:
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], length: int | None = None) -> Encoding:
-        """length: number of rows of the last encoder, the family's default unless given"""
+        """length: number of rows of the last encoder; default: that of the family"""
         parameters = inspect.signature(self.pipeline.encode_prompt).parameters
         options: dict[str, Any] = {}
         for name in parameters:
@@ -127,9 +127,9 @@ class TransformerText:
 
 
 def _tokenize(tokenizer: Any, template: str, cut: int) -> Callable[[Sequence[str]], Any]:
-    """`EncoderPart.tokenize` of a family that puts prompts in a template.
+    """`EncoderPart.tokenize` for prompts in a template.
 
-    cut: number of tokens at the start of the filled template that the encoder's output lacks
+    cut: number of tokens at the start of the filled template that the encoding lacks
     """
 
     def tokenize(prompts: Sequence[str]) -> list[list[int]]:
@@ -140,7 +140,7 @@ def _tokenize(tokenizer: Any, template: str, cut: int) -> Callable[[Sequence[str
 
 
 class _OneStep(FlowMatchEulerDiscreteScheduler):
-    """One step at the times `at`, [n], whose result is the network's prediction."""
+    """A scheduler with one step at the times `at`, [n], that returns the prediction."""
 
     at: Tensor
 
@@ -162,10 +162,10 @@ class TransformerModel:
     """A diffusers pipeline with a flow-matching transformer as a `Diffusion` model.
 
     Times are sigmas: z_t = (1 - σ) z + σ noise, and the prediction is noise - z. Device and dtype
-    are the pipeline's.
+    are those of the pipeline.
 
     pipeline: diffusers pipeline with a transformer
-    text: encoder of its prompts, the pipeline's own unless given
+    text: text encoders; default: those of the pipeline
 
     Raises ValueError when the pipeline is of no family in `families/`.
     """
@@ -201,9 +201,9 @@ class TransformerModel:
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
         device = self.network.device
         latents = latents.to(device, self.network.dtype)
-        # In float32: half types round 1000 σ to steps of 4, and each pipeline casts as it needs.
+        # float32, since half types round 1000 σ to steps of 4; pipelines cast as needed.
         times = times.to(device).expand(len(latents))
-        # Prompts of equal length go together, so that no family's mask is needed.
+        # Prompts of equal length are predicted together, so that no mask is needed.
         parts, order = [], []
         for prompts in alike(encoding):
             index = prompts.to(device)
@@ -238,9 +238,9 @@ class TransformerModel:
         return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1] of latents that the VAE is given at once."""
+        """Images in [-1, 1] from one pass of the VAE."""
         config, vae = self.vae.config, self.vae
-        if config.get("latents_mean"):  # Qwen-Image's VAE of videos normalises each channel
+        if config.get("latents_mean"):  # the video VAE of Qwen-Image normalises each channel
             mean, std = (
                 torch.tensor(config[name]).to(latents)[:, None, None]
                 for name in ("latents_mean", "latents_std")
@@ -250,7 +250,7 @@ class TransformerModel:
         return vae.decode(latents / config.scaling_factor + shift).sample
 
     def _shifted(self, sigmas: Tensor) -> Tensor:
-        """Sigmas on the family's schedule, which has more high sigmas for larger images."""
+        """Sigmas on the schedule of the family, with more high sigmas for larger images."""
         config = self.scheduler.config
         shift = float(config.get("shift") or 1.0)
         if config.get("use_dynamic_shifting"):
@@ -278,12 +278,12 @@ class TransformerModel:
         elif "true_cfg_scale" in inspect.signature(call).parameters:
             options["true_cfg_scale"] = 1.0
         else:
-            options["guidance_scale"] = 0.0  # every pipeline takes that for off
+            options["guidance_scale"] = 0.0  # off, in every pipeline
         packs, scale = hasattr(pipeline, "_pack_latents"), pipeline.vae_scale_factor
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
         with self._one_step(times):
-            # Unwrapped, since pipelines run without gradients.
+            # Unwrapped, since `__call__` disables gradients.
             out = inspect.unwrap(call)(
                 pipeline,
                 latents=latents,
@@ -300,7 +300,7 @@ class TransformerModel:
 
     @contextmanager
     def _one_step(self, times: Tensor) -> Iterator[None]:
-        """The pipeline makes one step at these times."""
+        """Context in which the pipeline makes one step at these times."""
         scheduler = _OneStep.from_config(self.scheduler.config)
         scheduler.at = times * scheduler.config.num_train_timesteps
         try:

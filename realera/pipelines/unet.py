@@ -16,9 +16,9 @@ from .interface import latents_at_once
 
 
 class DiffusersText:
-    """The CLIP encoders of a diffusers pipeline, side by side in the context where there are two.
+    """The CLIP encoders of a diffusers pipeline; rows of two encoders are concatenated.
 
-    tokenizers, encoders: tokenizers and text encoders of transformers, one or two each
+    tokenizers, encoders: one or two tokenizers and text encoders of transformers
     """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[Any]):
@@ -44,7 +44,7 @@ class DiffusersText:
         return self._fingerprint.of(self.encoders, *parts)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        # verbose=False: no warning about the length, which the caller checks
+        # verbose=False: no warning about long prompts, which the caller refuses
         return self.tokenizers[0](list(prompts), verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
@@ -87,7 +87,7 @@ class DiffusersText:
         ]
         if len(outputs) == 1:
             return Encoding({CONTEXT: outputs[0].last_hidden_state.float()})
-        # SDXL reads the last layer but one of both encoders, without the final norm.
+        # SDXL reads the penultimate layer of both encoders, without the final norm.
         context = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
         return Encoding({CONTEXT: context, POOLED: outputs[-1].text_embeds.float()[:, None]})
 
@@ -95,7 +95,7 @@ class DiffusersText:
 class DiffusersModel:
     """A diffusers Stable Diffusion pipeline (1.x, 2.x, XL, inpainting) as a `Diffusion` model.
 
-    Device and dtype are the pipeline's. Raises ValueError when it has no U-Net.
+    Device and dtype are those of the pipeline. Raises ValueError when it has no U-Net.
     """
 
     def __init__(self, pipeline: Any):
@@ -104,7 +104,7 @@ class DiffusersModel:
                 f"{type(pipeline).__name__} has no U-Net: RealEra works on pipelines of the "
                 "Stable Diffusion 1.x, 2.x and SDXL families"
             )
-        from diffusers import DDIMScheduler  # seconds to import, and ComfyUI's side needs none
+        from diffusers import DDIMScheduler  # slow to import, and not needed in ComfyUI
 
         text_layers(pipeline.unet)  # raises where no layer reads a context
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
@@ -114,7 +114,7 @@ class DiffusersModel:
             [getattr(pipeline, "tokenizer" + n) for n in names],
             [getattr(pipeline, "text_encoder" + n) for n in names],
         )
-        # DDIM's own defaults are for pixels: they would clip latents and end at alpha = 1.
+        # The defaults of DDIM are for pixels: they would clip latents and end at alpha = 1.
         self.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
         )
@@ -149,7 +149,7 @@ class DiffusersModel:
             }
         extra = self.network.config.in_channels - latents.shape[1]
         if extra:
-            # Inpainting reads a mask (1: paint here) and the latent of the rest: paint everything.
+            # Inpainting reads a mask (1: to paint) and a masked latent: paint everything.
             mask = torch.ones_like(latents[:, :1])
             rest = torch.zeros_like(latents[:, :1]).expand(-1, extra - 1, -1, -1)
             latents = torch.cat([latents, mask, rest], dim=1)

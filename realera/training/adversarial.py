@@ -1,10 +1,9 @@
-"""Contexts that bring a concept back under the student, found by gradient between the steps.
+"""Adversarial training against contexts that bring a concept back (beyond the paper).
 
-Beyond the paper: Eq. 8-9 align what prompts draw, and an attacker who holds the weights may use
-rows that no prompt has. While the LoRA is trained, contexts that start as the concepts' prompts are
-optimised until the student predicts by them what the teacher predicts by the concept's prompt, on
-noised images of the concept. Every step aligns them to the anchor, while preserved prompts keep
-their prediction.
+Eq. 8-9 align prompts, but an attacker with the weights can use rows that no prompt has. During
+training, contexts that start as concept prompts are optimised until the prediction of the student
+for them equals that of the teacher for the concept prompt, on noised images of the concept. Every
+step aligns these contexts to the anchor and preserves the prediction for other prompts.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -24,11 +23,11 @@ from .student_teacher import StudentTeacher
 
 PGD_STEPS = 2  # steps of the adversary between two steps of the LoRA
 RESTARTED = 0.04  # share of the contexts that restart before a step
-STEP_SIZE = 0.1  # of Adam, in units of the mean absolute entry of the prompts' rows
+STEP_SIZE = 0.1  # step size of Adam, in units of the mean absolute entry of the prompts' rows
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
-SCORED, TIMES = (0.3, 0.6, 0.8, 0.95), 64  # words are scored at these quantiles of random times
-MIN_SCORE = 0.25  # concept score from which on a word brings its concept back
-PROMPTS, MEMORY = 1024, 2**28  # the most prompts that are scored or preserved; bytes of their rows
+SCORED, TIMES = (0.3, 0.6, 0.8, 0.95), 64  # quantiles of random times at which words are scored
+MIN_SCORE = 0.25  # smallest concept score of a word that brings its concept back
+PROMPTS, MEMORY = 1024, 2**28  # most prompts that are scored or preserved; bytes of their rows
 PRESERVED_WEIGHT = 3.0  # weight of preserved prompts in the loss; contexts have 1
 
 
@@ -36,8 +35,8 @@ PRESERVED_WEIGHT = 3.0  # weight of preserved prompts in the loss; contexts have
 class Contexts:
     """Contexts that are being optimised, and the moments of Adam.
 
-    pair: index of the pair whose prompt each started as, int64 [contexts]
-    age: steps since the start, int64 [contexts]
+    pair: index of the pair with the prompt that each context started from, int64 [contexts]
+    age: number of steps since the start, int64 [contexts]
     rows: the contexts, float32 [contexts, tokens, dim]
     mean, square: first and second moments of the gradient, as `rows`
     """
@@ -49,7 +48,7 @@ class Contexts:
     square: Tensor
 
     def encoding(self, pairs: Pairs, index: Tensor) -> Encoding:
-        """Contexts of int64 `index` [n], with the other streams of the prompts they started as."""
+        """The contexts at int64 `index` [n], with the other streams of their first prompts."""
         prompts = pairs.e.take(self.pair[index])
         return replace(prompts, streams={**prompts, CONTEXT: self.rows[index.to(self.rows.device)]})
 
@@ -59,13 +58,13 @@ class Contexts:
         for field in fields(self):
             before, after = getattr(self, field.name), getattr(new, field.name)
             mask = which.to(after.device).view(-1, *[1] * (after.ndim - 1))
-            # A state that was loaded lies on the CPU, whatever the device of the prompts.
+            # A loaded state is on the CPU, whatever the device of the prompts.
             restarted[field.name] = torch.where(mask, after, before.to(after.device))
         return Contexts(**restarted)
 
     def adam_step(self, gradient: Tensor, step_size: float) -> "Contexts":
-        """One step of Adam down the gradient. Every context has its own number of steps, so
-        torch.optim.Adam, which has one a tensor, does not serve."""
+        """One step of Adam. The number of steps differs between contexts, whereas torch.optim.Adam
+        has one per tensor."""
         age, (beta1, beta2) = self.age + 1, BETAS
         steps = age.to(gradient)[:, None, None]
         mean = torch.lerp(gradient, self.mean, beta1)
@@ -89,16 +88,16 @@ def adversarial_terms(
     training: Training,
     step: int,
 ) -> tuple[Contexts, list[LossTerm]]:
-    """The contexts after PGD_STEPS more steps, and the terms that they add to the loss.
+    """The contexts after PGD_STEPS more steps, and their terms of the loss.
 
-    contexts: result of the step before, None at the first
-    step: number of the step, from 1; its draws leave those of Eq. 8-9 as they are
+    contexts: result of the previous step, None at the first step
+    step: number of the step, from 1; the draws do not change those of Eq. 8-9
     """
     adversarial, pairs = inputs.adversarial, inputs.neighbourhood.pairs
     if adversarial is None:
         raise ValueError(
             f"adversarial = {training.adversarial}: the inputs have no adversarial part; make them "
-            "by algorithm.training_inputs with the same training"
+            "with algorithm.training_inputs and the same training"
         )
     generator = torch.Generator().manual_seed(-training.seed * 1_000_003 - step)
     contexts = pgd_step(networks, pairs, adversarial, contexts, training, generator)
@@ -116,7 +115,7 @@ def pgd_step(
     training: Training,
     generator: torch.Generator,
 ) -> Contexts:
-    """Restarts some contexts and brings all nearer to their concepts under the student."""
+    """Restarts some contexts, and optimises all contexts to bring back their concepts."""
     count = training.adversarial
     pair = torch.randint(len(pairs.prompts), (count,), generator=generator)
     which = torch.rand(count, generator=generator) < RESTARTED
@@ -182,8 +181,8 @@ def preserved_terms(
 def adversarial_inputs(
     text: TextEncoder, neighbourhood: Neighbourhood, images: Tensor, seed: int
 ) -> AdversarialInputs:
-    """Encodes what adversarial training reads: the plan's words outside all neighbourhoods, and as
-    preserved prompts the empty one, those of the plan and part of the bank.
+    """Encodes the inputs of adversarial training: words of the plan outside all neighbourhoods, and
+    preserved prompts, which are the empty prompt, those of the plan and some of the bank.
 
     images: latents, as in `AdversarialInputs`
     """
@@ -211,7 +210,7 @@ def adversarial_inputs(
 def filter_words(
     networks: StudentTeacher, inputs: TrainingInputs, training: Training
 ) -> TrainingInputs:
-    """The inputs with those of the words preserved as well that do not bring their concept back."""
+    """The inputs, in which words that do not bring their concept back are preserved as well."""
     adversarial, pairs = inputs.adversarial, inputs.neighbourhood.pairs
     if adversarial is None or not adversarial.words.prompts:
         return inputs
@@ -227,11 +226,13 @@ def filter_words(
 def concept_score(
     model: Diffusion, pairs: Pairs, adversarial: AdversarialInputs, index: Tensor, seed: int
 ) -> Tensor:
-    """How far the prediction by a word goes from the empty prompt's to its concept's: about 0 to 1.
+    """The mean over SCORED of ⟨ε_w - ε_0, ε_c - ε_0⟩ / |ε_c - ε_0|², [n].
 
-    index: indices of words, int64 [n]; the same seed gives the same noise
+    ε_w, ε_c and ε_0 are predictions for a word, for its concept and for the empty prompt, so that
+    scores range from about 0 to 1.
 
-    Returns the mean over SCORED of ⟨ε_w - ε_0, ε_c - ε_0⟩ / |ε_c - ε_0|², [n].
+    index: indices of words, int64 [n]
+    seed: seed of the noise
     """
     generator, words = torch.Generator().manual_seed(seed), adversarial.words.take(index)
     pair, place = adversarial.pair[index].unique(return_inverse=True)

@@ -1,4 +1,4 @@
-"""Images of the anchors, which Eq. 8 is trained on: drawn once by the original model."""
+"""Images of the anchors for Eq. 8, drawn once by the original model."""
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ def draw_anchors(
     sampling: Sampling = Sampling(),
     concepts: bool = False,
 ) -> Tensor:
-    """Latents of `count` images of every concept's anchor by the original model (z of Eq. 8).
+    """Latents of `count` images of each anchor by the original model (z of Eq. 8), cached.
 
-    concepts: whether the concepts themselves are drawn, for adversarial training
+    concepts: whether to draw the concepts instead of the anchors, for adversarial training
 
-    Returns float32 [concepts, count, channels, height, width], read back from the cache where they
-    were drawn before from the same inputs. Raises FloatingPointError when one is not finite.
+    Returns float32 [concepts, count, channels, height, width]. Raises FloatingPointError when a
+    latent is not finite.
     """
     encoding, prompts = pairs.anchor, pairs.anchor_prompts
     if concepts:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of any network of blocks, and when memory asks for it."""
+"""Gradient checkpointing for networks of blocks, and the memory that a step needs without it."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ from .in_place import differentiable
 from .objective import LossTerm
 from .student_teacher import StudentTeacher
 
-# A residual or attention block of a U-Net, and a transformer's, as diffusers and ComfyUI name them.
+# Residual and attention blocks of a U-Net, and transformer blocks, in diffusers and ComfyUI.
 UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
 TRANSFORMER_BLOCK = r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
 ROOM = 1.1  # peak of a step / saved activations; 1.01 to 1.04 in `benchmarks/results/memory.md`
@@ -26,7 +26,7 @@ ROOM = 1.1  # peak of a step / saved activations; 1.01 to 1.04 in `benchmarks/re
 def needs_checkpointing(networks: StudentTeacher, term: LossTerm) -> bool:
     """Whether the free memory is too small for the activations of the term, with a warning if so.
 
-    False where the device does not tell its free memory, as a CPU.
+    False on a device that does not report its free memory, such as a CPU.
     """
     device = term.z_t.device
     free = free_bytes(device)
@@ -44,7 +44,7 @@ def needs_checkpointing(networks: StudentTeacher, term: LossTerm) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that tensors can still take on an accelerator; None where it does not tell."""
+    """Free bytes for tensors on an accelerator; None if the device does not report them."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     module: Any = getattr(torch, device.type, None)
@@ -55,9 +55,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def activation_bytes(networks: StudentTeacher, term: LossTerm) -> int:
-    """Bytes that autograd saves in the student's pass of the term, beside the network's tensors.
+    """Bytes that autograd saves in the student pass of the term, without the network's tensors.
 
-    They are counted and dropped, so that the pass takes no more memory than one without gradients.
+    Saved tensors are counted and dropped, so that the pass needs no more memory than one without
+    gradients.
     """
     network = networks.model.network
     tensors = (*network.parameters(), *network.buffers())
@@ -75,27 +76,27 @@ def activation_bytes(networks: StudentTeacher, term: LossTerm) -> int:
 
 @contextmanager
 def checkpointed(network: nn.Module) -> Iterator[None]:
-    """Every block saves its inputs alone, and runs again when its gradients are computed."""
+    """Context in which a block saves only its inputs, and runs again to compute gradients."""
 
     def twice(forward: Callable[..., Tensor], in_transformer: bool) -> Callable[..., Tensor]:
         def run(*inputs: Any, **options: Any) -> Tensor:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **options)
-            # ComfyUI writes where it is in the network into a dict that all blocks share.
+            # ComfyUI writes the current block into a dict that all blocks share.
             arguments = [
                 dict(x) if isinstance(x, dict) else x for x in (*inputs, *options.values())
             ]
 
             def once(*arguments: Any) -> Tensor:
-                # A transformer's trained layers lie in front of all blocks, so the blocks' inputs
-                # have gradients, and some blocks write into them.
+                # The trained layers of a transformer are in front of all blocks, so that inputs
+                # of blocks have gradients, and some blocks write into their inputs.
                 if in_transformer:
                     arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
                 named = dict(zip(options, arguments[len(inputs) :], strict=True))
                 with differentiable() if in_transformer else nullcontext():
                     return forward(*arguments[: len(inputs)], **named)
 
-            # Reentrant, a block that writes into its inputs is run again as autograd runs it.
+            # A block that writes into its inputs needs the reentrant version.
             return checkpoint(
                 once, *arguments, use_reentrant=in_transformer, preserve_rng_state=False
             )

@@ -15,7 +15,7 @@ _IN_PLACE = r"(add|sub|mul|div|addcmul|addcdiv|lerp)_|__setitem__"
 
 
 class _CopyBeforeWriting(TorchFunctionMode):
-    """A tensor gets new memory before it is written into; what autograd saved of it stays."""
+    """Copies a tensor before an operation writes into it, so that saved tensors stay valid."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -30,9 +30,9 @@ class _CopyBeforeWriting(TorchFunctionMode):
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """For networks whose blocks add to their inputs in place: `txt += ...`.
+    """Context for networks with blocks that write into their inputs in place: `txt += ...`.
 
-    Autograd refuses that where it has saved what is written into, and checkpoints do not notice.
+    Autograd refuses to write into a tensor that it has saved, and checkpointing does not notice.
     """
     if not torch.is_grad_enabled():
         yield
@@ -42,6 +42,5 @@ def differentiable() -> Iterator[None]:
 
 
 def _detached(saved: Tensor) -> Tensor:
-    """The same numbers in the memory that they were saved in, and without the version check that
-    refuses a tensor that was written into."""
+    """The saved tensor without the version check that refuses a tensor that was written into."""
     return saved.detach()

@@ -1,4 +1,4 @@
-"""What the LoRA is trained on."""
+"""The inputs of the alignment."""
 
 from dataclasses import dataclass, replace
 
@@ -12,14 +12,14 @@ from ..text.encoding import Encoding
 
 @dataclass(frozen=True)
 class AdversarialInputs:
-    """What adversarial training reads beside `TrainingInputs`.
+    """Further inputs of adversarial training.
 
-    images: latents of images of the concepts, [concepts, images, channels, height, width], drawn by
-        the original model (`anchor_latents.draw_anchors`)
-    words: prompts outside the neighbourhood; `adversarial.filter_words` adds to `preserved` those
-        that do not bring their concept back
-    pair: index of the pair whose concept each of `words` is nearest to, int64 [words]
-    preserved: prompts that keep their prediction, the empty prompt first
+    images: latents of concept images, [concepts, images, channels, height, width], drawn by the
+        original model (`anchor_latents.draw_anchors`)
+    words: prompts outside the neighbourhood; `adversarial.filter_words` adds those that do not
+        bring their concept back to `preserved`
+    pair: index of a pair of the nearest concept of each of `words`, int64 [words]
+    preserved: prompts with preserved predictions, the empty prompt first
     """
 
     images: Tensor
@@ -30,15 +30,15 @@ class AdversarialInputs:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What the loss reads (Eq. 8-9).
+    """The inputs of the loss (Eq. 8-9).
 
     neighbourhood: source of the pairs, and of new neighbours and beyond points in every step
         (Alg. 1, l. 28)
     beyond: whether Eq. 9 has its second term
     erasure: closed-form edit that the LoRA is trained on top of
-    anchors: latents of images of the anchors, [concepts, images, channels, height, width], drawn by
-        the original model (`anchor_latents.draw_anchors`)
-    adversarial: inputs of adversarial training, None without it
+    anchors: latents of anchor images, [concepts, images, channels, height, width], drawn by the
+        original model (`anchor_latents.draw_anchors`)
+    adversarial: inputs of adversarial training; None without it
     """
 
     neighbourhood: Neighbourhood

@@ -27,18 +27,22 @@ def align(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Lora:
-    """Trains a LoRA on top of the closed-form edit; returns ΔW = B A of every K/V projection.
+    """Trains a LoRA on top of the closed-form edit: ΔW = B A of every K/V projection.
 
+    The network is left exactly as it was, also after an error.
+
+    model: original model
+    inputs: inputs of the loss
+    training: parameters of the training
     on_step: callback with the number of the finished step, from 1, and its loss; a resumed run
-        begins with the steps of its state. An exception that it raises cancels the run. It may draw
-        what was learned so far under `student_teacher.student_mode`
+        starts with the steps in its state. An exception in it cancels the run. It may draw with the
+        LoRA under `student_teacher.student_mode`
     state: file to resume from and to save to, also when the run is cancelled; a resumed run gives
-        the LoRA of an uninterrupted one. None saves nothing
+        the same LoRA as an uninterrupted one. None saves nothing
 
-    Returns canonical layer name -> (A [rank, in], B [out, rank]). The network is left exactly as it
-    was, whatever happens. Raises FloatingPointError when the loss or a gradient is not finite,
-    torch.cuda.OutOfMemoryError, with what would help, when memory runs out, and ValueError when the
-    state belongs to another run.
+    Returns canonical layer name -> (A [rank, in], B [out, rank]). Raises FloatingPointError when
+    the loss or a gradient is not finite, torch.cuda.OutOfMemoryError when memory runs out, and
+    ValueError when the state belongs to another run.
     """
     run = "" if state is None else run_id(model, inputs, training)
     with with_lora(model.network, training.rank, training.seed) as lora:
@@ -80,10 +84,9 @@ def align(
 def _explained(
     saved: TrainingState, training: Training, at_once: int, checkpointing: bool
 ) -> Iterator[None]:
-    """Errors of a step say which step it was and what would help.
+    """Adds the step and what would help to the errors of a step.
 
-    at_once: number of samples that the network is given at once; a batch of more needs no more
-        memory
+    at_once: number of samples per pass of the network; a larger batch needs no more memory
     """
     try:
         yield

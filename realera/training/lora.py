@@ -19,15 +19,15 @@ ADAPTER = "realera"
 
 @contextmanager
 def with_lora(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
-    """A new LoRA on every layer that reads the context, removed again whatever happens.
+    """Context with a new LoRA on every layer that reads the context, removed afterwards.
 
-    rank: rank of every layer's LoRA
+    rank: rank of the LoRA of each layer
     seed: seed of A, which is Gaussian; B is zero (Eq. 2)
 
     Yields canonical layer name -> (A, B), float32 parameters that require gradients. Raises
     ValueError when the network carries adapters already.
     """
-    # Imported here because peft takes seconds to import, and only training needs it.
+    # peft takes seconds to import.
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -79,7 +79,7 @@ def lora_layers(network: nn.Module) -> "list[BaseTunerLayer]":
 
 @contextmanager
 def without_lora(layers: "Sequence[BaseTunerLayer]") -> Iterator[None]:
-    """The adapters of the layers off."""
+    """Context with the adapters of the layers disabled."""
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -90,7 +90,7 @@ def without_lora(layers: "Sequence[BaseTunerLayer]") -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled networks run eagerly: they would ignore hooks that came after the compilation."""
-    # torch < 2.6 has no such switch; there peft's layers make a network compile again.
+    """Context in which compiled networks run eagerly, since they ignore hooks added later."""
+    # torch < 2.6 lacks set_stance; there, the layers of peft trigger a new compilation.
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance else nullcontext()

@@ -27,12 +27,12 @@ LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 
 @dataclass(frozen=True)
 class LossTerm:
-    """weight |ε_θ(z_t, t, p) - ε(z_t, t, p*)|².
+    """The term weight |ε_θ(z_t, t, p) - ε(z_t, t, p*)|².
 
     z_t: noised latents, float32 [n, channels, height, width]
-    t: their times, [n]
-    p, p_star: n prompts, as the student and as the teacher read them
-    weight: factor of the term in the loss
+    t: times of the latents, [n]
+    p, p_star: n prompts for the student and for the teacher
+    weight: factor of the term
     """
 
     z_t: Tensor
@@ -42,7 +42,8 @@ class LossTerm:
     weight: float = 1.0
 
     def parts(self) -> Iterator["LossTerm"]:
-        """Terms of as many samples as the network takes at once; their sum is this term."""
+        """Terms of at most as many samples as one pass of the network takes; they add up to this
+        term."""
         n, at_once = len(self.z_t), latents_at_once(*self.z_t.shape[2:])
         if n <= at_once:
             yield self
@@ -56,9 +57,9 @@ class LossTerm:
 def loss_terms(
     model: Diffusion, inputs: TrainingInputs, training: Training, step: int
 ) -> list[LossTerm]:
-    """The terms of Eq. 8 or 9, with everything that is drawn at random in them.
+    """The terms of Eq. 8 or 9 for random pairs, neighbours, images and times.
 
-    step: number of the step, from 1; the same number and seed draw the same terms
+    step: number of the step, from 1; it seeds the draws together with the seed of the training
     """
     neighbourhood, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
     generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
@@ -68,7 +69,7 @@ def loss_terms(
     if step % 2:  # Eq. 8
         return [LossTerm(z_t, t, pairs.e.take(chosen), pairs.anchor.take(chosen))]
     near = neighbourhood.neighbors(1, generator, chosen.tolist())  # Eq. 9
-    # A mined word stands in one template of its own, and the anchor in the same.
+    # A mined word has one template, and `near.pair` is the anchor in the same template.
     terms = [LossTerm(z_t, t, near.e, pairs.anchor.take(near.pair))]
     if inputs.beyond:
         far = neighbourhood.beyond(1, generator, chosen.tolist()).e
@@ -79,7 +80,7 @@ def loss_terms(
 def noised_images(
     model: Diffusion, images: Tensor, concept: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """z_t and t of one image of each concept.
+    """z_t and t for a random image of each concept.
 
     images: latents [concepts, images, channels, height, width]
     concept: indices of concepts, int64 [n]
@@ -94,10 +95,10 @@ def noised_images(
 def backward(
     networks: StudentTeacher, terms: Sequence[LossTerm], weights: Sequence[Tensor]
 ) -> float:
-    """The sum of the terms; its gradients are left in the `grad` of the weights.
+    """The sum of the terms; the gradients are in `grad` of the weights.
 
-    One part of one term is computed after the other, so that memory holds the activations of one.
-    Raises FloatingPointError, saying "loss" or "gradient", when either is not finite.
+    Parts of terms are computed one by one, so that memory holds the activations of one part. Raises
+    FloatingPointError, with the message "loss" or "gradient", when one is not finite.
     """
     predict = networks.model.predict
     for scale in LOSS_SCALES:

@@ -1,4 +1,4 @@
-"""The file that a cancelled alignment is resumed from."""
+"""The state of an alignment, and the file to resume it from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +19,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 @dataclass
 class TrainingState:
-    """Everything that a step changes, and the file that it is saved to.
+    """Everything that a step changes.
 
     path: safetensors file; None saves nothing
     run: `run_id` of the run that the file belongs to
-    lora, optimizer: the trained factors, and the AdamW that trains them
-    losses: loss of every step done
-    contexts: contexts of adversarial training, None before the first step and without it
+    lora, optimizer: trained factors and their AdamW
+    losses: losses of all finished steps
+    contexts: contexts of adversarial training; None before the first step
+    complete: whether no step is changing the weights
     """
 
     path: Path | None
@@ -34,18 +35,19 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     contexts: Contexts | None = None
-    complete: bool = True  # False while a step is changing the weights
+    complete: bool = True
 
     @property
     def step(self) -> int:
-        """Number of steps done."""
+        """Number of finished steps."""
         return len(self.losses)
 
     def load(self, steps: int) -> None:
-        """Loads the file if there is one.
+        """Loads the file if it exists.
 
-        steps: number of steps of the whole run. Raises ValueError when the file holds more, and
-        when it is damaged or belongs to another run.
+        steps: number of steps of the whole run
+
+        Raises ValueError when the file has more steps, is damaged or belongs to another run.
         """
         if self.path is None or not self.path.exists():
             return
@@ -53,13 +55,13 @@ class TrainingState:
         if stored.metadata.get("run") != self.run or "losses" not in stored.entries:
             raise ValueError(
                 f"{self.path} is the state of another run (other concepts, ranges, model or "
-                "training settings): remove it or name another file to start afresh"
+                "training settings): remove it or name another file to start anew"
             )
         self.losses = stored.read("losses").tolist()
         if self.step > steps:
             raise ValueError(
-                f"{self.path} holds {self.step} steps and {steps} were asked for: ask for more, or "
-                "name another file to start afresh"
+                f"{self.path} has {self.step} steps and steps = {steps}: increase steps, or name "
+                "another file to start anew"
             )
         for key, weight in self._weights():
             weight.data = stored.read(key).to(weight)
@@ -82,13 +84,12 @@ class TrainingState:
             tensors[key] = weight.detach().cpu().contiguous()
             for moment in MOMENTS:
                 tensors[f"{key}.{moment}"] = self.optimizer.state[weight][moment].cpu()
-        without = "if this run is interrupted, it starts afresh"
+        without = "an interrupted run starts anew"
         write_if_possible(self.path, tensors, {"run": self.run}, without)
 
     @contextmanager
     def updating(self, loss: float, contexts: Contexts | None) -> Iterator[None]:
-        """Marks the block in which a step changes the weights: what it leaves is never saved
-        unless it ends."""
+        """Marks the block in which a step changes the weights; a state within it is never saved."""
         self.complete = False
         yield
         self.losses.append(loss)
@@ -96,8 +97,8 @@ class TrainingState:
 
     @contextmanager
     def when_interrupted(self) -> Iterator[None]:
-        """Saves the last complete step when the block is left by an exception, except when the
-        training itself failed."""
+        """Saves the last complete step when an exception leaves the block, except a
+        FloatingPointError."""
         try:
             yield
         except FloatingPointError:
@@ -114,10 +115,10 @@ class TrainingState:
 
 
 def run_id(model: Diffusion, inputs: TrainingInputs, training: Training) -> str:
-    """Hash of everything that decides the trained LoRA: a run resumes a state of the same hash."""
+    """Hash of everything that determines the trained LoRA."""
     free = {"steps": 0, "save_every": 0, "gradient_checkpointing": False}  # may change between runs
     neighbourhood, generator = inputs.neighbourhood, torch.Generator().manual_seed(training.seed)
-    # A draw of each kind tells neighbourhoods apart: their ranges, noise and words.
+    # One draw of each kind depends on ranges, noise and words of the neighbourhood.
     drawn = [neighbourhood.neighbors(1, generator)]
     drawn += [neighbourhood.beyond(1, generator)] if inputs.beyond else []
     adversarial = inputs.adversarial

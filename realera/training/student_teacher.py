@@ -1,8 +1,7 @@
 """Student ε_θ and teacher ε in one network.
 
-The student has the closed-form edit and the LoRA, the teacher neither. Nothing is written into the
-weights: a hook feeds T e to the layers, since W_org T e is W_org applied to T e, and peft adds the
-LoRA.
+The student has the closed-form edit and the LoRA, the teacher neither. The weights are not changed:
+a hook passes T e to the layers, since (W_org T) e = W_org (T e), and peft adds the LoRA.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,7 @@ class StudentTeacher:
 def student_teacher(model: Diffusion, erasure: Erasure) -> StudentTeacher:
     """Both modes of a network that carries the LoRA to be trained."""
     network = model.network
-    # Looked up once: to walk through a network takes as long as some of its layers.
+    # Looked up once: walking through a network takes as long as some of its layers.
     layers, adapted = affected_layers(erasure, network), lora_layers(network)
     in_place = nullcontext if family_in(network) is None else differentiable
 
@@ -54,15 +53,14 @@ def student_teacher(model: Diffusion, erasure: Erasure) -> StudentTeacher:
 def student_mode(
     network: nn.Module, erasure: Erasure, layers: Mapping[str, TextLayer] | None = None
 ) -> Iterator[None]:
-    """Every layer that reads the text computes W_org T e + B A e.
+    """Context in which every layer that reads the text computes W_org T e + B A e.
 
-    B A is the erasure's own LoRA. One that `lora.with_lora` put on the layers comes on top, and
-    reads e as well.
+    B A is the LoRA of the erasure; a LoRA of `lora.with_lora` is added, and reads e as well.
 
-    layers: result of `erasure.affected_layers`, looked up unless given
+    layers: result of `erasure.affected_layers`; default: looked up
     """
     edits: dict[tuple[str, torch.device, torch.dtype], Edit] = {}
-    # All layers of a stream read the same rows, so T e is computed once a pass:
+    # All layers of a stream read the same rows, so that T e is computed once per pass:
     # stream -> (e, T e) of the last e
     last: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
@@ -88,27 +86,27 @@ def student_mode(
 
     def hooks(name: str, reader: TextLayer) -> tuple[Callable[..., Any], Callable[..., Any]]:
         gain = reader.gain
-        unedited: list[Tensor] = []  # e, handed from the hook before the layer to the one behind it
+        unedited: list[Tensor] = []  # e, from the hook before the layer for the hook after it
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             rows, *others = inputs
             unedited.append(rows)
             return (edited(reader.kind.stream, rows, gain), *others)
 
-        def behind(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        def after(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             rows = unedited.pop()
             if name not in erasure.lora:
                 return output
             a, b = (_like(factor, rows) for factor in erasure.lora[name])
             return output + linear(linear(rows, a), b)
 
-        return before, behind
+        return before, after
 
     try:
         for name, reader in (layers or affected_layers(erasure, network)).items():
-            before, behind = hooks(name, reader)
+            before, after = hooks(name, reader)
             handles.append(reader.layer.register_forward_pre_hook(before))
-            handles.append(reader.layer.register_forward_hook(behind))
+            handles.append(reader.layer.register_forward_hook(after))
         with uncompiled():
             yield
     finally:
@@ -117,6 +115,6 @@ def student_mode(
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor on the device and in the dtype of the other, and not an inference tensor, since
-    autograd saves none."""
+    """The tensor with the device and dtype of the other, copied if it is an inference tensor, which
+    autograd cannot save."""
     return tensor.to(other, copy=tensor.is_inference())
