@@ -30,6 +30,7 @@ from realera.miniature import TRANSFORMER
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows/api"
+SAVED = ROOT / "tests/data/workflows-0.2"
 RECORDED = ROOT / "tests/object_info.json"
 FILES = (
     "ckpt_name",
@@ -597,6 +598,19 @@ def test_the_concept_is_gone_by_the_classifier_and_others_stay(server, erased):
     assert min(share["before", "airplane"], share["before", "dog"]) >= 0.75, share
     assert share["after", "airplane"] <= 0.25
     assert share["after", "dog"] >= 0.75
+
+
+@pytest.mark.parametrize("path", sorted(SAVED.glob("api/*.json")), ids=lambda path: path.stem)
+def test_a_graph_saved_with_version_0_2_runs_to_its_end(server, path):
+    graph = json.loads(path.read_text("utf-8"))
+    due = {"RealEraLoraAlign": {"steps": 2, "images": 1}, "RealEraCompare": {"steps": 2}}
+    for node in graph.values():
+        node["inputs"] |= due.get(node["class_type"], {})
+    outputs, _ = server.run(graph)
+    saves = [name for name, node in graph.items() if "Save" in node["class_type"]]
+    shown = [name for name, node in graph.items() if node["class_type"] == "RealEraCompare"]
+    assert shown and all(outputs[name]["images"] for name in shown)
+    assert all("saved output/" in outputs[name]["text"][-1] for name in saves)
 
 
 def test_workflow_8_erases_from_the_transformer_by_patches_file_and_lora_alike(server):

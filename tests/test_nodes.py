@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 INFO = json.loads((ROOT / "tests/object_info.json").read_text("utf-8"))
 OURS = {name: info for name, info in INFO.items() if name.startswith("RealEra")}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+# Examples as version 0.2 saved them, which must open for as long as nodes and sockets stay.
+SAVED = sorted((ROOT / "tests/data/workflows-0.2").glob("*.json"))
+BOTH = [*WORKFLOWS, *SAVED]
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 FILES = (
     "ckpt_name",
@@ -169,7 +172,7 @@ def test_a_workflow_has_a_preview_picture_and_a_note(path):
     assert any(node["type"] == "MarkdownNote" and node["widgets_values"][0] for node in nodes)
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_links_of_a_workflow_fit_the_schemas(path):
     graph = json.loads(path.read_text("utf-8"))
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -187,7 +190,7 @@ def test_the_links_of_a_workflow_fit_the_schemas(path):
                 assert is_widget(kind) or name in linked, f"{node['type']}.{name} hangs loose"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_widgets_of_a_workflow_fit_the_schemas(path):
     for node in json.loads(path.read_text("utf-8"))["nodes"]:
         if node["type"] == "MarkdownNote":
@@ -203,7 +206,7 @@ def test_the_widgets_of_a_workflow_fit_the_schemas(path):
                 assert value in (kind if isinstance(kind, list) else options["options"])
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_api_form_of_a_workflow_is_the_same_graph(path):
     graph = json.loads(path.read_text("utf-8"))
     sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
