@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 import torch
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 from server import PromptServer
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from .files import state_path, target_path
 from .page import to_image
 from .preview import preview_latents, previewer
 from .progress import reporter, tell
-from .schema import ErasureWire, MiningWire, advanced, schema, seed_input, valid
+from .schema import ErasureWire, MiningWire, Schema, advanced, seed_input, valid
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,7 +28,7 @@ AVERAGED = 20  # last losses in the mean that is shown
 class LoraAlign(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraLoraAlign",
             display_name="LoRA Align",
             description=(

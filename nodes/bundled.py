@@ -18,14 +18,14 @@ import folder_paths
 import latent_preview
 import torch
 from comfy.text_encoders import sd3_clip
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 from PIL.Image import Image
 from safetensors import safe_open
 
 from ..realera import miniature
 from ..realera.evaluation.scorers import miniature_classifier
 from .files import checkpoint_path
-from .schema import BUNDLED, BUNDLED_MODELS, ClassifierWire, schema
+from .schema import BUNDLED, BUNDLED_MODELS, ClassifierWire, Schema
 
 NETWORK = "model.diffusion_model."
 
@@ -33,7 +33,7 @@ NETWORK = "model.diffusion_model."
 class BundledModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraBundledModel",
             display_name="Bundled Model",
             description=(

@@ -5,7 +5,7 @@ from pathlib import Path
 import comfy.samplers
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..realera.concepts import lines
@@ -17,7 +17,7 @@ from .comfy_model import ComfyDiffusion
 from .comfy_transformer_text import text_of
 from .page import to_image
 from .progress import tell
-from .schema import ClassifierWire, advanced, growing, schema, seed_input, valid
+from .schema import ClassifierWire, Schema, advanced, growing, seed_input, valid
 
 MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 
@@ -25,7 +25,7 @@ MORE = ["sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 class Compare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraCompare",
             display_name="Compare",
             description=(
@@ -230,7 +230,7 @@ def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
 class ClipClassifier(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraClipClassifier",
             display_name="CLIP Classifier",
             description=(
@@ -317,7 +317,7 @@ def _clip_folders() -> dict[str, Path]:
 class NudeNetDetector(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraNudeNet",
             display_name="NudeNet",
             description=(

@@ -3,7 +3,7 @@
 from functools import partial
 
 import comfyui_version
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..realera.algorithm import erase, scope_report
 from ..realera.edit.erasure import Erasure
@@ -15,7 +15,7 @@ from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
-from .schema import ErasureWire, MiningWire, advanced, growing, schema, strength_input
+from .schema import ErasureWire, MiningWire, Schema, advanced, growing, strength_input
 
 DEFAULTS = SolveSettings()
 MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
@@ -24,7 +24,7 @@ MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "tw
 class ClosedFormEdit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraClosedFormEdit",
             display_name="Closed-Form Edit",
             description=(
@@ -192,7 +192,7 @@ class ClosedFormEdit(io.ComfyNode):
 class ApplyErasure(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraApplyErasure",
             display_name="Apply Erasure",
             description=(
@@ -226,7 +226,7 @@ class ApplyErasure(io.ComfyNode):
 class MergeErasures(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraMergeErasures",
             display_name="Merge Erasures",
             description=(

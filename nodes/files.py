@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..realera.checkpoints.writing import write_checkpoint
 from ..realera.edit.erasure_file import load_erasure, save_erasure
@@ -13,7 +13,7 @@ from ..realera.settings import TOLERANCE
 from ..realera.storage.file_names import portable
 from .comfy_patch import write_lora
 from .progress import tell
-from .schema import BUNDLED, BUNDLED_MODELS, ErasureWire, advanced, schema, strength_input, valid
+from .schema import BUNDLED, BUNDLED_MODELS, ErasureWire, Schema, advanced, strength_input, valid
 
 FOLDER = "erasures"
 NAME = "realera"
@@ -73,7 +73,7 @@ def target_path(folder: str, name: str) -> Path:
 class SaveErasure(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraSaveErasure",
             display_name="Save Erasure",
             description=(
@@ -186,7 +186,7 @@ class SaveErasure(io.ComfyNode):
 class LoadErasure(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraLoadErasure",
             display_name="Load Erasure",
             description="Loads an erasure file that Save Erasure wrote, to apply or merge it.",
@@ -218,7 +218,7 @@ class LoadErasure(io.ComfyNode):
 class SaveErasedCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraSaveErasedCheckpoint",
             display_name="Save Erased Checkpoint",
             description=(

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
 from ..realera.anchor_warnings import anchor_warnings
@@ -16,9 +16,9 @@ from .schema import (
     AUTO_DISTANCE,
     AUTO_SEED,
     MiningWire,
+    Schema,
     advanced,
     auto_input,
-    schema,
     seed_input,
     valid,
 )
@@ -63,7 +63,7 @@ def neighbor_settings(source: str, s1: float, s2: float, **others: Any) -> Neigh
 class NeighborSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraNeighborSampler",
             display_name="Neighbor Sampler",
             description=(
@@ -260,7 +260,7 @@ class NeighborSampler(io.ComfyNode):
 class BeyondSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="RealEraBeyondSampler",
             display_name="Beyond Sampler",
             description=(

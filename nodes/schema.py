@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..realera import miniature
 
@@ -21,7 +21,7 @@ BUNDLED_MODELS = {BUNDLED: miniature.CHECKPOINT, "bundled transformer": miniatur
 KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
-def schema(
+def Schema(
     search_aliases: list[str], view: bool = False, alone: bool = True, **fields: Any
 ) -> io.Schema:
     """Schema of a node in our category.

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -273,8 +274,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "align_erasure(model, erasure, mining)", f"align_erasure(model, erasure, {quick}"
     )
     assert short != code
-    names = {}
-    exec("from realera import Training\n" + short, names)
+    script = tmp_path / "example.py"
+    script.write_text("from realera import Training\n" + short, "utf-8")
+    names = runpy.run_path(str(script))
+    script.unlink()
     (written,) = tmp_path.iterdir()
     assert written.name == "no-airplane.safetensors"
     assert names["erasure"].provenance["settings"]["preserve"] == ("a rocket",)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, 
 
 def mistake_in_our_code():
     """A ValueError without a `raise`, on line 1 of a file of the package."""
-    exec(compile("first, second = [1]", settings.__file__, "exec"))
+    FunctionType(compile("first, second = [1]", settings.__file__, "exec"), {})()
 
 
 @pytest.mark.parametrize(

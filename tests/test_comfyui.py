@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,31 @@ def test_the_page_gets_the_script_the_help_the_strings_and_the_workflows(server)
     strings = json.loads(server.get("/i18n"))
     assert "RealEraCompare" in strings["zh"]["nodeDefs"]
     assert len(json.loads(server.get("/workflow_templates"))["RealEra"]) == 8
+
+
+def test_the_cache_can_be_seen_limited_and_emptied_from_the_page(server):
+    folder = server.home / "cache"
+    shown = json.loads(server.get("/realera/cache"))
+    assert shown["folder"] == str(folder)
+    ours = folder / f"bank-{'0' * 24}.safetensors"
+    others = folder / "mine.safetensors"
+    for path in (ours, others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1234")
+    assert json.loads(server.get("/realera/cache"))["files"] == shown["files"] + 1
+
+    def ask(method, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(server.address + "/realera/cache", data, method=method)
+        return urllib.request.urlopen(request).status
+
+    assert ask("POST", {"gigabytes": 9}) == 200
+    for wrong in ({"gigabytes": "a lot"}, {"gigabytes": -1}, {}, []):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask("POST", wrong)
+    assert ask("DELETE") == 200
+    assert not ours.exists() and others.exists()
+    others.unlink()
 
 
 def test_workflow_1_leaves_a_lora_an_erasure_and_a_checkpoint(server, erased):

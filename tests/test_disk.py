@@ -91,7 +91,7 @@ def test_the_cache_removes_only_files_that_it_wrote(folder, tmp_path, monkeypatc
     (folder / f"bank-{'2' * 24}.safetensors").mkdir()
     before = {path.name for path in folder.iterdir()}
     cached("bank", ["first"], rows)
-    monkeypatch.setattr(cache, "LIMIT", 1)
+    monkeypatch.setenv("REALERA_CACHE_GB", "1e-9")
     cached("bank", ["second"], rows)
     assert len({path.name for path in folder.iterdir()} - before) == 1  # the first made room
     assert main(["cache"]) == 0 and "1 files" in capsys.readouterr().out

@@ -60,13 +60,59 @@ def test_the_pack_can_be_imported_without_comfyui():
     assert (ROOT / pack.WEB_DIRECTORY / "realera.js").is_file()
 
 
-def test_every_node_in_the_sources_is_in_the_recorded_schemas():
+def test_the_registry_s_scanner_finds_every_node():
+    """ComfyUI Manager reads node ids from calls of `Schema` in `define_schema`, without importing
+    anything; "Install missing nodes" goes by them."""
     ids = set()
     for path in (ROOT / "nodes").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "node_id":
-                ids.add(ast.literal_eval(node.value))
-    assert ids == OURS.keys()
+        for method in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(method, ast.FunctionDef) and method.name == "define_schema":
+                for call in ast.walk(method):
+                    if not isinstance(call, ast.Call):
+                        continue
+                    name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+                    if name == "Schema":
+                        ids |= {
+                            ast.literal_eval(keyword.value)
+                            for keyword in call.keywords
+                            if keyword.arg == "node_id"
+                        }
+    assert len(ids) == 13 and ids == OURS.keys()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_node_of_a_workflow_names_its_pack_in_the_registry_and_the_version(path):
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    name, version = (re.search(rf'^{key} = "(.+)"', text, re.M)[1] for key in ("name", "version"))
+    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        found = node["properties"]["cnr_id"], node["properties"]["ver"]
+        if node["type"].startswith("RealEra"):
+            assert found == (name, version)
+        else:
+            assert found[0] == "comfy-core" and found[1]
+
+
+def test_the_script_has_a_name_of_its_own_and_changes_nothing_that_others_share():
+    script = (ROOT / "web/realera.js").read_text("utf-8")
+    for name in re.findall(r'registerExtension\(\{\s*name: "(.+)"', script):
+        assert re.fullmatch(r"RealEra\.\w+", name)
+    assert not re.search(r"\b(api|app|LiteGraph|LGraph\w*)(\.\w+|\.prototype)+ = ", script)
+    assert not re.search(r"document\.(head|body)", script)
+    assert not re.search(r"\b(eval|Function)\(|innerHTML|console\.log", script)
+
+
+@pytest.mark.parametrize("file", ["commands", "settings"])
+def test_commands_and_settings_of_the_script_have_strings_in_every_locale(file):
+    script = (ROOT / "web/realera.js").read_text("utf-8")
+    due = {name.replace(".", "_") for name in re.findall(r'\bid: "(RealEra\.\w+)"', script)}
+    found = {
+        language: json.loads((ROOT / f"locales/{language}/{file}.json").read_text("utf-8"))
+        for language in ("en", "zh")
+    }
+    assert found["en"].keys() == found["zh"].keys() <= due
+    assert all(
+        value for strings in found.values() for of in strings.values() for value in of.values()
+    )
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -25,6 +25,7 @@ const TEXTS = {
     neighbors: "neighbours and beyond points (Eq. 9)",
     step: (step, steps) => `step ${step} of ${steps}`,
     stopped: "stopped",
+    emptied: (files, size, folder) => `removed ${files} files, ${size} MB, from ${folder}`,
   },
   zh: {
     run: "运行工作流后显示。",
@@ -43,6 +44,7 @@ const TEXTS = {
     neighbors: "邻近词与外围点（式 9）",
     step: (step, steps) => `第 ${step} 步，共 ${steps} 步`,
     stopped: "已停止",
+    emptied: (files, size, folder) => `已从 ${folder} 删除 ${files} 个文件，共 ${size} MB`,
   },
 };
 
@@ -883,8 +885,49 @@ function translatePlaceholders(node) {
   }
 }
 
+// ------------------------------------------------------------------------ the cache
+
+const CACHE_SIZE = 8; // gigabytes
+
+async function askCache(method, body) {
+  const answer = await api.fetchApi("/realera/cache", { method, body: JSON.stringify(body) });
+  return answer.json();
+}
+
+async function emptyCache() {
+  const { folder, bytes } = await askCache("GET");
+  const { files } = await askCache("DELETE");
+  const detail = text("emptied")(files, (bytes / 1e6).toFixed(1), folder);
+  app.extensionManager.toast.add({ severity: "success", summary: "RealEra", detail, life: 8000 });
+}
+
 app.registerExtension({
   name: "RealEra.views",
+  commands: [
+    {
+      id: "RealEra.EmptyCache",
+      label: "Empty RealEra's cache",
+      icon: "pi pi-trash",
+      function: emptyCache,
+    },
+  ],
+  menuCommands: [{ path: ["Extensions", "RealEra"], commands: ["RealEra.EmptyCache"] }],
+  settings: [
+    {
+      id: "RealEra.CacheSize",
+      category: ["RealEra", "Cache", "Size"],
+      name: "Size of the cache in GB",
+      tooltip:
+        "What a text encoder makes of its vocabulary, so that the next concept takes seconds. The least recently used files are removed first. REALERA_CACHE names the folder.",
+      type: "number",
+      attrs: { min: 0, max: 1000 },
+      defaultValue: CACHE_SIZE,
+      onChange(gigabytes, before) {
+        // At the page's start, only what the user has set: REALERA_CACHE_GB may say otherwise.
+        if (before !== undefined || gigabytes !== CACHE_SIZE) askCache("POST", { gigabytes });
+      },
+    },
+  ],
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("RealEra")) return;
     translatePlaceholders(node);

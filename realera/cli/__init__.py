@@ -135,14 +135,14 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def run_cache(options: argparse.Namespace) -> None:
-    from ..storage.cache import cache_folder, cached_files
+    from ..storage.cache import cache_folder, cached_files, empty_cache
 
     files = cached_files()
     size = sum(path.stat().st_size for path in files)
-    for path in files:
-        if options.empty:
-            path.unlink(missing_ok=True)
-        else:
+    if options.empty:
+        empty_cache()
+    else:
+        for path in files:
             print(f"{path.stat().st_size / 1e6:10.1f} MB  {path.name}")
     gone = "removed from" if options.empty else "in"
     print(f"{len(files)} files, {size / 1e6:.1f} MB, {gone} {cache_folder()}")

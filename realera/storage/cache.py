@@ -14,13 +14,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIMIT = 8 << 30  # bytes; the least recently used files are removed first
 KINDS = ("anchors", "bank", "drawn", "tails", "vocabulary")
 
 
 def cache_folder() -> Path:
     """The folder of the cache: $REALERA_CACHE, by default ~/.cache/realera."""
     return Path(os.environ.get("REALERA_CACHE") or "~/.cache/realera").expanduser()
+
+
+def cache_limit() -> float:
+    """Bytes that the cache may hold: $REALERA_CACHE_GB gigabytes, by default 8.
+
+    The least recently used files are removed first. Raises ValueError for what is no size.
+    """
+    given = os.environ.get("REALERA_CACHE_GB") or "8"
+    try:
+        if (gigabytes := float(given)) >= 0:
+            return gigabytes * 1e9
+    except ValueError:
+        pass
+    raise ValueError(f"REALERA_CACHE_GB = {given}: it must be a number of gigabytes, such as 8")
+
+
+def empty_cache() -> list[Path]:
+    """Removes the files that `cached` wrote. Returns their paths."""
+    files = cached_files()
+    for path in files:
+        path.unlink(missing_ok=True)
+    return files
 
 
 def cached(
@@ -76,10 +97,10 @@ def cached_files() -> list[Path]:
 
 
 def _make_room(newest: Path) -> None:
-    files = cached_files()
+    files, limit = cached_files(), cache_limit()
     size = sum(path.stat().st_size for path in files)
     for path in files:
-        if size <= LIMIT or path == newest:
+        if size <= limit or path == newest:
             return
         size -= path.stat().st_size
         try:
