@@ -95,7 +95,7 @@ def test_every_node_of_a_workflow_names_its_pack_in_the_registry_and_the_version
 def test_the_script_has_a_name_of_its_own_and_changes_nothing_that_others_share():
     script = (ROOT / "web/realera.js").read_text("utf-8")
     for name in re.findall(r'registerExtension\(\{\s*name: "(.+)"', script):
-        assert re.fullmatch(r"RealEra\.\w+", name)
+        assert re.fullmatch(r"realera\.\w+", name)
     assert not re.search(r"\b(api|app|LiteGraph|LGraph\w*)(\.\w+|\.prototype)+ = ", script)
     assert not re.search(r"document\.(head|body)", script)
     assert not re.search(r"\b(eval|Function)\(|innerHTML|console\.log", script)

@@ -902,7 +902,7 @@ async function emptyCache() {
 }
 
 app.registerExtension({
-  name: "RealEra.views",
+  name: "realera.views",
   commands: [
     {
       id: "RealEra.EmptyCache",

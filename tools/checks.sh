@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What the registry and comfy-test check in a pack. Left out where the tools cannot be installed
+# within a minute.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if ! [ -x .venv-checks/bin/comfy-test ]; then
+  python3 -m venv .venv-checks
+  if ! timeout 60 .venv-checks/bin/pip install -q comfy-cli comfy-test; then
+    rm -rf .venv-checks
+    echo "tools/checks.sh: comfy-cli and comfy-test cannot be installed, nothing is checked"
+    exit 0
+  fi
+fi
+.venv-checks/bin/comfy-test lint --check javascript --strict .
+# A finding is printed and does not change the exit status.
+found=$(.venv-checks/bin/comfy --skip-prompt node validate)
+grep -q "All validation checks passed" <<<"$found" || {
+  echo "$found"
+  exit 1
+}
