@@ -14,7 +14,7 @@ if ! [ -x .venv-checks/bin/comfy-test ]; then
 fi
 .venv-checks/bin/comfy-test lint --check javascript --strict .
 # A finding is printed and does not change the exit status.
-found=$(.venv-checks/bin/comfy --skip-prompt node validate)
+found=$(.venv-checks/bin/comfy --skip-prompt node validate 2>&1)
 grep -q "All validation checks passed" <<<"$found" || {
   echo "$found"
   exit 1
