@@ -5,6 +5,10 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Called by ComfyUI, which alone has the API that the nodes are written for."""
-    from .nodes import RealEraExtension
+    from server import PromptServer
 
+    from .nodes import RealEraExtension
+    from .nodes.cache_routes import add_routes
+
+    add_routes(PromptServer.instance)
     return RealEraExtension()

@@ -6,13 +6,6 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 class RealEraExtension(ComfyExtension):
     """All of RealEra's nodes, in the order of a graph."""
 
-    async def on_load(self) -> None:
-        from server import PromptServer
-
-        from .cache_routes import add_routes
-
-        add_routes(PromptServer.instance)
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Imported here so that the files of this folder can be imported one by one.
         from .align import LoraAlign
