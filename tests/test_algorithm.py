@@ -264,9 +264,9 @@ def test_every_public_name_is_there_and_is_listed():
         _ = realera.nothing
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
+def test_the_python_of_the_recipes_runs(tmp_path, monkeypatch):
+    recipes = (ROOT / "docs/recipes.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", recipes, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     # As it stands, but for the number of training steps.
     quick = "mining, Training(steps=2, batch=1), images=1)"
