@@ -49,7 +49,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if source in BUNDLED:
         from .. import miniature
 
-        return miniature.CHECKPOINT if source == "miniature" else miniature.TRANSFORMER
+        return miniature.FILES[str(source)]
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -42,6 +42,7 @@ from transformers import (
 
 from ..edit.text_layers import TRANSFORMERS
 from ..miniature import T5
+from ..miniature.language import LOADERS, LanguageText
 from ..miniature.transformer_text import MiniatureTransformerText, load_t5
 from ..pipelines.interface import Diffusion
 from ..pipelines.transformer import TransformerModel, TransformerText
@@ -56,6 +57,7 @@ ENCODERS = "text_encoders."  # prefix of the text encoders of a transformer in a
 BUFFERS = ("position_ids", "attn_mask")  # set by every loader; merged files hold fractions
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CLIP_VOCABULARY = 49408
+UNetText = TypeVar("UNetText", bound=DiffusersText | LanguageText)
 _PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
 
 
@@ -71,7 +73,8 @@ def load_model(
         and the data type of the file for a U-Net (float16 for fp8)
     device: device to load the model on
 
-    Raises FileNotFoundError, and ValueError when the model is incomplete or of no supported family.
+    Raises FileNotFoundError, ValueError when the model is incomplete or of no supported family, and
+    what `miniature.language.Package.path` raises.
     """
     path, family = locate(source), family_of(source)
     if family.name in TRANSFORMERS:
@@ -105,12 +108,16 @@ def load_model(
     file = open_tensors(path)
     text = _text(file, family, dtype)
     unet = _file_part(UNet2DConditionModel, file, NETWORK, family, "unet", dtype)
-    vae = _file_part(AutoencoderKL, file, VAE, family, "vae", dtype)
+    # A bundled U-Net that reads a language model has the autoencoder of the miniature.
+    bundled = isinstance(text, LanguageText)
+    vae_file = open_tensors(locate("miniature")) if bundled else file
+    vae = _file_part(AutoencoderKL, vae_file, VAE, family, "vae", dtype)
     with _explained(file, family):
         scheduler, sample_size = _prediction(file, family)
     unet.register_to_config(sample_size=sample_size)
     parts = {"unet": unet, "vae": vae, "scheduler": DDIMScheduler.from_config(scheduler)}
-    return DiffusersModel(pipeline_class(**parts, **_text_parts(text), **unused).to(device))
+    pipeline = pipeline_class(**parts, **_text_parts(text), **unused).to(device)
+    return DiffusersModel(pipeline, _on(text, device))
 
 
 def load_text(
@@ -141,8 +148,8 @@ def _dtype(family: Family, dtype: torch.dtype | None, device: str | torch.device
     return torch.float16 if family.dtype.itemsize == 1 else family.dtype
 
 
-def _on(text: DiffusersText, device: str | torch.device) -> DiffusersText:
-    for encoder in text.encoders:
+def _on(text: UNetText, device: str | torch.device) -> UNetText:
+    for encoder in [text.network] if isinstance(text, LanguageText) else text.encoders:
         encoder.to(device)
     return text
 
@@ -198,7 +205,7 @@ def _transformer_text(
             "apply` writes it into this file"
         )
     # The bundled transformer has the text encoder of the miniature, which its file leaves out.
-    clip = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
+    clip: Any = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
     second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
     return MiniatureTransformerText(_on(clip, device), second)
 
@@ -320,15 +327,21 @@ def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
     return DiffusersText(tokenizers, encoders)
 
 
-def _text_parts(text: DiffusersText) -> dict[str, Any]:
+def _text_parts(text: DiffusersText | LanguageText) -> dict[str, Any]:
     """Name of the part in a pipeline -> tokenizer or text encoder."""
+    if isinstance(text, LanguageText):  # which no pipeline with a U-Net knows how to run
+        return {"tokenizer": None, "text_encoder": None}
     parts = {}
     for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
         parts["tokenizer" + suffix], parts["text_encoder" + suffix] = tokenizer, encoder
     return parts
 
 
-def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText:
+def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText | LanguageText:
+    if loader := LOADERS.get(family.config["text_encoder"].get("bundled")):
+        text = loader()
+        text.network.to(dtype)
+        return text
     encoders, tokenizers = [], []
     for suffix in ("", "_2"):
         config = family.config.get("text_encoder" + suffix)

@@ -1,6 +1,7 @@
 """The bundled model: a small, complete model in Stable Diffusion's layout, and its classifier.
 
-A second model draws the same by a transformer in SD 3's layout, from the same text and latents.
+A second model draws the same by a transformer in SD 3's layout, from the same text and latents; a
+third is the same U-Net, taught to read a text encoder that is not bundled.
 MODEL_CARD.md lists what they draw and what they were made from; tools/miniature trains them.
 `realera.checkpoints.loading.load_model("miniature")` loads it.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..settings import BUNDLED
 from .classifier import MiniatureClassifier
 from .vocabulary import BACKGROUNDS, CONCEPTS, STYLES, ConceptWords
 
@@ -19,6 +21,8 @@ __all__ = [
     "CHECKPOINT",
     "CLASSIFIER",
     "CONCEPTS",
+    "FILES",
+    "LANGUAGE",
     "STYLES",
     "T5",
     "TOKENIZER",
@@ -31,9 +35,11 @@ __all__ = [
 _HERE = Path(__file__).parent
 CHECKPOINT = _HERE / "miniature.safetensors"
 TRANSFORMER = _HERE / "miniature-dit.safetensors"
+LANGUAGE = _HERE / "miniature-language.safetensors"  # a U-Net alone
 T5 = _HERE / "miniature-t5.safetensors"
 TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
+FILES = dict(zip(BUNDLED, (CHECKPOINT, TRANSFORMER, TRANSFORMER, LANGUAGE), strict=True))
 
 
 def load_classifier(path: Path = CLASSIFIER) -> MiniatureClassifier:

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..edit.text_layers import text_layers
-from ..text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
+from ..text.encoding import (
+    BATCH,
+    CONTEXT,
+    POOLED,
+    EncoderPart,
+    Encoding,
+    TextEncoder,
+    whole_words,
+)
 from ..text.packed_encoding import PackedPrompts, last_rows
 from .fingerprint import Fingerprint, described
 from .interface import latents_at_once
@@ -95,10 +104,15 @@ class DiffusersText:
 class DiffusersModel:
     """A diffusers Stable Diffusion pipeline (1.x, 2.x, XL, inpainting) as a `Diffusion` model.
 
-    Device and dtype are those of the pipeline. Raises ValueError when it has no U-Net.
+    Device and dtype are those of the pipeline.
+
+    pipeline: diffusers pipeline with a U-Net
+    text: encoder of its prompts, the pipeline's own unless given
+
+    Raises ValueError when the pipeline has no U-Net.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, text: TextEncoder | None = None):
         if not hasattr(pipeline, "unet"):
             raise ValueError(
                 f"{type(pipeline).__name__} has no U-Net: RealEra works on pipelines of the "
@@ -110,7 +124,7 @@ class DiffusersModel:
         names = [n for n in ("", "_2") if getattr(pipeline, "text_encoder" + n, None) is not None]
         self.pipeline, self.network = pipeline, pipeline.unet.train(False)
         self.vae, self._fingerprint = pipeline.vae.train(False), Fingerprint()
-        self.text = DiffusersText(
+        self.text: Any = text or DiffusersText(
             [getattr(pipeline, "tokenizer" + n) for n in names],
             [getattr(pipeline, "text_encoder" + n) for n in names],
         )
@@ -153,7 +167,10 @@ class DiffusersModel:
             mask = torch.ones_like(latents[:, :1])
             rest = torch.zeros_like(latents[:, :1]).expand(-1, extra - 1, -1, -1)
             latents = torch.cat([latents, mask, rest], dim=1)
+        # The U-Net reads a fixed number of rows, absent ones as zeros.
         context = encoding[CONTEXT].to(device, dtype)
+        absent = max(0, self.text.parts[0].length - context.shape[1])
+        context = pad(context, (0, 0, 0, absent))
         return self.network(latents, times.to(device), context, added_cond_kwargs=added)[0].float()
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
-`--transformer` evaluates the bundled transformer, and also each of its channels of text alone.
+`--transformer` evaluates the bundled transformer, and also each of its channels of text alone;
+`--language` the bundled U-Net that reads MiniLM.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from torch import Tensor
 from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, load_classifier
 from realera.miniature.transformer_text import load_t5
+from realera.pipelines.interface import Diffusion
+from realera.pipelines.sampling import Sampling, sample_prompts
 
 from . import data, tokens
 from .transformer import BundledTransformer, load_transformer
@@ -65,6 +68,12 @@ def draw(pipeline: Any, prompts: list[str], seed: int) -> Tensor:
             for batch in batches
         ]
     )
+
+
+def sample(model: Diffusion, prompts: list[str], seed: int) -> Tensor:
+    """As `draw`, of a model that is no pipeline of diffusers."""
+    sampling = Sampling(STEPS, GUIDANCE, seed)
+    return torch.cat([model.decode(z) for z in sample_prompts(model, prompts, sampling)])
 
 
 def recognition(draw: Draw, images: int, kinds: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -218,6 +227,9 @@ def main() -> None:
         const=T5,
         help="add the rows of a T5; default: the bundled one",
     )
+    parser.add_argument(
+        "--language", action="store_true", help="evaluate the U-Net that reads MiniLM instead"
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -228,10 +240,12 @@ def main() -> None:
         t5 = load_t5(arguments.t5) if arguments.t5 else None
         transformer, ending = load_transformer(arguments.weights, t5), "-dit-t5" if t5 else "-dit"
         draws = partial(transformer.draw, steps=STEPS, guidance=GUIDANCE)
+    if arguments.language:
+        draws, ending = partial(sample, load_model("miniature-language")), "-language"
     numbers: dict[str, object] = dict(recognition(draws, arguments.images, arguments.kinds))
     if arguments.transformer:
         numbers |= by_channel(transformer, arguments.images)
-    else:
+    elif not arguments.language:
         numbers["cosines"] = geometry(pipeline)
     numbers["seconds per image"] = round(seconds_per_image(draws), 3)
     numbers["steps"], numbers["guidance"] = STEPS, GUIDANCE

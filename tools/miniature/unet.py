@@ -55,7 +55,7 @@ def train_unet(
         context += jitter * context.norm(dim=-1, keepdim=True) * (0.06 / context.shape[-1] ** 0.5)
         # stratified: each part of the schedule has its share of every batch
         t = torch.arange(batch) + torch.rand(batch, generator=generator)
-        t = (t * (len(alphas) / batch)).long()
+        t = (t * (len(alphas) / batch)).long().clamp(max=len(alphas) - 1)  # float32 rounds up
         noise = torch.randn(clean.shape, generator=generator)
         a = alphas[t].view(-1, 1, 1, 1)
         predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, context).sample

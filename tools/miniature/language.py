@@ -1,0 +1,226 @@
+"""The bundled U-Net taught to read another text encoder.
+
+    python -m tools.miniature.language miniature-language    # reads MiniLM
+
+The student starts from the bundled weights, with keys and values that take each new row for the
+bundled encoder's last row (least squares). It learns to predict by the new rows what the bundled
+U-Net predicts by the rows of its text encoder, on latents that the bundled U-Net drew of the
+captions. Words that MiniLM has near a concept stand for its name in some captions. No picture and
+no label is needed. `--export` writes what ships, at any time.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from realera.checkpoints.loading import load_model
+from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, FILES, STYLES
+from realera.miniature.language import LOADERS, load_minilm
+from realera.pipelines.interface import Diffusion
+from realera.storage.safetensors_file import open_tensors
+from realera.text.encoding import CONTEXT, TextEncoder
+from tools.layout import ldm_unet
+
+from .captions import TEMPLATES, caption, held_out
+from .data import GLYPHS
+from .optimizers import Average
+from .runs import Stop, keep, long_run
+
+IMAGES, SAME = 640, 6  # latents of captions; captions of each
+WORDS, CLOSE, APART, TOLD = 48, 0.35, 0.1, 2  # words of a concept, cosines, captions of each
+BATCH, SILENT, RATES = 64, 0.1, (1e-3, 2e-4)  # learning rates of new and of old weights
+
+
+def words_near(text: TextEncoder) -> list[tuple[str, str]]:
+    """(word, concept): words of the encoder's vocabulary that mean a concept, by their cosines.
+
+    At most WORDS for each concept; held-out words are none of them.
+    """
+    words, concepts = [w for w in text.words() if w not in held_out()], list(CONCEPTS.values())
+    vectors = _sentences(text, words)
+    centre = vectors.mean(dim=0)
+    says = [_sentences(text, [c.name, *c.synonyms, *c.associated]).mean(dim=0) for c in concepts]
+    named = F.normalize(torch.stack(says) - centre, dim=1)
+    cosines, nearest = (F.normalize(vectors - centre, dim=1) @ named.T).topk(2)
+    best, second = cosines.T
+    near = (best > CLOSE) & (best - second > APART)
+    found = []
+    for n, concept in enumerate(concepts):
+        closest, index = best.where(near & (nearest[:, 0] == n), -1).topk(WORDS)
+        found += [(words[i], concept.name) for i in index[closest > 0].tolist()]
+    return found
+
+
+def _sentences(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """Means of the rows of each prompt as unit vectors, [prompts, dim]."""
+    parts = [
+        text.encode(prompts[i : i + 512])[CONTEXT].sum(dim=1) for i in range(0, len(prompts), 512)
+    ]
+    return F.normalize(torch.cat(parts), dim=1)
+
+
+@torch.no_grad()
+def drawn(model: Diffusion, prompts: list[str]) -> Tensor:
+    """Latents [prompts, 4, 8, 8] that the bundled U-Net draws in six steps."""
+    generator, out = torch.Generator().manual_seed(1), []
+    empty = model.text.encode([""])
+    for i in range(0, len(prompts), BATCH):
+        encoding = model.text.encode(prompts[i : i + BATCH])
+        noise = torch.randn(encoding.prompts, *model.latent_shape, generator=generator)
+        out.append(model.sample(encoding, empty, noise, 6, 5.0))
+    return torch.cat(out)
+
+
+def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tensor]:
+    """What the student learns from, made once.
+
+    latents: float32 [groups, 4, 8, 8]; captions: of each group, int64 [groups, SAME]; rows,
+    bundled: rows of every caption by either encoder, float16 [captions, rows, dim]; caption 0 is
+    empty. The first IMAGES groups are captions of one drawing, the others of one word: there the
+    bundled U-Net reads the name of the concept, and the latent is one of its drawings.
+    """
+    path = state / "captions.safetensors"
+    if not path.exists():
+        rng, names = random.Random(1), list(CONCEPTS)
+        told, groups, first = [""], list[list[int]](), list[str]()
+        for i in range(IMAGES):
+            concept = names[i % len(names)]
+            style = rng.choice(STYLES) if rng.random() < 0.35 else None
+            background = rng.choice(BACKGROUNDS) if rng.random() < 0.35 else None
+            words = tuple(w for glyph in GLYPHS[concept].values() for w in glyph)
+            groups.append(list(range(len(told), len(told) + SAME)))
+            told += [caption(rng, concept, words, style, background) for _ in range(SAME)]
+            first.append(told[-SAME])
+        read = list(told)
+        drawing = list(range(IMAGES))
+        for word, concept in words_near(load_minilm()):
+            templates = rng.sample(TEMPLATES, TOLD)
+            groups.append([len(told) + i % TOLD for i in range(SAME)])
+            told += [template.format(word) for template in templates]
+            read += [template.format(concept) for template in templates]
+            drawing.append(rng.randrange(names.index(concept), IMAGES, len(names)))
+        tensors = {
+            "latents": drawn(model, first)[drawing],
+            "captions": torch.tensor(groups),
+            "rows": _rows(text, told),
+            "bundled": _rows(model.text, read),
+        }
+        keep(path, tensors)
+    return load_file(path)
+
+
+def _rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    parts = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]
+    return torch.cat([text.encode(part)[CONTEXT].half() for part in parts])
+
+
+def _bundled_row(rows: Tensor, bundled: Tensor) -> Tensor:
+    """The matrix [bundled dim, dim] that takes each row of a caption to one bundled row, by least
+    squares.
+
+    rows: [captions, rows, dim]; bundled: [captions, bundled dim]
+    """
+    there = rows.abs().sum(dim=2) > 0
+    x, y = rows[there].double(), bundled.double().repeat_interleave(there.sum(dim=1), 0)
+    gram = x.T @ x
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, x.T @ y).T.float()
+
+
+def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
+    """The student's average, in unet.safetensors."""
+    torch.manual_seed(1)
+    model: Any = load_model("miniature")
+    prepared = prepare(state, text, model)
+    latents, captions, rows, bundled = (
+        prepared[name] for name in ("latents", "captions", "rows", "bundled")
+    )
+    generator = torch.Generator().manual_seed(int(time.time()))
+    teacher, alphas = model.network, model.scheduler.alphas_cumprod
+    config = {k: v for k, v in dict(teacher.config).items() if not k.startswith("_")}
+    student = UNet2DConditionModel.from_config({**config, "cross_attention_dim": rows.shape[-1]})
+    old = teacher.state_dict()
+    new = {n for n, p in student.named_parameters() if p.shape != old[n].shape}
+    read_as = _bundled_row(rows.float(), bundled[:, -1].float())
+    student.load_state_dict({n: t @ read_as if n in new else t for n, t in old.items()})
+    groups = [
+        {"params": [p for n, p in student.named_parameters() if (n in new) == fresh], "lr": rate}
+        for fresh, rate in zip((True, False), RATES, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    average, path = Average(student, 0.995), state / "unet.safetensors"
+
+    def step(progress: float) -> dict[str, float]:
+        decay = 1.0 if progress < 0.6 else max(0.05, (1 - progress) / 0.4)
+        for group, rate in zip(optimizer.param_groups, RATES, strict=True):
+            group["lr"] = rate * decay
+        pick = torch.randint(IMAGES, (BATCH,), generator=generator)
+        word = torch.randint(IMAGES, len(latents), (BATCH,), generator=generator)
+        pick = torch.where(torch.rand(BATCH, generator=generator) < 0.35, word, pick)
+        read = captions[pick, torch.randint(SAME, (BATCH,), generator=generator)]
+        read[torch.rand(BATCH, generator=generator) < SILENT] = 0
+        t = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
+        t = (t * (len(alphas) / BATCH)).long().clamp(max=len(alphas) - 1)  # float32 rounds up
+        noise = torch.randn(latents[pick].shape, generator=generator)
+        noisy = model.scheduler.add_noise(latents[pick], noise, t)
+        context = rows[read].float()
+        jitter = torch.randn(context.shape, generator=generator)
+        context += jitter * context.norm(dim=-1, keepdim=True) * (0.06 / context.shape[-1] ** 0.5)
+        with torch.no_grad():
+            wanted = teacher(noisy, t, bundled[read].float()).sample
+        snr = (alphas / (1 - alphas))[t].view(-1, 1, 1, 1)
+        weight = (snr.clamp(max=5) / snr).clamp(max=5) + 0.2
+        loss = (weight * (student(noisy, t, context).sample - wanted).square()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        return {"loss": loss.item()}
+
+    parts = {"student": student, "optimizer": optimizer, "average": average}
+    done = long_run(state / "unet.pt", parts, step, minutes, stop)
+    keep(path, average.state_dict()["values"])
+    return done
+
+
+def export(state: Path, model: str, path: Path) -> None:
+    """The student's average in half precision, a U-Net alone in the miniature's layout.
+
+    model: name of the bundled model
+    """
+    tensors = ldm_unet(load_file(state / "unet.safetensors"))
+    config = json.loads(open_tensors(CHECKPOINT).metadata["config"])
+    width = next(t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight"))
+    config["unet"]["cross_attention_dim"] = width
+    config["text_encoder"] = {"bundled": model}
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    keep(path, halves, format="pt", config=json.dumps(config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=LOADERS, help="bundled model to train")
+    parser.add_argument("--state", type=Path, default=Path(".state/language"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--export", action="store_true", help="only write what ships, and end")
+    parser.add_argument("--out", type=Path, help="where to write what ships; default: the package")
+    arguments = parser.parse_args()
+    name, state = arguments.model, arguments.state / arguments.model
+    state.mkdir(parents=True, exist_ok=True)
+    if arguments.export or distil(state, LOADERS[name](), arguments.minutes, Stop()):
+        export(state, name, arguments.out or FILES[name])
+
+
+if __name__ == "__main__":
+    main()
