@@ -50,7 +50,7 @@ class Concept:
     not a tuple of texts with one `{}` each.
 
     name: concept to erase
-    anchor: what to draw instead
+    anchor: concept to draw instead
     templates: prompts with `{}` for the name; mined words use the first one
     """
 

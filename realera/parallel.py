@@ -36,7 +36,7 @@ FILE = re.compile(  # a complete file, or an unfinished one as `safetensors_file
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
 )
-TENSORS = ("gram", "shift_cov", "representatives")  # of Sums
+TENSORS = ("gram", "shift_cov", "representatives")  # the fields of Sums
 
 
 @dataclass(frozen=True)

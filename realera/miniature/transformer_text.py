@@ -16,7 +16,7 @@ from ..pipelines.unet import DiffusersText
 from ..text.encoding import CONTEXT, POOLED, EncoderPart, Encoding
 from ..text.token_alignment import prompt_summaries, row_weights
 
-WIDTH = 512  # of a context row; CLIP's rows have half of it
+WIDTH = 512  # dim of a context row; rows of CLIP have half of it
 
 
 class MiniatureTransformerText(DiffusersText):

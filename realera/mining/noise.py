@@ -1,9 +1,10 @@
 """Random steps around every concept (Sec. 4.1-4.2; Alg. 1, l. 4-22).
 
-A neighbour is e + r v̂, a step from the embedding of a concept towards v. With source "isotropic",
-v is noise, v ~ N(0, I), as in the paper; with source "bank", v is the row of an everyday prompt at
-the same position. Cosines are measured around the origin for noise and around the mean of the bank
-otherwise, since the rows of one encoder share a large common part.
+A neighbour is e + η with η = r v̂ (Eq. 5), a step of length r < D1 (Eq. 3) from the embedding of a
+concept towards v, and is accepted when its cosine with e is in [S2, S1] (Eq. 4, 6). With source
+"isotropic", v is noise, v ~ N(0, I), as in the paper; with source "bank", v is the row of an
+everyday prompt at the same position. Cosines are measured around the origin for noise and around
+the mean of the bank otherwise, since the rows of one encoder share a large common part.
 """
 
 import math
@@ -122,7 +123,7 @@ class GaussianNeighbourhood:
         cosines: tuple[float, float],
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """`count` accepted steps from pair i: v̂ [count, tokens, dim], r [count, 1, 1].
+        """`count` accepted steps from pair i (Eq. 6): v̂ [count, tokens, dim], r [count, 1, 1].
 
         lengths: smallest and largest r
         cosines: smallest and largest cosine of e with e + r v̂, as a mean over the span

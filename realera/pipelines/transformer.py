@@ -40,7 +40,7 @@ class TransformerText:
     """The text encoders of a diffusers pipeline.
 
     pipeline: diffusers pipeline with a transformer
-    family: name of its family, a file in `families/`
+    family: name of a file in `realera/families`
     """
 
     def __init__(self, pipeline: Any, family: str):
@@ -167,7 +167,7 @@ class TransformerModel:
     pipeline: diffusers pipeline with a transformer
     text: text encoders; default: those of the pipeline
 
-    Raises ValueError when the pipeline is of no family in `families/`.
+    Raises ValueError when the pipeline belongs to no family in `realera/families`.
     """
 
     def __init__(self, pipeline: Any, text: TextEncoder | None = None):
