@@ -66,7 +66,7 @@ def erasure_of(text, concepts, settings: Settings) -> Erasure:
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_an_erasure_is_made_again_from_what_it_says_of_itself(texts, name, source):
+def test_an_erasure_is_made_again_from_its_provenance(texts, name, source):
     bank = source == "bank"  # else the bank of a thousand prompts is left out, for time
     chosen = settings_of(source, lambda1=0.7, bank=bank, beyond_seed=5, suppression=0.5)
     first = erasure_of(texts[name], [AIRPLANE], chosen)
@@ -97,7 +97,7 @@ def test_everyday_prompts_are_suppressed_and_a_preserved_one_less():
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(texts, name):
+def test_a_concept_is_represented_by_its_name_and_the_mean_of_the_words_around_it(texts, name):
     text, concepts = texts[name], [AIRPLANE, Concept("dog", "ground", ("an old {}", "{}"))]
     two = settings_of("vocabulary")  # draws two of the ring
     mining = mine(text, concepts, two.neighbor, two.beyond)

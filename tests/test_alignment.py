@@ -79,7 +79,7 @@ def run(model, job, training=SHORT, **options):
     return align(model, job, training, **options)
 
 
-def test_a_full_disk_under_the_state_is_a_warning_and_the_training_goes_on(
+def test_a_full_disk_for_the_state_is_a_warning_and_training_continues(
     model, job, tmp_path, monkeypatch
 ):
     def full(path, *_):
@@ -95,7 +95,7 @@ def test_a_full_disk_under_the_state_is_a_warning_and_the_training_goes_on(
     assert not list(tmp_path.iterdir())
 
 
-def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job):
+def test_training_lowers_the_loss_on_the_same_draws(model, job):
     untouched = with_edit(job, Edit.from_matrix(torch.eye(edit_of(job).dim)))
     losses: dict[float, list[float]] = {}
     for rate in (1e-12, 3e-2):
@@ -106,7 +106,7 @@ def test_training_lowers_the_loss_on_the_very_draws_it_would_have_had(model, job
     assert sum(losses[3e-2][-10:]) < 0.9 * sum(losses[1e-12][-10:])
 
 
-def test_the_unet_is_left_as_it_was_after_success_error_and_cancel(model, job):
+def test_the_unet_is_unchanged_after_success_error_and_cancel(model, job):
     before, modules = state_of(model.network), [name for name, _ in model.network.named_modules()]
     gradients = [p.requires_grad for p in model.network.parameters()]
 
@@ -251,7 +251,7 @@ def test_student_reads_the_edit_and_the_lora_and_the_teacher_neither(model, job)
     assert not torch.allclose(student, edit_alone, atol=1e-3)
 
 
-def test_the_edit_is_computed_once_a_pass_and_anew_for_other_rows(model, job, monkeypatch):
+def test_the_edit_is_computed_once_per_pass_and_again_for_other_rows(model, job, monkeypatch):
     network, calls, real = model.network, [], Edit.__call__
     monkeypatch.setattr(Edit, "__call__", lambda edit, rows: calls.append(1) or real(edit, rows))
     z, t = torch.zeros(1, 4, 8, 8), torch.tensor([500])
@@ -288,7 +288,7 @@ def test_an_erasure_that_is_read_is_the_erasure_that_is_written(pipelines, name)
             torch.testing.assert_close(read, written, atol=1e-4, rtol=1e-4)
 
 
-def test_a_lora_that_the_erasure_had_is_trained_on_top_of_and_kept(model, job):
+def test_a_new_lora_is_added_to_the_lora_of_the_erasure(model, job):
     mining = mine(model.text, job.neighbourhood.pairs.concepts, NEAR, FAR)
     first = align_erasure(model, erase(mining, NO_BANK), mining, SHORT, anchors=job.anchors)
     losses = []
@@ -322,7 +322,7 @@ def test_an_erasure_of_another_mining_is_refused(model, job):
         align_erasure(model, erase(other, NO_BANK), mining, SHORT, anchors=job.anchors)
 
 
-def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch):
+def test_without_beyond_points_eq_9_has_its_first_term_only(model, job, monkeypatch):
     asked, predict = [], model.predict
 
     def note(latents, times, encoding):
@@ -336,7 +336,9 @@ def test_without_beyond_points_eq_9_keeps_its_first_term(model, job, monkeypatch
         assert asked == prompts
 
 
-def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, monkeypatch):
+def test_the_teacher_of_a_word_reads_the_anchor_in_the_template_of_the_word(
+    model, job, monkeypatch
+):
     monkeypatch.setattr(model.text, "words", lambda: ["plane", "jet", "dog", "ship", "tree"])
     mining = mine(model.text, job.neighbourhood.pairs.concepts, NeighborSettings(s2=0.0), FAR)
     teachers, predict = [], model.predict
@@ -354,7 +356,7 @@ def test_a_words_teacher_sees_the_anchor_in_the_words_own_template(model, job, m
     assert torch.equal(even, mining.pairs.anchor[CONTEXT][:1].expand(2, -1, -1))
 
 
-def test_a_state_of_another_model_is_not_gone_on_with(model, job, tmp_path):
+def test_a_state_of_another_model_is_refused(model, job, tmp_path):
     state = tmp_path / "state.safetensors"
     run(model, job, replace(SHORT, steps=2), state=state)
     weight = next(model.network.parameters())
@@ -386,7 +388,7 @@ def test_anchors_are_drawn_once_and_read_back_by_content(model, job, monkeypatch
     assert len(drawn) > once
 
 
-def test_an_anchor_image_that_is_not_finite_is_refused_and_not_kept(model, job, monkeypatch):
+def test_an_anchor_image_that_is_not_finite_is_refused_and_not_cached(model, job, monkeypatch):
     broken = torch.full((1, *model.latent_shape), torch.nan)
     monkeypatch.setattr(model, "sample", lambda *_: broken)
     for _ in range(2):
@@ -416,7 +418,7 @@ def test_an_adversary_leaves_the_draws_of_eq_8_and_9_as_they_were(model, job, ag
             assert torch.equal(rows[CONTEXT], same[CONTEXT])
 
 
-def test_without_an_adversary_its_inputs_change_nothing(model, job, against):
+def test_without_an_adversary_adversarial_inputs_change_nothing(model, job, against):
     for plain, other in zip(run(model, job).values(), run(model, against).values(), strict=True):
         assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
     with pytest.raises(ValueError, match="adversarial = 3: the inputs have no adversarial part"):
@@ -427,7 +429,7 @@ def networks_of(model, job) -> StudentTeacher:
     return StudentTeacher(model, lambda: student_mode(model.network, job.erasure), nullcontext)
 
 
-def test_the_contexts_that_are_sought_bring_the_concept_nearer(model, against):
+def test_optimised_contexts_bring_the_concept_nearer(model, against):
     """On images, times and noise that the adversary did not see."""
     pairs, networks, found = against.neighbourhood.pairs, networks_of(model, against), None
     training = replace(SOUGHT, adversarial=4, batch=4)
@@ -512,7 +514,7 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
             assert any(torch.equal(row, own) for own in known)
 
 
-def test_contexts_that_were_loaded_go_where_the_prompts_are(against):
+def test_loaded_contexts_are_on_the_device_of_the_prompts(against):
     """A state is read to the CPU; where the model is on a GPU, so are the prompts' rows."""
     pairs = against.neighbourhood.pairs
     loaded = init_contexts(pairs, torch.tensor([0, 1, 2]))
@@ -552,7 +554,7 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     assert noise.words.prompts == 0 and noise.preserved.prompts == 1 + 512
 
 
-def test_words_are_kept_by_which_the_original_does_not_predict_the_concept(model, against):
+def test_words_that_do_not_bring_the_concept_back_are_preserved(model, against):
     """The concept's own prompt is all likeness, the empty one none."""
     pairs = against.neighbourhood.pairs
     words = Encoding.cat([pairs.e.take(pairs.first), model.text.encode(["", "a dog"])])
@@ -649,7 +651,7 @@ def test_activations_are_counted_without_being_held(model, job):
         assert activation_bytes(networks, term) == pytest.approx(sum(saved.values()), rel=0.01)
 
 
-def test_checkpointing_comes_on_where_the_free_memory_asks_for_it(model, job, monkeypatch):
+def test_checkpointing_is_turned_on_when_free_memory_is_too_small(model, job, monkeypatch):
     plain, blocks = run(model, job), []
 
     def note(step, loss):
@@ -694,7 +696,7 @@ def test_out_of_memory_names_what_helps(model, job, monkeypatch, error):
         assert helpless not in str(raised.value)
 
 
-def test_another_error_of_the_network_is_left_as_it_is(model, job, monkeypatch):
+def test_another_error_of_the_network_is_not_changed(model, job, monkeypatch):
     def fail(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

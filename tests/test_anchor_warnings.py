@@ -53,7 +53,7 @@ def test_another_model_gets_no_warning_about_what_the_bundled_one_draws(pipeline
     assert warnings_for(text, "ground", NeighborSettings(source="isotropic", neighbors=0)) == ""
 
 
-def test_a_name_that_lists_words_is_doubted_with_the_way_to_write_each():
+def test_a_name_that_lists_words_is_warned_about():
     concepts = [
         Concept("airplane, jet", "tree"),
         Concept("飞机、喷气机", "tree"),
@@ -93,7 +93,7 @@ def bundled_text():
         ("airplnae", False),  # which it reads as one
     ],
 )
-def test_a_name_of_short_pieces_with_no_word_nearby_is_doubted(bundled_text, name, warned):
+def test_a_name_of_short_pieces_without_a_near_word_is_warned_about(bundled_text, name, warned):
     plan = plan_mining(bundled_text, [Concept(name, "tree")], NeighborSettings(), None)
     warnings = unknown_names(bundled_text, plan)
     assert len(warnings) == warned, warnings
@@ -101,7 +101,7 @@ def test_a_name_of_short_pieces_with_no_word_nearby_is_doubted(bundled_text, nam
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "bundled"])
-def test_a_name_in_characters_that_the_encoder_does_not_read_is_doubted(
+def test_a_name_in_characters_that_the_encoder_cannot_read_is_warned_about(
     pipelines, bundled_text, family
 ):
     text = bundled_text
@@ -116,7 +116,7 @@ def test_a_name_in_characters_that_the_encoder_does_not_read_is_doubted(
     assert "'飞机' in the name 'red 飞机'" in warnings[2]
 
 
-def test_a_name_that_the_tokenizer_has_as_a_word_is_not_doubted_in_any_script():
+def test_a_name_that_is_a_word_of_the_tokenizer_is_not_warned_about_in_any_script():
     """As of Qwen's and of T5's tokenizers, which have a token for it or <unk>."""
 
     def tokenize(prompts, unknown):

@@ -76,7 +76,7 @@ def test_what_is_written_is_what_the_network_reads_with(model):
 
 
 @pytest.mark.parametrize("wordings", [("{}",), peers.EXPANDED], ids=["one row", "expanded"])
-def test_uce_is_its_papers_minimum_on_every_projection(model, wordings):
+def test_uce_is_the_minimum_of_its_paper_on_every_projection(model, wordings):
     e = peers.last_rows(model.text, [w.replace("{}", "airplane") for w in wordings])
     target = peers.last_rows(model.text, [w.replace("{}", "ground") for w in wordings])
     new = peers.uce(model, [AIRPLANE], wordings, ridge=0.5)
@@ -102,7 +102,7 @@ def test_mace_moves_the_rows_around_the_concept_to_those_around_its_anchor(model
 
 
 @pytest.mark.parametrize("anchor", ["sky", "a wide green meadow", "airplane hangar"])
-def test_what_stands_around_is_cut_where_the_longer_of_the_two_ends(model, anchor):
+def test_the_surrounding_rows_end_with_the_longer_of_both_prompts(model, anchor):
     e, target = peers.around(model.text, ["the airplane"], [f"the {anchor}"])
     assert e.shape == target.shape
 
@@ -216,7 +216,7 @@ def test_a_row_of_the_paper_is_one_template_with_one_noise_for_the_whole_span():
             assert row.asked(AIRPLANE) == AIRPLANE
 
 
-def test_a_row_is_measured_once_and_anew_for_another_edit(model, folder, monkeypatch):
+def test_a_row_is_measured_once_per_edit(model, folder, monkeypatch):
     monkeypatch.setenv("REALERA_CACHE", str(folder))
     monkeypatch.setattr(ablation, "STATE", folder)
     drawn = []
@@ -255,7 +255,7 @@ def test_the_halves_are_the_ten_concepts_and_share_none():
     assert ablation.halves(["ship", "dog"]) == {"reported": ["dog"], "tuned on": ["ship"]}
 
 
-def test_styles_are_a_group_of_their_own_and_have_no_synonyms():
+def test_styles_are_a_separate_group_without_synonyms():
     assert ablation.halves(["comic"]) == {"styles": ["comic"]}
     own = report("comic", 0, 90, 10)
     lacking = replace(own, generality={"held-out words": own.generality["held-out words"]})
@@ -291,7 +291,7 @@ def test_the_table_names_each_half_and_row(tmp_path):
     assert text.count("| 50.0 ") == 2  # the drift
 
 
-def test_a_table_is_padded_and_flush_right_but_for_its_first_column():
+def test_a_table_is_padded_and_flush_right_except_its_first_column():
     lines = markdown_table([["", "n"], ["one", "10.5"]]).splitlines()
     assert lines == ["|     | n    |", "| --- | ---: |", "| one | 10.5 |"]
 
@@ -309,7 +309,7 @@ def test_spearman_is_one_for_any_rising_curve_and_shares_ranks_between_ties():
     assert scope_correlation.spearman(a, b) == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
-def test_the_share_of_the_way_is_measured_towards_the_anchor():
+def test_the_share_of_a_shift_is_measured_towards_the_anchor():
     def seen(value: float) -> scope_correlation.Seen:
         probability = torch.tensor([1 - value, value]).expand(2, 3, 2)
         return scope_correlation.Seen(torch.full((2, 3, 5), value), probability)
@@ -341,7 +341,7 @@ def test_the_sizes_are_those_of_the_real_families(size):
     assert {layer.in_features for layer in layers} == {size.dim}
 
 
-def test_the_two_ways_whose_times_are_compared_give_the_same_weights():
+def test_both_timed_methods_give_the_same_weights():
     size = speed.Size("small", 64, (32, 48))
     rates = {"float32": 1e12, "float64": 1e12, "bytes": 1e12}
     found = speed.closed_form(size, 100, rates, 1)
@@ -413,7 +413,7 @@ def test_what_no_case_writes_or_only_one_commit_writes_is_no_agreement(tmp_path)
 # ------------------------------------------------------------------ the frontier
 
 
-def test_a_point_is_told_in_percent_and_nothing_to_count_is_no_division_by_zero():
+def test_a_point_is_in_percent_and_an_empty_count_is_no_division_by_zero():
     assert frontier.Point(1, 4, 1, 10).numbers == pytest.approx((25, 90, 2 * 75 * 90 / 165))
     assert frontier.Point(0, 0, 0, 0).numbers[:2] == (0, 100)
 
@@ -486,7 +486,7 @@ def test_least_squares_undo_a_closed_form(scene):
     assert (found[0].double() @ t.T - own[0].double()).norm() < 1e-3 * own.norm()
 
 
-def test_an_attack_is_told_by_the_best_until_each_step_and_ends_where_all_is_reached():
+def test_an_attack_reports_the_best_of_all_steps_and_ends_when_all_succeed():
     drawn = iter([25.0, 75.0, 50.0, 100.0])
 
     class Drawn:
@@ -519,7 +519,7 @@ def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(
 # ---------------------------------------------------------------- memory
 
 
-def test_a_step_of_true_size_holds_the_activations_of_one_term_and_keeps_its_bar():
+def test_a_full_size_step_holds_the_activations_of_one_term_within_its_bar():
     """Of Eq. 9, whose two terms would need twice as much."""
     case = memory.CASES[0]
     sizes = memory.measured(case)

@@ -191,7 +191,7 @@ def full_size(path, name, extra=None, in_channels=4, metadata=None):
     ("name", "dim", "pooled"), [("sd1", 768, None), ("sd2", 1024, None), ("sdxl", 2048, 1280)]
 )
 @pytest.mark.parametrize("in_channels", [4, 9])
-def test_a_family_is_told_from_the_header_alone(
+def test_a_family_is_recognised_by_the_header_alone(
     tmp_path, monkeypatch, name, dim, pooled, in_channels
 ):
     path = full_size(tmp_path / "x.safetensors", name, in_channels=in_channels)
@@ -211,7 +211,7 @@ def test_a_family_is_told_from_the_header_alone(
         ("sdxl", 0.01, {}, ["v_pred", "ztsnr"], "v_prediction", 128),
     ],
 )
-def test_v_prediction_is_told_from_weights_and_markers(
+def test_v_prediction_is_recognised_by_weights_and_markers(
     tmp_path, name, width, metadata, markers, prediction, size
 ):
     bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -238,7 +238,7 @@ def test_half_and_fp8_files_load(tmp_path, pipelines, make_single, dtype):
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_pickles_are_refused_unopened_and_the_way_out_works(tmp_path, pipelines, folders):
+def test_pickles_are_refused_unopened_and_the_suggested_command_works(tmp_path, pipelines, folders):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/exploded",)
@@ -289,7 +289,7 @@ def test_a_configuration_in_a_file_writes_nothing_but_parts(tmp_path, singles, m
     assert not list(folder.rglob("*")) and [p.name for p in folder.parent.iterdir()] == ["tmp"]
 
 
-def test_a_folder_without_a_tokenizer_is_refused_and_no_hub_is_asked(tmp_path, folders):
+def test_a_folder_without_a_tokenizer_is_refused_without_contacting_the_hub(tmp_path, folders):
     shutil.copytree(folders["sd1"], tmp_path / "x", ignore=lambda *_: ["tokenizer"])
     with pytest.raises(ValueError, match="lacks tokenizer/"):
         load_text(tmp_path / "x")
@@ -556,7 +556,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, singles, folders):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_space_is_said_before_writing(tmp_path, singles, monkeypatch):
+def test_too_little_space_is_an_error_before_writing(tmp_path, singles, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
@@ -651,9 +651,7 @@ def test_the_lora_file_does_in_diffusers_what_the_erased_checkpoint_does(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-3])
-def test_a_lora_file_lacks_of_the_edit_what_it_says_that_it_lacks(
-    pipelines, dtype, trained, tolerance
-):
+def test_the_stated_error_of_a_lora_file_is_its_true_error(pipelines, dtype, trained, tolerance):
     dim = DIMS["sdxl"]
     g = torch.Generator().manual_seed(0)
     u = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]

@@ -216,9 +216,7 @@ def test_the_accelerator_that_pytorch_finds_is_chosen(found, device, monkeypatch
     assert device_of(Namespace(device=None)) == device
 
 
-def test_scope_reads_the_text_on_the_device_and_in_the_precision_of_its_options(
-    monkeypatch, capsys
-):
+def test_scope_encodes_on_the_device_and_in_the_precision_of_its_options(monkeypatch, capsys):
     def load_text(source, dtype, device):
         raise ValueError(f"loaded {source} on {device} in {dtype}")
 
@@ -374,13 +372,15 @@ def test_without_a_command_the_help_lists_them(capsys):
     assert "Try 'realera demo' first" in said and "erase concepts from a model" in said
 
 
-def test_a_lora_in_the_place_of_a_model_is_told_what_it_is(folder, tmp_path, capsys):
+def test_a_lora_in_the_place_of_a_model_is_recognised(folder, tmp_path, capsys):
     lora = str(folder / FILES[1])
     assert main(["erase", lora, "-c", "cat -> dog", "-o", str(tmp_path / "out")]) == 1
     assert "holds a LoRA and no model: give the checkpoint" in capsys.readouterr().err
 
 
-def test_a_lora_in_the_place_of_an_erasure_is_told_from_a_broken_one(folder, tmp_path, capsys):
+def test_a_lora_in_the_place_of_an_erasure_is_distinguished_from_a_broken_one(
+    folder, tmp_path, capsys
+):
     out = str(tmp_path / "x.safetensors")
     assert main(["apply", "miniature", str(folder / FILES[1]), out]) == 1
     assert "it is none; 'realera erase' and Save Erasure write one" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_an_edited_weight_reads_a_row_as_the_weight_reads_the_edited_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gain", [None, torch.linspace(0.01, 300, 64)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_an_edit_leaves_alone_keeps_its_bits_and_of_all_else_the_change_is_rounded(
+def test_untouched_rows_of_a_weight_keep_their_bits_and_elsewhere_only_the_change_is_rounded(
     dtype, gain, autocast
 ):
     """T maps the first 8 columns; the last 56 columns, and rows that read only those, stay."""
@@ -280,7 +280,7 @@ def test_a_rotated_and_scaled_embedding_gives_the_rotated_t(seed, scale):
 
 @QUICK
 @given(seeds)
-def test_what_is_kept_counts_as_if_its_rows_were_preserved_and_what_is_dropped_as_if_not(seed):
+def test_a_bank_counts_like_preserved_rows_without_the_dropped_ones(seed):
     sums = problem(seed)[-1]
     bank, dropped = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 3)
     kept = bank_of(torch.cat([bank, dropped]), {"a cat": dropped.float()})
@@ -312,7 +312,7 @@ def test_suppression_takes_the_concepts_towards_the_mean_by_its_measure_and_noth
     assert (prompt @ held.T).norm() < 0.1 * (prompt @ once.T).norm()
 
 
-def test_without_a_bank_nothing_goes_away_and_nothing_goes_towards():
+def test_without_a_bank_suppression_changes_nothing():
     sums = replace(problem(0)[-1], representatives=rows_of(6, 7, 1))
     assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
     with pytest.raises(ValueError, match=r"suppression = -0\.5: it must be at least 0"):

@@ -146,14 +146,14 @@ def test_a_cache_that_may_only_be_read_is_read(folder, monkeypatch):
     assert torch.equal(made["rows"], torch.ones(4))
 
 
-def test_what_an_unknown_fingerprint_decides_is_computed_anew(folder):
+def test_nothing_is_cached_for_an_unknown_fingerprint(folder):
     for size in (1, 2):
         assert len(cached("bank", [None, "x"], lambda size=size: rows(size))["rows"]) == size
     assert not list(folder.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process: Linux")
-def test_what_was_read_from_the_cache_does_not_hold_its_file(folder):
+def test_tensors_from_the_cache_do_not_keep_the_file_open(folder):
     cached("bank", ["x"], rows)
     held = cached("bank", ["x"], rows)
     (path,) = cached_files()
@@ -193,7 +193,9 @@ def test_a_file_that_is_no_state_is_not_replaced_by_one(tiny_model, tmp_path, fo
 # ------------------------------------------------------------------ groups
 
 
-def test_concepts_of_a_file_leave_a_users_own_folder_alone(tmp_path, folder, monkeypatch):
+def test_a_run_of_concepts_from_a_file_leaves_other_files_of_a_folder_alone(
+    tmp_path, folder, monkeypatch
+):
     names = tmp_path / "names.csv"
     names.write_text("concept,anchor\nairplane,tree\ndog,flower\n", "utf-8")
     out = tmp_path / "out"
@@ -336,7 +338,7 @@ def test_a_folder_that_holds_the_erasure_is_not_replaced(tmp_path, folders, caps
 # ------------------------------------------------------------------ what a killed run leaves
 
 
-def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+def test_the_next_run_removes_files_of_a_killed_run_and_nothing_else(tmp_path):
     target = tmp_path / "x.safetensors"
     code = (
         "import os, signal, sys\nfrom realera.storage.safetensors_file import writing\n"
@@ -379,7 +381,7 @@ def test_a_folder_that_a_killed_run_had_moved_away_comes_back(tmp_path, folders)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_fills_up_is_told_with_the_file(tmp_path):
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
     full = pytest.raises(OSError, match=r"File too large: '.*x'")
     with files_of_at_most(10), full, writing(tmp_path / "x") as part:
         part.write_bytes(bytes(100))

@@ -202,7 +202,7 @@ def test_saved_sums_merge_to_the_joint_fit(tmp_path):
     assert far_apart(expected, four.edits[CONTEXT]) < 2e-6
 
 
-def test_what_cannot_be_merged_says_why():
+def test_erasures_that_cannot_be_merged_are_refused_with_the_reason():
     erasure = random_erasure()
     with pytest.raises(ValueError, match="without its sums"):
         Erasure.merge([erasure, Erasure(erasure.edits)])

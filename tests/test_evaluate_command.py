@@ -34,7 +34,7 @@ def prompts(tmp_path):
     return str(path)
 
 
-def test_the_demo_leaves_what_the_readme_says_and_erases(demo):
+def test_the_demo_writes_the_files_in_the_readme_and_erases(demo):
     pictures = {"neighbourhood.png", "scope.png", "loss.png", "before-after.png"}
     parts = {
         "checkpoint.safetensors",
@@ -125,7 +125,7 @@ def test_the_papers_concepts_are_scored_as_in_the_paper(
         (["dog", "--clip", "x"], "leave out --clip"),
     ],
 )
-def test_a_combination_that_makes_no_sense_is_refused_with_the_way_out(
+def test_a_senseless_combination_of_options_is_refused_with_what_would_work(
     arguments, reason, prompts, tmp_path, capsys
 ):
     arguments = [prompts if part == "PROMPTS" else part for part in arguments]

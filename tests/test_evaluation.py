@@ -69,7 +69,7 @@ percent = st.floats(0, 100)
 
 
 @given(percent, percent, percent)
-def test_the_harmonic_mean_is_near_its_worst_goal_and_never_above_the_mean(e, s, g):
+def test_the_harmonic_mean_is_near_the_worst_goal_and_never_above_the_mean(e, s, g):
     goals = (100 - e, s, 100 - g)
     assert min(goals) - 1e-9 <= harmonic_mean(e, s, g) <= min(sum(goals) / 3, 3 * min(goals)) + 1e-9
 
@@ -104,7 +104,7 @@ def test_only_acc_e_and_acc_s_prompts_name_a_class(concept):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_task_asks_for_every_style(style):
+def test_a_style_task_has_prompts_for_every_style(style):
     task = style_task(style)
     assert task.classes == (style, *(name for name in STYLES if name != style))
     assert all(style in prompt for prompt in task.named)
@@ -122,7 +122,7 @@ def report() -> Report:
     )
 
 
-def test_acc_g_keeps_its_kinds_apart_and_pools_their_images():
+def test_acc_g_reports_each_kind_and_pools_the_images():
     assert report().acc_e == 15 and report().acc_s == 70
     assert report().generality["held-out words"].mean == 20
     assert report().acc_g == 15
@@ -213,7 +213,7 @@ def some_images(count: int = 5) -> torch.Tensor:
     return torch.rand(count, 3, 40, 40, generator=torch.Generator().manual_seed(1))
 
 
-def test_clip_gives_the_cosines_of_transformers_own_logits(clip_folder):
+def test_clip_cosines_agree_with_the_logits_of_transformers(clip_folder):
     clip = Clip(clip_folder)
     texts = ["a photo of the dog", "ship"]
     cosines = clip(some_images(), texts)
@@ -239,7 +239,7 @@ def test_clip_zero_shot_picks_the_nearest_prompt(clip_folder):
     assert classifier.describe(some_images(), [""] * 5) == lines
 
 
-def test_the_clip_score_of_an_image_is_that_of_its_own_prompt(clip_folder):
+def test_the_clip_score_of_an_image_is_that_of_its_prompt(clip_folder):
     clip = Clip(clip_folder)
     score = ClipScore(clip, "An artwork by {}")
     names = [*ARTISTS][:2]
@@ -292,7 +292,7 @@ def test_nudenet_finds_nothing_in_drawings_of_things(detector, drawings):
     assert scorer.describe(drawings[:1], [""]) == ["nothing explicit"]
 
 
-def test_every_label_that_we_count_is_one_that_nudenet_gives():
+def test_every_counted_label_is_a_label_of_nudenet():
     from nudenet import nudenet
 
     labels = set(vars(nudenet)["__labels"])
@@ -303,7 +303,7 @@ def test_every_label_that_we_count_is_one_that_nudenet_gives():
     }
 
 
-def test_nudenet_reads_our_pixels_as_it_reads_files(detector, drawings, tmp_path):
+def test_nudenet_detects_the_same_in_tensors_and_in_files(detector, drawings, tmp_path):
     import cv2
     from nudenet import nudenet
 
@@ -331,7 +331,7 @@ def test_detections_are_counted_by_the_papers_headings_from_a_confidence_on():
     assert scorer.describe(images, ["", ""]) == ["Belly 2, Feet 1"] * 2
 
 
-def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
+def test_without_nudenet_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with pytest.raises(ModuleNotFoundError, match="pip install nudenet"):
         NudeNet()
@@ -340,7 +340,7 @@ def test_without_nudenet_the_way_to_it_is_named(monkeypatch):
 # ------------------------------------------------------------------ a list of prompts
 
 
-def test_a_survey_adds_detections_up_and_keeps_few_images(model):
+def test_a_survey_adds_up_detections_and_keeps_few_images(model):
     prompts = [f"prompt {number}" for number in range(SHOWN + 1)]
     scorer = NudeNet(Finder(("BELLY_EXPOSED", 0.9), ("FEET_EXPOSED", 0.8)))
     found, firsts = survey(model, prompts, scorer, 2, Sampling(steps=1))
@@ -356,7 +356,7 @@ def test_a_survey_adds_detections_up_and_keeps_few_images(model):
     assert cells == ["original", "26", "0", "26", "0", "26", "0", "0", "0", "0", "52"]
 
 
-def test_a_survey_tells_the_mean_clip_score_of_captions(model, clip_folder):
+def test_a_survey_reports_the_mean_clip_score_of_captions(model, clip_folder):
     scorer = ClipScore(Clip(clip_folder))
     found, firsts = survey(model, PROMPTS, scorer, sampling=Sampling(steps=1))
     own = scorer(torch.stack([*firsts.values()]), PROMPTS)
@@ -370,14 +370,14 @@ def test_a_survey_tells_the_mean_clip_score_of_captions(model, clip_folder):
 # ------------------------------------------------------------------ what the command line asks for
 
 
-def test_the_tasks_are_known_without_torch():
+def test_tasks_need_no_torch():
     code = (
         "import sys, realera.evaluation.tasks; assert not {'torch', 'diffusers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_bundled_models_objects_and_styles_have_a_task_by_name():
+def test_objects_and_styles_of_the_bundled_model_have_a_task():
     assert bundled_task("dog") == miniature_task("dog")
     assert bundled_task("comic") == style_task("comic")
     assert STYLE_WORDS.keys() == {*STYLES}

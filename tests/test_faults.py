@@ -56,7 +56,7 @@ def test_a_run_that_is_killed_while_it_trains_ends_as_if_it_had_not(trial, capfd
     assert trial.counts["SIGKILL"].hit and not capfd.readouterr().err
 
 
-def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(trial, capfd):
+def test_a_run_on_a_full_disk_resumes_when_there_is_room(trial, capfd):
     trial.full_from(trial.first_change(r"out/lora\.safetensors$"))
     assert trial.counts["full disk"].hit and not capfd.readouterr().err
 
@@ -99,7 +99,7 @@ def test_an_output_that_was_being_written_may_be_replaced(tmp_path):
         assert note.may_replace("lora")
 
 
-def test_a_note_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
+def test_a_truncated_note_is_read_up_to_the_cut(tmp_path):
     note_of(tmp_path, "lora", "scope")
     path = tmp_path / ".realera-run"
     path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"scope") + 2])

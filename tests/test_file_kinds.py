@@ -254,7 +254,7 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path, singles, lost, words):
         load_model(tmp_path / "x.safetensors")
 
 
-def test_a_file_with_its_encoders_inside_is_not_called_one_without(tmp_path):
+def test_a_file_with_text_encoders_is_not_reported_as_one_without(tmp_path):
     sd3 = ones(UNET + "joint_blocks.0.context_block.attn.qkv.weight") | {
         UNET + "context_embedder.weight": torch.ones(8, 32),
         UNET + "y_embedder.mlp.0.weight": torch.ones(8, 16),

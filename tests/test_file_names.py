@@ -30,7 +30,7 @@ NOW = datetime(2026, 3, 7, 9, 5, 2)
         ("../../escaped", "../../escaped"),
     ],
 )
-def test_a_name_is_one_that_windows_holds_and_says_the_time(typed, written):
+def test_a_name_is_valid_on_windows_and_contains_the_time(typed, written):
     assert portable(typed, NOW) == written
 
 

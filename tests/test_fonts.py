@@ -133,7 +133,7 @@ def test_a_dollar_is_no_formula():
     )
 
 
-def test_a_line_without_spaces_is_broken_between_its_letters(machine, tmp_path):
+def test_a_line_without_spaces_breaks_between_letters(machine, tmp_path):
     text = "一只猫坐在机场的跑道上看飞机"
     machine(font(tmp_path / "All.ttf", text))
     width = width_of([text, "a photo of the airplane…"], 20)

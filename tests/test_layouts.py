@@ -119,7 +119,7 @@ def test_a_scaled_file_loads_as_what_file_and_scale_say_together(
 
 
 @pytest.mark.parametrize(("name", "names", "make"), MAKES)
-def test_a_scaled_files_lora_is_that_of_its_weights(tmp_path, singles, name, names, make):
+def test_the_lora_of_a_scaled_file_is_that_of_its_weights(tmp_path, singles, name, names, make):
     small, plain = scaled(singles[name], tmp_path, names, **make)
     loras = []
     for source in (small, plain):
@@ -136,7 +136,7 @@ def test_a_scaled_files_lora_is_that_of_its_weights(tmp_path, singles, name, nam
 
 @pytest.mark.parametrize(("name", "names", "make"), MAKES)
 @pytest.mark.parametrize("size", [0.3, 30.0])
-def test_a_scaled_file_is_erased_in_its_own_layout_to_the_rounding_of_fp8(
+def test_a_scaled_file_is_erased_in_its_layout_to_the_rounding_of_fp8(
     tmp_path, singles, name, names, make, size
 ):
     small, plain = scaled(singles[name], tmp_path, names, **make)
@@ -207,7 +207,7 @@ def test_scales_that_are_not_understood_are_refused_by_name(tmp_path, singles, b
 
 
 @pytest.mark.parametrize("other", ["weight._data", "qweight", "base_layer.weight"])
-def test_one_layer_under_other_names_is_refused_and_not_left_as_it_was(tmp_path, singles, other):
+def test_one_layer_under_other_names_is_refused_and_never_left_unerased(tmp_path, singles, other):
     state, source = load_file(singles["sd1 one layer"]), tmp_path / "in.safetensors"
     weight = state.pop(f"{TO_K}.weight")
     save_file(
@@ -334,7 +334,7 @@ def test_a_model_that_predicts_by_another_rule_is_refused_and_still_edited(
         load_model(tmp_path / "folder")
 
 
-def test_what_float16_cannot_hold_names_the_tensor_and_a_way_out(tmp_path, singles):
+def test_an_overflow_of_float16_names_the_tensor_and_what_would_work(tmp_path, singles):
     half = {
         key: t.half() if t.is_floating_point() else t
         for key, t in load_file(singles["sd1"]).items()
@@ -475,7 +475,7 @@ def test_parts_that_are_not_edited_travel_as_they_are_and_the_unerased_unet_neve
         load_model(out)
 
 
-def test_a_part_behind_a_link_travels_as_its_content(tmp_path, folders):
+def test_a_linked_part_is_copied_with_its_content(tmp_path, folders):
     shutil.copytree(folders["sd1"], tmp_path / "in")
     shutil.move(tmp_path / "in" / "vae", tmp_path / "shared")
     (tmp_path / "in" / "vae").symlink_to(tmp_path / "shared")
@@ -624,7 +624,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused_by_the_tensor(tmp_path, folders
             load_text(folder)
 
 
-def test_a_text_encoder_under_other_names_is_refused_and_one_is_told(tmp_path, folders):
+def test_a_text_encoder_under_other_names_is_refused_with_one_of_them(tmp_path, folders):
     def renamed(state):
         return {f"inner.{name}": tensor for name, tensor in state.items()}
 

@@ -64,7 +64,7 @@ def test_the_checkpoint_is_one_small_half_precision_file_of_the_sd1_layout():
     assert all(bool(t.isfinite().all()) for t in tensors.values())
 
 
-def test_its_metadata_describes_every_part():
+def test_the_metadata_describes_every_part():
     with safe_open(CHECKPOINT, "pt") as file:
         config = json.loads(file.metadata()["config"])
     assert config.keys() >= {"unet", "text_encoder", "vae", "scheduler", "scaling_factor"}
@@ -96,7 +96,7 @@ def test_diffusers_reads_the_sd3_layout_as_what_it_was_written_from():
     assert all(torch.equal(read[name], state[name]) for name in state)
 
 
-def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):
+def test_training_that_resumes_from_the_bundled_model_exports_it(tmp_path):
     with safe_open(CHECKPOINT, "pt") as file:
         config = json.loads(file.metadata()["config"])
     restore(tmp_path)
@@ -112,7 +112,7 @@ def test_a_training_that_goes_on_from_what_ships_exports_what_ships(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_tokenizer_can_reach_each_of_its_merges():
+def test_every_merge_of_the_tokenizer_is_reachable():
     vocabulary = json.loads((TOKENIZER / "vocab.json").read_text())
     merges = [line.split() for line in (TOKENIZER / "merges.txt").read_text().splitlines()[1:]]
     assert all({a, b, a + b} <= vocabulary.keys() for a, b in merges)
@@ -181,7 +181,7 @@ def test_synonyms_are_not_gathered_on_one_point(end_rows):
         assert apart.min() < 0.95
 
 
-def test_it_draws_what_a_plain_name_asks_for(pipeline):
+def test_the_model_draws_the_concept_of_a_plain_name(pipeline):
     images = draw(pipeline, [f"a photo of the {name}" for name in CONCEPTS], seed=11)
     with torch.no_grad():
         seen = load_classifier()(images)[0].argmax(dim=1)
@@ -189,7 +189,7 @@ def test_it_draws_what_a_plain_name_asks_for(pipeline):
 
 
 @pytest.mark.parametrize("channels", ["both", "context", "pooled"])
-def test_the_transformer_draws_what_a_plain_name_asks_for_in_either_channel(channels):
+def test_the_transformer_draws_the_concept_of_a_plain_name_by_either_encoder(channels):
     prompts, nothing = [f"a photo of the {name}" for name in CONCEPTS], [""] * len(CONCEPTS)
     context = nothing if channels == "pooled" else prompts
     pooled = nothing if channels == "context" else prompts

@@ -52,7 +52,7 @@ def drawn(seed: int = 0) -> torch.Generator:
 # ---------------------------------------------------------------- concepts
 
 
-def test_every_row_of_the_span_meets_the_anchor_row_at_its_own_distance(text):
+def test_every_row_of_the_span_is_mapped_to_the_anchor_row_at_the_same_distance(text):
     template = "a photo of the {} in the sky"
     pairs = encode_pairs(text, [Concept("red airplane", "ground", (template,))])
     context, target, anchor = (e[CONTEXT][0] for e in (pairs.e, pairs.target, pairs.anchor))
@@ -68,14 +68,14 @@ def test_every_row_of_the_span_meets_the_anchor_row_at_its_own_distance(text):
     assert torch.equal(pairs.target_summary[0], anchor[first + 1 + 3])
 
 
-def test_a_longer_anchor_lends_its_first_rows_and_its_own_end_of_text(text):
+def test_a_longer_anchor_gives_its_first_rows_and_its_end_of_text(text):
     pairs = encode_pairs(text, [Concept("dog", "big red house", ("a {}",))])
     target, anchor = pairs.target[CONTEXT][0], pairs.anchor[CONTEXT][0]
     assert torch.equal(target[2], anchor[2])
     assert torch.equal(target[3], anchor[5])  # end of text
 
 
-def test_lines_are_read_as_concepts_and_a_wrong_line_is_named():
+def test_lines_are_parsed_as_concepts_and_an_error_names_the_line():
     concepts = parse_concepts("airplane -> ground\n\n# a comment\nTom Cruise -> a person\n")
     assert [(c.name, c.anchor) for c in concepts] == [
         ("airplane", "ground"),
@@ -91,14 +91,14 @@ def test_lines_are_read_as_concepts_and_a_wrong_line_is_named():
         parse_concepts("\n")
 
 
-def test_a_sign_that_begins_a_comment_in_a_text_begins_a_name_in_a_list_of_lines():
+def test_a_hash_sign_starts_a_comment_in_a_text_and_a_name_in_a_list_of_lines():
     assert [c.name for c in concepts_in(["#metoo -> tree"])] == ["#metoo"]
     with pytest.raises(ValueError, match=r"no concept.*starts with # is a comment"):
         parse_concepts("#metoo -> tree")
 
 
 @pytest.mark.parametrize("line", ["cat -> tree, dog -> flower", "cat -> dog => tree", "a→b→c"])
-def test_a_second_arrow_is_refused_with_the_way_to_write_two(line):
+def test_a_second_arrow_is_refused_with_an_example_of_two_concepts(line):
     with pytest.raises(
         ValueError, match=rf"line 2, '{line}': .* contains an arrow: .*'cat -> tree' and"
     ):
@@ -191,7 +191,7 @@ def test_accepted_draws_lie_where_eq_3_and_4_say(text, pairs, bank, source, shar
 
 @trials(max_examples=4, deadline=None)
 @given(st.integers(0, 1000))
-def test_the_same_seed_draws_the_same_and_another_one_does_not(text, pairs, seed):
+def test_the_same_seed_gives_the_same_draws_and_another_seed_does_not(text, pairs, seed):
     ring = points_around(text, pairs)
     first, second = (ring.neighbors(2, drawn(seed)).e[CONTEXT] for _ in range(2))
     assert torch.equal(first, second)
@@ -234,7 +234,9 @@ def test_automatic_radii_let_draws_succeed_for_any_ring(text, pairs, s2, width, 
         ({"beyond_s2": 0.4}, "S2 = 0.4 .* larger than S2 = 0.3.*erased and preserved"),
     ],
 )
-def test_a_range_no_draw_can_satisfy_is_refused_with_one_that_works(text, pairs, ranges, reason):
+def test_a_range_that_no_draw_can_satisfy_is_refused_with_one_that_works(
+    text, pairs, ranges, reason
+):
     with pytest.raises(ValueError, match=reason):
         points_around(text, pairs, **ranges)
 
@@ -283,7 +285,7 @@ def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(tex
     assert set(others) <= set(mining.neighbors.words)
 
 
-def test_a_mined_word_goes_the_way_that_its_concept_goes(text, two, words):
+def test_a_mined_word_is_moved_like_its_concept(text, two, words):
     near, far = words.neighbors(3, drawn()), words.beyond(3, drawn())
     first = two.first.tolist()
     assert near.pair.tolist() == [i for i in first for _ in range(3)]
@@ -306,7 +308,7 @@ def test_a_mined_word_goes_the_way_that_its_concept_goes(text, two, words):
     assert torch.equal(far.target[CONTEXT], far.e[CONTEXT])
 
 
-def test_prompts_of_one_concept_get_words_of_their_own(two, words):
+def test_prompts_of_one_concept_get_different_words(two, words):
     near = words.neighbors(1, drawn(), [0, 1, 2, len(two.prompts) - 1, 3])
     of_one = near.words[:3] + near.words[4:]
     assert len(set(of_one)) == 4 and near.pair.tolist()[3] != near.pair.tolist()[0]
@@ -336,7 +338,7 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
         assert kept == all_near[:3] and len(all_near) > 3
 
 
-def test_beyond_words_lie_below_their_own_limit(text, two, words):
+def test_beyond_words_have_a_cosine_below_beyond_s2(text, two, words):
     ring = words_around(text, two, s2=0.4, beyond_s2=0.3)
     assert ring.plan.near == words.plan.near
     assert max(cosines(ring)[word] for _, word in ring.plan.far) < 0.3
@@ -383,7 +385,7 @@ def test_a_preserved_prompt_may_not_name_the_concept(text, pairs):
         ("Tom Cruise.", "tom cruise", True),
     ],
 )
-def test_a_name_is_found_as_a_word_of_its_own_and_where_words_have_no_spaces(prompt, name, held):
+def test_a_name_is_found_as_a_whole_word_and_in_scripts_without_spaces(prompt, name, held):
     assert holds_name(prompt, name) is held
 
 
@@ -392,7 +394,7 @@ def test_a_list_may_be_separated_by_the_commas_of_any_script():
     assert listed("jet，rocket、bird; old boat\nCar,") == words
 
 
-def test_a_preserved_prompt_that_would_be_cut_off_is_refused_with_its_length(text, pairs):
+def test_a_preserved_prompt_that_is_too_long_is_refused_with_its_length(text, pairs):
     none = NeighborSettings(source="isotropic", neighbors=0)
 
     def preserved(*prompts):
@@ -413,9 +415,7 @@ def bank(text):
     return encode_bank(text, bank_prompts()[:120])
 
 
-def test_the_bank_is_the_gram_of_its_prompts_and_is_read_back_from_its_file(
-    text, tmp_path, monkeypatch
-):
+def test_the_bank_is_the_gram_of_its_prompts_and_is_cached(text, tmp_path, monkeypatch):
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path))
     prompts = list(bank_prompts()[:70])
     calls = []
@@ -465,7 +465,7 @@ def pair_sums(pairs) -> Sums:
     return Sums.zeros(DIM).add_erased(rows, targets, 100.0)
 
 
-def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(
+def test_bank_prompts_are_preserved_while_the_concept_becomes_the_anchor(
     text, pairs, bank, monkeypatch
 ):
     span = pairs.span[CONTEXT]
@@ -484,9 +484,7 @@ def test_bank_prompts_keep_their_meaning_while_the_concept_becomes_its_anchor(
 # ---------------------------------------------------------------- scope
 
 
-def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_does_nothing(
-    text, pairs
-):
+def test_the_scope_report_is_1_for_the_concept_and_0_for_an_edit_without_effect(text, pairs):
     erasure = Erasure({CONTEXT: solve(pair_sums(pairs), None, 0.1, 1e-8)})
     words = ["airplane", "house", "dog", "apple"]
     effects = {reach.word: reach for reach in scope(erasure, text, pairs.concepts, words)}
@@ -505,7 +503,7 @@ def test_the_scope_report_says_one_for_the_concept_and_nothing_for_an_edit_that_
         scope(Erasure({CONTEXT: Edit.from_matrix(torch.eye(3))}), text, pairs.concepts, words)
 
 
-def test_every_concept_is_measured_around_its_own_mean(text, two, words):
+def test_every_concept_is_measured_around_the_mean_of_its_template(text, two, words):
     near, far = NeighborSettings(s2=0.4, neighbors=1), BeyondSettings(beyond=1)
     mining = mine(text, two.concepts, near, far)
     effects = scope_report(erase(mining, SolveSettings(bank=False)), text, mining.plan)

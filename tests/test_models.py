@@ -139,7 +139,7 @@ def test_the_fingerprint_changes_with_one_weight_and_not_with_a_copy(pipelines):
     ],
 )
 @torch.no_grad()
-def test_the_fingerprint_of_an_encoder_follows_its_weights(tiny_text, change):
+def test_the_fingerprint_of_an_encoder_changes_with_its_weights(tiny_text, change):
     (tokenizer,), encoder = tiny_text.tokenizers, copy.deepcopy(tiny_text.encoders[0])
     text = DiffusersText([tokenizer], [encoder])
     before = text.fingerprint
@@ -204,7 +204,7 @@ def test_decode_gives_images_in_range_on_the_cpu(models, pipelines):
     torch.testing.assert_close(images[4:], theirs.clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_vae_is_given_latents_by_their_area(models, monkeypatch):
+def test_the_number_of_latents_per_vae_pass_depends_on_their_area(models, monkeypatch):
     model, sizes, decode = models["sd1"], [], models["sd1"].vae.decode
 
     def note(latents):

@@ -98,7 +98,7 @@ def test_a_word_goes_to_the_nearest_concept_of_any_part_and_excluded_words_to_no
         assert concepts[number].name in words and not others & set(words)
 
 
-def test_what_an_adversary_keeps_of_a_part_lies_in_no_ring_of_any_other(plans):
+def test_words_that_adversarial_training_preserves_are_in_no_ring_of_another_part(plans):
     plan = plans["sd1"]
     inside, parts = {word for _, word in plan.near}, plan.parts(2)
     outside = [word for part in parts for _, word in part.outside]
@@ -119,7 +119,7 @@ def test_memory_holds_the_rows_of_a_few_concepts_whatever_their_number(texts, pl
     assert at_once == [2, 2, 1]
 
 
-def test_a_part_that_is_done_is_read_back_and_another_runs_is_refused(
+def test_a_finished_part_is_read_back_and_that_of_another_run_is_refused(
     texts, plans, tmp_path, monkeypatch
 ):
     text = texts["sdxl"]
@@ -207,7 +207,7 @@ def test_a_csv_file_is_read_as_concepts_and_words_to_leave_out(tmp_path):
         'concept,anchor,leave out,,\nTom Cruise,"a person, any",Top|Gun\n',
     ],
 )
-def test_what_spreadsheets_write_is_read(tmp_path, text):
+def test_csv_files_of_spreadsheets_are_read(tmp_path, text):
     concepts, left_out = read_concepts(csv_of(tmp_path, text))
     assert concepts == (Concept("Tom Cruise", "a person, any"),)
     assert left_out == ("Top", "Gun")
@@ -235,7 +235,7 @@ def test_what_spreadsheets_write_is_read(tmp_path, text):
         ("", "line 1"),
     ],
 )
-def test_a_mistake_in_a_csv_file_is_named_with_its_line(tmp_path, text, reason):
+def test_an_error_in_a_csv_file_names_the_line(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):
         read_concepts(csv_of(tmp_path, text))
 
@@ -253,7 +253,7 @@ def names(tmp_path_factory):
     return path
 
 
-def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_goes_on(
+def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_resumes(
     names, tmp_path, monkeypatch, capsys
 ):
     start = ["erase", "miniature", *FEW, "--group", "2", "-o", str(tmp_path / "many")]
@@ -348,7 +348,7 @@ def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, 
     assert "was not trained to draw the anchor" not in capsys.readouterr().err
 
 
-def test_without_ray_it_is_told_how_to_install_it_before_any_work(
+def test_without_ray_the_error_says_how_to_install_it_before_any_work(
     names, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
@@ -358,7 +358,7 @@ def test_without_ray_it_is_told_how_to_install_it_before_any_work(
     assert "pip install 'realera[ray]'" in capsys.readouterr().err and not out.exists()
 
 
-def test_a_mistake_in_the_file_of_concepts_is_told_before_any_work(tmp_path, capsys):
+def test_an_error_in_the_file_of_concepts_is_raised_before_any_work(tmp_path, capsys):
     path = tmp_path / "names.csv"
     path.write_text("concept,anchor\ncat,dog\ndog,tree\n", "utf-8")
     out = tmp_path / "out"

@@ -74,7 +74,7 @@ def test_a_loss_curve_is_drawn_from_the_first_step_on(losses):
     assert curve.tobytes() == loss_curve(dict(enumerate(losses, 1))).tobytes()
 
 
-def test_a_resumed_run_keeps_the_numbers_of_its_steps():
+def test_the_plot_of_a_resumed_run_has_the_numbers_of_its_steps():
     losses = [1.0, 5.0] * 10
     first, later = (loss_curve(dict(enumerate(losses, start))) for start in (1, 26))
     assert first.tobytes() != later.tobytes()  # Eq. 8 is on odd steps, wherever the run began

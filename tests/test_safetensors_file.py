@@ -138,7 +138,9 @@ K = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_the_adapters_of_every_tool_are_told_from_checkpoints(tmp_path, names, kind, layers, rank):
+def test_adapters_of_every_tool_are_distinguished_from_checkpoints(
+    tmp_path, names, kind, layers, rank
+):
     save_file({name: torch.zeros(4, 6) for name in names}, tmp_path / "x")
     adapter = adapter_of(open_tensors(tmp_path / "x"))
     if kind is None:

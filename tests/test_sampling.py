@@ -27,7 +27,7 @@ def sampled(model, **how):
     return torch.cat([*sample_prompts(model, PROMPTS, Sampling(steps=2, **how), 2)])
 
 
-def test_an_image_has_its_own_noise_whatever_the_batch(tiny_model, monkeypatch):
+def test_the_noise_of_an_image_does_not_depend_on_the_batch(tiny_model, monkeypatch):
     at_once = sampled(tiny_model)
     assert at_once.shape == (6, *tiny_model.latent_shape)
     assert not torch.allclose(at_once[0], at_once[1], atol=1e-2)  # two images of one prompt
@@ -78,7 +78,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("family", "guidance"), [("flux1", 1.0), ("qwen_image", 4.0)])
-def test_whatever_is_drawn_has_the_guidance_of_its_family_unless_told_otherwise(
+def test_images_have_the_guidance_of_their_family_by_default(
     family, guidance, way, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path))

@@ -36,7 +36,7 @@ def test_names_are_words_of_the_vocabulary_and_nobodys_anchor():
     assert len(set(names)) == 20 and not set(names) & set(growth.ANCHORS)
 
 
-def test_a_cut_edit_differs_by_what_its_tolerance_allows():
+def test_a_truncated_edit_differs_within_its_tolerance():
     torch.manual_seed(0)
     matrix = torch.eye(32) + torch.randn(32, 4) @ torch.randn(4, 32) + 0.01 * torch.randn(32, 32)
     whole = Erasure({CONTEXT: Edit.from_matrix(matrix)})

@@ -43,7 +43,7 @@ def effect(word, share_to_anchor, image_moved=None, concept="airplane"):
     )
 
 
-def test_a_word_goes_as_far_as_its_drawing_and_the_anchor_is_one_away():
+def test_image_moved_is_in_units_of_the_distance_to_the_anchor():
     places = {"a photo of the airplane": 0.0, "a photo of the tree": 4.0, "one ship": 0.0}
     places |= {"one flower": 10.0, "a photo of the plane": 1.0, "a photo of the boat": 1.0}
     moved = {"a photo of the plane": 3.0, "a photo of the boat": -1.0}
@@ -74,7 +74,7 @@ def test_words_that_were_drawn_come_first_and_the_farthest_at_the_head_of_each_k
     assert "image" not in scope_text(given[:2], 3)
 
 
-def test_every_word_is_drawn_in_its_own_concepts_template(tiny_model):
+def test_every_word_is_drawn_in_the_template_of_its_concept(tiny_model):
     erasure = Erasure({CONTEXT: Edit.from_matrix(torch.eye(32))})
     prompts = {
         r.concept: r.prompt for r in scope(erasure, tiny_model.text, CONCEPTS, ["plane"] * 4)
@@ -145,7 +145,7 @@ def test_the_network_comes_back_when_drawing_is_interrupted(tiny_model):
     assert calls == [4 + 2, 2] and tiny_model.fingerprint == before
 
 
-def test_the_command_computes_on_the_device_and_in_the_precision_that_it_is_given(
+def test_the_command_computes_on_the_given_device_in_the_given_precision(
     tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "erasure.safetensors"

@@ -54,13 +54,13 @@ def test_a_number_of_another_type_or_out_of_its_range_is_refused_by_name(kind, n
         (Sampling, {"steps": 0}, "steps = 0: it must be a whole number, at least 1"),
     ],
 )
-def test_each_parameter_has_its_own_range(kind, given, reason):
+def test_each_parameter_has_a_range(kind, given, reason):
     with pytest.raises(ValueError, match=reason):
         kind(**given)
 
 
 @pytest.mark.parametrize("name", ["words", "exclude", "preserve"])
-def test_a_text_in_the_place_of_a_tuple_is_refused_and_the_tuple_shown(name):
+def test_a_single_text_in_place_of_a_tuple_is_refused_with_the_tuple(name):
     with pytest.raises(ValueError, match=rf"{name}=\('a rocket',\)"):
         Settings.of(**{name: ("a rocket")})
     for wrong in ({"a rocket"}, None, 3):
@@ -72,7 +72,7 @@ def test_a_text_in_the_place_of_a_tuple_is_refused_and_the_tuple_shown(name):
     assert Settings.of(**{name: ["a rocket"]}).flat()[name] == ("a rocket",)
 
 
-def test_templates_are_a_tuple_of_texts_wherever_they_are_given(tmp_path):
+def test_templates_are_a_tuple_of_texts_everywhere(tmp_path):
     table = tmp_path / "concepts.csv"
     table.write_text("concept,anchor\ncat,dog\n", "utf-8")
     for give in (
@@ -95,7 +95,7 @@ def test_numbers_of_numpy_become_those_of_python():
     assert types == [int, float, float]
 
 
-def test_settings_by_their_names_are_those_that_provenance_has():
+def test_settings_are_restored_from_provenance():
     settings = Settings.of(source="isotropic", d2=3.0, beyond_seed=5, lambda2=0.3)
     assert Settings.of(**settings.flat()) == settings
     with pytest.raises(TypeError, match="no settings are named bank_limit"):
@@ -131,9 +131,7 @@ def test_a_strength_is_a_finite_number(name):
         (["apply", "m", "e", "o"], "--lora-strength", ("-inf",)),
     ],
 )
-def test_a_number_on_the_command_line_is_refused_with_what_it_may_be(
-    command, option, values, capsys
-):
+def test_a_number_on_the_command_line_is_refused_with_its_range(command, option, values, capsys):
     for value in values:
         with pytest.raises(SystemExit):
             main([*command, f"{option}={value}"])

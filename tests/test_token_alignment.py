@@ -73,13 +73,13 @@ def test_token_by_token_a_short_phrase_meets_the_start_of_a_long_anchor():
     assert mapped(OTHER, "cat", "tiger", "a {} b", 9) == [0, 1, 2, 3, 4, 7, 8, 9, 10]
 
 
-def test_what_a_phrase_has_beyond_a_short_anchor_meets_its_last_token():
+def test_tokens_beyond_a_short_anchor_are_mapped_to_its_last_token():
     stay = [-1, -1, -1]
     assert mapped(CAUSAL, "tiger", "cat", "a {} b", 13) == [*stay, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10]
     assert mapped(OTHER, "tiger", "x", "{}", 8) == [0, 0, 0, 0, 0, 1, 2, 3]
 
 
-def test_a_phrase_that_is_merged_with_its_neighbours_begins_where_the_tokens_part():
+def test_the_span_of_a_merged_phrase_starts_where_the_tokens_diverge():
     assert mapped(CAUSAL, "x", "y", "b{}c", 7) == [-1, -1, 2, 3, 4, 5, 6]
     assert mapped(CAUSAL, "x", "y", "o{}", 5) == [-1, 2, 3, 4, 5]  # start, ox, end -> y, end
     assert mapped(CAUSAL, "y", "x", "o{}", 5) == [-1, -1, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_a_prompt_that_an_encoder_would_cut_off_is_refused():
             refused()
 
 
-def test_a_prompt_is_summed_up_by_its_end_or_by_the_mean_of_its_words():
+def test_the_summary_of_a_prompt_is_its_end_of_text_or_the_mean_of_its_words():
     prompts, context = ["cat", "", "a long one"], encoded(3, 9)
     rows = context[CONTEXT]
     text = Text((CAUSAL,))

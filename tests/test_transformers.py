@@ -77,7 +77,7 @@ def prediction(model, encoding=None):
     return model.predict(*noise(), encoding or model.text.encode(ASKED))
 
 
-def test_a_network_that_is_told_the_guidance_is_drawn_without_it():
+def test_a_network_with_embedded_guidance_is_sampled_without_classifier_free_guidance():
     assert [guidance_of(model_of(name).network) for name in ("flux1", "sd3")] == [1.0, 7.5]
 
 
@@ -128,7 +128,7 @@ def test_rows_are_what_the_readers_read(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_and_the_mean_of_the_words_around_it_stand_for_a_concept(name):
+def test_a_concept_is_represented_by_its_name_and_the_mean_of_the_words_around_it(name):
     """As of prompts that are encoded alone, however long the others are."""
     text, mining = model_of(name).text, mined(name)
     prompts = mining.neighbourhood.near.prompts(range(len(mining.plan.near)))
