@@ -212,9 +212,9 @@ def own_prediction(patcher, z, sigma, encoding, noise):
     clean, noise = (t[:, :, None] if video else t for t in (z.clone(), noise.clone()))
     x = model.model_sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean)
     pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
-    told = {}
+    mask = {}
     if isinstance(model, comfy.model_base.Lumina2):  # as its text encoders tell it
-        told["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
+        mask["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
     extra = model.extra_conds(
         noise=x,
         latent_image=torch.zeros_like(x),
@@ -223,7 +223,7 @@ def own_prediction(patcher, z, sigma, encoding, noise):
         pooled_output=pooled,
         width=8 * z.shape[3],
         height=8 * z.shape[2],
-        **told,
+        **mask,
     )
     conditions = {
         name: condition.process_cond(len(x), device=CPU, area=None).cond

@@ -303,14 +303,14 @@ def claim_a_dynamic_patcher_on_the_cpu_draws_what_a_plain_one_draws():
 
 
 def claim_a_check_draws_what_diffusers_draws_and_leaves_the_model_alone():
-    model, found, told = miniature().model, mined(), []
+    model, found, reported = miniature().model, mined(), []
     before = ComfyDiffusion(model, None).fingerprint
-    with replaced(edit, "reporter", lambda *_: lambda *at: told.append(at)):
+    with replaced(edit, "reporter", lambda *_: lambda *at: reported.append(at)):
         _, erasure, _, listed = run(
             edit.ClosedFormEdit, model=model, mining=found, bank=False, check=3
         )
     assert ComfyDiffusion(model, None).fingerprint == before
-    assert told[-2:] == [(3 + 2, 3 + 2), (3, 3)]
+    assert reported[-2:] == [(3 + 2, 3 + 2), (3, 3)]
     lines = listed.splitlines()
     assert [line.endswith("when drawn") for line in lines] == [True] * 3 + [False] * len(lines[3:])
     effects = algorithm.scope_report(erasure, found.text, found.plan)
@@ -552,12 +552,12 @@ def claim_a_graph_is_made_again_from_its_provenance():
         )
         noted = saved(made).provenance
         lists = ("words", "exclude", "preserve")
-        told = {k: tuple(v) if k in lists else v for k, v in noted["settings"].items()}
+        values = {k: tuple(v) if k in lists else v for k, v in noted["settings"].items()}
         named = [
             algorithm.Concept(c["name"], c["anchor"], tuple(c["templates"]))
             for c in noted["concepts"]
         ]
-        again = erased_by(text, named, Settings.of(**told))
+        again = erased_by(text, named, Settings.of(**values))
         assert same_edits(made, again), source
 
 
@@ -1134,15 +1134,15 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
         mining.NeighborSampler, clip=one.clip, concepts=NAMED, source="isotropic", count=4
     )
     model, erasure, *_ = run(edit.ClosedFormEdit, model=one.model, mining=found)
-    asked = ["a photo of the airplane"] * 8 + ["a photo of the dog"] * 8
+    prompts = ["a photo of the airplane"] * 8 + ["a photo of the dog"] * 8
     seen = []
     for patcher in (one.model, model):
         diffusion = ComfyDiffusion(patcher, one.text, one.vae)
-        rows, empty = one.text.encode(asked), one.text.encode([""])
+        rows, empty = one.text.encode(prompts), one.text.encode([""])
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(asked), *diffusion.latent_shape, generator=generator)
+        noise = torch.randn(len(prompts), *diffusion.latent_shape, generator=generator)
         z = diffusion.sample(rows, empty, noise, 15, 5.0)
-        lines = one.classifiers[0].describe(diffusion.decode(z), asked)
+        lines = one.classifiers[0].describe(diffusion.decode(z), prompts)
         seen += [sum(line.startswith("airplane") for line in lines[:8])]
         seen += [sum(line.startswith("dog") for line in lines[8:])]
     assert seen[0] >= 6 and seen[1] >= 6, f"not trained well enough to tell: {seen}"

@@ -184,15 +184,15 @@ def test_a_plan_holds_names_alone_and_travels(texts):
 
 
 def test_the_bank_is_read_where_it_is_used_and_nowhere_else(texts, monkeypatch):
-    asked = []
-    monkeypatch.setattr("realera.algorithm.encode_bank", lambda *_, **__: asked.append(1))
+    calls = []
+    monkeypatch.setattr("realera.algorithm.encode_bank", lambda *_, **__: calls.append(1))
     chosen = settings_of("vocabulary")
     mining = mine(texts["sd1"], [AIRPLANE], chosen.neighbor, chosen.beyond)
     erase(mining, SolveSettings(bank=False))
-    assert not asked
+    assert not calls
     with pytest.raises(AttributeError):
         erase(mining)
-    assert asked
+    assert calls
 
 
 def test_radii_that_a_user_names_reach_as_far_in_every_stream(texts):

@@ -323,17 +323,17 @@ def test_an_erasure_of_another_mining_is_refused(model, job):
 
 
 def test_without_beyond_points_eq_9_has_its_first_term_only(model, job, monkeypatch):
-    asked, predict = [], model.predict
+    calls, predict = [], model.predict
 
     def note(latents, times, encoding):
-        asked.append(encoding.prompts)
+        calls.append(encoding.prompts)
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
     for beyond, prompts in ((True, [2, 2, 2, 2, 2, 2]), (False, [2, 2, 2, 2])):
-        asked.clear()
+        calls.clear()
         run(model, replace(job, beyond=beyond), replace(SHORT, steps=2))
-        assert asked == prompts
+        assert calls == prompts
 
 
 def test_the_teacher_of_a_word_reads_the_anchor_in_the_template_of_the_word(
@@ -496,21 +496,21 @@ def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
     model = DiffusersModel(pipelines[name])
     concepts = [Concept("airplane", "ground"), Concept("dog", "tree")]
     mining = mine(model.text, concepts, NEAR, FAR)
-    asked, predict = [], model.predict
+    calls, predict = [], model.predict
 
     def note(latents, times, encoding):
-        asked.append(encoding)
+        calls.append(encoding)
         return predict(latents, times, encoding)
 
     model.predict = note
     short = replace(SOUGHT, steps=2, adversarial=6)
     aligned = align_erasure(model, erase(mining, NO_BANK), mining, short, images=1)
     assert aligned.provenance["training"]["adversarial"] == 6
-    if POOLED in mining.pairs.e:  # of the prompts alone: the context is what is sought
+    if POOLED in mining.pairs.e:  # of the prompts alone: the context is what is with_gradient
         known = [*mining.pairs.e[POOLED], *mining.pairs.anchor[POOLED]]
-        sought = [e for e in asked if e[CONTEXT].requires_grad]
-        assert sought
-        for row in torch.cat([e[POOLED] for e in sought]):
+        with_gradient = [e for e in calls if e[CONTEXT].requires_grad]
+        assert with_gradient
+        for row in torch.cat([e[POOLED] for e in with_gradient]):
             assert any(torch.equal(row, own) for own in known)
 
 
@@ -545,8 +545,8 @@ def test_the_words_of_an_adversary_lie_outside_of_the_ring(model, job, monkeypat
     around = mining.neighbourhood
     kept = replace(around, plan=replace(mining.plan, preserved=("a red rocket",)))
     scene = adversarial_inputs(model.text, kept, job.anchors, 0)
-    asked = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]
-    assert {str(row) for row in asked} == {str(row) for row in scene.words[CONTEXT]}
+    expected = model.text.encode([f"a photo of the {word}" for word in outside])[CONTEXT]
+    assert {str(row) for row in expected} == {str(row) for row in scene.words[CONTEXT]}
     assert scene.pair.tolist() == [0] * len(outside)
     first = model.text.encode(["", "a red rocket"])[CONTEXT]
     assert torch.equal(scene.preserved[CONTEXT][:2], first) and scene.preserved.prompts == 2 + 512
@@ -615,19 +615,19 @@ def test_a_compiled_network_trains_and_previews_as_an_uncompiled_one(model, job,
 
 def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
     """Eq. 9 asks for as many samples at once as Eq. 8, and a wide image for one."""
-    asked, predict = [], model.predict
+    calls, predict = [], model.predict
 
     def note(latents, times, encoding):
-        asked.append(len(latents))
+        calls.append(len(latents))
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
     losses, loras, training = [], [], replace(SHORT, steps=2, batch=3)
     for area, sizes in ((4 * 64**2, [3] * 6), (64, [1] * 18)):
         monkeypatch.setattr("realera.pipelines.interface.LATENT_AREA", area)
-        asked.clear()
+        calls.clear()
         loras.append(run(model, job, training, on_step=lambda _, loss: losses.append(loss)))
-        assert asked == sizes
+        assert calls == sizes
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
     for name, pair in loras[0].items():
         for one, other in zip(pair, loras[1][name], strict=True):

@@ -186,9 +186,9 @@ def mistake_in_our_code():
 def test_a_bug_never_reads_like_a_mistake_of_the_user(bug, monkeypatch, capsys):
     monkeypatch.setattr("realera.checkpoints.layouts.locate", lambda _: bug())
     assert main(["info", "x"]) == 1
-    said = capsys.readouterr().err
-    assert "This is a bug in realera: please report it" in said
-    assert said.startswith("Traceback")
+    output = capsys.readouterr().err
+    assert "This is a bug in realera: please report it" in output
+    assert output.startswith("Traceback")
 
 
 def test_a_traceback_is_shown_on_demand(tmp_path, capsys):
@@ -197,16 +197,18 @@ def test_a_traceback_is_shown_on_demand(tmp_path, capsys):
         (["info", str(tmp_path), "--debug"], True),
     ):
         assert main(arguments) == 1
-        said = capsys.readouterr().err
-        assert "is no diffusers pipeline folder" in said and "a bug" not in said
-        assert ("Traceback" in said) == shown
+        output = capsys.readouterr().err
+        assert "is no diffusers pipeline folder" in output and "a bug" not in output
+        assert ("Traceback" in output) == shown
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cdua", "xpu"])
 def test_a_device_that_is_not_there_is_a_message(device, capsys):
     assert main(["scope", "miniature", str(ERASURE), "--device", device]) == 1
-    said = capsys.readouterr().err
-    assert f"--device {device}: PyTorch cannot compute on it" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert (
+        f"--device {device}: PyTorch cannot compute on it" in output and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize(("found", "device"), [(torch.device("mps"), "mps"), (None, "cpu")])
@@ -223,8 +225,8 @@ def test_scope_encodes_on_the_device_and_in_the_precision_of_its_options(monkeyp
     monkeypatch.setattr("realera.checkpoints.loading.load_text", load_text)
     options = ["--device", "cpu", "--dtype", "bfloat16"]
     assert main(["scope", "miniature", str(ERASURE), *options]) == 1
-    said = capsys.readouterr().err
-    assert "device: cpu" in said and "loaded miniature on cpu in torch.bfloat16" in said
+    output = capsys.readouterr().err
+    assert "device: cpu" in output and "loaded miniature on cpu in torch.bfloat16" in output
 
 
 def test_the_closed_form_loads_no_network(tmp_path, monkeypatch, capsys):
@@ -295,8 +297,8 @@ def test_no_command_begins_with_what_other_libraries_lack(tmp_path):
     """transformers tells everyone who has no torchvision, in the first lines of every command."""
     arguments = ["scope", "miniature", str(ERASURE), "--count", "1"]
     command = [sys.executable, "-m", "realera", *arguments]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
-    assert "numbers" in said and "torchvision" not in said
+    output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stderr
+    assert "numbers" in output and "torchvision" not in output
 
 
 def test_a_console_that_lacks_letters_is_no_reason_to_fail(tmp_path, monkeypatch):
@@ -304,12 +306,12 @@ def test_a_console_that_lacks_letters_is_no_reason_to_fail(tmp_path, monkeypatch
     save_erasure(
         Erasure({CONTEXT: Edit.from_matrix(torch.eye(64))}, provenance={"concepts": ["猫"]}), path
     )
-    said = {name: io.TextIOWrapper(io.BytesIO(), "cp1252") for name in ("stdout", "stderr")}
-    for name, stream in said.items():
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "cp1252") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
     assert main(["info", str(path)]) == 0
     assert main(["info", str(tmp_path / "猫.safetensors")]) == 1
-    for stream in said.values():
+    for stream in streams.values():
         stream.seek(0)
         assert r"\u732b" in stream.read()
 
@@ -368,8 +370,8 @@ def test_without_a_command_the_help_lists_them(capsys):
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert "Try 'realera demo' first" in said and "erase concepts from a model" in said
+    output = capsys.readouterr().out
+    assert "Try 'realera demo' first" in output and "erase concepts from a model" in output
 
 
 def test_a_lora_in_the_place_of_a_model_is_recognised(folder, tmp_path, capsys):

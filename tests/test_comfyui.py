@@ -254,27 +254,27 @@ def test_a_lora_is_the_same_file_by_the_node_and_by_the_command_line(server, era
             # ComfyUI computes in float32 on a CPU, the checkpoint's own type is float16.
             pair = one.get_tensor(key), other.get_tensor(key)
             assert torch.allclose(*(tensor.float() for tensor in pair), atol=1e-3)
-    told = subprocess.run(
+    completed = subprocess.run(
         [*realera, "info", str(node)], check=True, env=environment, capture_output=True, text=True
     )
-    assert "airplane" in told.stdout and "LoRA of" in told.stdout
+    assert "airplane" in completed.stdout and "LoRA of" in completed.stdout
 
 
 def test_a_node_says_what_it_found_and_where_it_saved(erased):
     graph, outputs = erased
-    said = {graph[name]["class_type"]: shown.get("text") for name, shown in outputs.items()}
+    texts = {graph[name]["class_type"]: shown.get("text") for name, shown in outputs.items()}
     name = "no-airplane_00001_.safetensors"
     saved = [f"saved output/{folder}/{name}" for folder in ("loras", "erasures")]
-    assert said["RealEraSaveErasure"] == saved
-    assert said["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
-    assert "are erased too" in said["RealEraNeighborSampler"][0]
-    assert "the CLIP is that of Stable Diffusion 1.x" in said["RealEraNeighborSampler"][0]
-    assert "are preserved" in said["RealEraBeyondSampler"][0]
-    assert "half of the way" in said["RealEraClosedFormEdit"][0]
-    assert "of the 3 words drawn (✓)" in said["RealEraClosedFormEdit"][0]
+    assert texts["RealEraSaveErasure"] == saved
+    assert texts["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
+    assert "are erased too" in texts["RealEraNeighborSampler"][0]
+    assert "the CLIP is that of Stable Diffusion 1.x" in texts["RealEraNeighborSampler"][0]
+    assert "are preserved" in texts["RealEraBeyondSampler"][0]
+    assert "half of the way" in texts["RealEraClosedFormEdit"][0]
+    assert "of the 3 words drawn (✓)" in texts["RealEraClosedFormEdit"][0]
     drawn = [row[4] for row in outputs[node_of(graph, "RealEraClosedFormEdit")[0]]["realera_scope"]]
     assert drawn[:3] == sorted(drawn[:3], reverse=True) and set(drawn[3:]) == {None}
-    assert said["RealEraLoraAlign"][0].startswith("6 steps")
+    assert texts["RealEraLoraAlign"][0].startswith("6 steps")
 
 
 def test_more_models_and_erasures_than_there_were_inputs_for(server, erased):
@@ -486,13 +486,13 @@ def test_previews_show_the_training_and_leave_the_lora_as_it_is(server, erased):
     }
     graph["save"]["inputs"] |= {"filename": "watched", "tolerance": 1e-3}
     inputs["preview_every"] = 2
-    told = list(listen(server, graph))
-    assert told[-1][0] == "execution_success"
-    steps = [data["step"] for kind, data in told if kind == "realera.step"]
+    messages = list(listen(server, graph))
+    assert messages[-1][0] == "execution_success"
+    steps = [data["step"] for kind, data in messages if kind == "realera.step"]
     assert steps == [1, 2, 3, 4, 5, 6]
-    own = [np.asarray(data, np.int16) for kind, data in told if kind == "preview"][-3:]
-    assert all(picture.std() > 10 for picture in own)
-    assert not np.array_equal(own[0], own[-1])
+    previews = [np.asarray(data, np.int16) for kind, data in messages if kind == "preview"][-3:]
+    assert all(picture.std() > 10 for picture in previews)
+    assert not np.array_equal(previews[0], previews[-1])
     plain, watched = (
         load_file(server.output / "erasures" / f"{name}_00001_.safetensors")
         for name in ("no-airplane", "watched")
@@ -534,8 +534,8 @@ def test_compare_says_what_clip_sees(server, clip_folder):
     prompts = graph["compare"]["inputs"]["prompts"].splitlines()
     own = 100 * clip(torch.stack(images), prompts).clamp(min=0)[[0, 2, 1, 3], [0, 1, 0, 1]]
     for line, score in zip(outputs["verdict"]["text"][0].splitlines(), own, strict=True):
-        said = line.rsplit(": CLIP score ", 1)[1]
-        assert abs(float(said) - score) < 0.15
+        stated = line.rsplit(": CLIP score ", 1)[1]
+        assert abs(float(stated) - score) < 0.15
 
 
 def test_nudenet_counts_or_says_how_to_install_it(server):
@@ -564,7 +564,7 @@ def refusals(server, graph):
 
 
 @pytest.mark.parametrize(
-    ("node", "values", "said"),
+    ("node", "values", "reason"),
     [
         ("RealEraNeighborSampler", {"concepts": "airplane"}, "write 'concept -> anchor'"),
         ("RealEraNeighborSampler", {"templates": "a photo"}, "exactly once"),
@@ -577,11 +577,11 @@ def refusals(server, graph):
         ("RealEraSaveErasedCheckpoint", {"filename": ".safetensors"}, "name is empty"),
     ],
 )
-def test_an_input_that_cannot_work_is_refused_before_anything_runs(server, node, values, said):
+def test_an_input_that_cannot_work_is_refused_before_anything_runs(server, node, values, reason):
     graph = short(workflow(1))
     name, inputs = node_of(graph, node)
     inputs |= values
-    assert any(said in detail for detail in refusals(server, graph)[name])
+    assert any(reason in detail for detail in refusals(server, graph)[name])
     server.post("/interrupt")  # of the outputs that need nothing of it
     assert not list(server.home.parent.rglob("escaped*"))
 

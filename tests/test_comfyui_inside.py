@@ -29,14 +29,14 @@ def inside():
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_inside.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("CLAIM ")]
-    told = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}
-    return told, done.stderr[-3000:]
+    results = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}
+    return results, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", claims_inside())
 def test_inside_comfyui(inside, name):
-    told, errors = inside
-    assert name in told, errors
-    if told[name]["skipped"]:
-        pytest.skip(told[name]["skipped"])
-    assert not told[name]["failed"], told[name]["failed"]
+    results, errors = inside
+    assert name in results, errors
+    if results[name]["skipped"]:
+        pytest.skip(results[name]["skipped"])
+    assert not results[name]["failed"], results[name]["failed"]

@@ -388,7 +388,7 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "text"),
     [
         (0, "0 bytes"),
         (999, "999 bytes"),
@@ -397,5 +397,5 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
         (2e12, "2000.00 GB"),
     ],
 )
-def test_a_number_of_bytes_can_be_read(size, told):
-    assert format_bytes(size) == told
+def test_a_number_of_bytes_can_be_read(size, text):
+    assert format_bytes(size) == text

@@ -132,8 +132,8 @@ def commands(tmp_path, capsys):
         results = {}
         for name in names:
             code = main(lines[name])
-            said = capsys.readouterr()
-            results[name] = code, said.out + said.err
+            output = capsys.readouterr()
+            results[name] = code, output.out + output.err
             out.unlink() if out.is_file() else None
         return results
 
@@ -144,12 +144,12 @@ def commands(tmp_path, capsys):
 def test_every_command_calls_a_file_that_is_no_model_the_same(strangers, commands, name):
     path, kind = strangers[name]
     results = commands(path)
-    code, said = results.pop("info")
+    code, output = results.pop("info")
     assert code == (1 if name in BROKEN else 0)
-    assert kind.removeprefix("a ").removeprefix("an ") in said
-    for command, (code, said) in results.items():
-        assert code == 1 and kind in said, command
-        assert (" and no model: give the checkpoint" in said) == (name not in BROKEN), command
+    assert kind.removeprefix("a ").removeprefix("an ") in output
+    for command, (code, output) in results.items():
+        assert code == 1 and kind in output, command
+        assert (" and no model: give the checkpoint" in output) == (name not in BROKEN), command
 
 
 MODELS = {  # name -> what `info` calls it, its tensors, its metadata
@@ -204,8 +204,8 @@ def test_every_command_refuses_a_network_for_the_same_reason(
     tmp_path, commands, name, state, reason
 ):
     save_file(state, tmp_path / "in.safetensors")
-    for command, (code, said) in commands(tmp_path / "in.safetensors").items():
-        assert code == 1 and re.search(reason, said), command
+    for command, (code, output) in commands(tmp_path / "in.safetensors").items():
+        assert code == 1 and re.search(reason, output), command
 
 
 @pytest.mark.parametrize(

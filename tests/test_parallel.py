@@ -157,19 +157,19 @@ def test_each_part_trains_a_lora_on_top_of_the_erasure_of_all(tiny_model, tmp_pa
     text, names = tiny_model.text, ("airplane", "dog", "cat")
     some = [*text.words()[::150], *names]
     tiny_model.text.words = lambda: sorted(some)
-    told, training = [], Training(steps=2, rank=2, batch=2)
+    reported, training = [], Training(steps=2, rank=2, batch=2)
     try:
         concepts = [Concept(name, "tree", ("a {}",)) for name in names]
         plan = plan_mining(text, concepts, NEAR, FAR)
         erasure = fit(text, plan, sum_parts(text, plan, NO_BANK), NO_BANK)
         learned = aligned(
             job_of(text, tmp_path), plan.parts(2), tiny_model, erasure, training, "local",
-            lambda done, total: told.append((done, total)),
+            lambda done, total: reported.append((done, total)),
         )  # fmt: skip
     finally:
         del tiny_model.text.words
     assert all(b.shape[1] == 4 and bool(b.any()) for _, b in learned.lora.values())  # of rank 2 + 2
-    assert told == [(n, 4) for n in (1, 2, 3, 4)]
+    assert reported == [(n, 4) for n in (1, 2, 3, 4)]
     assert {step: len(losses) for step, losses in learned.losses.items()} == {1: 2, 2: 2}
 
 
@@ -292,9 +292,9 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_resumes(
         "scope.png",
         "before-after.png",
     }
-    told = (tmp_path / "many" / "words.txt").read_text("utf-8").splitlines()
-    assert told[0].startswith("airplane -> tree: airplane, ") and len(told) == len(NAMES) + 2
-    assert told[5].startswith("near several concepts, erased with the nearest: ")
+    listed = (tmp_path / "many" / "words.txt").read_text("utf-8").splitlines()
+    assert listed[0].startswith("airplane -> tree: airplane, ") and len(listed) == len(NAMES) + 2
+    assert listed[5].startswith("near several concepts, erased with the nearest: ")
     chosen = [
         part
         for n, name in enumerate(NAMES)
@@ -375,7 +375,7 @@ def test_a_killed_worker_is_replaced_and_the_sums_are_those_of_one_process(tmp_p
     near, far = NeighborSettings(neighbors=6), BeyondSettings(beyond=3)
     parts = plan_mining(text, concepts, near, far).parts(1)
     single = summed(alone, parts, text, "local", quiet)
-    killed, told = tmp_path / "killed", []
+    killed, reported = tmp_path / "killed", []
 
     def fragile(job, number, part):
         """The sums, but the first worker that comes to the third part dies of it."""
@@ -386,13 +386,13 @@ def test_a_killed_worker_is_replaced_and_the_sums_are_those_of_one_process(tmp_p
 
     ray.init(num_cpus=2, logging_level="ERROR", log_to_driver=False)
     try:
-        many = parallel._on_ray(job, fragile, parts, add_sums, lambda *done: told.append(done))
+        many = parallel._on_ray(job, fragile, parts, add_sums, lambda *done: reported.append(done))
         with pytest.raises(ValueError, match="another release"):
             other = replace(job, run="of an older release")
             summed(other, parts[:1], text, "ray", quiet)
     finally:
         ray.shutdown()
-    assert killed.exists() and told[-1] == (len(NAMES), len(NAMES))
+    assert killed.exists() and reported[-1] == (len(NAMES), len(NAMES))
     for part in ("gram", "shift_cov"):
         own, its = (getattr(sums[CONTEXT], part) for sums in (many, single))
         assert torch.allclose(own, its, rtol=1e-12, atol=1e-9)

@@ -228,18 +228,18 @@ def test_a_long_anchor_is_met_by_the_rows_of_a_short_word(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_half_precision_network_is_told_the_time_that_its_own_pipeline_tells(name):
     """bfloat16 has steps of 4 at 1000 σ, so a time is multiplied before it is rounded."""
-    model, told = TransformerModel(tiny(name).to(torch.bfloat16)), []
+    model, calls = TransformerModel(tiny(name).to(torch.bfloat16)), []
 
     def note(_, inputs, options):
-        told.append((options["timestep"] if "timestep" in options else inputs[1]).float())
+        calls.append((options["timestep"] if "timestep" in options else inputs[1]).float())
 
     handle = model.network.register_forward_pre_hook(note, with_kwargs=True)
     try:
         model.pipeline(
             prompt=ASKED[0], height=64, width=64, num_inference_steps=3, output_type="latent"
         )
-        theirs, sigmas = list(told), model.scheduler.sigmas[:3]
-        told.clear()
+        theirs, sigmas = list(calls), model.scheduler.sigmas[:3]
+        calls.clear()
         rows = model.text.encode(ASKED[:1])
         with torch.no_grad():
             for sigma in sigmas:
@@ -247,8 +247,8 @@ def test_a_half_precision_network_is_told_the_time_that_its_own_pipeline_tells(n
     finally:
         handle.remove()
     passes = len(theirs) // 3  # two with classifier-free guidance
-    for own, their in zip(told, theirs[::passes], strict=True):
-        assert own[0] == their[0]
+    for given_times, their in zip(calls, theirs[::passes], strict=True):
+        assert given_times[0] == their[0]
 
 
 def test_a_transformers_vae_is_given_latents_by_their_area(monkeypatch):
@@ -329,10 +329,10 @@ def test_alignment_trains_a_lora_on_what_reads_the_context(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
     model, mining, erasure = model_of(name), mined(name), erasure_of(name)
-    asked, predict = [], model.predict
+    calls, predict = [], model.predict
 
     def note(latents, times, encoding):
-        asked.append(encoding)
+        calls.append(encoding)
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
@@ -345,11 +345,13 @@ def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
     )
     for layer, (_, b) in plain.lora.items():
         torch.testing.assert_close(b, thrifty.lora[layer][1], rtol=1e-3, atol=1e-5)
-    sought = [e for e in asked if e[CONTEXT].requires_grad]
-    assert sought
-    if POOLED in mining.pairs.e:  # the context alone is sought
+    with_gradient = [e for e in calls if e[CONTEXT].requires_grad]
+    assert with_gradient
+    if POOLED in mining.pairs.e:  # the context alone is with_gradient
         own = mining.pairs.e[POOLED]
-        assert all(any(torch.equal(row, one) for one in own) for e in sought for row in e[POOLED])
+        assert all(
+            any(torch.equal(row, one) for one in own) for e in with_gradient for row in e[POOLED]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +400,8 @@ def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_p
 
     write_lora(source, erasure, tmp_path / "lora.safetensors", tolerance=1e-6)
     lora = load_file(tmp_path / "lora.safetensors")
-    told = TRANSFORMERS[name]["lora"].partition("{")[0]
-    assert all(key.startswith(told) for key in lora)
+    prefix = TRANSFORMERS[name]["lora"].partition("{")[0]
+    assert all(key.startswith(prefix) for key in lora)
     fresh = load_model(source)
     network = fresh.network
     layers = text_layers(network)
@@ -532,15 +534,15 @@ def seen(model, prompts, seed=1):
 def test_the_bundled_transformer_forgets_in_both_channels_and_in_neither_alone(bundled):
     mining = mine(bundled.text, (Concept("airplane", "tree", ("a photo of the {}",)),))
     erasure = erase(mining)
-    asked = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
+    prompts = ["a photo of the airplane", "a photo of a jet", "taking off from the runway"]
     others = ["a photo of the dog", "a photo of the ship", "a photo of the flower"]
-    assert seen(bundled, asked) == ["airplane"] * 3
+    assert seen(bundled, prompts) == ["airplane"] * 3
     with temporarily_erased(erasure, bundled.network):
-        assert "airplane" not in seen(bundled, asked)
+        assert "airplane" not in seen(bundled, prompts)
         assert seen(bundled, others) == ["dog", "ship", "flower"]
     half = Erasure({CONTEXT: erasure.edits[CONTEXT]})
     with temporarily_erased(half, bundled.network):
-        assert "airplane" in seen(bundled, asked)
+        assert "airplane" in seen(bundled, prompts)
 
 
 def test_the_bundled_transformers_erased_file_draws_as_the_erasure(bundled, tmp_path):
