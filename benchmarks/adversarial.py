@@ -1,4 +1,4 @@
-"""Can a LoRA withstand who holds the weights? Trained against the attacks, it is attacked again.
+"""Attacks with access to the weights on a LoRA that was trained adversarially.
 
     python -m benchmarks.adversarial                      # half an hour a concept on a busy core
     python -m benchmarks.adversarial --concepts bird --steps 50 --attacks "1 token"

@@ -1,4 +1,4 @@
-"""What an erasure withstands of who holds the weights: attacks' success against their steps.
+"""Success of attacks with access to the weights, against their number of steps.
 
     python -m benchmarks.attacks                          # an hour on a busy core
     python -m benchmarks.attacks --concepts cat,dog --erasures ours UCE --out .state/attacks

@@ -1,4 +1,4 @@
-"""Rows a second that the text encoders give, against their bare matrix products.
+"""Rows per second of the text encoders, against their matrix products alone.
 
     python -m benchmarks.encoding
 

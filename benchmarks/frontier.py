@@ -1,4 +1,4 @@
-"""Residue against kept over the vocabulary: a curve a method over its own trade-off parameter.
+"""Residue against kept over the vocabulary: one curve per method, over its trade-off parameter.
 
     python -m benchmarks.frontier                       # hours: tuning half, then the reported one
     python -m benchmarks.frontier --tuning ship,bird --methods ours UCE

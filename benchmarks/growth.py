@@ -1,4 +1,4 @@
-"""How time and memory grow with the number of concepts, of words, and with the encoder's width.
+"""Growth of time and memory with the number of concepts and words and the encoder width.
 
     python -m benchmarks.growth --concepts 10 30 100 300 1000 --joint 10 30 100
 

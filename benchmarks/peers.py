@@ -1,4 +1,4 @@
-"""Small baselines of the field, written from their papers, to be measured beside RealEra.
+"""Baselines of the field, implemented from their papers.
 
 - UCE, "Unified Concept Editing in Diffusion Models" (Gandikota et al., 2024), Eq. 7
 - MACE, "Mass Concept Erasure in Diffusion Models" (Lu et al., 2024), Sec. 3.1: the closed form

@@ -1,4 +1,4 @@
-"""How fast an erased checkpoint of SDXL's size is written, against a plain copy of the file.
+"""Speed of writing an erased checkpoint of the size of SDXL, against a plain copy.
 
     python -m benchmarks.saving --folder /big/disk
 

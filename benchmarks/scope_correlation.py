@@ -1,4 +1,4 @@
-"""Does the scope report tell what the images will show? Rank correlations on the miniature.
+"""Rank correlations of the scope report with changes of images, on the miniature.
 
     python -m benchmarks.scope_correlation --concepts automobile,dog --images 2
 

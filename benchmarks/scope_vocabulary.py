@@ -1,4 +1,4 @@
-"""Which look at an erasure foretells best what it does to the pictures of a vocabulary?
+"""Predictors of the effect of an erasure on the images of a vocabulary.
 
     python -m benchmarks.scope_vocabulary
 

@@ -1,4 +1,4 @@
-"""What the second concept costs: vocabulary and bank are in the cache, only the concept is new.
+"""Time for a second concept, with vocabulary and bank in the cache.
 
     python -m benchmarks.second_concept --size sd1
 

@@ -1,4 +1,4 @@
-"""How fast against the least possible, and against the ways that others take.
+"""Speed against lower bounds, and against other methods.
 
     python -m benchmarks.speed
 

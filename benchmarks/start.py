@@ -1,4 +1,4 @@
-"""Processor time until a command has done the little it does, and what the pack adds to ComfyUI.
+"""Processor time of short commands, and start-up time that the pack adds to ComfyUI.
 
     python -m benchmarks.start --repeats 5
 

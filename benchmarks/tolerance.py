@@ -1,4 +1,4 @@
-"""What a LoRA file may leave out: its size against what it does to images, on the bundled model.
+"""Tolerance of a LoRA file: size against the change of images, on the bundled model.
 
     python -m benchmarks.tolerance --images 4 --steps 10
 

@@ -1,4 +1,4 @@
-"""Is every number as it was? The command lines of two commits, on the same models.
+"""Regression test: all numbers of two commits, from the same command lines and models.
 
     python -m benchmarks.unchanged --before 97bb8a9
 

@@ -1,4 +1,4 @@
-"""The nodes, one file a stage of the graph."""
+"""The nodes, one file per stage of the graph."""
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 

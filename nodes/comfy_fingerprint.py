@@ -1,4 +1,4 @@
-"""Fingerprints of a MODEL and a CLIP: hashes of everything that decides what they compute."""
+"""Fingerprints of a MODEL and a CLIP: hashes of everything that determines their outputs."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a model draws while LoRA Align trains it, as a preview on the node."""
+"""Preview images on LoRA Align while it trains."""
 
 from typing import Any
 

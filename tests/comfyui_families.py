@@ -1,4 +1,4 @@
-"""Run by `test_comfyui_families.py` with ComfyUI's interpreter: our MODEL side on random networks.
+"""The claims of `test_comfyui_families.py`, run by ComfyUI's interpreter on random networks.
 
 Every family in the layout that ComfyUI builds for it, but narrow; prints one JSON line a case, of
 the families that its arguments name, or of all.

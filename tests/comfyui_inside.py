@@ -1,4 +1,4 @@
-"""Run by `test_comfyui_inside.py` with ComfyUI's interpreter: what our nodes do in its process.
+"""The claims of `test_comfyui_inside.py`, run by ComfyUI's interpreter on the nodes.
 
 Every function whose name starts with "claim_" is a test; the interpreter has no pytest. Prints one
 line a claim, `CLAIM {"name": …, "failed": traceback or "", "skipped": reason or ""}`; arguments

@@ -1,4 +1,4 @@
-"""ComfyUI's own classes of every transformer family, tiny and with random weights.
+"""Tiny random models of every transformer family, from ComfyUI's classes.
 
 For the claims of `comfyui_inside.py` and the cases of `comfyui_families.py`. Widths are small where
 ComfyUI lets them be: it pads SD 3's rows to 4096 whatever the encoders are.

@@ -1,4 +1,4 @@
-"""What every TextEncoder and every Diffusion must do, whoever wrote it (`realera/text/encoding.py`,
+"""Conformance tests for every TextEncoder and every Diffusion (`realera/text/encoding.py`,
 `realera/pipelines/interface.py`).
 
 Plain functions, so that the same checks run under pytest and inside ComfyUI's own interpreter.

@@ -1,4 +1,4 @@
-"""Algorithm 1 as a whole: what an erasure was made by is what it says, and a stage is one call."""
+"""Algorithm 1 as a whole: one call per stage, and a provenance that reproduces the erasure."""
 
 import copy
 import pickle

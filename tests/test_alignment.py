@@ -1,4 +1,4 @@
-"""Eq. 8-9 on a small U-Net with random weights: what is trained, and what is left as it was."""
+"""Eq. 8-9 on a small U-Net with random weights, which stays unchanged."""
 
 import copy
 import errno

@@ -1,4 +1,4 @@
-"""Do the baselines do what their papers say, and do the benchmarks measure what they claim?"""
+"""The baselines agree with their papers, and the benchmarks measure what they claim."""
 
 import argparse
 import copy

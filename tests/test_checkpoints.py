@@ -1,3 +1,5 @@
+"""Writing of erased checkpoints, folders and LoRA files, and loading of models."""
+
 import importlib.util
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line on the bundled model: every command, and every file it leaves."""
+"""The command line on the bundled model: every command and every file that it writes."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Eq. 7 against what it claims to solve, on random rows in float64."""
+"""Eq. 7 against its definition, on random rows in float64."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The node pack in real ComfyUI, over its own HTTP interface.
+"""The nodes in a real ComfyUI, over HTTP.
 
 Runs when COMFYUI_DIR names a ComfyUI checkout; COMFYUI_PYTHON names an interpreter that has its
 requirements and ours (this one unless set). The server gets folders of its own and our pack alone.

@@ -1,4 +1,4 @@
-"""Our MODEL side in every family that ComfyUI draws, by ComfyUI itself (`comfyui_families.py`)."""
+"""The MODEL interface in every family that ComfyUI draws (`comfyui_families.py`)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is claimed inside ComfyUI's own process, by its own interpreter (`test_comfyui.py`)."""
+"""The claims of `comfyui_inside.py`, run by ComfyUI's interpreter."""
 
 import ast
 import json

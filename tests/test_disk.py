@@ -1,4 +1,4 @@
-"""What is ours on disk: only that is ever removed, and only a regular file is ever replaced."""
+"""Files on disk: only files of the project are removed, and only regular files are replaced."""
 
 import os
 import re

@@ -1,3 +1,5 @@
+"""Erasures: merging, file formats, and application to networks."""
+
 import copy
 import json
 import struct

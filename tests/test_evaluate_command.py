@@ -1,4 +1,4 @@
-"""`realera demo` and `realera evaluate`, run for real: what they leave in a folder and print."""
+"""`realera demo` and `realera evaluate`: the files that they write, and their output."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Does the evaluation measure what the paper measures?"""
+"""The evaluation measures what the paper measures."""
 
 import json
 import subprocess

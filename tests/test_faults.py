@@ -1,4 +1,4 @@
-"""Runs that are killed, that find the disk full, or that find another run in their folder."""
+"""Runs that are killed, that run out of disk space, or that find another run in the folder."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What a file is: every command says the same of it, and every layout of a model is read."""
+"""Kinds of files: every command recognises them alike, and every layout of a model is read."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names of files: what a user types is a file on every system."""
+"""File names: any name that a user types is valid on every system."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""Can the words in pictures be read, with and without a font that has their letters?"""
+"""Words in plots are readable, with and without a font for their characters."""
 
 import warnings
 

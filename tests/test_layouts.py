@@ -1,4 +1,4 @@
-"""The files that people have: scaled fp8, other tools' layouts, folders of every make."""
+"""Layouts of files in the wild: scaled fp8, other tools, folders."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The bundled model: its file, its words, its geometry, and that it draws what it is asked."""
+"""The bundled model: file, vocabulary, geometry and drawings."""
 
 import json
 import random

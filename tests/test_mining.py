@@ -1,5 +1,5 @@
-"""Concepts, the ring around them, the bank and the scope report, on a CLIP encoder with random
-weights and the miniature's tokenizer."""
+"""Concepts, rings, bank and scope report, on a random CLIP encoder with the bundled
+tokenizer."""
 
 import warnings
 from dataclasses import replace

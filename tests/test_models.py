@@ -1,4 +1,4 @@
-"""diffusers' models behind our protocol, and the protocol itself."""
+"""diffusers pipelines as `Diffusion` and `TextEncoder`."""
 
 import copy
 import importlib.util

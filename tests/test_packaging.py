@@ -1,4 +1,4 @@
-"""What is installed: for the package, and for the pack in ComfyUI, which brings much itself."""
+"""The requirements of the package, and of the node pack in ComfyUI."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Many concepts, part by part, in one process or several: the joint fit of all."""
+"""Many concepts in parts, in one process or several, give the joint fit."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Do the pictures show what they are given?"""
+"""The plots show their data."""
 
 import pytest
 import torch

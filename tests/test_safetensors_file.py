@@ -1,4 +1,4 @@
-"""Safetensors files of every data type, and which adapter a file holds."""
+"""Safetensors files of every data type."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One object says how latents are sampled, and every drawing obeys it."""
+"""`Sampling` determines how every image is sampled."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmarks of size and speed measure what they say."""
+"""The benchmarks of size and speed measure what they claim."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Words of the scope report that are drawn to check it: what is drawn, in what order they stand,
-and that the model is left as it was."""
+"""Scope report with coarse samples: prompts, order of the words, and a model left unchanged."""
 
 from dataclasses import replace
 

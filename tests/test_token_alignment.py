@@ -1,4 +1,4 @@
-"""Which anchor row each row of a prompt is mapped to, on tokenizers that can be read by eye."""
+"""The alignment of prompt rows with anchor rows, on tokenizers that are easy to read."""
 
 import re
 from dataclasses import dataclass, replace

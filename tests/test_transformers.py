@@ -1,4 +1,4 @@
-"""Erasing from transformers: every family on random weights of its true layout, and the bundled
+"""Erasing from transformers: every family with random weights, and the bundled
 transformer, which was trained."""
 
 import shutil

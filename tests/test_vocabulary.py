@@ -1,4 +1,4 @@
-"""Does the vocabulary benchmark count what it says it counts?"""
+"""The vocabulary benchmark counts what it claims."""
 
 import json
 

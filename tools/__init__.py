@@ -1,4 +1,4 @@
-"""What makes and measures the project and does not ship with it; run from the repository's root.
+"""Development tools, which are not installed; run them from the root of the repository.
 
 A regular package, since "tools" without this file would yield to any installed package so named.
 """

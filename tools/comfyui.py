@@ -1,4 +1,4 @@
-"""A real ComfyUI, started on the CPU and spoken to over HTTP.
+"""A real ComfyUI on the CPU, controlled over HTTP.
 
 COMFYUI_DIR names its checkout, COMFYUI_PYTHON the interpreter that runs it (by default ours).
 """

@@ -1,4 +1,4 @@
-"""What commands leave behind when they are killed, when the disk is full, and two at once.
+"""Faults: commands that are killed, that run out of disk space, or that run twice at once.
 
     nice python -m tools.faults --moments 50
 

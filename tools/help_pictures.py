@@ -1,4 +1,4 @@
-"""The pictures of the help pages, taken anew in a real ComfyUI.
+"""Takes the pictures of the help pages in a real ComfyUI.
 
 COMFYUI_DIR, COMFYUI_PYTHON and COMFYUI_FRONTEND as for the tests; a Chromium as Playwright finds
 one. The nodes of workflow 1 are shown after a run of it, in classic rendering, the others as they

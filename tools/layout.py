@@ -1,4 +1,4 @@
-"""diffusers' and transformers' names of a whole model -> those of the single-file (LDM) layout.
+"""Key names of diffusers and transformers -> names of the single-file (LDM) layout.
 
 SD 1.x, SD 2.x, SDXL and SD 3, of any depth and width: what there is to know of the shape, the names
 say.

@@ -1,4 +1,4 @@
-"""The share of small changes to a module that its tests notice.
+"""Mutation testing: the share of small changes to a module that tests notice.
 
     nice python -m tools.mutation realera/text/token_alignment.py --sample 100
 

@@ -1,4 +1,4 @@
-"""A random model that is erased, trained and drawn from in seconds."""
+"""A tiny random model for erasing, training and drawing in seconds."""
 
 import torch
 from diffusers import (

@@ -1,1 +1,1 @@
-"""The bundled model's making: drawings and captions in, the files of realera/miniature out."""
+"""Training of the bundled models: from drawings and captions to the files of realera/miniature."""

@@ -1,4 +1,4 @@
-"""Pictures to latents and back: the encoder with a sketch of the decoder, then the decoder."""
+"""Training of the VAE: the encoder with a small decoder, then the decoder."""
 
 import math
 import time

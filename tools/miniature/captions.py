@@ -1,4 +1,4 @@
-"""What a drawing may be called: training captions, which never hold a held-out word."""
+"""Training captions of the drawings, without held-out words."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""The classifier of concept and style, taught on distorted drawings and on reconstructions."""
+"""Training of the classifier, on distorted drawings and on reconstructions."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""How well the miniature draws: `python -m tools.miniature.evaluate`, for the model card.
+"""Evaluation of the bundled models for the model card: `python -m tools.miniature.evaluate`.
 
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.

@@ -1,4 +1,4 @@
-"""What ships, from the training state and back: two checkpoints and the classifier, in float16."""
+"""Export of the training state to two checkpoints and the classifier, in float16, and back."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The sizes of the miniature, as configurations that diffusers and transformers understand."""
+"""Configurations of the bundled models, for diffusers and transformers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A training that may be stopped and gone on with at any moment."""
+"""Training runs that can be stopped and resumed at any time."""
 
 import signal
 import time

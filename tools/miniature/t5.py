@@ -1,4 +1,4 @@
-"""A second text encoder for the transformer, as SD 3 has one: T5's, which reads both ways."""
+"""Training of the T5 text encoder of the bundled transformer."""
 
 import itertools
 import json

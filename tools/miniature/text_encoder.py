@@ -1,4 +1,4 @@
-"""Captions to the rows that the U-Net reads: CLIP's text model, taught by word vectors."""
+"""Training of the CLIP text encoder, with word vectors as targets."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What the miniature reads: a sub-vocabulary of CLIP's BPE, and word vectors."""
+"""The tokenizer of the bundled models, a part of CLIP's BPE vocabulary, and word vectors."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The bundled transformer, in SD 3's layout: flow matching, and text by two channels."""
+"""Training of the bundled transformer by flow matching."""
 
 import time
 from collections import Counter

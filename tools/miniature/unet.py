@@ -1,4 +1,4 @@
-"""The denoiser, on latents and caption rows made once."""
+"""Training of the U-Net, on latents and caption rows that are computed once."""
 
 import time
 from collections import Counter
