@@ -206,24 +206,19 @@ def align_part(
 
 
 def _sum_on_worker(job: Job, number: int, part: Plan) -> dict[str, Sums]:
-    return sum_part(_text(job.model, job.dtype, job.device), job, number, part)
+    return sum_part(_loaded(load_text, job), job, number, part)
 
 
 def _align_on_worker(
     job: Job, number: int, part: Plan, *, erasure: Path, training: Training
 ) -> Learned:
-    model = _model(job.model, job.dtype, job.device)
+    model = _loaded(load_model, job)
     return align_part(model, job, number, part, load_erasure(erasure), training)
 
 
-@lru_cache(maxsize=1)
-def _text(model: str, dtype: str | None, device: str) -> TextEncoder:
-    return load_text(model, None if dtype is None else getattr(torch, dtype), device)
-
-
-@lru_cache(maxsize=1)
-def _model(model: str, dtype: str | None, device: str) -> Diffusion:
-    return load_model(model, None if dtype is None else getattr(torch, dtype), device)
+@lru_cache(maxsize=2)
+def _loaded(load: Callable[..., Any], job: Job) -> Any:
+    return load(job.model, None if job.dtype is None else getattr(torch, job.dtype), job.device)
 
 
 def _on_ray(

@@ -95,7 +95,14 @@ def _figure(width: float, height: float, dpi: int = 110) -> "Figure":
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def _picture(figure: "Figure") -> Image.Image:
+def _axes(height: float) -> "Axes":
+    """Axes of a figure of 7 x height inches."""
+    axes = _figure(7, height).subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _picture(figure: Any) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from .fonts import assign_fonts
@@ -113,8 +120,7 @@ def loss_curve(
 
     losses: step, from 1, -> loss
     """
-    figure = _figure(7, 3.6)
-    axes = figure.subplots()
+    axes = _axes(3.6)
     for odd, name, colour in ((1, "Eq. 8", KEPT), (0, "Eq. 9", ERASED)):
         steps = [step for step in losses if step % 2 == odd]
         chosen = [losses[step] for step in steps]
@@ -128,12 +134,10 @@ def loss_curve(
             axes.plot([], [], color=colour, label=name)
     if losses and min(losses.values()) > 0:
         axes.set_yscale("log")
-    axes.set(
-        xlabel="step", ylabel="loss", title=title if losses else "training was complete already"
-    )
+    title = title if losses else "training was complete already"
+    axes.set(xlabel="step", ylabel="loss", title=title)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _picture(figure)
+    return _picture(axes.figure)
 
 
 def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Image.Image:
@@ -142,8 +146,7 @@ def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Im
     Distances are means over the rows of the span; D1 and D2 are means over the prompts.
     """
     radii, pairs = around.radii[CONTEXT], around.pairs.e[CONTEXT]
-    figure = _figure(7, 4.2)
-    axes = figure.subplots()
+    axes = _axes(4.2)
     drawn = (
         (neighbors, f"neighbours, {len(neighbors.pair)}: are erased too", ERASED),
         (beyond, f"beyond, {len(beyond.pair)}: keep their meaning", KEPT),
@@ -165,34 +168,33 @@ def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Im
         axes.annotate(name, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xlabel="distance from e", ylabel="cosine with e", xlim=(0, None))
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _picture(figure)
+    return _picture(axes.figure)
 
 
 def words(plan: Plan, count: int = 48) -> Image.Image:
     """The cosines of the first `count` words in the rings and just outside."""
     shown = plan.listed[:count]
-    figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
-    axes = figure.subplots()
+    axes = _row_axes([word for word, _, _ in shown])
     colours = [ERASED if mined else KEPT for _, _, mined in shown]
     axes.barh(range(len(shown)), [cosine for _, cosine, _ in shown], color=colours, height=0.7)
-    _name_rows(axes, [word for word, _, _ in shown])
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
     axes.axvline(plan.neighbor.cosines[0], color=PLAIN, lw=0.8, ls="--")
     axes.set(
         xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
         title="words that are erased too (red), others near it (blue)",
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    return _picture(figure)
+    return _picture(axes.figure)
 
 
-def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
-    """Labels the rows with words, in which a dollar sign does not start a formula."""
+def _row_axes(names: Sequence[str]) -> "Axes":
+    """Axes with a labelled row per word, from top to bottom."""
     from .fonts import renderable
 
+    axes = _axes(0.9 + 0.19 * max(4, len(names)))
+    # A dollar sign in a word does not start a formula.
     axes.set_yticks(range(len(names)), renderable(names), fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    return axes
 
 
 def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image:
@@ -204,11 +206,9 @@ def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image
     if not effects:
         raise ValueError("an empty scope report: give some words to report on")
     shown = largest_first(effects)[:count]
-    figure = _figure(7, 0.9 + 0.19 * max(4, len(shown)))
-    axes = figure.subplots()
     places = range(len(shown))
     several = len({effect.concept for effect in effects}) > 1
-    names = [f"{e.word} ({e.concept})" if several else e.word for e in shown]
+    axes = _row_axes([f"{e.word} ({e.concept})" if several else e.word for e in shown])
     shares = [100 * effect.share_to_anchor for effect in shown]
     colours = [ERASED if effect.erased else KEPT for effect in shown]
     axes.barh(places, shares, color=colours, height=0.7, label="toward the anchor")
@@ -217,11 +217,7 @@ def scope_picture(effects: Sequence[WordEffect], count: int = 40) -> Image.Image
     if images:
         style: dict[str, Any] = {"ms": 4.5, "mfc": "white", "mec": "black"}
         axes.plot(*zip(*images, strict=True), "D", label="image moved", **style)
-    _name_rows(axes, names)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
     axes.axvline(0, color=PLAIN, lw=0.8)
     axes.set(xlabel="percent", title="words that the erasure changes most")
     axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _picture(figure)
+    return _picture(axes.figure)
