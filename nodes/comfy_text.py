@@ -29,7 +29,7 @@ PLAIN = {"disable_weights": True}  # (brackets) are letters
 class ComfyText:
     """The CLIP of a U-Net, with its LoRAs and its clip skip."""
 
-    family = None  # name of a transformer family; this is the text encoder of a U-Net
+    family: str | None = None
 
     def __init__(self, clip: Any) -> None:
         unet = ENCODERS.get(frozenset(clip.tokenize("")))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .concepts import Concept, holds_name
 from .edit.closed_form import Sums
-from .edit.erasure import Erasure, concepts_of, notes_of
+from .edit.erasure import UNET, Erasure, concepts_of, notes_of
 from .mining import noise, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
 from .mining.pairs import MinedRows, Pairs, encode_pairs
@@ -195,6 +195,7 @@ def fit(
     used = Settings(plan.neighbor, plan.beyond or BeyondSettings(beyond=0), settings)
     provenance = {
         "concepts": [asdict(concept) for concept in plan.concepts],
+        "family": text.family or UNET,
         "settings": used.flat(),
         "source": dict(source or {}),
         "versions": {"python": python_version(), **{name: version_of(name) for name in PACKAGES}},

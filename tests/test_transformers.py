@@ -16,7 +16,7 @@ from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.concepts import Concept
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.erasure_file import load_erasure, save_erasure
-from realera.edit.text_layers import TRANSFORMERS, guidance_of, text_layers, transformer_of
+from realera.edit.text_layers import TRANSFORMERS, family_in, guidance_of, text_layers
 from realera.miniature import CONCEPTS, load_classifier
 from realera.mining.preservation_bank import bank_prompts
 from realera.mining.vocabulary import FAR_WORDS, NEAR_WORDS
@@ -88,7 +88,7 @@ def test_every_family_that_is_data_has_a_tiny_model():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_is_known_and_its_readers_are_those_of_the_family(name):
     network = model_of(name).network
-    assert transformer_of(n for n, _ in network.named_modules())[0] == name
+    assert family_in(network) == name
     found, known = text_layers(network), TRANSFORMERS[name]["readers"]
     assert found.keys() == {reader["single"] for reader in known}
     streams = model_of(name).text.encode(ASKED)

@@ -21,6 +21,7 @@ from ..edit.text_layers import (
     TRANSFORMERS,
     canonical,
     gain_of,
+    refusal_of,
     text_layer_kind,
     transformer_of,
 )
@@ -109,6 +110,8 @@ def open_network(source: str | os.PathLike[str]) -> tuple[Family, Files]:
             )
     if kind := kind_of(files[0]):
         raise ValueError(f"{path} holds {kind} and no model: give the checkpoint that it is for")
+    if refusal := refusal_of(_columns(files)):
+        raise ValueError(f"{path} {refusal}")
     erasable = _erasable_keys(path, files)
     if not _reads_context(name for keys in erasable for name in keys.values()):
         raise ValueError(f"{path} {_unknown_network(_layers(files).values())}")
@@ -180,7 +183,7 @@ def _family(
     by_stream = {_stream(name): entry for name, entry in entries.items()}
     context, pooled = by_stream[CONTEXT], by_stream.get(POOLED)
     dim, dtype = context.shape[1], DTYPES[context.dtype]
-    transformer = transformer_of(layers.values())
+    transformer = transformer_of(_columns(files))
     if transformer is not None:
         name, _ = transformer
         config = {} if path.is_dir() else _configuration(files[0])
@@ -307,6 +310,12 @@ def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
         for key in file.entries
         if not key.endswith(".bias")
     }
+
+
+def _columns(files: Sequence[TensorFile]) -> dict[str, int | None]:
+    """The layers in the files, as `transformer_of` takes them."""
+    shapes = {layer: files[n].entries[key].shape for (n, key), layer in _layers(files).items()}
+    return {layer: shape[1] if len(shape) == 2 else None for layer, shape in shapes.items()}
 
 
 def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..edit.closed_form import Edit
-from ..edit.erasure import Erasure, refuse_misfit
+from ..edit.erasure import Erasure, refuse_family, refuse_misfit
 from ..edit.text_layers import (
     FAMILIES,
     LAYOUTS,
@@ -45,7 +45,7 @@ from ..storage.safetensors_file import (
     writing,
 )
 from ..text.encoding import POOLED
-from .families import Files, family_like, gains, open_network
+from .families import Family, Files, family_like, gains, open_network
 from .fp8_scales import stored_tensors, weight_of
 from .layouts import AVERAGE, CONTROLNET, locate, read_json
 
@@ -102,8 +102,8 @@ def write_checkpoint(
     """
     path, target = locate(source), Path(destination)
     refuse_source(target, path)
-    _, files = open_network(path)
-    _check_fit(erasure, {name for _, keys in files for name in keys.values()}, path)
+    family, files = open_network(path)
+    _check_fit(erasure, family, {name for _, keys in files for name in keys.values()}, path)
     note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
     folders = {file.path.parent for file, _ in files}
     gain = {at: gains(file for file, _ in files if file.path.parent == at) for at in folders}
@@ -211,7 +211,7 @@ def write_lora(
             if not (name.startswith(CONTROLNET) or key.startswith(AVERAGE)):
                 weight, fp8 = weight_of(file, key), DTYPES[file.entries[key].dtype].itemsize == 1
                 weights[name] = weight.half() if fp8 else weight
-    _check_fit(erasure, weights.keys(), path)
+    _check_fit(erasure, family, weights.keys(), path)
     network = files[0][0].path.parent
     gain = gains(file for file, _ in files if file.path.parent == network)
     return save_lora(weights, erasure, destination, tolerance, overwrite, family.name, gain)
@@ -348,7 +348,8 @@ def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[st
     return {layer: "lora_unet_" + name.replace(".", "_") for layer, name in names.items()}
 
 
-def _check_fit(erasure: Erasure, names: Iterable[str], path: Path) -> None:
+def _check_fit(erasure: Erasure, family: Family, names: Iterable[str], path: Path) -> None:
+    refuse_family(erasure, family.name if family.name in TRANSFORMERS else None)
     names = set(names)
     streams = {kind.stream for name in names if (kind := text_layer_kind(name)) is not None}
     unknown = [*sorted(erasure.lora.keys() - names), *sorted(erasure.edits.keys() - streams)]

@@ -12,11 +12,12 @@ from ..concepts import Concept, holds_name
 from ..settings import STRENGTHS, SolveSettings
 from ..storage.safetensors_file import digest, is_finite
 from .closed_form import BankGram, Edit, PackedSums, Sums, shift_cov_of, solve
-from .text_layers import TextLayer, text_layer_kind, text_layers
+from .text_layers import FAMILIES, TextLayer, family_in, text_layer_kind, text_layers
 from .triangles import pack, unpack
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 DEFAULTS = SolveSettings()
+UNET = "unet"  # the family of all U-Nets, which the widths of their rows tell apart
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Erasure:
         note, ids = provenance or {}, (sums_id(packed),)
         return Erasure(edits, {}, packed, bank, note, lambda1, lambda2, suppression, ids)
 
+    @property
+    def family(self) -> str | None:
+        """Name of the family that the erasure was made for, a file in `families/` or UNET; None
+        where the erasure is older than this entry of the provenance."""
+        return next((str(n["family"]) for n in notes_of(self) if "family" in n), None)
+
     def with_lora(self, lora: Lora, training: Mapping[str, Any]) -> "Erasure":
         """The erasure with a LoRA that was trained on top of its edit and LoRA."""
         provenance = {**self.provenance, "training": dict(training)}
@@ -99,7 +106,9 @@ class Erasure:
         for one in erasures:
             if one.sums.keys() != one.edits.keys():
                 raise ValueError("an erasure without its sums cannot be merged: make it again")
-            if one.edits.keys() != first.edits.keys():
+            if one.edits.keys() != first.edits.keys() or (
+                one.family and first.family and one.family != first.family
+            ):
                 raise ValueError("erasures of different model families cannot be merged")
             if one.bank.keys() != first.bank.keys():
                 raise ValueError(
@@ -216,6 +225,22 @@ def refuse_misfit(
         )
 
 
+def refuse_family(erasure: Erasure, family: str | None) -> None:
+    """Raises ValueError when the erasure was made for another family than that of a model.
+
+    family: name of the model's family; None of a U-Net
+    """
+    if erasure.family not in (None, family or UNET):
+        made_for, is_of = (
+            FAMILIES[name]["title"] if name in FAMILIES else "a U-Net" if name == UNET else name
+            for name in (erasure.family, family or UNET)
+        )
+        raise ValueError(
+            f"the erasure was made for {made_for} and the model is {is_of}, whose text embeddings "
+            "mean something else: use a model of the erasure's own family"
+        )
+
+
 def joined(lora: Lora, other: Lora) -> Lora:
     """Both LoRAs as one: B A + B' A' = [B, B'] [A; A']."""
     both = dict(lora)
@@ -279,6 +304,7 @@ def affected_layers(erasure: Erasure, network: nn.Module) -> dict[str, TextLayer
 
     Raises ValueError when the network lacks one, since it is of another family.
     """
+    refuse_family(erasure, family_in(network))
     found = {n: r for n, r in text_layers(network).items() if r.kind.stream in erasure.edits}
     missing = erasure.edits.keys() - {text_layer.kind.stream for text_layer in found.values()}
     unknown = sorted(erasure.lora.keys() - found.keys())

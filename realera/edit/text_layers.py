@@ -7,7 +7,7 @@ Their *canonical* names are those of the single-file layout, which ComfyUI uses 
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +21,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text("utf-8"))
     for path in sorted(Path(__file__).parents[1].glob("families/*.json"))
 }
+# Families that no edit covers: the marks of each, as a family in `families/` has them for each
+# layout, and the reason.
+UNCOVERED: list[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("uncovered_families.json").read_text("utf-8")
+)
 SUPPORTED = ", ".join(family["title"] for family in FAMILIES.values())
 # Transformers; those whose marks are the most layers come first, since others have some of them.
 TRANSFORMERS = dict(
@@ -133,6 +138,8 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
             found[names[path]] = TextLayer(names[path], path, layer, kind, norm)
         elif kind is not None:
             other.append(path)
+    if refusal := refusal_of(layers_in(network)):
+        raise ValueError(f"{type(network).__name__} {refusal}")
     if not any(layer.kind.stream == CONTEXT for layer in found.values()):
         raise ValueError(
             f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
@@ -167,23 +174,60 @@ def text_layer_kind(name: str) -> TextLayerKind | None:
     return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
 
 
-def transformer_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """Family and layout of the transformer with these layers, or None when it is unknown."""
-    names = set(names)
-    for family, description in TRANSFORMERS.items():
+def transformer_of(layers: Mapping[str, int | None]) -> tuple[str, str] | None:
+    """Family and layout of the transformer with these layers, or None when it is unknown.
+
+    layers: name -> number of columns of the weight; None where that is no matrix or not known
+    """
+    for family, known in TRANSFORMERS.items():
         for layout in LAYOUTS:
-            if names.issuperset(description["marks"][layout]):
+            if _has_marks(layers, known["marks"][layout]):
                 return family, layout
     return None
 
 
+def refusal_of(layers: Mapping[str, int | None]) -> str | None:
+    """Why no erasure is made for a network with these layers, "is FLUX.2: ..."; None for those of
+    a family that RealEra covers or does not know.
+
+    layers: as in `transformer_of`
+    """
+    for known in UNCOVERED:
+        if any(_has_marks(layers, marks) for marks in known["marks"]):
+            return f"is {known['title']}: {known['reason']}. RealEra works on {SUPPORTED}"
+    return None
+
+
+def _has_marks(layers: Mapping[str, int | None], marks: Iterable[str]) -> bool:
+    """Whether these layers are those of a family with such marks.
+
+    marks: "name", a layer that it has; "name:128", one that reads 128 numbers; "!name", one that it
+        has not
+    """
+
+    def has(mark: str) -> bool:
+        name, _, columns = mark.removeprefix("!").partition(":")
+        if mark.startswith("!"):
+            return name not in layers
+        return name in layers and (not columns or layers[name] in (None, int(columns)))
+
+    return all(map(has, marks))
+
+
+def layers_in(network: nn.Module) -> dict[str, int | None]:
+    """The layers of a network as `transformer_of` takes them, without the wrappers of peft."""
+    modules = {
+        path.removeprefix("base_model.model."): getattr(layer, "base_layer", layer)
+        for path, layer in uncompiled_module(network).named_modules()
+    }
+    parameters = (name for name, _ in network.named_parameters(recurse=False))
+    columns = {path: getattr(layer, "in_features", None) for path, layer in modules.items()}
+    return dict.fromkeys(parameters) | columns
+
+
 def family_in(network: nn.Module) -> str | None:
     """Family of a transformer, by its layers; None for a U-Net."""
-    network = uncompiled_module(network)
-    layers = (name for name, _ in network.named_modules())
-    found = transformer_of(
-        [*layers, *(name for name, _ in network.named_parameters(recurse=False))]
-    )
+    found = transformer_of(layers_in(network))
     return None if found is None else found[0]
 
 
@@ -203,7 +247,7 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     names: all layers of a network; the family follows from them
     """
     names = list(names)
-    transformer = transformer_of(names)
+    transformer = transformer_of(dict.fromkeys(names))
     if transformer is not None:
         known = canonical_names(*transformer)
         return {name: known.get(name, name) for name in names}

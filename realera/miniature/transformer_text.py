@@ -27,6 +27,8 @@ class MiniatureTransformerText(DiffusersText):
     t5: transformers' T5EncoderModel, or None
     """
 
+    family = "sd3"
+
     def __init__(self, clip: DiffusersText, t5: Any = None):
         super().__init__(clip.tokenizers, clip.encoders)
         self.t5, self._with_t5 = t5, Fingerprint()

@@ -44,9 +44,9 @@ class TransformerText:
     """
 
     def __init__(self, pipeline: Any, family: str):
-        self.pipeline, self.family = pipeline, FAMILIES[family]
+        self.pipeline, self.family = pipeline, family
         self._fingerprint = Fingerprint()
-        self.spec = self.family["pipeline"]
+        self.spec = FAMILIES[family]["pipeline"]
 
     @cached_property
     def parts(self) -> Sequence[EncoderPart]:
@@ -117,7 +117,7 @@ class TransformerText:
             if mask is not None:
                 there = mask[:, : int((mask > 0).sum(1).max())] > 0
                 context = context[:, : there.shape[1]] * there[..., None]
-        if any("norm" in reader for reader in self.family["readers"]):
+        if any("norm" in reader for reader in FAMILIES[self.family]["readers"]):
             context = unit(context)
         streams = {CONTEXT: context}
         if POOLED in encoded:

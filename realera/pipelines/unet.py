@@ -30,6 +30,8 @@ class DiffusersText:
     tokenizers, encoders: one or two tokenizers and text encoders of transformers
     """
 
+    family: str | None = None
+
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[Any]):
         self.tokenizers, self.encoders = list(tokenizers), [e.train(False) for e in encoders]
         self._fingerprint = Fingerprint()

@@ -188,6 +188,10 @@ class TextEncoder(Protocol):
     """The text encoders of a model."""
 
     @property
+    def family(self) -> str | None:
+        """Name of the model's family, a file in `families/`; None of a U-Net."""
+
+    @property
     def fingerprint(self) -> str | None:
         """Hash of the weights and the tokenizer; encoders with the same hash encode alike.
 

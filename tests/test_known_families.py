@@ -1,0 +1,152 @@
+"""A model of another family is never erased: each is known by its layers and called by its name."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from realera.checkpoints.families import family_of
+from realera.checkpoints.writing import write_checkpoint, write_lora
+from realera.cli import main
+from realera.edit.closed_form import Edit, Sums
+from realera.edit.erasure import UNET, Erasure, affected_layers
+from realera.edit.erasure_file import load_erasure, save_erasure
+from realera.edit.text_layers import UNCOVERED, text_layers
+from realera.text.encoding import CONTEXT
+
+HERE = Path(__file__).parent
+LISTED = json.loads((HERE / "comfyui_layers.json").read_text("utf-8"))
+SD1, SD2, SDXL = (f"Stable Diffusion {name}" for name in ("1.x", "2.x", "XL"))
+TITLES = {  # of the classes that ComfyUI 0.33.0 lists, those of a U-Net by their rows
+    "LotusD": "Lotus",
+    "Stable_Zero123": "Stable Zero123",
+    "SD15_instructpix2pix": SD1,
+    "SD15": SD1,
+    "SD20": SD2,
+    **dict.fromkeys(("SDXL_instructpix2pix", "SDXL", "SSD1B", "KOALA_700M", "KOALA_1B"), SDXL),
+    "Segmind_Vega": SDXL,
+}
+
+
+def sample(layers):
+    """Tensors with the names and the columns of some layers."""
+    shapes = {name: (2, 4, 1, 1) if columns is None else (2, columns) for name, columns in layers}
+    return {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+
+
+def erasure_for(dim, family=None):
+    factors = torch.ones(dim, 1), torch.ones(1, dim)
+    return Erasure(
+        {CONTEXT: Edit(*factors)}, provenance={} if family is None else {"family": family}
+    )
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_info_names_the_family_of_every_model_that_comfyui_lists(kind, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    save_file(sample(LISTED[kind]["layers"].items()), path)
+    title = TITLES.get(kind, LISTED[kind]["said"])
+    code = main(["info", str(path)])
+    said = "".join(capsys.readouterr())
+    refused = {known["title"]: known["reason"] for known in UNCOVERED}
+    if title in refused:
+        assert code != 0 and f"is {title}: {refused[title]}" in said
+    else:
+        assert code == 0 and said.startswith(f"{title}, ")
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_apply_refuses_what_info_refuses_and_writes_nothing(kind, tmp_path):
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(sample(LISTED[kind]["layers"].items()), path)
+    try:
+        family_of(path)
+    except ValueError as error:
+        for dim in {columns for columns in LISTED[kind]["layers"].values() if columns}:
+            for write in (write_checkpoint, write_lora):
+                with pytest.raises(ValueError) as refused:
+                    write(path, erasure_for(dim), out)
+                assert str(refused.value) == str(error)
+        assert [*tmp_path.iterdir()] == [path]
+
+
+VERSION = Path(os.environ.get("COMFYUI_DIR", ""), "comfyui_version.py")
+
+
+@pytest.mark.skipif(
+    not (VERSION.is_file() and '"0.33.0"' in VERSION.read_text("utf-8")),
+    reason="COMFYUI_DIR names no ComfyUI 0.33.0, of which the record is",
+)
+def test_the_record_is_of_the_models_that_comfyui_lists():
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    script = HERE / "comfyui_layers.py"
+    ran = subprocess.run([python, script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout) == LISTED
+
+
+class Reader(nn.Module):
+    """A network with a layer of each name, which reads `columns` numbers."""
+
+    def __init__(self, names, columns):
+        super().__init__()
+        for name in names:
+            *path, last = name.split(".")
+            module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.add_module(last, nn.Linear(columns, 2, bias=False))
+
+
+CHROMA = ("double_blocks.0.img_attn.qkv", "distilled_guidance_layer.in_proj", "txt_in")
+
+
+def test_an_erasure_is_applied_to_its_own_family_alone(tmp_path):
+    """A Chroma erasure and T5's rows in FLUX.1 have the same 4,096 numbers (W5)."""
+    network, path = Reader(CHROMA, 64), tmp_path / "model.safetensors"
+    save_file(network.state_dict(), path)
+    own, older, other, unet = (erasure_for(64, name) for name in ("chroma", None, "sd3", UNET))
+    for fits in (own, older):
+        write_checkpoint(path, fits, tmp_path / "erased.safetensors", overwrite=True)
+        write_lora(path, fits, tmp_path / "lora.safetensors", overwrite=True)
+        assert [*affected_layers(fits, network)] == ["txt_in"]
+    for wrong, title in ((other, "Stable Diffusion 3 and 3.5"), (unet, "a U-Net")):
+        match = f"made for {title} and the model is Chroma"
+        with pytest.raises(ValueError, match=match):
+            write_checkpoint(path, wrong, tmp_path / "out.safetensors")
+        with pytest.raises(ValueError, match=match):
+            write_lora(path, wrong, tmp_path / "out.safetensors")
+        with pytest.raises(ValueError, match=match):
+            affected_layers(wrong, network)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_erasure_file_keeps_the_family_and_a_merge_refuses_two(tmp_path):
+    save_erasure(erasure_for(8, "chroma"), tmp_path / "erasure.safetensors")
+    loaded = load_erasure(tmp_path / "erasure.safetensors")
+    assert loaded.family == "chroma"
+    merged = replace(loaded, provenance={"merged": [loaded.provenance, {}]})
+    assert merged.family == "chroma"
+    assert erasure_for(8).family is None
+    sums = Sums.zeros(8).add_erased(torch.eye(8), torch.zeros(8, 8))
+    one, other = (
+        Erasure.fit({CONTEXT: sums}, provenance={"family": name}) for name in ("chroma", "flux1")
+    )
+    with pytest.raises(ValueError, match="different model families"):
+        Erasure.merge([one, other])
+
+
+def test_a_network_that_no_edit_covers_is_refused_by_its_name():
+    """In ComfyUI, where a Mage-Flow MODEL has the layers of a Qwen-Image one."""
+    names = ("transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in")
+    with pytest.raises(ValueError, match="is Mage-Flow: "):
+        text_layers(Reader(names, 128))
