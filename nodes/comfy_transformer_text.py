@@ -26,6 +26,12 @@ def text_of(clip: Any) -> "ComfyText | ComfyTransformerText":
     for family, known in TRANSFORMERS.items():
         text = ComfyTransformerText(clip, family)
         if name in known["comfyui"]["clip"] and text.present:
+            if front := known["comfyui"].get("front"):
+                raise ValueError(
+                    f"the rows of {known['title']} are made by {front}, a part of the MODEL, which "
+                    "a CLIP is without: make the erasure with `realera erase` from the diffusers "
+                    "folder of the model; Apply Erasure and Save Erased Checkpoint take it"
+                )
             return text
     return ComfyText(clip)
 
@@ -56,7 +62,8 @@ class ComfyTransformerText:
         parts, first = [], 0
         for part in self.present:
             read, rows = partial(self._tokenize, part), part.get("rows")
-            parts.append(EncoderPart(read, part["reads"], part["causal"], first, rows))
+            causal, padded = part["causal"], part.get("padded", False)
+            parts.append(EncoderPart(read, part["reads"], causal, first, rows, padded))
             first += rows or 0
         return parts
 
@@ -99,7 +106,10 @@ class ComfyTransformerText:
         ready(self.clip)
         summaries = [torch.empty(0)] * len(sections)
         for number, (rows, *_) in batched_outputs(encoder, sections):
-            rows = self._normed(rows[0].float())
+            rows = rows[0].float()
+            if rows.ndim == 3:  # of several layers, side by side in the context
+                rows = rows.movedim(0, 1).flatten(1)
+            rows = self._normed(rows)
             # The last row, or the mean of all but end-of-text (`token_alignment.prompt_summaries`).
             summary = rows[-1] if part["causal"] else rows[: max(1, len(rows) - 1)].mean(0)
             summaries[number] = summary.cpu()
@@ -137,7 +147,8 @@ class ComfyTransformerText:
         tokens = [first_sections(self.clip, prompt, **self._plain) for prompt in prompts]
         rows = []
         for context, pooled, *extra in encode_tokens(self.clip, tokens):
-            mask = extra[0].get("attention_mask") if extra else None
+            padded = any(part.get("padded") for part in self.present)  # the network reads padding
+            mask = extra[0].get("attention_mask") if extra and not padded else None
             context = context.float()
             rows.append((context if mask is None else context[:, mask[0] > 0], pooled))
         return rows

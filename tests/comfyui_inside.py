@@ -441,7 +441,7 @@ def claim_prompts_are_encoded_in_batches_as_comfyui_encodes_each():
             rows = encoding.take(torch.tensor([number]))
             there = rows.there(CONTEXT)[0]
             due = alone["cond"][0]
-            if "attention_mask" in alone:
+            if "attention_mask" in alone and not any(part.padded for part in text.parts):
                 due = due[alone["attention_mask"][0] > 0]
             if text.family and any("norm" in r for r in TEXT_FAMILIES[text.family]["readers"]):
                 due = unit(due)

@@ -135,6 +135,26 @@ if z_image is not None:
         },
     )
 
+    NETWORKS["flux2_klein"] = (
+        comfy.supported_models.Flux2,
+        FLUX
+        | {
+            "image_model": "flux2",
+            "patch_size": 1,
+            "in_channels": 128,
+            "out_channels": 128,
+            "context_in_dim": 3 * WIDTH,
+            "axes_dim": [8, 8, 8, 8],
+            "vec_in_dim": None,
+            "guidance_embed": False,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "qkv_bias": False,
+            "ops_bias": False,
+            "txt_ids_dims": [3],
+        },
+    )
+
 CLIP = {"num_attention_heads": 4, "num_hidden_layers": 3}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
 CLIP_G = CLIP | {"hidden_size": 48, "intermediate_size": 64, "projection_dim": 48}
@@ -193,6 +213,9 @@ def tiny_text(family, fill, **encoders):
     }
     if z_image is not None:
         kinds["z_image"] = (z_image.ZImageTokenizer, z_image.te())
+        kinds["flux2_klein"] = (flux.KleinTokenizer, flux.klein_te())
+    if family == "flux2_klein":  # rows of the layers 9, 18 and 27
+        options["qwen3_4b_model_config"] = llm | {"num_hidden_layers": 28}
     target = comfy.supported_models_base.ClipTarget(*kinds[family])
     eyes, comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer = (
         comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer,

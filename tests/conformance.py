@@ -75,7 +75,8 @@ def check_transformer_text(text: Any, core: ModuleType) -> None:
             last = weights.shape[1] if rows is None else part.first + rows
             own = weights[n, part.first : last]
             assert (own[: len(ids)] == 1).all(), "a token's row counts one"
-            padded = not part.causal and bool((own[len(ids) :] > 0).any())
+            one = part.padded or not part.causal
+            padded = one and bool((own[len(ids) :] > 0).any())
             due += rows if rows is not None else len(ids) + padded
         assert abs(float(weights[n].sum()) - due) < 1e-3, "and all padding of a prompt one"
 

@@ -16,6 +16,7 @@ from benchmarks import (
     adversarial,
     alignment_speed,
     attacks,
+    coverage,
     encoding,
     frontier,
     growth,
@@ -527,3 +528,19 @@ def test_a_full_size_step_holds_the_activations_of_one_term_within_its_bar():
     activations = sizes["step"] - sizes["weights"]
     assert sizes["activations"] < activations < ROOM * sizes["activations"]
     assert sizes["checkpointed"] - sizes["weights"] < activations / 3
+
+
+def test_the_table_of_families_is_that_of_their_files():
+    used = json.loads(coverage.RESULTS.read_text("utf-8"))
+    assert coverage.table(used) in coverage.PAGE.read_text("utf-8")
+
+
+def test_a_template_is_of_the_family_that_has_one_of_its_models():
+    made = {"tags": ["Text to Image"], "usage": 3}
+    templates = [
+        {**made, "models": ["FLUX", "FLUX.2 Klein"]},
+        {**made, "models": ["FLUX", "FLUX.2 Dev"]},
+        {**made, "models": ["Krea 2"], "tags": ["Text to Image", "API"]},
+        {**made, "models": ["Krea 2"], "tags": ["Image Edit"]},
+    ]
+    assert coverage.usage([{"templates": templates}]) == {"flux2_klein": 3, "FLUX.2 Dev": 3}

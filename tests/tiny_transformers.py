@@ -1,18 +1,27 @@
 """Tiny random pipelines of every transformer family, in the true layouts."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -33,7 +42,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -44,8 +57,10 @@ from realera.mining.preservation_bank import bank_prompts
 WIDTH = 32  # of every text encoder's rows but CLIP's
 AXES = (4, 6, 6)
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
@@ -80,7 +95,15 @@ def chat_tokens() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=700,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=[
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -200,6 +223,17 @@ def chroma() -> ChromaPipeline:
     )
 
 
+def qwen_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.5, 2.0, 1.0, 0.5],
+    )
+
+
 def qwen_image() -> QwenImagePipeline:
     vision = {
         "depth": 1,
@@ -214,14 +248,7 @@ def qwen_image() -> QwenImagePipeline:
     )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[0.1, -0.1, 0.2, 0.0],
-            latents_std=[1.5, 2.0, 1.0, 0.5],
-        ),
+        vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(text).eval(),
         tokenizer=chat_tokens(),
         transformer=QwenImageTransformer2DModel(
@@ -280,6 +307,119 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def qwen3_vl() -> Qwen3VLConfig:
+    text = {
+        **LLM,
+        "head_dim": 8,
+        "rope_parameters": {
+            "mrope_section": [2, 1, 1],
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "deepstack_visual_indexes": [],
+    }
+    return Qwen3VLConfig(text_config=text, vision_config=vision)
+
+
+class TextProcessor:
+    """As Qwen3VLProcessor, which needs torchvision, for prompts alone."""
+
+    tokenizer = chat_tokens()
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def apply_chat_template(self, messages: list[Any], **options: Any) -> list[Any]:
+        return [self.tokenizer.apply_chat_template(messages, **options)]
+
+
+def qwen_image21() -> QwenImage21Pipeline:
+    return QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage21(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.1, 0.2, 0.0],
+            latents_std=[1.5, 2.0, 1.0, 0.5],
+        ),
+        text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl()).eval(),
+        processor=TextProcessor(),
+        transformer=QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            context_in_dim=WIDTH,
+            axes_dims_rope=AXES,
+        ),
+    )
+
+
+def krea2() -> Krea2Pipeline:
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=qwen_vae(),
+        text_encoder=Qwen3VLModel(qwen3_vl()).eval(),
+        tokenizer=chat_tokens(),
+        text_encoder_select_layers=(1, 2, 3),
+        transformer=Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=WIDTH,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=32,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=AXES,
+        ),
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    text = Qwen3Config(**{**LLM, "num_hidden_layers": 27}, head_dim=8)  # rows of layers 9, 18, 27
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=1,
+            norm_num_groups=4,
+            sample_size=64,
+        ),
+        text_encoder=Qwen3ForCausalLM(text).eval(),
+        tokenizer=chat_tokens(),
+        transformer=Flux2Transformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+
+
 FAMILIES = {
     "sd3": sd3,
     "flux1": flux1,
@@ -287,6 +427,9 @@ FAMILIES = {
     "qwen_image": qwen_image,
     "z_image": z_image,
     "lumina2": lumina2,
+    "qwen_image21": qwen_image21,
+    "krea2": krea2,
+    "flux2_klein": flux2_klein,
 }
 
 

@@ -130,12 +130,14 @@ def _erasable_keys(path: Path, files: Sequence[TensorFile]) -> list[dict[str, st
     Raises ValueError when one of them is quantised or no matrix.
     """
     layers = _layers(files)
+    transformer = transformer_of(_columns(files))
+    family = None if transformer is None else transformer[0]
     names = {
         layer: name
         for layer, name in canonical(layers.values()).items()
-        if text_layer_kind(name) is not None
+        if text_layer_kind(name, family) is not None
     }
-    _refuse_without_weight(path, layers)
+    _refuse_without_weight(path, layers, family)
     erasable: list[dict[str, str]] = [{} for _ in files]
     for (n, key), layer in layers.items():
         if layer not in names or not key.endswith(".weight"):
@@ -289,7 +291,7 @@ def gains(files: Iterable[TensorFile]) -> dict[str, Tensor]:
         kind = text_layer_kind(name)
         if kind is not None and kind.norm in places:
             n, key = places[kind.norm]
-            by_layer[name] = gain_of(weight_of(files[n], key))
+            by_layer[name] = gain_of(weight_of(files[n], key), kind.offset)
     return by_layer
 
 
@@ -305,7 +307,10 @@ def _reads_context(names: Iterable[str]) -> bool:
 def _layers(files: Sequence[TensorFile]) -> dict[tuple[int, str], str]:
     """(number of the file, key) -> name of the layer in the layout of the file, no prefix."""
     return {
-        (n, key): standard_key(key).removeprefix(NETWORK).removesuffix(".weight")
+        (n, key): standard_key(key)
+        .removeprefix(NETWORK)
+        .removesuffix(".weight")
+        .removesuffix(".scale")  # of some norms
         for n, file in enumerate(files)
         for key in file.entries
         if not key.endswith(".bias")
@@ -318,7 +323,9 @@ def _columns(files: Sequence[TensorFile]) -> dict[str, int | None]:
     return {layer: shape[1] if len(shape) == 2 else None for layer, shape in shapes.items()}
 
 
-def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) -> None:
+def _refuse_without_weight(
+    path: Path, layers: Mapping[tuple[int, str], str], family: str | None
+) -> None:
     """Raises ValueError when a layer that reads the text has tensors and none is its weight.
 
     Tools that quantise keep a weight under other names: quanto's `weight._data`, GPTQ's `qweight`.
@@ -330,7 +337,8 @@ def _refuse_without_weight(path: Path, layers: Mapping[tuple[int, str], str]) ->
         for end in (place for place, letter in enumerate(layer) if letter == ".")
     }
     for layer, name in canonical([*layers.values(), *inside]).items():
-        if layer in inside and layer not in weighty and text_layer_kind(name) is not None:
+        kind = text_layer_kind(name, family)
+        if layer in inside and layer not in weighty and kind is not None:
             raise ValueError(
                 f"{path}: {layer} reads the text and has {inside[layer]!r} in place of a weight, "
                 "so it is quantised or wrapped, and would stay unerased: use the float16 or "

@@ -188,7 +188,8 @@ def _transformer_text(
     path = locate(source)
     if path.is_dir():
         pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
-        return TransformerText(pipeline.to(device), family.name)
+        front = _front(path, family, dtype)
+        return TransformerText(pipeline.to(device), family.name, front and front.to(device))
     if not {"transformer", "vae", "text_encoder", "scheduler"} <= family.config.keys():
         inside = sorted(
             {key.split(".")[1] for key in open_tensors(path).entries if key.startswith(ENCODERS)}
@@ -208,6 +209,35 @@ def _transformer_text(
     clip: Any = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
     second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
     return MiniatureTransformerText(_on(clip, device), second)
+
+
+def _front(path: Path, family: Family, dtype: torch.dtype) -> nn.Module | None:
+    """The part of a folder's network that makes the rows of the text, without the rest of it; None
+    where the family has none.
+
+    Raises ValueError when the folder lacks a tensor of it.
+    """
+    name = family.pipeline.get("front")
+    if name is None:
+        return None
+    folder = path / "transformer"
+    config = read_json((folder / "config.json").read_bytes(), folder / "config.json")
+    with torch.device("meta"):
+        front: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        front = front.get_submodule(name)
+    state = {
+        key.removeprefix(f"{name}."): file.read(key).to(dtype)
+        for file in map(open_tensors, weight_files(folder)[0])
+        for key in file.entries
+        if key.startswith(f"{name}.")
+    }
+    if missing := sorted(front.state_dict().keys() - state.keys()):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of {name}, {missing[0]!r} among them, without "
+            "which its text cannot be read: get the folder again"
+        )
+    front.load_state_dict(state, assign=True)
+    return front.eval()
 
 
 def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **parts: Any) -> Any:

@@ -169,6 +169,8 @@ def _copied(path: Path) -> list[Path]:
         name: kind
         for name, kind in read_json(index.read_bytes(), index).items()
         if isinstance(kind, list)
+        and len(kind) == 2
+        and all(part is None or isinstance(part, str) for part in kind)  # others are settings
         and name not in NETWORKS
         and "UNet" not in str(kind)
         and "ControlNet" not in str(kind)

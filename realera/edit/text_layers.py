@@ -47,6 +47,7 @@ class TextLayerKind:
         others stay as they are
     trained: whether the alignment trains a LoRA on them
     norm: canonical name of the RMS norm in front, where a network may have one
+    offset: number that the norm adds to its weight
     """
 
     stream: str
@@ -54,6 +55,7 @@ class TextLayerKind:
     sole_input: bool = True
     trained: bool = True
     norm: str | None = None
+    offset: float = 0.0
 
     def fits(self, columns: int, dim: int) -> bool:
         """Whether a layer with `columns` inputs can read a stream of dimension `dim`."""
@@ -62,10 +64,15 @@ class TextLayerKind:
 
 def _transformer_kinds() -> Iterable[TextLayerKind]:
     layers = [layer for family in TRANSFORMERS.values() for layer in family["readers"]]
-    norms = {layer["single"]: layer["norm"]["single"] for layer in layers if "norm" in layer}
+    norms = {layer["single"]: layer["norm"] for layer in layers if "norm" in layer}
     for name, stream in {layer["single"]: layer["stream"] for layer in layers}.items():
+        norm, trained = norms.get(name, {}), stream == CONTEXT
         yield TextLayerKind(
-            stream, re.escape(name), trained=stream == CONTEXT, norm=norms.get(name)
+            stream,
+            re.escape(name),
+            trained=trained,
+            norm=norm.get("single"),
+            offset=norm.get("offset", 0.0),
         )
 
 
@@ -105,15 +112,19 @@ class TextLayer:
     @property
     def gain(self) -> Tensor | None:
         """Gain of the norm in front (`gain_of`), float32 [in]."""
-        return None if self.norm is None else gain_of(self.norm.get_parameter("weight"))
+        if self.norm is None:
+            return None
+        (weight,) = self.norm.parameters()
+        return gain_of(weight, self.kind.offset)
 
 
-def gain_of(weight: Tensor) -> Tensor:
+def gain_of(weight: Tensor, offset: float) -> Tensor:
     """Gain of an RMS norm as a divisor of the layer behind it, float32 [in].
 
-    weight: weight of the norm; where it is 0 the layer reads nothing, and the gain is 1
+    weight: weight of the norm; offset: number that the norm adds to it
+    Where the sum is 0 the layer reads nothing, and the gain is 1.
     """
-    gain = weight.detach().float()
+    gain = weight.detach().float() + offset
     return torch.where(gain == 0, 1.0, gain)
 
 
@@ -130,9 +141,9 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
     }
     names = canonical([*layers, *(name for name, _ in network.named_parameters(recurse=False))])
     paths = {name: path for path, name in names.items()}
-    found, other = {}, []
+    found, other, family = {}, [], family_in(network)
     for path, layer in layers.items():
-        kind = text_layer_kind(names[path])
+        kind = text_layer_kind(names[path], family)
         if kind is not None and _is_linear(layer):
             norm = layers[paths[kind.norm]] if kind.norm in paths else None
             found[names[path]] = TextLayer(names[path], path, layer, kind, norm)
@@ -169,8 +180,15 @@ def trained_layers(network: nn.Module) -> dict[str, TextLayer]:
     return {name: layer for name, layer in text_layers(network).items() if layer.kind.trained}
 
 
-def text_layer_kind(name: str) -> TextLayerKind | None:
-    """Kind of the layer with this canonical name, or None when it reads no text."""
+def text_layer_kind(name: str, family: str | None = None) -> TextLayerKind | None:
+    """Kind of the layer with this canonical name, or None when it reads no text.
+
+    family: of the transformer, where it is known: a reader's name is another layer's in others
+    """
+    if family is not None and all(
+        reader["single"] != name for reader in TRANSFORMERS[family]["readers"]
+    ):
+        return None
     return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..edit.text_layers import FAMILIES, family_in, text_layers
 from ..text.encoding import (
@@ -41,10 +42,11 @@ class TransformerText:
 
     pipeline: diffusers pipeline with a transformer
     family: name of a file in `realera/families`
+    front: part of the network that makes the rows of what the encoders give, where there is one
     """
 
-    def __init__(self, pipeline: Any, family: str):
-        self.pipeline, self.family = pipeline, family
+    def __init__(self, pipeline: Any, family: str, front: nn.Module | None = None):
+        self.pipeline, self.family, self.front = pipeline, family, front
         self._fingerprint = Fingerprint()
         self.spec = FAMILIES[family]["pipeline"]
 
@@ -54,11 +56,12 @@ class TransformerText:
         parts, first = [], 0
         *_, last = self.spec["tokenizers"]
         for name, spec in self.spec["tokenizers"].items():
-            tokenizer = getattr(self.pipeline, name)
+            tokenizer = attrgetter(name)(self.pipeline)
             rows = None if name == last else spec["rows"]
             if tokenizer is not None:
-                tokenize = _tokenize(tokenizer, spec.get("template", "{}"), spec.get("cut", 0))
-                parts.append(EncoderPart(tokenize, spec["rows"], spec["causal"], first, rows))
+                padded = spec.get("padded", False)
+                tokenize, causal = _tokenize(tokenizer, spec), spec["causal"]
+                parts.append(EncoderPart(tokenize, spec["rows"], causal, first, rows, padded))
             first += spec["rows"]
         return parts
 
@@ -70,11 +73,12 @@ class TransformerText:
     @property
     def fingerprint(self) -> str:
         parts: list[object] = [type(self.pipeline).__name__, self.spec["tokenizers"]]
-        for name, part in sorted(self.pipeline.components.items()):
-            if name.startswith("tokenizer") and part is not None:
-                parts.append(sorted(part.get_vocab().items()))
+        for name in self.spec["tokenizers"]:
+            if (tokenizer := attrgetter(name)(self.pipeline)) is not None:
+                parts.append(sorted(tokenizer.get_vocab().items()))
         configs = [described(encoder.config.to_dict()) for encoder in self._encoders]
-        return self._fingerprint.of(self._encoders, *parts, *configs)
+        fronts = [] if self.front is None else [self.front]
+        return self._fingerprint.of([*self._encoders, *fronts], *parts, *configs)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         return Encoding.cat(
@@ -91,7 +95,9 @@ class TransformerText:
         return torch.cat(rows)
 
     def words(self) -> list[str]:
-        return whole_words(getattr(self.pipeline, next(iter(self.spec["tokenizers"]))).get_vocab())
+        return whole_words(
+            attrgetter(next(iter(self.spec["tokenizers"])))(self.pipeline).get_vocab()
+        )
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], length: int | None = None) -> Encoding:
@@ -104,19 +110,17 @@ class TransformerText:
         if "do_classifier_free_guidance" in parameters:
             options["do_classifier_free_guidance"] = False
         *_, last = self.spec["tokenizers"].values()
-        options["max_sequence_length"] = length or last["rows"]
+        if "max_sequence_length" in parameters:
+            options["max_sequence_length"] = length or last["rows"]
         outputs = self.pipeline.encode_prompt(**options)
         encoded = {name: outputs[place] for name, place in self.spec["encoded"].items()}
         context, mask = encoded["context"], encoded.get("mask")
-        if isinstance(context, list):  # a tensor per prompt
-            joined = Encoding.cat([Encoding({CONTEXT: rows[None].float()}) for rows in context])
-            context, there = joined[CONTEXT], joined.there(CONTEXT)
-        else:
-            context = context.float()
-            there = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-            if mask is not None:
-                there = mask[:, : int((mask > 0).sum(1).max())] > 0
-                context = context[:, : there.shape[1]] * there[..., None]
+        if mask is not None:  # padding lies behind the prompt, in front of it or within
+            context = [rows[there > 0] for rows, there in zip(context, mask, strict=True)]
+        if self.front is not None:
+            context = [self.front(rows[None])[0] for rows in context]
+        joined = Encoding.cat([Encoding({CONTEXT: rows[None].float()}) for rows in context])
+        context, there = joined[CONTEXT], joined.there(CONTEXT)
         if any("norm" in reader for reader in FAMILIES[self.family]["readers"]):
             context = unit(context)
         streams = {CONTEXT: context}
@@ -126,23 +130,29 @@ class TransformerText:
         return Encoding(streams, {} if (weights == 1).all() else {CONTEXT: weights})
 
 
-def _tokenize(tokenizer: Any, template: str, cut: int) -> Callable[[Sequence[str]], Any]:
-    """`EncoderPart.tokenize` for prompts in a template.
+def _tokenize(tokenizer: Any, spec: Mapping[str, Any]) -> Callable[[Sequence[str]], Any]:
+    """`EncoderPart.tokenize` of a family that puts prompts in a template.
 
-    cut: number of tokens at the start of the filled template that the encoding lacks
+    spec: of the tokenizer in the family's file. "template" has {} where a prompt goes, "empty" is
+        what the empty prompt is read as, and "cut" the start of the filled template that the
+        encoder's output lacks: a text, or a number of tokens
     """
+    template, empty, cut = spec.get("template", "{}"), spec.get("empty", ""), spec.get("cut", 0)
+    if isinstance(cut, str):
+        cut = len(tokenizer(cut, verbose=False).input_ids)
 
     def tokenize(prompts: Sequence[str]) -> list[list[int]]:
-        ids = tokenizer([template.replace("{}", p) for p in prompts], verbose=False).input_ids
-        return [row[cut:] for row in ids]
+        filled = [template.replace("{}", prompt or empty) for prompt in prompts]
+        return [row[cut:] for row in tokenizer(filled, verbose=False).input_ids]
 
     return tokenize
 
 
 class _OneStep(FlowMatchEulerDiscreteScheduler):
-    """A scheduler with one step at the times `at`, [n], that returns the prediction."""
+    """One step at the times `at`, [n], which keeps the network's prediction."""
 
     at: Tensor
+    prediction: Tensor
 
     def set_timesteps(
         self,
@@ -155,6 +165,7 @@ class _OneStep(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps, self.timesteps = 1, [self.at]
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
+        self.prediction = model_output
         return (model_output,)
 
 
@@ -178,14 +189,19 @@ class TransformerModel:
         if family is None:
             raise ValueError(f"{type(pipeline).__name__} is of no family that RealEra knows")
         self.spec = FAMILIES[family]["pipeline"]
-        self.text = text or TransformerText(pipeline, family)
+        front = self.spec.get("front")
+        self.front = self.network.get_submodule(front) if front else None
+        self.text = text or TransformerText(pipeline, family, self.front)
         self.scheduler = pipeline.scheduler
         pipeline.set_progress_bar_config(disable=True)
         config = self.vae.config
         channels = config.get("latent_channels") or config.z_dim
         side = self.network.config.get("sample_size")
         side = side or getattr(pipeline, "default_sample_size", DEFAULT_SIDE)
-        self.latent_shape = (int(channels), int(side), int(side))
+        # FLUX.2's VAE normalises patches of its latents: they are the latents of the network.
+        self.patch = 2 if hasattr(self.vae, "bn") else 1
+        channels, side = int(channels) * self.patch**2, int(side) // self.patch
+        self.latent_shape = (channels, side, side)
 
     @property
     def fingerprint(self) -> str:
@@ -245,16 +261,25 @@ class TransformerModel:
                 torch.tensor(config[name]).to(latents)[:, None, None]
                 for name in ("latents_mean", "latents_std")
             )
-            return vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
+            return vae.decode((latents * std + mean)[:, :, None]).sample[:, :3, 0]  # no alpha
+        if self.patch > 1:
+            mean, variance = (
+                value.to(latents)[:, None, None]
+                for value in (vae.bn.running_mean, vae.bn.running_var)
+            )
+            latents = latents * (variance + config.batch_norm_eps).sqrt() + mean
+            return vae.decode(self.pipeline._unpatchify_latents(latents)).sample
         shift = config.get("shift_factor") or 0.0
         return vae.decode(latents / config.scaling_factor + shift).sample
 
     def _shifted(self, sigmas: Tensor) -> Tensor:
         """Sigmas on the schedule of the family, with more high sigmas for larger images."""
         config = self.scheduler.config
-        shift = float(config.get("shift") or 1.0)
-        if config.get("use_dynamic_shifting"):
-            tokens = self.latent_shape[1] * self.latent_shape[2] / 4
+        shift = float(self.spec.get("shift") or config.get("shift") or 1.0)
+        if self.pipeline.config.get("is_distilled") and "distilled_shift" in self.spec:
+            shift = math.exp(self.spec["distilled_shift"])
+        elif config.get("use_dynamic_shifting") and "shift" not in self.spec:
+            tokens = self.latent_shape[1] * self.latent_shape[2] / self.spec.get("token", 4)
             few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
             shift = math.exp(low + (high - low) * (tokens - few) / (many - few))
@@ -266,6 +291,8 @@ class TransformerModel:
         rows = {stream: values.to(latents) for stream, values in rows.items()}
         names = self.spec["given"]
         options: dict[str, Any] = {names[CONTEXT]: rows[CONTEXT]}
+        if self.spec.get("stacked"):  # an axis of the encoder's layers, which the front takes away
+            options[names[CONTEXT]] = rows[CONTEXT][:, :, None]
         if self.spec.get("listed"):
             options[names[CONTEXT]] = list(rows[CONTEXT])
         if POOLED in names:
@@ -278,13 +305,13 @@ class TransformerModel:
         elif "true_cfg_scale" in inspect.signature(call).parameters:
             options["true_cfg_scale"] = 1.0
         else:
-            options["guidance_scale"] = 0.0  # off, in every pipeline
-        packs, scale = hasattr(pipeline, "_pack_latents"), pipeline.vae_scale_factor
+            options["guidance_scale"] = 0.0  # every pipeline takes that for off
+        packs, scale = hasattr(pipeline, "_unpack_latents"), pipeline.vae_scale_factor * self.patch
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
-        with self._one_step(times):
-            # Unwrapped, since `__call__` disables gradients.
-            out = inspect.unwrap(call)(
+        with self._one_step(times) as step, self._rows_of_front(rows[CONTEXT]):
+            # Unwrapped, since pipelines run without gradients.
+            inspect.unwrap(call)(
                 pipeline,
                 latents=latents,
                 height=height * scale,
@@ -293,18 +320,37 @@ class TransformerModel:
                 output_type="latent",
                 return_dict=False,
                 **options,
-            )[0]
+            )
+        out = step.prediction
         if packs:
-            out = pipeline._unpack_latents(out, height * scale, width * scale, scale)
+            unpack = pipeline._unpack_latents
+            sizes = (height * scale, width * scale, scale)[
+                : len(inspect.signature(unpack).parameters) - 1
+            ]
+            out = unpack(out, *sizes)
+        elif out.ndim == 3:  # a row a token
+            out = out.transpose(1, 2)
         return out.reshape(n, channels, height, width).float()
 
     @contextmanager
-    def _one_step(self, times: Tensor) -> Iterator[None]:
-        """Context in which the pipeline makes one step at these times."""
+    def _rows_of_front(self, rows: Tensor) -> Iterator[None]:
+        """The front of the network, where there is one, gives these rows whatever it is given."""
+        if self.front is None:
+            yield
+            return
+        self.front.forward = lambda *_, **__: rows  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.front.forward
+
+    @contextmanager
+    def _one_step(self, times: Tensor) -> Iterator[_OneStep]:
+        """The pipeline makes one step at these times."""
         scheduler = _OneStep.from_config(self.scheduler.config)
         scheduler.at = times * scheduler.config.num_train_timesteps
         try:
             self.pipeline.scheduler = scheduler
-            yield
+            yield scheduler
         finally:
             self.pipeline.scheduler = self.scheduler

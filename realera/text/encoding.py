@@ -175,6 +175,7 @@ class EncoderPart:
     causal: whether a row depends only on its token and earlier ones; otherwise on the whole prompt
     first: index of the first row in the context
     rows: number of rows; None: all that follow, as many as the prompt needs
+    padded: whether the padding of one prompt weighs as one row, as it does where not `causal`
     """
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
@@ -182,6 +183,7 @@ class EncoderPart:
     causal: bool = True
     first: int = 0
     rows: int | None = None
+    padded: bool = False
 
 
 class TextEncoder(Protocol):

@@ -105,15 +105,15 @@ def unit(rows: Tensor) -> Tensor:
 def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Tensor) -> Tensor:
     """`Encoding.weights` of the context, [prompts, tokens].
 
-    Padding rows of an encoder that is not causal are nearly equal and carry little meaning:
-    together, those of one prompt weigh 1.
+    Padding rows of an encoder that is not causal are nearly equal and carry little meaning, and so
+    are those of one that pads to hundreds of rows: together, those of one prompt weigh 1.
 
     there: mask of the rows that are present, bool [prompts, tokens]
     """
     weights = there.float()
     at = torch.arange(there.shape[1], device=there.device)
     for part in parts:
-        if part.causal:
+        if part.causal and not part.padded:
             continue
         last = there.shape[1] if part.rows is None else part.first + part.rows
         for n, ids in enumerate(part.tokenize(prompts)):
