@@ -310,7 +310,7 @@ class TransformerModel:
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
         with self._one_step(times) as step, self._rows_of_front(rows[CONTEXT]):
-            # Unwrapped, since pipelines run without gradients.
+            # Unwrapped, since `__call__` disables gradients.
             inspect.unwrap(call)(
                 pipeline,
                 latents=latents,
