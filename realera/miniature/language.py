@@ -50,6 +50,8 @@ class LanguageText:
     form: how the U-Net reads it
     """
 
+    family: str | None = None
+
     def __init__(self, tokenizer: Any, network: Any, form: Form):
         self.tokenizer, self.network, self.form = tokenizer, network.train(False), form
         self._fingerprint = Fingerprint()
