@@ -105,7 +105,8 @@ class Row:
     peer: Callable[[Diffusion, Concept], peers.Weights] | None = None
     trained: Callable[[Diffusion, Concept, Training], None] | None = None
 
-    def asked(self, concept: Concept) -> Concept:
+    def concept_of(self, concept: Concept) -> Concept:
+        """The concept with the templates of this row."""
         return replace(concept, templates=concept.templates[:1]) if self.single else concept
 
 
@@ -275,7 +276,7 @@ def change(
         row.trained(model, concept, training)
     if row.settings is None:
         return
-    closed = forget(row.asked(concept), row.settings)
+    closed = forget(row.concept_of(concept), row.settings)
     erasure, mining = closed.erasure, closed.mining
     if row.aligned:
         around: Neighbourhood = mining.neighbourhood
@@ -312,7 +313,7 @@ def measure(
     how += [asdict(bundled_task(concept.name)), hashlib.sha256(CLASSIFIER.read_bytes()).hexdigest()]
     seconds = 0.0
     if row.settings is not None:
-        closed = forget(row.asked(concept), row.settings)
+        closed = forget(row.concept_of(concept), row.settings)
         seconds = closed.seconds
         how.append(closed.erasure.edits[CONTEXT].matrix)
     if row.aligned:

@@ -70,8 +70,8 @@ def words_kept(
 ) -> list[float]:
     """Residue and kept in percent."""
     k, words = model_class(scene), scene.model.text.words()
-    asked = [words[i] for i in torch.cat(frontier.asked(before, k)).tolist()]
-    point = frontier.counted(before, pen.draw(asked, weights_of(network)), k)
+    compared = [words[i] for i in torch.cat(frontier.compared_words(before, k)).tolist()]
+    point = frontier.counted(before, pen.draw(compared, weights_of(network)), k)
     return list(point.numbers[:2])
 
 

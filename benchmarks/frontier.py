@@ -124,8 +124,8 @@ class Pen:
         z = noise.repeat(len(rows) // 2, 1, 1, 1)
         for t in scheduler.timesteps:
             both = torch.cat([z, z]).bfloat16()
-            asked = (both, t, rows[:, :1].bfloat16())
-            plain, towards = functional_call(self.network, others, asked)[0].float().chunk(2)
+            inputs = (both, t, rows[:, :1].bfloat16())
+            plain, towards = functional_call(self.network, others, inputs)[0].float().chunk(2)
             z = scheduler.step(torch.lerp(plain, towards, GUIDANCE), t, z).prev_sample
             yield z
 
@@ -224,24 +224,28 @@ class Point:
         return residue, kept, 2 * (100 - residue) * kept / max(1e-9, 100 - residue + kept)
 
 
-def asked(before: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The words that are drawn for class k: those that drew it, and others."""
+def compared_words(before: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices of words that drew class k, and of words that surely drew another class."""
     sure, shown = before.max(-1)
     generator = torch.Generator().manual_seed(1)
 
-    def some(mask: Tensor, count: int) -> Tensor:
-        found = mask.nonzero()[:, 0]
-        return found[torch.randperm(len(found), generator=generator)[:count]]
+    def sample(mask: Tensor, count: int) -> Tensor:
+        index = mask.nonzero()[:, 0]
+        return index[torch.randperm(len(index), generator=generator)[:count]]
 
-    return some(shown == k, OWN), some((shown != k) & (sure > SURE), OTHERS)
+    return sample(shown == k, OWN), sample((shown != k) & (sure > SURE), OTHERS)
 
 
 def counted(before: Tensor, after: Tensor, k: int) -> Point:
-    """after: what the words that are `asked` draw now, in their order: [words, classes]."""
-    own, others = asked(before, k)
+    """The counts for class k.
+
+    before: probabilities of all words by the original model, [words, classes]
+    after: probabilities of `compared_words` by the erased model, [compared words, classes]
+    """
+    drew, others = compared_words(before, k)
     now = after.argmax(-1)
-    still, lost = now[: len(own)] == k, now[len(own) :] != before.argmax(-1)[others]
-    return Point(int(still.sum()), len(own), int(lost.sum()), len(others))
+    still, lost = now[: len(drew)] == k, now[len(drew) :] != before.argmax(-1)[others]
+    return Point(int(still.sum()), len(drew), int(lost.sum()), len(others))
 
 
 def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -380,7 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def draw() -> Tensor:
             weights = method.make(model, concept_of(name, "drawn"), value)
-            return pen.draw([words[i] for i in torch.cat(asked(before, k)).tolist()], weights)
+            return pen.draw(
+                [words[i] for i in torch.cat(compared_words(before, k)).tolist()], weights
+            )
 
         if path.exists() or not options.drawn:
             point = counted(before, kept(path, draw), k)

@@ -76,20 +76,20 @@ def last_rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
 
 
 def filled(concepts: Sequence[Concept], wordings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Every concept in every wording, and its anchor in the same."""
+    """Every concept in every wording, and every anchor in the same wordings."""
     pairs = [
         (w.replace("{}", c.name), w.replace("{}", c.anchor)) for c in concepts for w in wordings
     ]
-    return [own for own, _ in pairs], [its for _, its in pairs]
+    return [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
 
 
 def solved(
     e: Tensor, target: Tensor, ridge: float, kept: Tensor | None = None, keep: float = 0.0
 ) -> Tensor:
-    """The T [dim, dim] that all but SPEED multiply every weight with: W = W_org T.
+    """T [dim, dim] of all methods except SPEED, W = W_org T for every weight.
 
-    min_T Σ |T e - e*|² + keep Σ |T k - k|² + ridge |T - I|² over rows e, e* and k of kept, as they
-    are minimal over W for every W_org at once
+    T minimises Σ |T e - e*|² + keep Σ |T k - k|² + ridge |T - I|² over rows e, e* and rows k of
+    `kept`, and W_org T is then the minimum over W for every W_org.
     """
     held = ridge * torch.eye(e.shape[1], dtype=e.dtype)
     if kept is not None:
@@ -103,29 +103,29 @@ def uce(
     wordings: Sequence[str] = ("{}",),
     ridge: float = 0.5,
 ) -> Weights:
-    """The last word's row in every wording goes to the anchor's, and a ridge holds on to W_org."""
-    own, anchors = filled(concepts, wordings)
+    """Maps the row of the last word in every wording to that of the anchor, with a ridge."""
+    prompts, anchors = filled(concepts, wordings)
     if family_in(model.network) is not None:
-        return _uce_transformer(model, own, anchors, ridge)
-    t = solved(last_rows(model.text, own), last_rows(model.text, anchors), ridge)
+        return _uce_transformer(model, prompts, anchors, ridge)
+    t = solved(last_rows(model.text, prompts), last_rows(model.text, anchors), ridge)
     return {name: w @ t for name, w in projections(model).items()}
 
 
 def _uce_transformer(
-    model: Diffusion, own: Sequence[str], anchors: Sequence[str], ridge: float
+    model: Diffusion, prompts: Sequence[str], anchors: Sequence[str], ridge: float
 ) -> Weights:
     """As UCE's authors do for FLUX.1: the last word's row of every encoder in the layer that reads
     the context, the pooled embedding in the one that reads it. Their targets hold the bias twice,
     which costs them one bias an edited row; here they do not."""
     weights = {}
     for name, reader in text_layers(model.network).items():
-        e, target = (_said(model.text, prompts, reader.kind.stream) for prompts in (own, anchors))
+        e, target = (_word_rows(model.text, p, reader.kind.stream) for p in (prompts, anchors))
         weights[name] = reader.layer.weight.detach().double().cpu() @ solved(e, target, ridge)
     return weights
 
 
-def _said(text: TextEncoder, prompts: Sequence[str], stream: str) -> Tensor:
-    """float64 [rows, dim]: of the context the last word's row of every encoder's."""
+def _word_rows(text: TextEncoder, prompts: Sequence[str], stream: str) -> Tensor:
+    """float64 [rows, dim]: in the context, the row of the last word in every encoder."""
     rows = text.encode(prompts)[stream].cpu().double()
     if rows.shape[1] == 1:
         return rows[:, 0]
@@ -141,28 +141,30 @@ def _said(text: TextEncoder, prompts: Sequence[str], stream: str) -> Tensor:
 def mace(
     model: Diffusion, concepts: Sequence[Concept], wordings: Sequence[str], ridge: float = 10.0
 ) -> Weights:
-    """Closed-form refinement: the rows *around* the concept go to those around the anchor.
+    """Closed-form refinement: maps the rows *around* the concept to those around the anchor.
 
-    In every wording, of the words before and after and of all that follows, end-of-text and
-    padding. Its own words' rows are left out: MACE trains a LoRA for those, which is not done here.
+    These are the rows of the words before and after in every wording, and of end-of-text and
+    padding. MACE trains a LoRA for the rows of the concept, which is not done here.
     """
     e, target = around(model.text, *filled(concepts, wordings))
     t = solved(e, target, ridge)
     return {name: w @ t for name, w in projections(model).items()}
 
 
-def around(text: TextEncoder, own: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Rows of what each prompt and its anchor prompt have in common, [n, dim] each."""
+def around(
+    text: TextEncoder, prompts: Sequence[str], anchors: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Rows of the words that each prompt and its anchor prompt have in common, [n, dim] each."""
     e, target = [], []
-    rows, its_rows = contexts(text, own), contexts(text, anchors)
-    ids, its_ids = (text.parts[0].tokenize(prompts) for prompts in (own, anchors))
-    for mine, its, a, b in zip(rows, its_rows, ids, its_ids, strict=True):
+    both_rows = contexts(text, prompts), contexts(text, anchors)
+    both_ids = (text.parts[0].tokenize(p) for p in (prompts, anchors))
+    for rows, anchor_rows, a, b in zip(*both_rows, *both_ids, strict=True):
         shorter = min(len(a), len(b))
         before = next((k for k in range(shorter) if a[k] != b[k]), shorter)
         after = next((k for k in range(shorter - before) if a[-1 - k] != b[-1 - k]), 0)
-        count = len(mine) - max(len(a), len(b)) + after  # to the end of the longer one
-        e += [mine[:before], mine[len(a) - after :][:count]]
-        target += [its[:before], its[len(b) - after :][:count]]
+        count = len(rows) - max(len(a), len(b)) + after  # to the end of the longer one
+        e += [rows[:before], rows[len(a) - after :][:count]]
+        target += [anchor_rows[:before], anchor_rows[len(b) - after :][:count]]
     return torch.cat(e), torch.cat(target)
 
 
@@ -172,28 +174,27 @@ def rece(
     epochs: int = 1,
     regular: float = 0.1,
 ) -> Weights:
-    """UCE's edit, then the embeddings that still draw the concept are found and erased, too.
+    """As UCE; then embeddings that still draw the concept are found and erased as well.
 
-    e' = argmin Σ_layers |W e' - W_org e|² + regular |e'|² is what the edited W reads as e; it is
-    erased from W as e was, and the empty prompt's rows are kept.
+    The edited W reads e' = argmin Σ_layers |W e' - W_org e|² + regular |e'|² as e, so e' is erased
+    from W like e; the rows of the empty prompt are preserved.
     """
-    own, anchors = filled(concepts, ("{}",))
+    prompts, anchors = filled(concepts, ("{}",))
     weights, empty = projections(model), contexts(model.text, [""])[0]
-    rows, its_rows = contexts(model.text, own), contexts(model.text, anchors)
+    rows, anchor_rows = contexts(model.text, prompts), contexts(model.text, anchors)
+    lasts = last_words(model.text, prompts), last_words(model.text, anchors)
     e, target = [], []  # from the last word on
-    for mine, its, first, second in zip(
-        rows, its_rows, last_words(model.text, own), last_words(model.text, anchors), strict=True
-    ):
-        count = len(mine) - max(first, second)
-        e.append(mine[first:][:count])
-        target.append(its[second:][:count])
+    for concept, anchor, first, second in zip(rows, anchor_rows, *lasts, strict=True):
+        count = len(concept) - max(first, second)
+        e.append(concept[first:][:count])
+        target.append(anchor[second:][:count])
     t = solved(torch.cat(e), torch.cat(target), 0.5, empty, 1.0)
     gram = torch.stack([w.T @ w for w in weights.values()]).sum(0)
     eye = regular * torch.eye(len(gram), dtype=gram.dtype)
     for _ in range(epochs):
         back = torch.linalg.inv(t.T @ gram @ t + eye) @ t.T @ gram
         found = rows.flatten(0, 1) @ back.T
-        t = t @ solved(found, its_rows.flatten(0, 1), 0.1, empty, 0.1)
+        t = t @ solved(found, anchor_rows.flatten(0, 1), 0.1, empty, 0.1)
     return {name: w @ t for name, w in weights.items()}
 
 
@@ -212,9 +213,9 @@ def speed(
     empty prompt's start row and three centres of its others are kept exactly (IEC).
     """
     free_of = [text for text in retained if not any(holds_name(text, c.name) for c in concepts)]
-    own, anchors = filled(concepts, ("{}",))
+    prompts, anchors = filled(concepts, ("{}",))
     share = len(concepts) ** -0.5  # concepts are averaged, not summed
-    e, target = share * last_rows(model.text, own), share * last_rows(model.text, anchors)
+    e, target = share * last_rows(model.text, prompts), share * last_rows(model.text, anchors)
     others, empty = last_rows(model.text, free_of), contexts(model.text, [""])[0]
     invariant = torch.cat([empty[:1], centres(empty[1:], 3)])  # [4, dim]
     generator = torch.Generator().manual_seed(seed)

@@ -118,8 +118,8 @@ def measured(
     pen: Pen, model: DiffusersModel, words: list[str], before: Tensor, rows: Rows, name: str
 ) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
     """foretold by -> truth -> correlation; each word's share of the way, and whether it is lost."""
-    own, others = frontier.asked(before, pen.classifier.classes.index(name))
-    chosen = torch.cat([own[:OWN], others[:OTHERS]])
+    drew, others = frontier.compared_words(before, pen.classifier.classes.index(name))
+    chosen = torch.cat([drew[:OWN], others[:OTHERS]])
     chosen = chosen[before[chosen].amax(-1) > SURE]
     some = [words[i] for i in chosen.tolist()]
     concept = concept_of(name, "drawn")

@@ -78,7 +78,7 @@ METHODS: dict[str, Make] = {
 }
 
 
-def asked(before: Tensor, erased: Sequence[int]) -> list[Tensor]:
+def compared_words(before: Tensor, erased: Sequence[int]) -> list[Tensor]:
     """Words that draw each of the erased classes, and those that surely draw what stays."""
     sure, shown = before.max(-1)
     generator = torch.Generator().manual_seed(1)
@@ -126,7 +126,7 @@ def main() -> None:
     parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
     for names in SETS:
         concepts = [concept_of(name, "drawn") for name in names]
-        groups = asked(before, [pen.classifier.classes.index(name) for name in names])
+        groups = compared_words(before, [pen.classifier.classes.index(name) for name in names])
         chosen = [words[k] for k in torch.cat(groups).tolist()]
         lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
         lines[0] += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]

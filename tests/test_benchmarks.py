@@ -210,11 +210,11 @@ def test_a_row_changes_the_model_and_is_undone(row, model, folder, monkeypatch):
 def test_a_row_of_the_paper_is_one_template_with_one_noise_for_the_whole_span():
     for row in (*ablation.ROWS, *ablation.SWEEP):
         if row.single:
-            assert row.asked(AIRPLANE).templates == AIRPLANE.templates[:1]
+            assert row.concept_of(AIRPLANE).templates == AIRPLANE.templates[:1]
             settings = row.settings.flat()
             assert settings["shared_noise"] and settings["lambda2"] == 1e-4
         else:
-            assert row.asked(AIRPLANE) == AIRPLANE
+            assert row.concept_of(AIRPLANE) == AIRPLANE
 
 
 def test_a_row_is_measured_once_per_edit(model, folder, monkeypatch):
@@ -430,7 +430,7 @@ def test_the_best_value_is_chosen_on_the_tuning_half_alone():
 
 def test_words_are_drawn_of_both_kinds():
     before = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
-    own, others = frontier.asked(before, 0)
+    own, others = frontier.compared_words(before, 0)
     assert sorted(own.tolist()) == [0, 1] and others.tolist() == [3]
 
 
