@@ -17,7 +17,7 @@ from .files import state_path, target_path
 from .page import to_image
 from .preview import preview_latents, previewer
 from .progress import reporter, tell
-from .schema import ErasureWire, MiningWire, Schema, advanced, seed_input, valid
+from .schema import ALIASES, ErasureWire, MiningWire, Schema, advanced, seed_input, valid
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,12 +36,7 @@ class LoraAlign(io.ComfyNode):
                 "concept what the original model predicts for the anchor (RealEra, Sec. 4.3). "
                 "Connect the original MODEL."
             ),
-            search_aliases=[
-                "train lora",
-                "noise alignment",
-                "fine-tune erasure",
-                "concept erasure",
-            ],
+            search_aliases=[*ALIASES, "train lora", "noise alignment", "fine-tune erasure"],
             inputs=[
                 io.Model.Input("model", tooltip="Original model, not the edited one."),
                 ErasureWire.Input("erasure", tooltip="Erasure from Closed-Form Edit."),

@@ -15,7 +15,7 @@ from .comfy_model import ComfyDiffusion, refuse_other_family
 from .comfy_patch import apply_erasure
 from .page import to_image
 from .progress import reporter
-from .schema import ErasureWire, MiningWire, Schema, advanced, growing, strength_input
+from .schema import ALIASES, ErasureWire, MiningWire, Schema, advanced, growing, strength_input
 
 DEFAULTS = SolveSettings()
 MORE = ["fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
@@ -32,7 +32,7 @@ class ClosedFormEdit(io.ComfyNode):
                 "preserves everything else (RealEra, Eq. 7). Takes seconds; the edited model can "
                 "be used at once."
             ),
-            search_aliases=["erase concept", "concept erasure", "UCE", "closed form", "unlearn"],
+            search_aliases=[*ALIASES, "concept erasure", "UCE", "closed form"],
             inputs=[
                 io.Model.Input("model", tooltip="Model to edit; it is left unchanged."),
                 MiningWire.Input(
@@ -43,7 +43,7 @@ class ClosedFormEdit(io.ComfyNode):
                     io.Float.Input(
                         "lambda1",
                         optional=True,
-                        display_name="λ1",
+                        display_name="preservation (λ1)",
                         default=DEFAULTS.lambda1,
                         min=0.0,
                         max=100.0,
@@ -58,7 +58,7 @@ class ClosedFormEdit(io.ComfyNode):
                     io.Float.Input(
                         "lambda2",
                         optional=True,
-                        display_name="λ2",
+                        display_name="regularisation (λ2)",
                         default=DEFAULTS.lambda2,
                         min=1e-6,
                         max=1.0,
@@ -200,7 +200,7 @@ class ApplyErasure(io.ComfyNode):
                 "in is left unchanged. LoRAs before this node are edited with the model, LoRAs "
                 "after it act on the edited model."
             ),
-            search_aliases=["erase", "forget", "apply concept erasure", "unlearn"],
+            search_aliases=[*ALIASES, "apply concept erasure"],
             inputs=[
                 io.Model.Input("model", tooltip="Model to erase the concepts from."),
                 ErasureWire.Input("erasure", tooltip="Erasure to apply."),

@@ -12,6 +12,7 @@ from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
 from .progress import reporter
 from .schema import (
+    ALIASES,
     AUTO_COSINE,
     AUTO_DISTANCE,
     AUTO_SEED,
@@ -70,7 +71,7 @@ class NeighborSampler(io.ComfyNode):
                 "Defines the concepts to erase and mines their neighbours, embeddings that imply a "
                 "concept and are erased with it (RealEra, Sec. 4.1)."
             ),
-            search_aliases=["concept erasure", "erase concept", "unlearn", "mining", "neighbor"],
+            search_aliases=[*ALIASES, "concept erasure", "mining", "neighbor"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of the model to edit."),
                 io.String.Input(
@@ -98,7 +99,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "count",
-                    display_name="M",
+                    display_name="neighbors (M)",
                     default=NEIGHBOR.neighbors,
                     optional=True,
                     min=0,
@@ -134,7 +135,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 cosine_input(
                     "s1",
-                    "S1",
+                    "nearest cosine (S1)",
                     (
                         "Largest cosine (S1) between a neighbour and the concept. -1: the default "
                         f"of the source, {S1['vocabulary']:g} for vocabulary and "
@@ -143,7 +144,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 cosine_input(
                     "s2",
-                    "S2",
+                    "farthest cosine (S2)",
                     (
                         "Smallest cosine (S2) between a neighbour and the concept; a smaller value "
                         "reaches further. -1: the default of the source, "
@@ -153,7 +154,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 distance_input(
                     "d1",
-                    "D1",
+                    "largest step (D1)",
                     (
                         "Largest distance (D1) from the concept to a neighbour, in units of the "
                         "embedding. 0: the distance at which the cosine falls to S2."
@@ -161,7 +162,7 @@ class NeighborSampler(io.ComfyNode):
                 ),
                 distance_input(
                     "d1_anchor",
-                    "D1'",
+                    "anchor radius (D1')",
                     (
                         "Radius (D1') of the ball around the anchor that neighbours are mapped "
                         "into, in units of the embedding. 0: a tenth of D1."
@@ -267,12 +268,12 @@ class BeyondSampler(io.ComfyNode):
                 "Mines beyond points just outside the neighbourhood and preserves their meaning, "
                 "together with the prompts that you name (RealEra, Sec. 4.2)."
             ),
-            search_aliases=["preserve concept", "regularisation", "specificity", "beyond"],
+            search_aliases=[*ALIASES, "preserve", "keep", "regularisation", "specificity"],
             inputs=[
                 MiningWire.Input("mining", tooltip="Mining from Neighbor Sampler."),
                 io.Int.Input(
                     "count",
-                    display_name="N",
+                    display_name="beyond points (N)",
                     default=BEYOND.beyond,
                     optional=True,
                     min=0,
@@ -295,7 +296,7 @@ class BeyondSampler(io.ComfyNode):
                 ),
                 cosine_input(
                     "s2",
-                    "S2",
+                    "highest cosine (S2)",
                     (
                         "Upper bound of the cosine (S2) between a beyond point and the concept, at "
                         "most S2 of Neighbor Sampler. -1: S2 of Neighbor Sampler."
@@ -303,7 +304,7 @@ class BeyondSampler(io.ComfyNode):
                 ),
                 distance_input(
                     "d2",
-                    "D2",
+                    "largest step (D2)",
                     (
                         "Largest distance (D2) from the concept to a beyond point, in units of the "
                         "embedding. 0: the distance at which the cosine falls to 0."

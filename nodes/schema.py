@@ -13,6 +13,8 @@ ErasureWire = io.Custom("REALERA_ERASURE")
 ClassifierWire = io.Custom("REALERA_CLASSIFIER")
 
 CATEGORY = "RealEra"
+# What a user who wants the method may search for, of each node that is a stage of it.
+ALIASES = ["concept", "erase", "remove", "forget", "unlearn", "safety", "censor", "ESD"]
 BUNDLED = "bundled"
 # Entries of checkpoint lists -> files of the bundled models.
 BUNDLED_MODELS = {BUNDLED: miniature.CHECKPOINT, "bundled transformer": miniature.TRANSFORMER}

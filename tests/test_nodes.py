@@ -115,6 +115,21 @@ def test_commands_and_settings_of_the_script_have_strings_in_every_locale(file):
     )
 
 
+def test_a_stage_of_the_method_is_found_by_the_words_that_users_search_for():
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    (words,) = re.findall(r"^ALIASES = (\[.+\])", source, re.M)
+    due = {"concept", "erase", "remove", "forget", "unlearn", "safety", "censor", "ESD"}
+    assert due == set(ast.literal_eval(words))
+    found = re.findall(r'display_name="([\w -]+)",(?:(?!display_name).)*?\[\*ALIASES', source, re.S)
+    assert sorted(found) == [
+        "Apply Erasure",
+        "Beyond Sampler",
+        "Closed-Form Edit",
+        "LoRA Align",
+        "Neighbor Sampler",
+    ]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_input_and_output_explains_itself(name):
     info = OURS[name]
