@@ -13,6 +13,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from realera import (
+    BeyondSettings,
+    NeighborSettings,
+    SolveSettings,
+    erase,
+    load_model,
+    mine,
+    parse_concepts,
+)
+from realera.edit.erasure import temporarily_erased
+from realera.evaluation.scorers import miniature_classifier
+from realera.pipelines.sampling import Sampling, sample_prompts
 
 ROOT = Path(__file__).parent.parent
 INFO = json.loads((ROOT / "tests/object_info.json").read_text("utf-8"))
@@ -302,3 +317,52 @@ def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert not {"diffusers", "transformers", "peft", "matplotlib"} & set(done.stdout.split())
+
+
+def test_icon_and_banner_have_the_shapes_that_the_registry_asks_for():
+    sizes = []
+    for name in ("icon", "banner"):
+        with Image.open(ROOT / f"docs/pictures/{name}.png") as picture:
+            sizes.append(picture.size)
+    assert sizes == [(400, 400), (1260, 540)]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_example_writes_gigabytes_at_every_run(path):
+    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        if node["type"] == "RealEraSaveErasedCheckpoint":
+            bundled = node["widgets_values"][0].startswith("bundled")
+            assert bundled or node["mode"] == 2  # muted
+
+
+def test_workflow_7_shows_what_each_stage_is_for():
+    """Its own settings, on the core: mining takes away what implies the concept, and beyond points
+    give back what mining takes with it."""
+    (path,) = (path for path in WORKFLOWS if path.name.startswith("7 "))
+    graph = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
+    edit = SolveSettings(
+        bank=graph["8"]["inputs"]["bank"], suppression=graph["8"]["inputs"]["away"]
+    )
+    m, n = graph["4"]["inputs"]["count"], graph["5"]["inputs"]["count"]
+    concepts = parse_concepts(graph["4"]["inputs"]["concepts"])
+    prompts = graph["11"]["inputs"]["prompts"].splitlines()
+    model, classifier = load_model("miniature"), miniature_classifier()
+
+    def seen():
+        latents = torch.cat(
+            list(sample_prompts(model, prompts, Sampling(steps=10, one_noise=True)))
+        )
+        return [line.split()[0] for line in classifier.describe(model.decode(latents), prompts)]
+
+    def after(neighbors, beyond):
+        near, far = NeighborSettings(neighbors=neighbors), BeyondSettings(beyond=beyond)
+        erasure = erase(mine(model.text, concepts, near, far), edit)
+        with temporarily_erased(erasure, model.network):
+            return seen()
+
+    assert seen() == ["airplane", "airplane", "ship", "dog"]
+    assert after(0, 0) == ["tree", "airplane", "ship", "dog"]
+    mined = after(m, 0)
+    assert mined[:3] == ["tree", "tree", "tree"] and mined[3] == "dog"
+    beyond = after(m, n)
+    assert beyond[0] == "tree" and beyond[1] != "airplane" and beyond[2:] == ["ship", "dog"]

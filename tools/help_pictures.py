@@ -1,4 +1,4 @@
-"""Takes the pictures of the help pages in a real ComfyUI.
+"""Takes the pictures of the help pages and examples in a real ComfyUI.
 
 COMFYUI_DIR, COMFYUI_PYTHON and COMFYUI_FRONTEND as for the tests; a Chromium as Playwright finds
 one. The nodes of workflow 1 are shown after a run of it, in classic rendering, the others as they
@@ -13,13 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from .comfyui import Server, comfyui
 
 ROOT = Path(__file__).parent.parent
 WORKFLOW = ROOT / "workflows/1 erase an object (bundled model).json"
 ALONE = {"LoadErasure": 290, "MergeErasures": 240, "ClipClassifier": 360, "NudeNet": 360}
+SIDE = 512  # pixels of an example's picture
 EDGE = 14  # pixels around a node
 TITLE = 60  # pixels above a node: its title and its badge
 
@@ -77,8 +79,65 @@ def take_all(server: Server, browser: Any) -> None:
         print(path.name, picture.size, path.stat().st_size)
 
 
+def square(picture: Image.Image) -> Image.Image:
+    """A picture on a white square of SIDE pixels, as large as it fits."""
+    made = Image.new("RGB", (SIDE, SIDE), "white")
+    scale = SIDE / max(picture.size)
+    width, height = (round(length * scale) for length in picture.size)
+    small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    made.paste(small, ((SIDE - width) // 2, (SIDE - height) // 2))
+    return made
+
+
+def card(concepts: str) -> Image.Image:
+    """Picture of an example whose checkpoint must be downloaded: concepts and their anchors.
+
+    concepts: one `concept -> anchor` a line
+    """
+    made = Image.new("RGB", (SIDE, SIDE), "#f4f1ea")
+    pen, lines = ImageDraw.Draw(made), concepts.splitlines()
+    for number, line in enumerate(lines):
+        concept, anchor = (part.strip() for part in line.split("->"))
+        middle = SIDE * (number + 1) / (len(lines) + 1)
+        left, right = SIDE * 0.27, SIDE * 0.73
+        pen.text((left, middle), concept, "#b8323f", ImageFont.load_default(34), anchor="mm")
+        pen.text((right, middle), anchor, "#2f5d8f", ImageFont.load_default(34), anchor="mm")
+        half = pen.textlength(concept, ImageFont.load_default(34)) / 2
+        pen.line((left - half, middle, left + half, middle), "#b8323f", 3)
+        start, end = SIDE * 0.46, SIDE * 0.54
+        pen.line((start, middle, end, middle), "#555555", 4)
+        pen.polygon([(end, middle - 9), (end + 14, middle), (end, middle + 9)], "#555555")
+    return made
+
+
+def take_thumbnails(server: Server, numbers: str) -> None:
+    """The squares that the template browser shows, from runs of the graphs.
+
+    numbers: digits of the examples to take
+    """
+    for path in sorted(WORKFLOW.parent.glob("*.json")):
+        if path.name[0] not in numbers:
+            continue
+        graph = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
+        nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
+        if "CheckpointLoaderSimple" in nodes:
+            made = card(nodes["RealEraNeighborSampler"]["concepts"])
+        else:
+            outputs, _ = server.run(graph)
+            rows = [
+                np.concatenate([server.pixels(file) for file in outputs[number]["images"]], axis=1)
+                for number, node in graph.items()
+                if node["class_type"] in ("RealEraCompare", "SaveImage")
+            ]
+            made = square(Image.fromarray(np.concatenate(rows).astype("uint8")))
+        made.save(path.with_suffix(".jpg"), quality=88, optimize=True)
+        print(path.stem, flush=True)
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", default="", help="digits of the examples, such as 147, alone")
+    options = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +149,9 @@ def main() -> None:
         for name in ("config.json", "model.safetensors"):
             (clip / name).touch()  # its name is shown, no more
         found = shutil.which("chromium") or shutil.which("google-chrome")
+        with comfyui(home) as server:
+            if options.examples:
+                return take_thumbnails(server, options.examples)
         with comfyui(home) as server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
             take_all(server, browser)
