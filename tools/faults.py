@@ -58,7 +58,7 @@ Files = Mapping[str, str]  # path in a place -> hash of its content, "" for a fo
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, in which {home} is the folder that its output folder and its cache lie in.
+    """A command line, in which {home} is the folder of the output folder and the cache.
 
     engine: "local" or "ray", of `erase --concepts`
     """
@@ -72,19 +72,21 @@ class Command:
 class Ended:
     """How a run ended.
 
-    status: exit status, negative for a signal; said: its output; changes: files and folders of its
-    place that it changed, in order; seconds: time that it took
+    status: exit status, negative for a signal
+    output: text on stdout and stderr
+    changes: changed files and folders below {home}, in order
+    seconds: duration
     """
 
     status: int
-    said: str
+    output: str
     changes: list[str]
     seconds: float
 
 
 @dataclass
 class Count:
-    """Of one kind of fault on one command."""
+    """The counts for one kind of fault and one command."""
 
     tries: int = 0
     hit: int = 0  # runs that the fault ended or made fail
@@ -92,7 +94,7 @@ class Count:
 
 
 def commands(models: Path) -> list[Command]:
-    """The commands, of the models and erasures in a folder that `make_models` has filled."""
+    """The commands on the models and erasures in the folder of `make_models`."""
     model, names = str(models / "tiny"), str(models / "names.csv")
     apply = ["apply", model, str(models / "erasure.safetensors")]
     out, many = ["-o", "{home}/out"], ["erase", model, "--concepts", names, "--group", "1", *QUICK]
@@ -164,31 +166,31 @@ class Run:
     ) -> None:
         context = get_context("fork")
         self.began = time.monotonic()
-        self.told, telling = context.Pipe(duplex=False)
+        self.receiver, sender = context.Pipe(duplex=False)
         line = [part.format(home=home) for part in command.line]
-        self.process = context.Process(target=_run, args=(line, home, on_change, telling))
+        self.process = context.Process(target=_run, args=(line, home, on_change, sender))
         self.process.start()
-        telling.close()
+        sender.close()
 
     def ends_within(self, seconds: float) -> bool:
-        return self.told.poll(seconds)
+        return self.receiver.poll(seconds)
 
     def kill(self, number: int) -> None:
         if self.process.is_alive() and self.process.pid:
             os.kill(self.process.pid, number)
 
     def result(self) -> Ended:
-        """Waits until it ends."""
+        """The result, after the end of the process."""
         try:
-            status, said, changes = self.told.recv()
+            status, output, changes = self.receiver.recv()
             self.process.join()
         except EOFError:
             self.process.join()
-            status, said, changes = self.process.exitcode, "", []
-        return Ended(status, said, changes, time.monotonic() - self.began)
+            status, output, changes = self.process.exitcode, "", []
+        return Ended(status, output, changes, time.monotonic() - self.began)
 
 
-def _run(line: Sequence[str], home: Path, on_change: Callable[[int], None], telling: Any) -> None:
+def _run(line: Sequence[str], home: Path, on_change: Callable[[int], None], sender: Any) -> None:
     from realera.cli import main
 
     inside, changes = str(home) + os.sep, list[str]()
@@ -202,8 +204,8 @@ def _run(line: Sequence[str], home: Path, on_change: Callable[[int], None], tell
         on_change(len(changes) - 1)
 
     os.environ["REALERA_CACHE"] = str(home / "cache")
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
         sys.addaudithook(hook)
         try:
             status = main(line)
@@ -211,7 +213,7 @@ def _run(line: Sequence[str], home: Path, on_change: Callable[[int], None], tell
             traceback.print_exc()
             status = 99
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    telling.send((status, said.getvalue(), changes))
+    sender.send((status, output.getvalue(), changes))
 
 
 # ---------------------------------------------------------------- faults
@@ -236,7 +238,7 @@ class Trial:
     def undisturbed(self) -> None:
         ended = Run(self.command, new_place(self.home)).result()
         if ended.status:
-            raise RuntimeError(f"{self.command.name} fails undisturbed: {ended.said}")
+            raise RuntimeError(f"{self.command.name} fails undisturbed: {ended.output}")
         self.wanted, self.changes = files_in(self.home), ended.changes
         self.seconds = ended.seconds
 
@@ -271,10 +273,10 @@ class Trial:
         count.hit += ended.status != 0
         wrong = list(self._half_written(before))
         interrupted = number == signal.SIGINT and (
-            ended.status == 130 or ended.said.endswith("KeyboardInterrupt\n")  # before any work
+            ended.status == 130 or ended.output.endswith("KeyboardInterrupt\n")  # before any work
         )
         if not (interrupted or ended.status in (0, -number)):
-            wrong.append(f"it ended with {ended.status}: {ended.said[-2000:]}")
+            wrong.append(f"it ended with {ended.status}: {ended.output[-2000:]}")
         self._tell(f"{number.name} {what}", [*wrong, *self._again(before)], count)
 
     def on_full_disk(self, at_most: int) -> None:
@@ -293,13 +295,13 @@ class Trial:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
         ended = Run(self.command, self.home, on_change).result()
-        count.hit += ended.status != 0 or "cannot be written to" in ended.said
+        count.hit += ended.status != 0 or "cannot be written to" in ended.output
         wrong = list(self._half_written(before))
         for name in files_in(self.home):
             if OURS.fullmatch(Path(name).name):
                 wrong.append(f"{name} is left")
-        if ended.status and not (ended.status == 1 and "File too large" in ended.said):
-            wrong.append(f"it ended with {ended.status}: {ended.said[-2000:]}")
+        if ended.status and not (ended.status == 1 and "File too large" in ended.output):
+            wrong.append(f"it ended with {ended.status}: {ended.output[-2000:]}")
         self._tell(f"disk full from change {change}", [*wrong, *self._again(before)], count)
 
     def two_at_once(self, times: int) -> None:
@@ -319,9 +321,9 @@ class Trial:
                 wrong.append("both failed")
             for end in ends:
                 if end.status and not (
-                    end.status == 1 and re.search("exists|another run", end.said)
+                    end.status == 1 and re.search("exists|another run", end.output)
                 ):
-                    wrong.append(f"one ended with {end.status}: {end.said[-2000:]}")
+                    wrong.append(f"one ended with {end.status}: {end.output[-2000:]}")
             wrong += self._differences(before)
             self._tell(f"two at once, the second {later:.2f} s later", wrong, count)
 
@@ -354,8 +356,8 @@ class Trial:
         """The same command, undisturbed; one that had ended already says that its file exists."""
         complete = not list(self._differences(before))
         ended = Run(self.command, self.home).result()
-        if ended.status and not (complete and "exists" in ended.said):
-            yield f"again, it ended with {ended.status}: {ended.said[-2000:]}"
+        if ended.status and not (complete and "exists" in ended.output):
+            yield f"again, it ended with {ended.status}: {ended.output[-2000:]}"
         yield from self._differences(before)
 
     def _differences(self, before: Sequence[object]) -> Iterator[str]:
