@@ -5,11 +5,9 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from realera.edit.text_layers import text_layers, trained_layers
 from realera.pipelines.unet import DiffusersModel
 from realera.storage.safetensors_file import open_tensors, raw_bytes, writing
 from realera.text.encoding import CONTEXT, POOLED
+from tests.test_disk import files_of_at_most
 
 DIMS = {"sd1": 32, "sd1 one layer": 32, "sd1 inpainting": 32, "sd2": 64, "sdxl": 96}
 
@@ -535,25 +534,14 @@ def test_an_erasure_of_another_family_leaves_nothing(tmp_path, pipelines, single
     assert not list(tmp_path.iterdir())
 
 
-@contextmanager
-def disk_that_ends_after(size):
-    """The kernel refuses to let any file of this process grow further."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_nothing(tmp_path, singles, folders):
     erasure = STILL
     for source in (singles["sd1"], folders["sd1"]):
-        with disk_that_ends_after(1_000_000), pytest.raises(OSError, match="File too large"):
+        with files_of_at_most(1_000_000), pytest.raises(OSError, match="File too large"):
             write_checkpoint(source, erasure, tmp_path / "out")
-    with disk_that_ends_after(100), pytest.raises(OSError, match="File too large"):
+    with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
         save_erasure(erasure, tmp_path / "out")
-    with disk_that_ends_after(100), pytest.raises(OSError, match="File too large"):
+    with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
         write_lora(singles["sd1"], erasure, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
