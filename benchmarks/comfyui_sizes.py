@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from realera.checkpoints.families import FAMILIES
-from realera.mining.preservation_bank import bank_prompts
+from realera.mining import preservation_bank
 from realera.storage.safetensors_file import writing
 from tools.comfyui import Server, comfyui
 from tools.layout import to_ldm
@@ -180,7 +180,9 @@ def copy_pack(home: Path, bank: int) -> None:
     for folder in ("nodes", "realera", "web"):
         shutil.copytree(ROOT / folder, pack / folder)
     shutil.copy(ROOT / "__init__.py", pack)
-    (pack / "realera/bank.txt").write_text("\n".join(bank_prompts()[:bank]) + "\n", "utf-8")
+    path = pack / Path(preservation_bank.__file__).relative_to(ROOT)
+    prompts = preservation_bank.bank_prompts()[:bank]
+    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", "utf-8")
 
 
 def shortened(graph: dict[str, Any], source: str, prompts: int, side: int) -> dict[str, Any]:
@@ -284,7 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("workflows", type=int, nargs="+", choices=(2, 3, 5))
     parser.add_argument("--folder", type=Path, required=True, help="room for 25 GB")
     parser.add_argument("--source", default="vocabulary", help="of the neighbours")
-    parser.add_argument("--bank", type=int, default=len(bank_prompts()), help="prompts of it")
+    whole = len(preservation_bank.bank_prompts())
+    parser.add_argument("--bank", type=int, default=whole, help="prompts of it")
     parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
     parser.add_argument("--closed-form", action="store_true", help="no training, no pictures")
     given = parser.parse_args(arguments)

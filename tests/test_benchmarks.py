@@ -16,6 +16,7 @@ from benchmarks import (
     adversarial,
     alignment_speed,
     attacks,
+    comfyui_sizes,
     coverage,
     encoding,
     frontier,
@@ -442,6 +443,12 @@ def test_the_fast_pen_draws_what_the_model_draws():
     assert [pen.classifier.classes[k] for k in ours] == ["dog", "ship", "apple", "frog", "cat"]
     latents = coarse_samples(model, [f"a photo of the {word}" for word in words])
     assert pen.classifier.logits(model.decode(latents)).argmax(-1).tolist() == ours
+
+
+def test_the_pack_for_comfyui_preserves_as_many_prompts_as_the_table_says(tmp_path):
+    comfyui_sizes.copy_pack(tmp_path, 3)
+    (bank,) = tmp_path.rglob("preservation_bank.txt")
+    assert len(bank.read_text("utf-8").splitlines()) == 3
 
 
 @pytest.mark.parametrize(
