@@ -112,7 +112,7 @@ def test_a_concept_is_represented_by_its_name_and_the_mean_of_the_words_around_i
         means.append({stream: rows[stream].mean(0) for stream in found})
     assert len(mining.neighbors.words) < len(ring)
     for stream, rows in found.items():
-        expected = torch.cat([own[stream] for own in names + means])
+        expected = torch.cat([encoding[stream] for encoding in names + means])
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
     for settings in (settings_of("vocabulary", neighbors=0), settings_of("isotropic")):
         alone = concept_representatives(mine(text, concepts, settings.neighbor, settings.beyond))
@@ -140,9 +140,9 @@ def test_stage_by_stage_is_the_whole(texts, source, beyond_seed):
     assert near.plan.beyond is None and not len(near.beyond.pair)
     staged = mine_beyond(near, chosen.beyond)
     assert staged.plan == whole.plan
-    for own, its in ((whole.neighbors, staged.neighbors), (whole.beyond, staged.beyond)):
-        assert own.words == its.words and torch.equal(own.pair, its.pair)
-        assert all(torch.equal(own.e[s], its.e[s]) for s in own.e)
+    for rows, expected in ((whole.neighbors, staged.neighbors), (whole.beyond, staged.beyond)):
+        assert rows.words == expected.words and torch.equal(rows.pair, expected.pair)
+        assert all(torch.equal(rows.e[s], expected.e[s]) for s in rows.e)
     # Neighbours stay what they are when beyond points are looked for elsewhere.
     farther = chosen.neighbor.cosines[0] - 0.1
     other = mine_beyond(near, BeyondSettings(beyond=3, beyond_s2=farther))
@@ -173,8 +173,10 @@ def test_the_parts_of_a_plan_add_up_to_the_whole_whatever_the_source(
     monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
     for stream, sums in sum_parts(text, plan, SolveSettings()).items():
         for tensor in ("gram", "shift_cov"):
-            own, its = getattr(sums, tensor), getattr(joint[stream], tensor)
-            assert its.any() and float((own - its).abs().max()) < 1e-5 * float(its.abs().max())
+            summed, expected = getattr(sums, tensor), getattr(joint[stream], tensor)
+            assert expected.any() and float((summed - expected).abs().max()) < 1e-5 * float(
+                expected.abs().max()
+            )
 
 
 def test_a_plan_holds_names_alone_and_travels(texts):

@@ -91,13 +91,13 @@ def test_uce_is_the_minimum_of_its_paper_on_every_projection(model, wordings):
 
 
 def test_mace_moves_the_rows_around_the_concept_to_those_around_its_anchor(model):
-    own, its = "a photo of the airplane outside", "a photo of the sky outside"
-    e, target = peers.around(model.text, [own], [its])
-    rows, its_rows = context(model, own), context(model, its)
-    a, b = (len(model.text.parts[0].tokenize([prompt])[0]) for prompt in (own, its))
+    own, anchor_prompt = "a photo of the airplane outside", "a photo of the sky outside"
+    e, target = peers.around(model.text, [own], [anchor_prompt])
+    rows, anchor_rows = context(model, own), context(model, anchor_prompt)
+    a, b = (len(model.text.parts[0].tokenize([prompt])[0]) for prompt in (own, anchor_prompt))
     # the four words before and the start; then "outside" and all that follows it
-    assert torch.equal(e[:5], rows[:5]) and torch.equal(target[:5], its_rows[:5])
-    assert torch.equal(e[5], rows[a - 2]) and torch.equal(target[5], its_rows[b - 2])
+    assert torch.equal(e[:5], rows[:5]) and torch.equal(target[:5], anchor_rows[:5])
+    assert torch.equal(e[5], rows[a - 2]) and torch.equal(target[5], anchor_rows[b - 2])
     assert len(e) == len(target) == 5 + len(rows) - max(a, b) + 2
     inside = rows[5 : a - 2]
     assert not any(torch.equal(row, one) for row in e for one in inside)
@@ -259,8 +259,8 @@ def test_the_halves_are_the_ten_concepts_and_share_none():
 
 def test_styles_are_a_separate_group_without_synonyms():
     assert ablation.halves(["comic"]) == {"styles": ["comic"]}
-    own = report("comic", 0, 90, 10)
-    lacking = replace(own, generality={"held-out words": own.generality["held-out words"]})
+    full = report("comic", 0, 90, 10)
+    lacking = replace(full, generality={"held-out words": full.generality["held-out words"]})
     both = ablation.pooled([lacking])
     assert both["synonyms"] != both["synonyms"] and both["held-out words"] == 10
     assert ablation.concept_of("comic", "drawn").templates == ablation.STYLE_TEMPLATES
@@ -431,8 +431,8 @@ def test_the_best_value_is_chosen_on_the_tuning_half_alone():
 
 def test_words_are_drawn_of_both_kinds():
     before = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
-    own, others = frontier.compared_words(before, 0)
-    assert sorted(own.tolist()) == [0, 1] and others.tolist() == [3]
+    drew, others = frontier.compared_words(before, 0)
+    assert sorted(drew.tolist()) == [0, 1] and others.tolist() == [3]
 
 
 def test_the_fast_pen_draws_what_the_model_draws():
@@ -485,13 +485,13 @@ def test_the_embeddings_of_a_forms_words_make_the_rows_of_the_prompt(scene):
 
 def test_least_squares_undo_a_closed_form(scene):
     network = attacks.erased("UCE", scene.model, scene.concept)
-    (own, _), (found, _) = attacks.inverse(scene, network)
+    (given, _), (found, _) = attacks.inverse(scene, network)
     t = peers.solved(
         peers.last_rows(scene.model.text, ["dog"]),
         peers.last_rows(scene.model.text, ["flower"]),
         0.5,
     )
-    assert (found[0].double() @ t.T - own[0].double()).norm() < 1e-3 * own.norm()
+    assert (found[0].double() @ t.T - given[0].double()).norm() < 1e-3 * given.norm()
 
 
 def test_an_attack_reports_the_best_of_all_steps_and_ends_when_all_succeed():

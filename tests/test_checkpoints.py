@@ -359,8 +359,8 @@ def test_an_erased_checkpoint_differs_in_the_erased_tensors_alone(
 ):
     layer = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     average = "model_ema." + layer.removeprefix("model.").replace(".", "")
-    own = text_layers(pipelines[name].unet)["middle_block.1.transformer_blocks.0.attn2.to_k"]
-    extra = {average: own.layer.weight * 2, "step": torch.tensor(3), "none": torch.zeros(0, 4)}
+    reader = text_layers(pipelines[name].unet)["middle_block.1.transformer_blocks.0.attn2.to_k"]
+    extra = {average: reader.layer.weight * 2, "step": torch.tensor(3), "none": torch.zeros(0, 4)}
     source = make_single(
         pipelines[name], tmp_path / "in.safetensors", dtype, extra, {"by": "a person, café"}
     )

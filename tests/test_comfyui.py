@@ -532,8 +532,8 @@ def test_compare_says_what_clip_sees(server, clip_folder):
     graph["scorer"]["inputs"]["classes"] = ""
     outputs, _ = server.run(graph)
     prompts = graph["compare"]["inputs"]["prompts"].splitlines()
-    own = 100 * clip(torch.stack(images), prompts).clamp(min=0)[[0, 2, 1, 3], [0, 1, 0, 1]]
-    for line, score in zip(outputs["verdict"]["text"][0].splitlines(), own, strict=True):
+    scores = 100 * clip(torch.stack(images), prompts).clamp(min=0)[[0, 2, 1, 3], [0, 1, 0, 1]]
+    for line, score in zip(outputs["verdict"]["text"][0].splitlines(), scores, strict=True):
         stated = line.rsplit(": CLIP score ", 1)[1]
         assert abs(float(stated) - score) < 0.15
 

@@ -195,8 +195,8 @@ def test_every_image_is_scored_once_for_the_class_of_its_prompt(model, monkeypat
     assert report.generality == {"synonyms": Score(0 + 1, 2), "associated": Score(2 + 0, 2)}
     assert list(firsts) == [
         *task.named,
-        *(p for own in task.others.values() for p in own),
-        *(p for own in task.generality.values() for p in own),
+        *(p for listed in task.others.values() for p in listed),
+        *(p for listed in task.generality.values() for p in listed),
     ]
     assert all(torch.equal(image, scored[2 * k][0]) for k, image in enumerate(firsts.values()))
 
@@ -359,11 +359,14 @@ def test_a_survey_adds_up_detections_and_keeps_few_images(model):
 def test_a_survey_reports_the_mean_clip_score_of_captions(model, clip_folder):
     scorer = ClipScore(Clip(clip_folder))
     found, firsts = survey(model, PROMPTS, scorer, sampling=Sampling(steps=1))
-    own = scorer(torch.stack([*firsts.values()]), PROMPTS)
+    scores = scorer(torch.stack([*firsts.values()]), PROMPTS)
     assert list(firsts) == [*PROMPTS]
-    assert found.row() == {"images": 3, "CLIP score ↑": pytest.approx(float(own.mean()), abs=1e-4)}
+    assert found.row() == {
+        "images": 3,
+        "CLIP score ↑": pytest.approx(float(scores.mean()), abs=1e-4),
+    }
     assert scorer.describe(firsts[PROMPTS[0]][None], PROMPTS[:1]) == [
-        f"CLIP score {float(own[0]):.1f}"
+        f"CLIP score {float(scores[0]):.1f}"
     ]
 
 

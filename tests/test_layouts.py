@@ -634,7 +634,7 @@ def test_a_text_encoder_under_other_names_is_refused_with_one_of_them(tmp_path, 
 
 
 def test_a_buffer_that_every_loader_makes_may_be_in_a_folder_or_not(tmp_path, folders):
-    own = load_text(folders["sd1"])
+    expected = load_text(folders["sd1"])
     key, places = "text_model.embeddings.position_ids", torch.arange(77)[None]
     for number, change in enumerate(
         (
@@ -643,7 +643,7 @@ def test_a_buffer_that_every_loader_makes_may_be_in_a_folder_or_not(tmp_path, fo
         )
     ):
         folder = without(folders["sd1"], tmp_path / str(number), "text_encoder", change)
-        assert torch.equal(load_text(folder).summary(["a cat"]), own.summary(["a cat"]))
+        assert torch.equal(load_text(folder).summary(["a cat"]), expected.summary(["a cat"]))
 
 
 def test_a_folder_that_reads_by_bert_is_refused_as_no_clip(tmp_path, folders):

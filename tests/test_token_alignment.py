@@ -103,18 +103,18 @@ def test_the_rows_of_a_part_stay_among_themselves():
 def test_rows_that_are_not_there_stay_and_a_stream_of_one_row_becomes_the_anchors():
     weights = {CONTEXT: torch.tensor([[1.0] * 4 + [0.0] * 2, [1.0] * 6])}
     pooled = torch.randn(2, 1, 5)
-    own = replace(encoded(2, 6, **{POOLED: pooled}), weights=weights)
+    encoding = replace(encoded(2, 6, **{POOLED: pooled}), weights=weights)
     rows = [("cat", "dog", "{}"), ("ox", "y", "a{}")]
-    place = map_rows(Text((OTHER,)), rows, own)
+    place = map_rows(Text((OTHER,)), rows, encoding)
     assert place.streams[CONTEXT].tolist() == [[0, 1, 2, 3, -1, -1], [0, 1, 2, 3, 4, 5]]
     assert place.streams[POOLED].tolist() == [[0], [0]]
     assert place.span[CONTEXT].tolist() == [[True] * 4 + [False] * 2, [True] * 6]
     anchor = encoded(2, 4, **{POOLED: torch.randn(2, 1, 5)})
-    target = place.target(own, anchor)
+    target = place.target(encoding, anchor)
     assert torch.equal(target[CONTEXT][0, :4], anchor[CONTEXT][0])
-    assert torch.equal(target[CONTEXT][0, 4:], own[CONTEXT][0, 4:])
+    assert torch.equal(target[CONTEXT][0, 4:], encoding[CONTEXT][0, 4:])
     assert torch.equal(target[CONTEXT][1, 4:], anchor[CONTEXT][1, [3, 3]])  # the last one there
-    assert torch.equal(target[POOLED], anchor[POOLED]) and target.weights == own.weights
+    assert torch.equal(target[POOLED], anchor[POOLED]) and target.weights == encoding.weights
 
 
 def test_a_phrase_without_a_token_is_refused():
