@@ -1,19 +1,19 @@
 """The bundled U-Net taught to read another text encoder.
 
-    python -m tools.miniature.language miniature-language    # reads MiniLM
+    python -m tools.miniature.language
 
 The student starts from the bundled weights, with keys and values that take each new row for the
 bundled encoder's last row (least squares). It learns to predict by the new rows what the bundled
 U-Net predicts by the rows of its text encoder, on latents that the bundled U-Net drew of the
-captions. Words that MiniLM has near a concept stand for its name in some captions. No picture and
-no label is needed. `--export` writes what ships, at any time.
+captions. Words that MiniLM has near a concept, and phrases, stand for its name in others. No
+picture and no label is needed. `--export` writes what ships, at any time.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from realera.checkpoints.loading import load_model
-from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, FILES, STYLES
-from realera.miniature.language import LOADERS, load_minilm
+from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, LANGUAGE, STYLES
+from realera.miniature.language import load_minilm
 from realera.pipelines.interface import Diffusion
 from realera.storage.safetensors_file import open_tensors
 from realera.text.encoding import CONTEXT, TextEncoder
@@ -37,16 +37,19 @@ from .optimizers import Average
 from .runs import Stop, keep, long_run
 
 IMAGES, SAME = 640, 6  # latents of captions; captions of each
-WORDS, CLOSE, APART, TOLD = 48, 0.35, 0.1, 2  # words of a concept, cosines, captions of each
+WORDS, CLOSE, APART, TOLD = 64, 0.33, 0.08, 2  # words of a concept, cosines, captions of each
+PHRASES = 40  # of a concept
+PAIRED = ("{} and {}", "a {} with {}", "{}, {}", "the {} at the {}")
 BATCH, SILENT, RATES = 64, 0.1, (1e-3, 2e-4)  # learning rates of new and of old weights
 
 
-def words_near(text: TextEncoder) -> list[tuple[str, str]]:
-    """(word, concept): words of the encoder's vocabulary that mean a concept, by their cosines.
+def words_near(text: TextEncoder, words: Iterable[str]) -> list[tuple[str, str]]:
+    """(word, concept): the words that mean a concept, by their cosines.
 
     At most WORDS for each concept; held-out words are none of them.
     """
-    words, concepts = [w for w in text.words() if w not in held_out()], list(CONCEPTS.values())
+    words = sorted({*words} - held_out())
+    concepts = list(CONCEPTS.values())
     vectors = _sentences(text, words)
     centre = vectors.mean(dim=0)
     says = [_sentences(text, [c.name, *c.synonyms, *c.associated]).mean(dim=0) for c in concepts]
@@ -58,6 +61,30 @@ def words_near(text: TextEncoder) -> list[tuple[str, str]]:
     for n, concept in enumerate(concepts):
         closest, index = best.where(near & (nearest[:, 0] == n), -1).topk(WORDS)
         found += [(words[i], concept.name) for i in index[closest > 0].tolist()]
+    return found
+
+
+def phrases(rng: random.Random, near: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(phrase, concept): pairs of words near a concept, and parts and pairs of the prompts that are
+    associated with it; none with a held-out word.
+
+    near: (word, concept)
+    """
+    found = []
+    for concept in CONCEPTS.values():
+        words, prompts = [w for w, name in near if name == concept.name], concept.associated
+        for _ in range(PHRASES):
+            u, whole = rng.random(), rng.choice(prompts).split()
+            if u < 0.5 and len(words) > 1:
+                text = rng.choice(PAIRED).format(*rng.sample(words, 2))
+            elif u < 0.75:
+                length = min(len(whole), rng.randint(3, 5))
+                start = rng.randint(0, len(whole) - length)
+                text = " ".join(whole[start : start + length])
+            else:
+                text = ", ".join(rng.sample(prompts, 2))
+            if text not in concept.held_out_prompts and not held_out() & set(text.split()):
+                found.append((text, concept.name))
     return found
 
 
@@ -86,8 +113,8 @@ def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tenso
 
     latents: float32 [groups, 4, 8, 8]; captions: of each group, int64 [groups, SAME]; rows,
     bundled: rows of every caption by either encoder, float16 [captions, rows, dim]; caption 0 is
-    empty. The first IMAGES groups are captions of one drawing, the others of one word: there the
-    bundled U-Net reads the name of the concept, and the latent is one of its drawings.
+    empty. The first IMAGES groups are captions of one drawing, the others of one word or phrase:
+    there the bundled U-Net reads the name of the concept, and the latent is one of its drawings.
     """
     path = state / "captions.safetensors"
     if not path.exists():
@@ -97,17 +124,26 @@ def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tenso
             concept = names[i % len(names)]
             style = rng.choice(STYLES) if rng.random() < 0.35 else None
             background = rng.choice(BACKGROUNDS) if rng.random() < 0.35 else None
-            words = tuple(w for glyph in GLYPHS[concept].values() for w in glyph)
+            glyphs = tuple(w for glyph in GLYPHS[concept].values() for w in glyph)
             groups.append(list(range(len(told), len(told) + SAME)))
-            told += [caption(rng, concept, words, style, background) for _ in range(SAME)]
+            told += [caption(rng, concept, glyphs, style, background) for _ in range(SAME)]
             first.append(told[-SAME])
         read = list(told)
         drawing = list(range(IMAGES))
-        for word, concept in words_near(load_minilm()):
+        minilm = load_minilm()
+        # Those of the bundled encoder are often several pieces to MiniLM.
+        words = {*minilm.words(), *filter(str.islower, model.text.words())}
+        near = words_near(minilm, words)
+        for word, concept in near:
             templates = rng.sample(TEMPLATES, TOLD)
             groups.append([len(told) + i % TOLD for i in range(SAME)])
             told += [template.format(word) for template in templates]
             read += [template.format(concept) for template in templates]
+            drawing.append(rng.randrange(names.index(concept), IMAGES, len(names)))
+        for phrase, concept in phrases(rng, near):
+            groups.append([len(told)] * SAME)
+            told.append(phrase)
+            read.append(rng.choice(TEMPLATES).format(concept))
             drawing.append(rng.randrange(names.index(concept), IMAGES, len(names)))
         tensors = {
             "latents": drawn(model, first)[drawing],
@@ -166,7 +202,7 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
             group["lr"] = rate * decay
         pick = torch.randint(IMAGES, (BATCH,), generator=generator)
         word = torch.randint(IMAGES, len(latents), (BATCH,), generator=generator)
-        pick = torch.where(torch.rand(BATCH, generator=generator) < 0.35, word, pick)
+        pick = torch.where(torch.rand(BATCH, generator=generator) < 0.45, word, pick)
         read = captions[pick, torch.randint(SAME, (BATCH,), generator=generator)]
         read[torch.rand(BATCH, generator=generator) < SILENT] = 0
         t = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
@@ -194,32 +230,28 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
     return done
 
 
-def export(state: Path, model: str, path: Path) -> None:
-    """The student's average in half precision, a U-Net alone in the miniature's layout.
-
-    model: name of the bundled model
-    """
+def export(state: Path, path: Path = LANGUAGE) -> None:
+    """The student's average in half precision, a U-Net alone in the miniature's layout."""
     tensors = ldm_unet(load_file(state / "unet.safetensors"))
     config = json.loads(open_tensors(CHECKPOINT).metadata["config"])
     width = next(t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight"))
     config["unet"]["cross_attention_dim"] = width
-    config["text_encoder"] = {"bundled": model}
+    config["text_encoder"] = {"bundled": "miniature-language"}
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     keep(path, halves, format="pt", config=json.dumps(config))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=LOADERS, help="bundled model to train")
     parser.add_argument("--state", type=Path, default=Path(".state/language"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--export", action="store_true", help="only write what ships, and end")
-    parser.add_argument("--out", type=Path, help="where to write what ships; default: the package")
+    parser.add_argument("--out", type=Path, default=LANGUAGE, help="where to write what ships")
     arguments = parser.parse_args()
-    name, state = arguments.model, arguments.state / arguments.model
+    state: Path = arguments.state
     state.mkdir(parents=True, exist_ok=True)
-    if arguments.export or distil(state, LOADERS[name](), arguments.minutes, Stop()):
-        export(state, name, arguments.out or FILES[name])
+    if arguments.export or distil(state, load_minilm(), arguments.minutes, Stop()):
+        export(state, arguments.out)
 
 
 if __name__ == "__main__":
