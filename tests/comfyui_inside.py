@@ -69,6 +69,7 @@ from RealEra.nodes.comfy_patch import ErasurePatch, write_lora
 from RealEra.nodes.comfy_text import ComfyText
 from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.comfy_weights import plain_weight
+from RealEra.nodes.schema import BUNDLED
 from RealEra.realera import algorithm
 from RealEra.realera.checkpoints.loading import load_model
 from RealEra.realera.checkpoints.writing import write_checkpoint
@@ -1126,6 +1127,26 @@ def claim_a_clip_and_a_model_of_different_families_are_refused():
             source="isotropic",
         )
         run(edit.ClosedFormEdit, model=miniature().model, mining=found, bank=False)
+
+
+def claim_an_erasure_of_another_family_is_refused_by_every_node():
+    """Though its width fits."""
+    erasure = replace(erased().erasure, provenance={"family": "chroma"})
+    with refused("made for Chroma and the model is a U-Net"):
+        run(edit.ApplyErasure, model=miniature().model, erasure=erasure)
+    with refused("made for Chroma and the model is a U-Net"):
+        run(files.SaveErasedCheckpoint, erasure=erasure, checkpoint=BUNDLED)
+    with refused("made for Chroma and the model is a U-Net"):
+        run(files.SaveErasure, erasure=erasure, model=miniature().model)
+
+
+def claim_a_clip_whose_rows_a_part_of_the_model_makes_is_refused():
+    class Krea2TEModel(torch.nn.Module):
+        qwen3vl_4b = "there"
+
+    clip = SimpleNamespace(cond_stage_model=Krea2TEModel())
+    with refused("made by txtfusion, a part of the MODEL"):
+        text_of(clip)
 
 
 def claim_the_bundled_transformer_forgets_what_it_is_told_to():

@@ -251,6 +251,8 @@ def liven(network):
         if weight.ndim == 1:
             base = float(name.endswith(("weight", "scale")))
             weight.data = (base + 0.2 * torch.randn(weight.shape)).to(weight.dtype)
+        if "stream_modulation" in name:  # of FLUX.2, whose gates no bias opens
+            weight.data *= 8
     if hasattr(network, "pos_embed"):  # not a parameter in the Oct 2025 release
         network.pos_embed.data = torch.randn(network.pos_embed.shape).to(network.pos_embed.dtype)
 
