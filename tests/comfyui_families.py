@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 ASKED, sys.argv = sys.argv[1:], [*sys.argv[:1], "--cpu"]
@@ -149,13 +150,15 @@ def tiny_clip(family, embeddings=None):
     return clip
 
 
+@cache
 def text_encoders():
-    """Every kind of TextEncoder on ComfyUI's side, by name."""
+    """Every kind of TextEncoder on ComfyUI's side, by name; built once, as tokenizers are slow."""
     return {family: ComfyText(tiny_clip(family)) for family in TEXTS}
 
 
+@cache
 def transformer_texts():
-    """Every kind of TextEncoder of a transformer, by name."""
+    """Every kind of TextEncoder of a transformer, by name; built once."""
     kinds = {**SD3_ENCODERS, **{family: {} for family in NETWORKS if family != "sd3"}}
     return {
         name: text_of(tiny_text(name.split()[0], fill, **encoders))

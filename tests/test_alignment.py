@@ -492,7 +492,8 @@ def test_an_adversary_leaves_the_network_as_it_was_and_may_be_checkpointed(model
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_an_adversary_works_on_every_concept_and_stream(pipelines, name):
+def test_an_adversary_works_on_every_concept_and_stream(pipelines, monkeypatch, name):
+    monkeypatch.setattr("realera.training.adversarial.PROMPTS", 16)
     model = DiffusersModel(pipelines[name])
     concepts = [Concept("airplane", "ground"), Concept("dog", "tree")]
     mining = mine(model.text, concepts, NEAR, FAR)

@@ -516,6 +516,7 @@ def test_the_network_that_is_attacked_has_the_lora_of_the_adversarial_mode(
 ):
     some = [*scene.model.text.words()[::1000], "dog", "puppy"]
     monkeypatch.setattr(scene.model.text, "words", lambda: sorted({*some}))
+    monkeypatch.setattr("realera.training.adversarial.PROMPTS", 16)
     tiny = Training(steps=1, rank=1, batch=2, adversarial=2)
     state = tmp_path / "state.safetensors"
     alone, trained = (adversarial.erased(scene, training, state) for training in (None, tiny))

@@ -367,6 +367,7 @@ def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
         return predict(latents, times, encoding)
 
     monkeypatch.setattr(model, "predict", note)
+    monkeypatch.setattr("realera.training.adversarial.PROMPTS", 16)
     training = Training(steps=2, batch=2, rank=2, adversarial=3)
     plain, thrifty = (
         align_erasure(

@@ -221,7 +221,7 @@ class Session:
         quick, began = [], time.monotonic()
         for item in session.items:
             start = time.monotonic()
-            if not _passes(item, session.items[0]):
+            if not _passes(item):
                 raise RuntimeError(f"{item.nodeid} fails without a mutant")
             if time.monotonic() - start < SLOW:
                 quick.append(item)
@@ -232,7 +232,7 @@ class Session:
             if mutant is not None and not put(mutant, module):
                 return 0
             for item in [*reversed(killers), *(item for item in quick if item not in killers)]:
-                if not _passes(item, quick[0]):
+                if not _passes(item):
                     os.write(saying, str(session.items.index(item)).encode())
                     return 1
             return 0
@@ -253,11 +253,13 @@ class Session:
         return True
 
 
-def _passes(item: pytest.Item, following: pytest.Item) -> bool:
-    """Runs one test; what the following one needs of its fixtures stays."""
+def _passes(item: pytest.Item) -> bool:
+    """Runs one test, whichever ran before it; the fixtures of its module and of the session stay."""
     from _pytest.runner import runtestprotocol
 
-    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=following))
+    module: Any = item.parent
+    item.session._setupstate.teardown_exact(module)
+    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=module))
 
 
 def survivors(path: str, chosen: Sequence[Mutant]) -> list[Mutant]:
