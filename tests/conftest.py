@@ -41,6 +41,24 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the controller has chosen th
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
+# Files of the tests that `python -m pytest -m quick` runs: the method's own arithmetic, settings
+# and files, on random rows and the smallest encoder.
+QUICK = {
+    "test_anchor_warnings.py",
+    "test_closed_form.py",
+    "test_erasure.py",
+    "test_file_names.py",
+    "test_house.py",
+    "test_mining.py",
+    "test_packaging.py",
+    "test_plots.py",
+    "test_safetensors_file.py",
+    "test_sampling.py",
+    "test_scope.py",
+    "test_settings.py",
+    "test_token_alignment.py",
+}
+
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},
     "sd2": {
@@ -58,6 +76,13 @@ UNETS = {
     },
 }
 TEXTS = {"sd1": [32], "sd2": [64], "sdxl": [32, 64]}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker("quick")
 
 
 def tiny_pipeline(name, in_channels=4, layers=2, prediction="epsilon"):

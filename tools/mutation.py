@@ -254,7 +254,7 @@ class Session:
 
 
 def _passes(item: pytest.Item) -> bool:
-    """Runs one test, whichever ran before it; the fixtures of its module and of the session stay."""
+    """Runs one test, whichever ran before it; fixtures of its module and of the session stay."""
     from _pytest.runner import runtestprotocol
 
     module: Any = item.parent
