@@ -16,6 +16,7 @@ from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.edit.text_layers import canonical, diffusers_names, text_layers, trained_layers
 from realera.edit.triangles import pack, unpack
 from realera.text.encoding import CONTEXT, POOLED
+from tools import tiny
 
 DIM, POOLED_DIM = 96, 64  # of the tiny SDXL
 OLD_SUMS = ("erase", "moved", "preserve")
@@ -415,3 +416,17 @@ def test_a_truncated_erasure_is_refused(saved, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="cut off"):
         load_erasure(path)
+
+
+def test_a_network_in_which_a_wrapper_hides_layers_is_refused():
+    """As checkpoint_wrapper and FSDP wrap blocks: the other blocks alone would be erased."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._checkpoint_wrapped_module = module
+
+    network = tiny.pipeline().unet
+    network.down_blocks[0] = Wrapper(network.down_blocks[0])
+    with pytest.raises(ValueError, match=r"_checkpoint_wrapped_module.* lies in a wrapper"):
+        text_layers(network)

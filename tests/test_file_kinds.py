@@ -208,14 +208,20 @@ def test_every_command_refuses_a_network_for_the_same_reason(
         assert code == 1 and re.search(reason, output), command
 
 
+WRAPPED = "_checkpoint_wrapped_module."
+
+
 @pytest.mark.parametrize(
     "rename",
     [
         lambda key: key.replace(UNET, "diffusion_model."),
         lambda key: "module." + key,
         lambda key: key.replace(UNET, UNET + "_orig_mod.").replace("first_stage_model.", "vae."),
+        # Some of the blocks, as trainers wrap them that save memory.
+        lambda key: key.replace("1.1.transformer_blocks.0.", "1.1.transformer_blocks.0." + WRAPPED),
+        lambda key: key.replace("output_blocks.3.", "output_blocks.3._fsdp_wrapped_module."),
     ],
-    ids=["diffusion_model", "module", "_orig_mod"],
+    ids=["diffusion_model", "module", "_orig_mod", "checkpointed blocks", "sharded blocks"],
 )
 def test_a_model_behind_other_prefixes_is_loaded_and_erased_as_it_is(
     tmp_path, pipelines, singles, rename

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..edit.text_layers import unwrapped
 from ..settings import BUNDLED
 from ..storage.safetensors_file import PICKLES
 
@@ -14,8 +15,7 @@ VAE = "first_stage_model."
 CONTROLNET = "control_model."  # prefix of a ControlNet beside the U-Net that it controls
 AVERAGE = "model_ema.diffusion_model"  # running average of a U-Net; its keys have no further dots
 COPIES = (CONTROLNET, AVERAGE)
-# What wraps a module adds to its keys: torch.compile anywhere, DistributedDataParallel in front.
-_WRAPPERS = re.compile(r"_orig_mod\.|^module\.")
+_PARALLEL = "module."  # what DistributedDataParallel puts in front of the keys
 _PREFIXES = {
     NETWORK: re.compile(r"(?:model\.)?diffusion_model\.|unet\.|transformer\."),
     VAE: re.compile(r"vae\."),
@@ -32,7 +32,7 @@ def standard_key(key: str) -> str:
 
     A key without a known prefix is returned as it is.
     """
-    key = _WRAPPERS.sub("", key)
+    key = unwrapped(key).removeprefix(_PARALLEL)
     for standard, prefix in _PREFIXES.items():
         if match := prefix.match(key):
             return standard + key[match.end() :]

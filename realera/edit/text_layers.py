@@ -156,6 +156,15 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
             f"{type(network).__name__} has no cross-attention projections attn2.to_k / attn2.to_v "
             f"and no other layer that is known to read the text: RealEra works on {SUPPORTED}"
         )
+    bare = canonical(map(unwrapped, layers))
+    for path, layer in layers.items():
+        name = unwrapped(path)
+        if name != path and _is_linear(layer) and text_layer_kind(bare[name]) is not None:
+            raise ValueError(
+                f"{path}, which reads the text, lies in a wrapper (torch.compile of a part, "
+                "activation checkpointing, FSDP) and would stay unerased: give the network as it "
+                "is without it"
+            )
     if other:
         raise ValueError(
             f"{other[0]}, which reads the text, is a {type(layers[other[0]]).__name__} and no "
@@ -168,6 +177,12 @@ def text_layers(network: nn.Module) -> dict[str, TextLayer]:
 def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it has the attributes of an nn.Linear, as ComfyUI's quantised layers have."""
     return all(hasattr(layer, name) for name in ("in_features", "out_features", "weight"))
+
+
+def unwrapped(name: str) -> str:
+    """The name of a layer or tensor without what wrappers add: _orig_mod (torch.compile),
+    _checkpoint_wrapped_module, _fsdp_wrapped_module. Parts of a network have no such names."""
+    return re.sub(r"(?<![^.])_\w+\.(?=.)", "", name)
 
 
 def uncompiled_module(network: nn.Module) -> nn.Module:
