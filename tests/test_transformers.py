@@ -357,6 +357,18 @@ def test_alignment_trains_a_lora_on_what_reads_the_context(name):
         assert torch.equal(parameter, before[key])
 
 
+@pytest.mark.parametrize("name", ["sd3", "z_image"])
+def test_a_network_predicts_where_it_is_wherever_its_encoders_are(name):
+    """diffusers computes where the first part lies that is not on the CPU."""
+    model = TransformerModel(tiny(name))
+    encoding = model.text.encode(ASKED)
+    expected = prediction(model, encoding)
+    for part, module in model.pipeline.components.items():
+        if part.startswith("text_encoder"):
+            module.to("meta")
+    assert torch.equal(prediction(model, encoding), expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
     model, mining, erasure = model_of(name), mined(name), erasure_of(name)

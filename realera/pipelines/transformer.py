@@ -112,6 +112,8 @@ class TransformerText:
         *_, last = self.spec["tokenizers"].values()
         if "max_sequence_length" in parameters:
             options["max_sequence_length"] = length or last["rows"]
+        if "device" in parameters:
+            options["device"] = self._encoders[0].device
         outputs = self.pipeline.encode_prompt(**options)
         encoded = {name: outputs[place] for name, place in self.spec["encoded"].items()}
         context, mask = encoded["context"], encoded.get("mask")
@@ -287,7 +289,7 @@ class TransformerModel:
 
     def _predict_alike(self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """`predict` for prompts of equal length, by one step of the pipeline."""
-        pipeline, (n, channels, height, width) = self.pipeline, latents.shape
+        pipeline, (n, channels, height, width) = self._on_device_of_network(), latents.shape
         rows = {stream: values.to(latents) for stream, values in rows.items()}
         names = self.spec["given"]
         options: dict[str, Any] = {names[CONTEXT]: rows[CONTEXT]}
@@ -331,6 +333,15 @@ class TransformerModel:
         elif out.ndim == 3:  # a row a token
             out = out.transpose(1, 2)
         return out.reshape(n, channels, height, width).float()
+
+    def _on_device_of_network(self) -> Any:
+        """The same pipeline, which computes where its network is; the device that it would choose
+        may be the encoders'."""
+        kind = type(self.pipeline)
+        device = {"_execution_device": self.network.device}
+        pipeline: Any = object.__new__(type(kind.__name__, (kind,), device))
+        pipeline.__dict__ = vars(self.pipeline)
+        return pipeline
 
     @contextmanager
     def _rows_of_front(self, rows: Tensor) -> Iterator[None]:
