@@ -150,3 +150,10 @@ def test_a_network_that_no_edit_covers_is_refused_by_its_name():
     names = ("transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in")
     with pytest.raises(ValueError, match="is Mage-Flow: "):
         text_layers(Reader(names, 128))
+
+
+@pytest.mark.parametrize("dim", [7680, 12288])
+def test_an_erasure_of_the_widest_family_is_read_again(dim, tmp_path):
+    """The context of FLUX.2 klein 4B and 9B, three layers of the encoder side by side."""
+    save_erasure(erasure_for(dim, "flux2_klein"), tmp_path / "erasure.safetensors")
+    assert load_erasure(tmp_path / "erasure.safetensors").edits[CONTEXT].dim == dim
