@@ -1,5 +1,5 @@
 """All that computes, on a device that is not the CPU (`pretend_device.py`): its results are the
-CPU's, to the rounding of an alignment. Not part of CI yet: `python -m pytest -m pretend`."""
+CPU's to 1e-4. Not part of CI yet: `python -m pytest -n0 -m pretend`."""
 
 import json
 from dataclasses import replace
@@ -22,11 +22,15 @@ from realera.text.encoding import CONTEXT, POOLED
 from tests import pretend_device
 from tests.tiny_transformers import tiny
 
-pytestmark = [pytest.mark.pretend, pytest.mark.xdist_group("pretend")]
+pytestmark = pytest.mark.pretend
 
-FAMILIES = ("sdxl", "flux1", "sd3", "qwen_image", "z_image")
 BUNDLED = ("miniature", "miniature-dit")
-HALF = {"sdxl": "float16", "miniature": "float16"}  # the others' networks are bfloat16
+ON_COMMAND_LINE = {
+    "miniature": "float16",
+    "miniature-dit": "float32",
+    "flux1": "bfloat16",
+    "qwen_image": "float32",
+}
 CAT = [Concept("cat", "dog", ("a photo of the {}", "{} in the park"))]
 NEAR, FAR = NeighborSettings(neighbors=2, s2=0.2), BeyondSettings(2, preserve=("a red house",))
 SHORT = Training(steps=3, rank=1, batch=2, save_every=2)
@@ -41,6 +45,7 @@ def small():
     """
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: bank_prompts()[:40])
+        patch.setattr("realera.training.adversarial.PROMPTS", 16)
         for kind in (DiffusersModel, TransformerModel):
 
             def sample(self, rows, negative, noise, steps, guidance, full=kind.sample):
@@ -78,23 +83,29 @@ def outputs(folder):
     return {str(file.relative_to(folder)): load_file(file) for file in files}
 
 
+def assert_close(tensor, same, name=""):
+    """To 1e-4 of its norm: products of thin factors are summed in another order."""
+    same = same.to(tensor.device)
+    wrong = float((tensor - same).norm() / same.norm().clamp(min=1e-12))
+    assert wrong <= 1e-4, (name, wrong)
+
+
 def assert_same(one, other):
     assert one.keys() == other.keys()
     for name, tensors in one.items():
         assert tensors.keys() == other[name].keys()
         for key, tensor in tensors.items():
             tensor, same = tensor.float(), other[name][key].float()
-            assert (tensor - same).norm() <= 1e-4 * same.norm(), (name, key)
+            assert_close(tensor, same, (name, key))
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
-@pytest.mark.parametrize("name", [*BUNDLED, *FAMILIES])
+@pytest.mark.parametrize(("name", "dtype"), ON_COMMAND_LINE.items())
 def test_the_command_line_writes_on_the_device_what_it_writes_on_the_cpu(
-    pretend, sources, tmp_path, monkeypatch, clip_folder, name, half
+    pretend, sources, tmp_path, monkeypatch, clip_folder, name, dtype
 ):
     """`erase` (scope, check, alignment, checkpoint, LoRA, pictures), `scope`, `evaluate` and
     `evaluate --vocabulary`."""
-    source, dtype = sources(name), HALF.get(name, "bfloat16") if half else "float32"
+    source = sources(name)
     clip, prompts = ["--clip", str(clip_folder)], tmp_path / "prompts.txt"
     prompts.write_text("a photo of the cat\na dog\n", "utf-8")
     score, classify = (["--scorer", kind, *clip] for kind in ("clip-score", "clip"))
@@ -141,14 +152,15 @@ def test_every_source_mines_and_erases_on_a_device_as_on_the_cpu(placed, source)
     assert one.edits.keys() == other.edits.keys()
     for stream, edit in one.edits.items():
         assert not torch.equal(edit.matrix, torch.eye(edit.dim))
-        assert torch.equal(edit.matrix, other.edits[stream].matrix.cpu())
+        assert_close(edit.matrix, other.edits[stream].matrix)
     jet = erase(mine(placed[0].text, [Concept("jet", "tree")], near))
     both = [Erasure.merge([erasure, jet]).edits[CONTEXT].matrix for erasure in (one, other)]
-    assert torch.equal(*both)
+    assert_close(*both)
 
 
-@pytest.mark.parametrize("adversarial", [0, 2])
-@pytest.mark.parametrize("thrifty", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("adversarial", "thrifty"), [(0, False), (2, True)], ids=["plain", "adversarial, checkpointed"]
+)
 def test_a_cancelled_alignment_resumes_on_a_device_to_the_lora_of_the_cpu(
     placed, tmp_path, adversarial, thrifty
 ):
@@ -167,12 +179,18 @@ def test_a_cancelled_alignment_resumes_on_a_device_to_the_lora_of_the_cpu(
             align_erasure(model, erasure, mining, training, images=1, state=state, on_step=cancel)
         again = align_erasure(model, erasure, mining, training, images=1, state=state)
         state.unlink()
-        loras += [whole.lora, again.lora]
-    assert all(b.abs().max() > 0 for _, b in loras[0].values())
-    for lora in loras[1:]:
-        assert lora.keys() == loras[0].keys()
-        for layer, pair in loras[0].items():
-            assert all(map(torch.equal, pair, lora[layer])), layer
+        assert all(
+            torch.equal(*two)
+            for layer, pair in whole.lora.items()
+            for two in zip(pair, again.lora[layer], strict=True)
+        )
+        loras.append(whole.lora)
+    on_cpu, on_device = loras
+    assert all(b.abs().max() > 0 for _, b in on_cpu.values())
+    assert on_device.keys() == on_cpu.keys()
+    for layer, pair in on_cpu.items():
+        for factor, same in zip(pair, on_device[layer], strict=True):
+            assert_close(factor, same, layer)
 
 
 def test_a_device_without_float64_computes_all_but_the_closed_form(placed):
