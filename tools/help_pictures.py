@@ -110,6 +110,24 @@ def card(concepts: str) -> Image.Image:
     return made
 
 
+def tiles(server: Server, outputs: dict[str, Any]) -> Image.Image:
+    """First and last image of every model of an example, a row for each model.
+
+    outputs: what the nodes of the example have shown
+    """
+    if compared := [
+        node["realera_images"] for node in outputs.values() if "realera_images" in node
+    ]:
+        columns = [compared[0][0]["files"], compared[0][-1]["files"]]
+        if len(columns[0]) > 2:  # all prompts, for as many rows
+            columns = [image["files"] for image in compared[0]]
+        rows = list(zip(*columns, strict=True))
+    else:
+        rows = [tuple(node["images"][:2]) for node in outputs.values() if "images" in node]
+    pixels = [np.concatenate([server.pixels(file) for file in row], axis=1) for row in rows]
+    return Image.fromarray(np.concatenate(pixels).astype("uint8"))
+
+
 def take_thumbnails(server: Server, numbers: str) -> None:
     """The squares that the template browser shows, from runs of the graphs.
 
@@ -123,13 +141,10 @@ def take_thumbnails(server: Server, numbers: str) -> None:
         if "CheckpointLoaderSimple" in nodes:
             made = card(nodes["RealEraNeighborSampler"]["concepts"])
         else:
+            # Alignment does not show at this size.
+            nodes.get("RealEraLoraAlign", {}).update(steps=10, images=1, preview_every=0)
             outputs, _ = server.run(graph)
-            rows = [
-                np.concatenate([server.pixels(file) for file in outputs[number]["images"]], axis=1)
-                for number, node in graph.items()
-                if node["class_type"] in ("RealEraCompare", "SaveImage")
-            ]
-            made = square(Image.fromarray(np.concatenate(rows).astype("uint8")))
+            made = square(tiles(server, outputs))
         made.save(path.with_suffix(".jpg"), quality=88, optimize=True)
         print(path.stem, flush=True)
 
