@@ -94,19 +94,16 @@ def card(concepts: str) -> Image.Image:
 
     concepts: one `concept -> anchor` a line
     """
-    made = Image.new("RGB", (SIDE, SIDE), "#f4f1ea")
-    pen, lines = ImageDraw.Draw(made), concepts.splitlines()
+    made = Image.new("RGB", (SIDE, SIDE), "#f1d3d5")
+    pen, lines, font = ImageDraw.Draw(made), concepts.splitlines(), ImageFont.load_default(42)
+    pen.rectangle((SIDE / 2, 0, SIDE, SIDE), "#2f5d8f")
     for number, line in enumerate(lines):
         concept, anchor = (part.strip() for part in line.split("->"))
-        middle = SIDE * (number + 1) / (len(lines) + 1)
-        left, right = SIDE * 0.27, SIDE * 0.73
-        pen.text((left, middle), concept, "#b8323f", ImageFont.load_default(34), anchor="mm")
-        pen.text((right, middle), anchor, "#2f5d8f", ImageFont.load_default(34), anchor="mm")
-        half = pen.textlength(concept, ImageFont.load_default(34)) / 2
-        pen.line((left - half, middle, left + half, middle), "#b8323f", 3)
-        start, end = SIDE * 0.46, SIDE * 0.54
-        pen.line((start, middle, end, middle), "#555555", 4)
-        pen.polygon([(end, middle - 9), (end + 14, middle), (end, middle + 9)], "#555555")
+        left, right, middle = SIDE / 4, 3 * SIDE / 4, SIDE * (number + 1) / (len(lines) + 1)
+        pen.text((left, middle), concept, "#9c2533", font, anchor="mm")
+        half = pen.textlength(concept, font) / 2
+        pen.line((left - half, middle, left + half, middle), "#9c2533", 4)
+        pen.text((right, middle), anchor, "white", font, anchor="mm")
     return made
 
 
