@@ -319,6 +319,12 @@ def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
     assert not {"diffusers", "transformers", "peft", "matplotlib"} & set(done.stdout.split())
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_picture_of_a_workflow_is_square(path):
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert picture.width == picture.height >= 400
+
+
 def test_icon_and_banner_have_the_shapes_that_the_registry_asks_for():
     sizes = []
     for name in ("icon", "banner"):
