@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) + "\n".join(lines)
     results = {
         name: {"command": commands[name], "unchanged": one.unchanged, **asdict(one)}
-        | {"largest": f"{one.largest:.3g}"}  # JSON knows no infinity
+        | {"largest": f"{one.largest:.3g}", "unlike": len(one.unlike)}  # JSON knows no infinity
         for name, one in found.items()
     }
     stored = {"command": command, "before": before, "after": after, "cases": results}
