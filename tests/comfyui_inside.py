@@ -599,7 +599,7 @@ def claim_aligning_keeps_the_lora_that_an_erasure_has():
 
 
 def claim_a_name_that_the_encoder_does_not_know_is_warned_about_in_the_view():
-    for name, warned in (("飞机", "does not read '飞机'"), ("xqzzt", "may not know 'xqzzt'")):
+    for name, warned in (("飞机", "cannot read '飞机'"), ("xqzzt", "may not know 'xqzzt'")):
         node = type(
             "Sampler", (mining.NeighborSampler,), {"hidden": SimpleNamespace(unique_id=None)}
         )

@@ -87,7 +87,7 @@ def test_a_full_disk_for_the_state_is_a_warning_and_training_continues(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("realera.storage.safetensors_file.write_tensors", full)
-    with pytest.warns(UserWarning, match=r"state.* \(No space left on device\).* starts afresh"):
+    with pytest.warns(UserWarning, match=r"state.* \(No space left on device\).* starts anew"):
         lora = run(model, job, state=tmp_path / "state")
     assert same(
         {k: b for k, (_, b) in lora.items()}, {k: b for k, (_, b) in run(model, job).items()}
@@ -315,7 +315,7 @@ def test_a_new_lora_is_added_to_the_lora_of_the_erasure(model, job):
 def test_an_erasure_of_another_mining_is_refused(model, job):
     mining = mine(model.text, job.neighbourhood.pairs.concepts, NEAR, FAR)
     dog = mine(model.text, [Concept("dog", "tree")], NEAR, FAR)
-    with pytest.raises(ValueError, match="forgets dog and the mining is of airplane"):
+    with pytest.raises(ValueError, match="erases dog, and the mining is of airplane"):
         align_erasure(model, erase(dog, NO_BANK), mining, SHORT, anchors=job.anchors)
     other = mine(model.text, job.neighbourhood.pairs.concepts, replace(NEAR, seed=3), FAR)
     with pytest.raises(ValueError, match="with seed = 3 and this one has 0"):

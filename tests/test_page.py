@@ -1087,7 +1087,7 @@ def test_what_comfyui_refuses_stands_in_the_view_of_its_node_until_it_is_mended(
     sheet.do("() => void app.queuePrompt(0)")
     sheet.until(f"() => ({shown})().length === 3", seconds=60)
     [ring] = errors_of(sheet, "RealEraNeighborSampler")
-    assert ring.startswith("S2 = 0.5 and S1 = 0.2: a neighbour's cosine lies between them")
+    assert ring.startswith("S2 = 0.5 and S1 = 0.2: cosines of neighbours lie between them")
     assert errors_of(sheet, "RealEraCompare") == ["no prompt to draw: write one per line"]
     [name] = errors_of(sheet, "RealEraSaveErasure")
     assert name.startswith("the file name '../out' leads out of the folder output/loras")

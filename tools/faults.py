@@ -204,6 +204,7 @@ def _run(line: Sequence[str], home: Path, on_change: Callable[[int], None], send
         on_change(len(changes) - 1)
 
     os.environ["REALERA_CACHE"] = str(home / "cache")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest ignores it
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
         sys.addaudithook(hook)

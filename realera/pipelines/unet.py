@@ -169,10 +169,10 @@ class DiffusersModel:
             mask = torch.ones_like(latents[:, :1])
             rest = torch.zeros_like(latents[:, :1]).expand(-1, extra - 1, -1, -1)
             latents = torch.cat([latents, mask, rest], dim=1)
-        # The U-Net reads a fixed number of rows, absent ones as zeros.
         context = encoding[CONTEXT].to(device, dtype)
-        absent = max(0, self.text.parts[0].length - context.shape[1])
-        context = pad(context, (0, 0, 0, absent))
+        if CONTEXT in encoding.weights:  # prompts differ in length: absent rows are read as zeros
+            absent = max(0, self.text.parts[0].length - context.shape[1])
+            context = pad(context, (0, 0, 0, absent))
         return self.network(latents, times.to(device), context, added_cond_kwargs=added)[0].float()
 
     @torch.no_grad()
