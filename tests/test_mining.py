@@ -30,7 +30,7 @@ from realera.mining.vocabulary import choose_words, neighbourhood
 from realera.pipelines.unet import DiffusersText
 from realera.report.scope import scope
 from realera.settings import BeyondSettings, NeighborSettings, Settings, SolveSettings
-from realera.text.encoding import CONTEXT
+from realera.text.encoding import CONTEXT, Encoding
 
 DIM = 64
 
@@ -446,6 +446,28 @@ def test_prompts_that_name_or_mean_the_concept_leave_the_bank(text, pairs, monke
     rows = text.encode(["", "a wooden chair", "two bowls of soup"])[CONTEXT].double().flatten(0, 1)
     gram = rows.T @ rows
     assert (kept.preserved - gram).norm() < 1e-5 * gram.norm()
+
+
+def test_a_row_far_longer_than_the_others_weighs_no_more_in_the_bank(text, pairs, monkeypatch):
+    prompts = [*bank_prompts()[:20], "an airplane in the clouds"]
+    plain = encode_bank(text, prompts)
+    read = text.encode
+
+    def with_a_long_first_row(prompts):
+        encoding = read(prompts)
+        rows = encoding[CONTEXT].clone()
+        rows[:, 0] *= 100
+        return Encoding({**encoding, CONTEXT: rows})
+
+    monkeypatch.setattr(DiffusersText, "encode", lambda _, prompts: with_a_long_first_row(prompts))
+    monkeypatch.setattr(DiffusersText, "fingerprint", None)  # nothing is cached
+    bank = encode_bank(text, prompts)
+    size, plain_size = (each.kept[CONTEXT].preserved.trace() for each in (bank, plain))
+    assert abs(size - plain_size) < 0.02 * plain_size  # 300 times as much without the limit
+    monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
+    dropped = drop_related_prompts(bank, text, pairs.concepts).kept[CONTEXT].preserved
+    others = encode_bank(text, prompts[:-1]).kept[CONTEXT].preserved
+    assert (dropped - others).norm() < 1e-5 * others.norm()
 
 
 def test_one_in_so_many_bank_prompts_is_stepped_towards(text, pairs, bank, monkeypatch):

@@ -23,6 +23,9 @@ from ..text.token_alignment import prompt_embeddings, prompt_summaries
 
 BATCH = 64
 ROWS = 8192  # in float64 at once: 268 MB of Flux
+CONSTANT = (
+    10.0  # times the median length of a prompt's rows: no row of the bank is longer than that
+)
 RELATED = 0.55  # smallest centred cosine of a prompt that is related to a concept
 
 
@@ -89,7 +92,7 @@ def encode_bank(
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
             for stream in encoding:
-                for part in encoding.weighed(stream).flatten(0, 1).split(ROWS):
+                for part in _bank_rows(encoding, stream).flatten(0, 1).split(ROWS):
                     rows = part.cpu().double()
                     grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
             embeddings = prompt_embeddings(text, batch, encoding)
@@ -101,7 +104,7 @@ def encode_bank(
         named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
         return {"summary": torch.cat(summary), **named}
 
-    made = cached("bank", [text.fingerprint, prompts, "triangles"], encode)
+    made = cached("bank", [text.fingerprint, prompts, "constant rows"], encode)
     grams, means = (
         {key.removeprefix(kind): tensor for key, tensor in made.items() if key.startswith(kind)}
         for kind in ("gram.", "mean.")
@@ -133,5 +136,19 @@ def drop_related_prompts(bank: Bank, text: TextEncoder, concepts: Sequence[Conce
         return bank
     parts = (dropped[n : n + BATCH] for n in range(0, len(dropped), BATCH))
     encoded = Encoding.cat([text.encode(part).compact() for part in parts])
-    rows = {stream: encoded.weighed(stream).cpu() for stream in encoded}
+    rows = {stream: _bank_rows(encoded, stream).cpu() for stream in encoded}
     return replace(bank, dropped=dropped, rows=rows)
+
+
+def _bank_rows(encoding: Encoding, stream: str) -> Tensor:
+    """The weighed rows of prompts, [prompts, tokens, dim], none of which outweighs all others.
+
+    Language models put a row that is the same in every prompt, and a hundred times as long as any
+    other, at the start. Rows longer than CONSTANT times the median of their prompt have the length
+    of the median; otherwise the ridge, a share of the mean diagonal, would hinder every edit.
+    """
+    rows, lengths = encoding.weighed(stream), encoding[stream].norm(dim=-1)
+    whole = encoding.weights.get(stream, torch.ones_like(lengths)) >= 1  # no padding
+    median = lengths.where(whole, torch.nan).nanmedian(1, keepdim=True).values
+    too_long = whole & (lengths > CONSTANT * median)
+    return torch.where(too_long[..., None], rows * (median / lengths)[..., None], rows)
