@@ -121,13 +121,13 @@ def measure(text: SmolLM2, concept: Concept, rows: str) -> Row:
         drift.append(float(shift.norm() / (nouns - nouns.mean(0)).norm()))
     first, second = text.encode(["a"])[CONTEXT][0, :2]
     shift = edit(first) - first
-    each = len(TEMPLATES)
+    count = len(TEMPLATES)
     return Row(
         rows,
         concept.name,
-        sum(residual) / each,
-        sum(nearest) / each,
-        sum(drift) / each,
+        sum(residual) / count,
+        sum(nearest) / count,
+        sum(drift) / count,
         float(shift.norm() / second.norm()),
     )
 

@@ -294,8 +294,8 @@ def report(found: dict[str, dict[str, float]]) -> str:
         plain = [f"{sizes[name]:.1f}" for name in ("weights", "drawing")]
         both = [met(sizes["step"], bar), met(sizes["checkpointed"], again)]
         lines.append([case.name, str(case.batch), *plain, *both, f"{sizes['activations']:.1f}"])
-    told = str(__doc__).split("benchmarks.memory\n", 1)[1].strip()
-    parts = ["# Memory of an alignment", "`python -m benchmarks.memory`", told, COLUMNS]
+    introduction = str(__doc__).split("benchmarks.memory\n", 1)[1].strip()
+    parts = ["# Memory of an alignment", "`python -m benchmarks.memory`", introduction, COLUMNS]
     return "\n\n".join([*parts, markdown_table(lines)]) + "\n"
 
 
