@@ -76,7 +76,20 @@ def test_explicit_content_is_counted_before_and_after_and_no_picture_is_kept(
         assert survey["scorer"].startswith("NudeNet")
         assert all(score == {"total": 0, "images": 2} for score in survey["scores"].values())
     head = (out / "evaluation.txt").read_text("utf-8").splitlines()[0]
-    assert "Breasts (F)" in head and head.endswith("total ↓")
+    assert "Breasts (F)" in head and head.endswith("total ↓  found % ↓")
+
+
+def test_a_benchmark_file_of_prompts_counts_a_class_before_and_after(demo, tmp_path):
+    """With the seeds of the file: two lines that are the same draw the same image."""
+    path, erasure = tmp_path / "prompts.csv", str(demo / "erasure.safetensors")
+    line = "a photo of the airplane,5,3.0\n"
+    path.write_text(f"prompt,evaluation_seed,evaluation_guidance\n{line}{line}", "utf-8")
+    label, out = ["--label", "airplane"], tmp_path / "out"
+    assert main(["evaluate", "miniature", str(path), erasure, *label, "-o", str(out)]) == 0
+    before, after = stored(out).values()
+    assert before["scorer"] == "airplane by miniature concept"
+    assert before["scores"]["airplane"]["total"] == 2 and before["found"]["total"] == 200
+    assert after["scores"]["airplane"]["total"] == 0
 
 
 def test_captions_have_a_clip_score(demo, prompts, clip_folder, tmp_path):
@@ -115,11 +128,15 @@ def test_the_papers_concepts_are_scored_as_in_the_paper(
     ("arguments", "reason"),
     [
         (["toaster"], "draws no 'toaster'"),
-        (["toaster"], "there is no text file"),
+        (["toaster"], "there is no file of prompts"),
         (["toaster.safetensors"], "name the concept, then the erasures"),
-        (["dog", "--scorer", "nudity"], "give a text file"),
+        (["dog", "--scorer", "nudity"], "give a file of prompts"),
         (["PROMPTS"], "add --scorer nudity or --scorer clip-score"),
-        (["PROMPTS", "--scorer", "bundled"], "add --scorer nudity or --scorer clip-score"),
+        (["PROMPTS", "--scorer", "bundled"], "or the class to count (--label)"),
+        (["PROMPTS", "--scorer", "clip", "--label", "dog"], "give such a file, and a classifier"),
+        (["PROMPTS", "--label", "toaster"], "cannot recognise 'toaster'"),
+        (["dog", "--label", "dog"], "counts a class in images of a file of prompts"),
+        (["dog", "--scorer", "nudenet"], "there is no scorer 'nudenet': choose bundled, clip"),
         (["PROMPTS", "--scorer", "clip"], "add --scorer nudity or --scorer clip-score"),
         (["PROMPTS", "--scorer", "nudity", "--clip", "x"], "leave out --clip"),
         (["dog", "--clip", "x"], "leave out --clip"),

@@ -1,6 +1,7 @@
 """The evaluation measures what the paper measures."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from realera.checkpoints.loading import load_model
 from realera.evaluation.evaluate import SHOWN, evaluate, sample_images, survey
+from realera.evaluation.prompt_files import Prompt, read_prompts
 from realera.evaluation.report import Report, Score, harmonic_mean, table
 from realera.evaluation.scorers import (
     EXPOSED,
@@ -19,7 +21,9 @@ from realera.evaluation.scorers import (
     ClipScore,
     ConceptClassifier,
     NudeNet,
+    Recognised,
     clip_classifier,
+    image_classifier,
 )
 from realera.evaluation.tasks import (
     ARTISTS,
@@ -343,7 +347,7 @@ def test_without_nudenet_the_error_names_the_package(monkeypatch):
 def test_a_survey_adds_up_detections_and_keeps_few_images(model):
     prompts = [f"prompt {number}" for number in range(SHOWN + 1)]
     scorer = NudeNet(Finder(("BELLY_EXPOSED", 0.9), ("FEET_EXPOSED", 0.8)))
-    found, firsts = survey(model, prompts, scorer, 2, Sampling(steps=1))
+    found, firsts = survey(model, [*map(Prompt, prompts)], scorer, 2, Sampling(steps=1))
     assert list(firsts) == prompts[:SHOWN]
     images = 2 * len(prompts)
     assert {name: score.total for name, score in found.scores.items() if score.total} == {
@@ -351,14 +355,15 @@ def test_a_survey_adds_up_detections_and_keeps_few_images(model):
         "Feet": images,
     }
     shown = table({"original": found, "erased": found}).splitlines()
-    assert shown[0].split()[0] == "images" and shown[0].split()[-2:] == ["total", "↓"]
+    assert shown[0].split()[0] == "images"
+    assert shown[0].split()[-5:] == ["total", "↓", "found", "%", "↓"]
     cells = shown[1].split()
-    assert cells == ["original", "26", "0", "26", "0", "26", "0", "0", "0", "0", "52"]
+    assert cells == ["original", "26", "0", "26", "0", "26", "0", "0", "0", "0", "52", "100.0"]
 
 
 def test_a_survey_reports_the_mean_clip_score_of_captions(model, clip_folder):
     scorer = ClipScore(Clip(clip_folder))
-    found, firsts = survey(model, PROMPTS, scorer, sampling=Sampling(steps=1))
+    found, firsts = survey(model, [*map(Prompt, PROMPTS)], scorer, sampling=Sampling(steps=1))
     scores = scorer(torch.stack([*firsts.values()]), PROMPTS)
     assert list(firsts) == [*PROMPTS]
     assert found.row() == {
@@ -368,6 +373,107 @@ def test_a_survey_reports_the_mean_clip_score_of_captions(model, clip_folder):
     assert scorer.describe(firsts[PROMPTS[0]][None], PROMPTS[:1]) == [
         f"CLIP score {float(scores[0]):.1f}"
     ]
+
+
+# Header and first row of the published files (prompts replaced), and what is read of them.
+PUBLISHED = {
+    "I2P": (
+        "prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,"
+        "sd_safety_percentage,prompt_toxicity,lexica_url,sd_seed,sd_guidance_scale,sd_image_width,"
+        "sd_image_height,sd_model\n"
+        '"fog, at night",sexual,0,0.4,0.3,0.2,0.1,0.01,x,3561885895,7.5,512,512,sd-v1-4\n',
+        Prompt("fog, at night", 3561885895, 7.5),
+    ),
+    "UnlearnDiffAtk": (
+        "Unnamed: 0,case_number,prompt,evaluation_seed,artist,evaluation_guidance\n"
+        "0,0,fog,2219,Vincent van Gogh,7\n",
+        Prompt("fog", 2219, 7.0),
+    ),
+    "P4D": (
+        ",prompt,categories,evaluation_seed,evaluation_guidance,case_number\n"
+        "3,fog,sexual,42.0,,8\n",
+        Prompt("fog", 42),
+    ),
+    "Ring-A-Bell": ("prompt,case_number,evaluation_seed\nfog,0,1234\n", Prompt("fog", 1234)),
+    "Ring-A-Bell, a copy": ("sensitive prompt,normal prompt\nfog,sun\n", Prompt("fog")),
+    "MMA-Diffusion": (
+        "target_prompt,adv_prompt,sanitized_adv_prompt,success_against_sanitization_defense,"
+        "clean_prompt\nsun,fog,,True,sun\n",
+        Prompt("fog"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_columns_of_published_prompt_files_are_recognised(name, tmp_path):
+    text, prompt = PUBLISHED[name]
+    path = tmp_path / "prompts.csv"
+    path.write_text(text, "utf-8-sig")
+    assert read_prompts(str(path)) == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("fog at night\nfog\n", "line 1: no column of prompts"),
+        ("prompt,seed\nfog, at night,3\n", "line 2: it does not have the 2 columns"),
+        ("prompt,seed\nfog,-1\n", "line 2: '-1': it must be a whole number"),
+        ("prompt,sd_guidance_scale\nfog,strong\n", "line 2: 'strong': it must be a finite number"),
+        ("prompt,seed\n,1\n", "no prompt below its first line"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_read_is_explained(text, reason, tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        read_prompts(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_prompt_with_seed_and_guidance_is_drawn_as_alone(model):
+    """Whatever stands around it in the file."""
+    prompts = [Prompt("a dog"), Prompt("a ship", 7, 2.0), Prompt("a cat", 8), Prompt("a cow", 9)]
+    seen = {}
+
+    class Keep:
+        name, columns, counts = "keep", ("sum",), True
+
+        def __call__(self, images, texts):
+            seen.update(zip(texts, images, strict=True))
+            return torch.zeros(len(images), 1)
+
+    how = Sampling(steps=1)
+    found, _ = survey(model, prompts, Keep(), sampling=how)
+    assert found.settings["seed"] == found.settings["guidance"] == "of each prompt"
+    for prompt in prompts[1:]:
+        alone = Sampling(steps=1, seed=prompt.seed, guidance=prompt.guidance)
+        (image,) = torch.cat([*sample_images(model, [prompt.text], 1, alone)])
+        assert torch.allclose(seen[prompt.text], image, atol=1e-5), prompt
+
+
+def test_an_image_classifier_of_the_user_counts_its_class(model, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {0: "church", 1: "other"}
+    config = ViTConfig(intermediate_size=16, image_size=32, patch_size=16, id2label=labels, **sizes)
+    network = ViTForImageClassification(config)
+    torch.nn.init.zeros_(network.classifier.weight)
+    network.classifier.bias.data = torch.tensor([1.0, 0.0])
+    network.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    classifier = image_classifier(tmp_path)
+    for label, share in (("church", 100.0), ("other", 0.0)):
+        scorer = Recognised(classifier, label)
+        found, _ = survey(model, [Prompt("a dog")], scorer, 2, Sampling(steps=1))
+        row = {"images": 2, label: share / 50, "total ↓": share / 50, "found % ↓": share}
+        assert found.row() == row
+    assert scorer.describe(torch.zeros(1, 3, 8, 8), [""]) == ["church 73 %"]
+    with pytest.raises(ValueError, match="cannot recognise 'chapel', only church, other"):
+        Recognised(classifier, "chapel")
+    with pytest.raises(FileNotFoundError, match="no image classifier at"):
+        image_classifier(tmp_path / "none")
 
 
 # ------------------------------------------------------------------ what the command line asks for

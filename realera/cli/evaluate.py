@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..concepts import read_lines
+from ..evaluation.prompt_files import Prompt, read_prompts
 from ..evaluation.tasks import ARTISTS, CLIP, STYLE_WORDS, Task, bundled_task, paper_task
 from ..settings import BUNDLED, POSITIVE_COUNT, SEED
 from .options import (
@@ -23,6 +24,8 @@ from .options import (
 if TYPE_CHECKING:
     from ..evaluation.scorers import Scorer
 
+SCORERS = ("bundled", "clip", "clip-score", "nudity")
+
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from ..edit.erasure_file import load_erasure
@@ -35,7 +38,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
             refuse_source(Path(options.out, name), options.concept)
     bundled = options.model in BUNDLED
     task = task_or_prompts(options.concept, bundled)
-    scorer = scorer_of(task, options.scorer, options.clip, bundled, device_of(options))
+    device = device_of(options)
+    scorer = scorer_of(task, options.scorer, options.clip, bundled, device, options.label)
     vocabulary = options.vocabulary or options.sample
     if vocabulary and options.images:
         raise ValueError("--vocabulary draws one image per word: leave out --images")
@@ -79,8 +83,8 @@ def run_scope(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the task and its scorer
 
 
-def task_or_prompts(name: str, bundled: bool) -> Task | list[str]:
-    """The task of a known concept, or the prompts in a text file.
+def task_or_prompts(name: str, bundled: bool) -> Task | list[Prompt]:
+    """The task of a known concept, or the prompts in a file.
 
     name: name of the concept or path of the file
     bundled: whether the model is a bundled one
@@ -95,20 +99,27 @@ def task_or_prompts(name: str, bundled: bool) -> Task | list[str]:
                 f"{name} is in the place of the concept: name the concept, then the erasures"
             ) from None
         if not Path(name).is_file():
-            raise ValueError(f"{unknown}; there is no text file of prompts either") from None
-    return read_lines(name)
+            raise ValueError(f"{unknown}; there is no file of prompts either") from None
+    return read_prompts(name)
 
 
 def scorer_of(
-    task: Task | Sequence[str], name: str | None, clip: str | None, bundled: bool, device: str
+    task: Task | Sequence[Prompt],
+    name: str | None,
+    clip: str | None,
+    bundled: bool,
+    device: str,
+    label: str | None = None,
 ) -> "Scorer":
     """The scorer of a task or of prompts.
 
-    name: "bundled", "clip", "clip-score" or "nudity"; None: the bundled classifier for a bundled
-        model, the CLIP score for artists, CLIP as a classifier for objects and celebrities
+    name: one of SCORERS, or folder or hub name of an image classifier; None: the bundled classifier
+        for a bundled model, the CLIP score for artists, CLIP as a classifier for objects and
+        celebrities
     clip: folder or hub name of a CLIP model; None: the CLIP model of the paper
     bundled: whether the model is a bundled one
-    device: device of the CLIP model
+    device: device of the CLIP model or image classifier
+    label: class to count in images of prompts
 
     Raises ValueError for a scorer that cannot score the task.
     """
@@ -116,34 +127,57 @@ def scorer_of(
         Clip,
         ClipScore,
         NudeNet,
+        Recognised,
         clip_classifier,
+        image_classifier,
         miniature_classifier,
     )
 
-    if isinstance(task, Task) and name is None:
-        name = "bundled" if bundled else "clip-score" if task.concept in ARTISTS else "clip"
-    if clip and name in ("bundled", "nudity"):
+    if name is None and bundled and (isinstance(task, Task) or label):
+        name = "bundled"
+    elif name is None and isinstance(task, Task):
+        name = "clip-score" if task.concept in ARTISTS else "clip"
+    if clip and name not in ("clip", "clip-score", None):
         raise ValueError(f"the scorer {name!r} uses no CLIP: leave out --clip, or --scorer clip")
+    if name == "bundled" and not bundled:
+        raise ValueError(
+            "the bundled classifier is for the bundled models only: choose --scorer clip or "
+            "--scorer clip-score"
+        )
+    folder = None if name in (*SCORERS, None) else name
+    if folder and "/" not in folder and not Path(folder).is_dir():
+        raise ValueError(
+            f"there is no scorer {folder!r}: choose {', '.join(SCORERS)}, or the folder or hub "
+            "name (owner/name) of an image classifier"
+        )
+    if label and (isinstance(task, Task) or not (folder or name == "bundled")):
+        raise ValueError(
+            f"--label {label!r} counts a class in images of a file of prompts: give such a file, "
+            "and a classifier as --scorer (bundled, or the folder of an image classifier)"
+        )
     if not isinstance(task, Task):
         if name == "nudity":
             return NudeNet()
         if name == "clip-score":
             return ClipScore(Clip(clip or CLIP, device))
-        raise ValueError(
-            "a file of prompts has no class to recognise: add --scorer nudity or --scorer "
-            "clip-score"
+        if label is None:
+            raise ValueError(
+                "a file of prompts has no class to recognise: add --scorer nudity or --scorer "
+                "clip-score, or the class to count (--label) and a classifier as --scorer"
+            )
+        if folder:
+            return Recognised(image_classifier(folder, device), label)
+        return Recognised(
+            miniature_classifier("style" if label in STYLE_WORDS else "concept"), label
         )
     if name == "nudity":
         raise ValueError(
-            "--scorer nudity counts explicit content in images of prompts: give a text file of "
-            f"prompts, one per line, instead of {task.concept!r}"
+            "--scorer nudity counts explicit content in images of prompts: give a file of "
+            f"prompts instead of {task.concept!r}"
         )
+    if folder:
+        return image_classifier(folder, device)
     if name == "bundled":
-        if not bundled:
-            raise ValueError(
-                "the bundled classifier is for the bundled models only: choose --scorer clip or "
-                "--scorer clip-score"
-            )
         return miniature_classifier("style" if task.concept in STYLE_WORDS else "concept")
     model = Clip(clip or CLIP, device)
     if name == "clip":
@@ -159,16 +193,21 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "concept",
         help="object or style of the bundled model; for other models an object, celebrity or "
-        "artist of the paper; or a text file of prompts, one per line",
+        "artist of the paper; or a file of prompts: text with one per line, or CSV with the "
+        "columns of I2P, Ring-A-Bell, UnlearnDiffAtk, P4D or MMA-Diffusion, whose seeds and "
+        "guidance are used",
     )  # fmt: skip
     sub.add_argument("erasures", nargs="*", help="erasure files to compare with the original model")
     sub.add_argument(
-        "--scorer", choices=("bundled", "clip", "clip-score", "nudity"),
-        help="scorer of the images: the classifier of the bundled model, CLIP as a classifier, or "
-        "the CLIP score; default: the bundled classifier, or for other models the choice of the "
-        "paper. For a file of prompts: the CLIP score, or nudity, the detections of explicit "
+        "--scorer", metavar="{" + ",".join(SCORERS) + ",FOLDER}",
+        help="scorer of the images: the classifier of the bundled model, CLIP as a classifier, the "
+        "CLIP score, or the folder (or hub name) of an image classifier of transformers; default: "
+        "the bundled classifier, or for other models the choice of the paper. For a file of "
+        "prompts: the CLIP score, a classifier with --label, or nudity, the detections of explicit "
         "content by NudeNet, which keeps no images",
     )  # fmt: skip
+    label = "for a file of prompts: class that the classifier counts, such as church"
+    sub.add_argument("--label", help=label)
     sub.add_argument("--clip", help=f"folder or hub name of a CLIP model; default: {CLIP}")
     images = "images per prompt; default: 20, or 1 for a file of prompts"
     sub.add_argument("--images", type=number(POSITIVE_COUNT), help=images)

@@ -12,6 +12,7 @@ from PIL import Image
 from ..edit.erasure import Erasure, temporarily_erased
 from ..evaluation.coarse_samples import COARSE
 from ..evaluation.evaluate import evaluate, survey
+from ..evaluation.prompt_files import Prompt
 from ..evaluation.report import Row, table
 from ..evaluation.scorers import ConceptClassifier, NudeNet, Scorer
 from ..evaluation.tasks import Task
@@ -33,7 +34,7 @@ def write_evaluation(
     folder: Path,
     model: Diffusion,
     erasures: Mapping[str, Erasure],
-    task: Task | Sequence[str],
+    task: Task | Sequence[Prompt],
     scorer: Scorer,
     images: int,
     progress: Progress = quiet,

@@ -4,12 +4,15 @@ With the same `Sampling`, the images of several models start from the same noise
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling, sample_prompts
 from ..settings import Progress, quiet
+from .prompt_files import Prompt
 from .report import NOTHING, Report, Score, Survey
 from .scorers import Scorer
 from .tasks import Task
@@ -23,13 +26,15 @@ def sample_images(
     images: int,
     sampling: Sampling = Sampling(),
     progress: Progress = quiet,
+    seeds: Sequence[int | None] = (),
 ) -> Iterator[Tensor]:
     """Batches of images [n, 3, height, width] in [0, 1], `images` per prompt, in their order.
 
     progress: callback with (images done, total)
+    seeds: as for `sample_prompts`
     """
     done = 0
-    for latents in sample_prompts(model, prompts, sampling, images):
+    for latents in sample_prompts(model, prompts, sampling, images, seeds):
         yield model.decode(latents)
         done += len(latents)
         progress(done, images * len(prompts))
@@ -43,13 +48,14 @@ def _scored(
     images: int,
     sampling: Sampling,
     progress: Progress,
+    seeds: Sequence[int | None] = (),
 ) -> Iterator[tuple[int, Tensor, list[float]]]:
     """(index of the prompt, image [3, height, width], scores) of every image.
 
     texts: text that the scorer reads for each prompt
     """
     number = 0
-    for batch in sample_images(model, prompts, images, sampling, progress):
+    for batch in sample_images(model, prompts, images, sampling, progress, seeds):
         prompt_of = [(number + k) // images for k in range(len(batch))]
         scores = scorer(batch, [texts[k] for k in prompt_of]).tolist()
         yield from zip(prompt_of, batch, scores, strict=True)
@@ -100,7 +106,7 @@ def evaluate(
 
 def survey(
     model: Diffusion,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     scorer: Scorer,
     images: int = 1,
     sampling: Sampling = Sampling(),
@@ -110,12 +116,31 @@ def survey(
 
     Returns the survey, and prompt -> first image [3, height, width] for the first SHOWN prompts.
     """
-    totals = dict.fromkeys(scorer.columns, NOTHING)
+    by_guidance: dict[float | None, list[Prompt]] = {}
+    for prompt in prompts:
+        by_guidance.setdefault(prompt.guidance, []).append(prompt)
+    totals, found = dict.fromkeys(scorer.columns, NOTHING), NOTHING
+    shown = list(dict.fromkeys(prompt.text for prompt in prompts))[:SHOWN]
     firsts: dict[str, Tensor] = {}
-    for k, image, scores in _scored(model, prompts, scorer, prompts, images, sampling, progress):
-        for name, score in zip(scorer.columns, scores, strict=True):
-            totals[name] += Score(score, 1)
-        if len(firsts) < SHOWN and prompts[k] not in firsts:
-            firsts[prompts[k]] = image.clone()
-    settings = {"images": images, **sampling.settings_for(model.network)}
-    return Survey(scorer.name, totals, scorer.counts, settings), firsts
+    for guidance, group in by_guidance.items():
+        how = sampling if guidance is None else replace(sampling, guidance=guidance)
+        texts, seeds = [p.text for p in group], [p.seed for p in group]
+        before = found.images
+
+        def on_done(done: int, total: int, before: int = before) -> None:
+            progress(before + done, images * len(prompts))
+
+        scored = _scored(model, texts, scorer, texts, images, how, on_done, seeds)
+        for k, image, scores in scored:
+            for name, score in zip(scorer.columns, scores, strict=True):
+                totals[name] += Score(score, 1)
+            found += Score(100.0 * any(scores), 1)
+            if texts[k] in shown and texts[k] not in firsts:
+                firsts[texts[k]] = image.clone()
+    settings: dict[str, Any] = {"images": images, **sampling.settings_for(model.network)}
+    if any(prompt.seed is not None for prompt in prompts):
+        settings["seed"] = "of each prompt"
+    if any(guidance is not None for guidance in by_guidance):
+        settings["guidance"] = "of each prompt"
+    result = Survey(scorer.name, totals, scorer.counts, settings, found)
+    return result, {text: firsts[text] for text in shown}

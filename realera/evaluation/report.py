@@ -108,12 +108,15 @@ class Survey:
     scores: column of the scorer -> score over all images
     counts: whether the scores are counts, shown as sums; otherwise means are shown
     settings: number of images per prompt, and settings of the sampling
+    found: 100 for each image with a score above 0; of counts, the mean is what benchmarks of
+        prompts call the attack success rate
     """
 
     scorer: str
     scores: Mapping[str, Score]
     counts: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
+    found: Score = NOTHING
 
     def row(self) -> dict[str, float]:
         """Column of a table -> number; counts have a total as well."""
@@ -121,7 +124,8 @@ class Survey:
         if not self.counts:
             return {**images, **{f"{name} ↑": score.mean for name, score in self.scores.items()}}
         counts = {name: int(score.total) for name, score in self.scores.items()}
-        return {**images, **counts, "total ↓": sum(counts.values())}
+        total = {"total ↓": sum(counts.values()), "found % ↓": self.found.mean}
+        return {**images, **counts, **total}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""

@@ -84,6 +84,70 @@ def miniature_classifier(head: Literal["concept", "style"] = "concept") -> Conce
     return ConceptClassifier(f"miniature {head}", classes, lambda images: network(images)[number])
 
 
+def image_classifier(source: str | Path, device: str | torch.device = "cpu") -> ConceptClassifier:
+    """An image classifier of transformers, with the labels of its configuration as classes.
+
+    source: folder or hub name of the model, with weights in safetensors files
+    device: device of the model
+
+    Raises FileNotFoundError when there is no such model.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        network = AutoModelForImageClassification.from_pretrained(str(source), use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(str(source))
+    except (OSError, ValueError) as error:  # ValueError: a model of another kind
+        raise FileNotFoundError(
+            f"no image classifier at {str(source)!r}: give the folder or the hub name of a "
+            "transformers model for image classification, with model.safetensors"
+        ) from error
+    network.train(False).to(device)
+    labels = tuple(network.config.id2label[k] for k in range(network.config.num_labels))
+
+    def logits(images: Tensor) -> Tensor:
+        pixels = [(image.clamp(0, 1) * 255).round().byte() for image in images.cpu()]
+        return network(**processor(pixels, return_tensors="pt").to(device)).logits
+
+    return ConceptClassifier(Path(source).name, labels, logits)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Counts the images in which a classifier sees one class, whatever the prompt.
+
+    label: the class
+    """
+
+    classifier: ConceptClassifier
+    label: str
+    counts = True
+
+    def __post_init__(self) -> None:
+        if self.label not in self.classifier.classes:
+            some = ", ".join(self.classifier.classes[:20])
+            more = ", …" if len(self.classifier.classes) > 20 else ""
+            raise ValueError(
+                f"{self.classifier.name} cannot recognise {self.label!r}, only {some}{more}"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} by {self.classifier.name}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.label,)
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """1 where the label is the most likely class, else 0: [n, 1]; texts are not read."""
+        return self.classifier(images, [self.label] * len(images)) / 100
+
+    def describe(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """As the classifier describes them."""
+        return self.classifier.describe(images, prompts)
+
+
 # ---------------------------------------------------------------- CLIP
 
 

@@ -1,7 +1,8 @@
 """Sampling of latents: steps, guidance, noise and batch size, for every caller."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -45,36 +46,53 @@ class Sampling:
 
 
 def sample(
-    model: Diffusion, parts: Iterable[tuple[Encoding, Tensor]], sampling: Sampling
+    model: Diffusion,
+    parts: Iterable[tuple[Encoding, Tensor]],
+    sampling: Sampling,
+    seeds: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[Tensor]:
     """Batches of latents, float32 [n, channels, height, width].
 
     The noise of image k does not depend on the model or the batch size.
 
     parts: pairs of encoded prompts and the index of the prompt of each image, int64 [images]
+    seeds: index of an image -> seed of its noise, with which the noise of later images goes on
     """
     shape, guidance = model.latent_shape, sampling.guidance_for(model.network)
     batch = min(BATCH, latents_at_once(*shape[1:]))
     generator = torch.Generator().manual_seed(sampling.seed)
     negative = model.text.encode([""])
+
+    def noise_of(image: int) -> Tensor:
+        seed = sampling.seed if sampling.one_noise else seeds.get(image)
+        if seed is not None:
+            generator.manual_seed(seed)
+        return torch.randn(1, *shape, generator=generator)
+
+    done = 0
     for encoding, prompt_of in parts:
         for chosen in prompt_of.split(batch):
-            if sampling.one_noise:
-                generator.manual_seed(sampling.seed)
-                noise = torch.randn(1, *shape, generator=generator).repeat(len(chosen), 1, 1, 1)
-            else:
-                noise = torch.randn(len(chosen), *shape, generator=generator)
+            noise = torch.cat([noise_of(done + k) for k in range(len(chosen))])
+            done += len(chosen)
             yield model.sample(encoding.take(chosen), negative, noise, sampling.steps, guidance)
 
 
 def sample_prompts(
-    model: Diffusion, prompts: Sequence[str], sampling: Sampling, images: int = 1
+    model: Diffusion,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    images: int = 1,
+    seeds: Sequence[int | None] = (),
 ) -> Iterator[Tensor]:
-    """As `sample`, for `images` images per prompt, encoded BATCH prompts at a time."""
+    """As `sample`, for `images` images per prompt, encoded BATCH prompts at a time.
+
+    seeds: seed of the noise of each prompt; None: the noise goes on
+    """
+    starts = {images * k: seed for k, seed in enumerate(seeds) if seed is not None}
 
     def parts() -> Iterator[tuple[Encoding, Tensor]]:
         for start in range(0, len(prompts), BATCH):
             encoding = model.text.encode(prompts[start : start + BATCH])
             yield encoding, torch.arange(encoding.prompts).repeat_interleave(images)
 
-    return sample(model, parts(), sampling)
+    return sample(model, parts(), sampling, starts)
