@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from ..realera.checkpoints.writing import write_checkpoint
+from ..realera.checkpoints.writing import earlier_erasures, write_checkpoint
 from ..realera.edit.erasure_file import load_erasure, save_erasure
 from ..realera.settings import TOLERANCE
 from ..realera.storage.file_names import portable
@@ -284,15 +284,17 @@ class SaveErasedCheckpoint(io.ComfyNode):
         folder, _ = _entry(checkpoint)
         path = new_path(folder, filename)
         tell(cls.hidden.unique_id, f"writing {path.name}")
+        source = checkpoint_path(checkpoint)
+        warnings = [f"⚠ {warning}" for warning in earlier_erasures(source)]
         write_checkpoint(
-            checkpoint_path(checkpoint),
+            source,
             erasure,
             path,
             edit_strength=edit_strength,
             lora_strength=lora_strength,
         )
         name = _listed(folder, path)
-        return io.NodeOutput(name, ui={"text": [f"saved output/{folder}/{name}"]})
+        return io.NodeOutput(name, ui={"text": [*warnings, f"saved output/{folder}/{name}"]})
 
 
 def checkpoint_path(name: str) -> Path:

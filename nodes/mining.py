@@ -5,8 +5,13 @@ from typing import Any, cast
 from comfy_api.v0_0_2 import io
 
 from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
-from ..realera.anchor_warnings import anchor_warnings
-from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts
+from ..realera.anchor_warnings import (
+    anchor_warnings,
+    doubted_names,
+    people_warnings,
+    unreadable_names,
+)
+from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts, refuse_named
 from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings, Source
 from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
@@ -207,10 +212,12 @@ class NeighborSampler(io.ComfyNode):
         source: str | None = NEIGHBOR.source,
         s1: float | None = AUTO_COSINE,
         s2: float | None = AUTO_COSINE,
+        leave_out: str | None = "",
     ) -> bool | str:
         def check() -> None:  # of an input that is linked, ComfyUI passes None
             if concepts is not None and templates is not None:
-                parse_concepts(concepts, lines(templates))
+                parsed = parse_concepts(concepts, lines(templates))
+                refuse_named(parsed, listed(leave_out or ""))
             if source is not None and s1 is not None and s2 is not None:
                 neighbor_settings(source, s1, s2)
 
@@ -252,6 +259,7 @@ class NeighborSampler(io.ComfyNode):
             f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined
         )
         sentences = [f"{summary(mining)}; the CLIP is that of {text.title}"]
+        sentences += doubted_names(parsed) + unreadable_names(text, parsed)
         sentences += anchor_warnings(text, plan)
         picture = to_image(geometry(text, plan, mining))
         view = {"realera_geometry": [ring_data(mining)], "text": sentences}
@@ -349,5 +357,7 @@ class BeyondSampler(io.ComfyNode):
         )
         mining = mine_beyond(mining, settings, reporter(cls.hidden.unique_id, "mining"))
         picture = to_image(geometry(mining.text, mining.plan, mining))
-        view = {"realera_geometry": [ring_data(mining)], "text": [summary(mining)]}
+        plan = mining.plan
+        sentences = [summary(mining), *people_warnings(plan.concepts, plan.preserved)]
+        view = {"realera_geometry": [ring_data(mining)], "text": sentences}
         return io.NodeOutput(mining, picture, ui=view)

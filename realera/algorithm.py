@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from .concepts import Concept, holds_name
+from .concepts import Concept, refuse_named
 from .edit.closed_form import Sums
 from .edit.erasure import UNET, Erasure, concepts_of, notes_of
 from .mining import noise, vocabulary
@@ -108,25 +108,13 @@ def plan_mining(
     prompt is too long for the encoder, and when settings contradict each other.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
-    for word in neighbor.exclude:
-        _refuse_named(concepts, word, "the word to leave out")
-    for prompt in beyond.preserve if beyond else ():
-        _refuse_named(concepts, prompt, "the prompt to preserve")
+    refuse_named(concepts, neighbor.exclude, beyond.preserve if beyond else ())
     left_out = [t.replace("{}", word) for word in neighbor.exclude for t in templates]
     preserved = tuple(dict.fromkeys([*(beyond.preserve if beyond else ()), *left_out]))
     if preserved:
         refuse_long_prompts(text, preserved)
     plan = Plan(tuple(concepts), neighbor, beyond, preserved)
     return SOURCES[neighbor.source].complete(text, plan, progress)
-
-
-def _refuse_named(concepts: Sequence[Concept], prompt: str, what: str) -> None:
-    for concept in concepts:
-        if holds_name(prompt, concept.name):
-            raise ValueError(
-                f"{what} {prompt!r} names {concept.name!r}, which is to be erased: remove it from "
-                "the list"
-            )
 
 
 def realise(text: TextEncoder, plan: Plan) -> MiningResult:

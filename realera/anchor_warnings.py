@@ -1,4 +1,8 @@
-"""Warnings about badly chosen anchors and concept names, before anything is drawn or trained."""
+"""Warnings about badly chosen anchors and concept names, before anything is drawn or trained.
+
+`doubted_names` and `people_warnings` read the names alone, `unreadable_names` needs the tokenizer
+and `anchor_warnings` the words around the concepts.
+"""
 
 import json
 import re
@@ -7,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import normalize
 
-from .concepts import COMMAS, Concept, holds_name
+from .concepts import COMMAS, Concept, first_of, holds_name
 from .mining.pairs import first_summaries
 from .mining.plan import Plan
 from .mining.vocabulary import vocabulary_rows, word_rows
@@ -16,16 +20,38 @@ from .text.encoding import TextEncoder, whole_words
 MANY_PIECES, SHORT_PIECE = 3, 3  # tokens per word; letters per token
 COMPARED = 256  # number of words whose largest cosines are compared with that of a concept
 UNUSUAL = 0.05  # quantile of those cosines
+MANY_PEOPLE = 3  # erased people from which on other people need a prompt that preserves them
+PEOPLE = re.compile(
+    r"\b(actor|actress|artist|boy|celebrity|child|face|girl|human|lady|man|men|people|person|singer"
+    r"|someone|stranger|woman|women)\b",
+    re.IGNORECASE,
+)
+
+
+def people_warnings(concepts: Iterable[Concept], preserved: Iterable[str]) -> list[str]:
+    """A sentence when many people are erased and no prompt for people is preserved.
+
+    A concept is a person where its anchor names people in general.
+
+    preserved: prompts to preserve
+    """
+    people = [concept.name for concept in concepts if PEOPLE.search(concept.anchor)]
+    if len(people) < MANY_PEOPLE or any(map(PEOPLE.search, preserved)):
+        return []
+    return [
+        f"{first_of(people)} are people, and no prompt for people is preserved, so that other "
+        "people may change too: preserve 'a photo of a person'"
+    ]
 
 
 def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
-    """A sentence for each name that looks like a list or that the encoder does not know, for each
-    word to leave out that is in no ring, and for each anchor that is near a concept or that the
-    bundled model was not trained on.
+    """A sentence for each name that the encoder does not know, for each word to leave out that is
+    in no ring, and for each anchor that is near a concept or that the bundled model was not trained
+    on.
 
     Nearness is checked only with mined words.
     """
-    warnings = doubted_names(plan.concepts) + unknown_names(text, plan)
+    warnings = unknown_names(text, plan)
     if plan.centres:
         s2 = plan.neighbor.cosines[0]
         within = {word.casefold() for word, cosine, _ in plan.listed if cosine >= s2}
@@ -71,31 +97,45 @@ def doubted_names(concepts: Iterable[Concept]) -> list[str]:
     return warnings
 
 
-def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
-    """A sentence for each concept name that the encoder does not know.
+def unreadable_names(text: TextEncoder, concepts: Iterable[Concept]) -> list[str]:
+    """A sentence for each word of a name that is tokenized into bytes without a meaning."""
+    tokenize = text.parts[0].tokenize
+    return [
+        f"the text encoder cannot read {word!r} in the name {concept.name!r}: use the name in the "
+        "language that the model was trained on, usually English"
+        for concept in concepts
+        for word, ids, pieces in _pieces(text, concept)
+        if not word.isascii()
+        # Characters of the private use area have no meaning.
+        and (pieces > len(word) or ids == tokenize(["\ue000" * len(word)])[0])
+    ]
 
-    Such a name is tokenized into bytes; or, with mined words, into pieces of a few letters, and no
-    word of the vocabulary is near, apart from those pieces.
+
+def unknown_names(text: TextEncoder, plan: Plan) -> list[str]:
+    """A sentence for each readable name that the encoder does not know, with mined words.
+
+    Such a name is tokenized into pieces of a few letters, and no word of the vocabulary is near,
+    apart from those pieces.
     """
-    tokenize, warnings = text.parts[0].tokenize, []
-    frame = len(tokenize([""])[0])
-    for concept in plan.concepts:
-        for word in concept.name.split():
-            (ids,) = tokenize([word])
-            pieces = len(ids) - frame
-            if min(ids) < 0:  # vectors of a textual inversion
-                continue
-            # Characters of the private use area have no meaning.
-            if not word.isascii() and (
-                pieces > len(word) or ids == tokenize(["\ue000" * len(word)])[0]
-            ):
-                warnings.append(
-                    f"the text encoder cannot read {word!r} in the name {concept.name!r}: use the "
-                    "name in the language that the model was trained on, usually English"
-                )
-            elif pieces >= MANY_PIECES and len(word) < SHORT_PIECE * pieces and plan.centres:
-                warnings += _without_neighbour(text, plan, concept, word, pieces)
-    return warnings
+    if not plan.centres:
+        return []
+    known = [concept for concept in plan.concepts if not unreadable_names(text, [concept])]
+    return [
+        warning
+        for concept in known
+        for word, _, pieces in _pieces(text, concept)
+        if pieces >= MANY_PIECES and len(word) < SHORT_PIECE * pieces
+        for warning in _without_neighbour(text, plan, concept, word, pieces)
+    ]
+
+
+def _pieces(text: TextEncoder, concept: Concept) -> list[tuple[str, list[int], int]]:
+    """(word, token ids, number of tokens) of the words of a name, vectors of a textual inversion
+    excepted."""
+    tokenize = text.parts[0].tokenize
+    frame, words = len(tokenize([""])[0]), concept.name.split()
+    tokenized = zip(words, tokenize(words), strict=True)
+    return [(word, ids, len(ids) - frame) for word, ids in tokenized if min(ids) >= 0]
 
 
 def _without_neighbour(

@@ -27,6 +27,7 @@ STYLE_TEMPLATES = (
 )
 COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV; the last two are optional
 ARROW = "->|→|=>|－>"
+NAMED = 3  # names that a sentence lists at most
 COMMAS = "[,;，、；،]"  # of any script
 # Invisible characters: soft hyphens, zero-width characters, direction overrides. Joiners between
 # characters beyond ASCII are kept, since scripts and emoji need them.
@@ -110,10 +111,32 @@ def holds_name(prompt: str, name: str) -> bool:
     return False
 
 
+def refuse_named(
+    concepts: Sequence[Concept], exclude: Sequence[str], preserve: Sequence[str] = ()
+) -> None:
+    """Raises ValueError when a word to leave out or a prompt to preserve names a concept."""
+    listed = [("the word to leave out", word) for word in exclude]
+    listed += [("the prompt to preserve", prompt) for prompt in preserve]
+    for what, prompt in listed:
+        for concept in concepts:
+            if holds_name(prompt, concept.name):
+                raise ValueError(
+                    f"{what} {prompt!r} names {concept.name!r}, which is to be erased: remove it "
+                    "from the list"
+                )
+
+
 def _joined(one: str, other: str) -> bool:
     """Whether two adjacent characters, of which one may be "", are letters of one word."""
     letter = rf"[^\W{UNSPACED}]"  # in a script with spaces between words
     return re.match(letter, one) is not None and re.match(letter, other) is not None
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first NAMED names, and how many more there are."""
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    *but_last, last = [*names[:NAMED], *more]
+    return " and ".join([", ".join(but_last), last]) if but_last else last
 
 
 def lines(text: str) -> list[str]:

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from realera.algorithm import plan_mining
-from realera.anchor_warnings import anchor_warnings, doubted_names, unknown_names
+from realera.anchor_warnings import (
+    anchor_warnings,
+    doubted_names,
+    people_warnings,
+    unknown_names,
+    unreadable_names,
+)
 from realera.checkpoints.loading import load_text
 from realera.concepts import Concept
-from realera.mining.plan import Plan
 from realera.pipelines.unet import DiffusersText
 from realera.settings import NeighborSettings
 from realera.text.encoding import EncoderPart
@@ -64,6 +69,26 @@ def test_a_name_that_lists_words_is_warned_about():
     assert "'飞机 -> tree' and '喷气机 -> tree'" in other
 
 
+@pytest.mark.parametrize(
+    ("anchors", "preserved", "warned"),
+    [
+        (("person", "a man", "Woman", "artist"), (), True),
+        (("person", "a man", "Woman", "artist"), ("a portrait of a person",), False),
+        (("person", "a man", "Woman", "artist"), ("a photo of a dog", "a personal diary"), True),
+        (("person", "a man", "painting"), (), False),
+        (("manor", "snowman", "personality"), (), False),
+    ],
+)
+def test_many_erased_people_are_warned_about_where_no_prompt_for_people_is_preserved(
+    anchors, preserved, warned
+):
+    concepts = [Concept(f"name {n}", anchor) for n, anchor in enumerate(anchors)]
+    warnings = people_warnings(concepts, preserved)
+    assert len(warnings) == warned
+    if warned:
+        assert warnings[0].startswith("name 0, name 1, name 2 and 1 more are people")
+
+
 def test_a_word_to_leave_out_that_is_in_no_ring_is_warned_about(tiny_text):
     cosines = cosines_of(tiny_text)
     near = max(cosines, key=cosines.get)
@@ -109,9 +134,7 @@ def test_a_name_in_characters_that_the_encoder_cannot_read_is_warned_about(
         pipeline = pipelines[family]
         text = DiffusersText([pipeline.tokenizer], [pipeline.text_encoder])
     names = ["飞机", "самолёт", "red 飞机", "airplane", "café", "xqzzt"]
-    isotropic = NeighborSettings(source="isotropic", neighbors=0)
-    plan = plan_mining(text, [Concept(name, "tree") for name in names], isotropic, None)
-    warnings = unknown_names(text, plan)
+    warnings = unreadable_names(text, [Concept(name, "tree") for name in names])
     assert len(warnings) == 3 and all("cannot read" in warning for warning in warnings)
     assert "'飞机' in the name 'red 飞机'" in warnings[2]
 
@@ -125,6 +148,4 @@ def test_a_name_that_is_a_word_of_the_tokenizer_is_not_warned_about_in_any_scrip
     for unknown in (False, True):
         part = EncoderPart(lambda prompts, u=unknown: tokenize(prompts, u), 77)
         text = SimpleNamespace(parts=[part])
-        settings = NeighborSettings(source="isotropic", neighbors=0)
-        plan = Plan((Concept("飞机", "tree"),), settings, None)
-        assert len(unknown_names(text, plan)) == unknown
+        assert len(unreadable_names(text, [Concept("飞机", "tree")])) == unknown

@@ -157,6 +157,26 @@ def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, 
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_what_names_alone_tell_is_told_before_anything_is_loaded(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("realera.cli.erase.load_encoder", lambda options: 1 / 0)
+    start = ["erase", str(folder / FILES[0]), *QUICK, "--steps", "0", "-o", str(tmp_path / "out")]
+    assert main([*start, "-c", "cat -> dog", "--exclude", "a cat"]) == 1
+    assert "names 'cat', which is to be erased" in capsys.readouterr().err
+    people = [part for name in "xyz" for part in ("-c", f"{name} -> person")]
+    assert main([*start, *people]) == 1
+    error = capsys.readouterr().err
+    assert "warning: x, y and z are people, and no prompt for people is preserved" in error
+    assert "warning: checkpoint.safetensors was erased before, of airplane: a second" in error
+    assert "ZeroDivisionError" in error  # where the encoder would be loaded
+    applied = ["apply", str(folder / FILES[0]), str(folder / FILES[2]), str(tmp_path / "a")]
+    main(applied)
+    assert "was erased before, of airplane" in capsys.readouterr().err
+    main(["apply", "miniature", *applied[2:], "--overwrite"])
+    assert "was erased before" not in capsys.readouterr().err
+
+
 def mistake_in_our_code():
     """A ValueError without a `raise`, on line 1 of a file of the package."""
     FunctionType(compile("first, second = [1]", settings.__file__, "exec"), {})()

@@ -568,6 +568,7 @@ def refusals(server, graph):
     [
         ("RealEraNeighborSampler", {"concepts": "airplane"}, "write 'concept -> anchor'"),
         ("RealEraNeighborSampler", {"templates": "a photo"}, "exactly once"),
+        ("RealEraNeighborSampler", {"leave_out": "dog, airplane"}, "is to be erased"),
         ("RealEraNeighborSampler", {"s1": 0.2, "s2": 0.5}, "S2 must be smaller"),
         ("RealEraNeighborSampler", {"s1": 7.0}, "finite number in [-1, 1]"),
         ("RealEraCompare", {"prompts": "\n"}, "no prompt to draw"),

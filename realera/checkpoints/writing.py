@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..concepts import first_of
 from ..edit.closed_form import Edit
-from ..edit.erasure import Erasure, refuse_family, refuse_misfit
+from ..edit.erasure import Erasure, erased_names, refuse_family, refuse_misfit
 from ..edit.text_layers import (
     FAMILIES,
     LAYOUTS,
@@ -452,6 +453,24 @@ def erasure_notes(file: TensorFile) -> list[Any]:
     except (ValueError, RecursionError):
         return [text]
     return earlier if isinstance(earlier, list) else [earlier]
+
+
+def earlier_erasures(source: str | os.PathLike[str]) -> list[str]:
+    """A sentence when the metadata of a model says that it was erased before.
+
+    source: checkpoint file, diffusers folder or name of a bundled model
+
+    Raises FileNotFoundError and ValueError as `open_network`.
+    """
+    _, files = open_network(source)
+    names = erased_names(erasure_notes(files[0][0]))
+    if not names:
+        return []
+    return [
+        f"{locate(source).name} was erased before, of {first_of(names)}: a second erasure on top "
+        "is not solved together with the first; make it from the original and merge the two "
+        "(`realera merge`, in ComfyUI Merge Erasures)"
+    ]
 
 
 def _check_space(destination: Path, size: int) -> None:

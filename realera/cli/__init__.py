@@ -14,7 +14,7 @@ from typing import Any
 
 from ..settings import STRENGTHS
 from . import erase, evaluate
-from .options import file_options, model_option, number, overwrite_option
+from .options import file_options, model_option, number, overwrite_option, warn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +70,13 @@ def _is_message(error: Exception) -> bool:
 
 
 def run_apply(options: argparse.Namespace) -> None:
-    from ..checkpoints.writing import write_checkpoint, write_lora
+    from ..checkpoints.writing import earlier_erasures, write_checkpoint, write_lora
     from ..edit.erasure_file import load_erasure
     from ..storage.safetensors_file import refuse_source
 
     refuse_source(options.out, options.erasure)
     erasure = load_erasure(options.erasure)
+    warn(earlier_erasures(options.model))
     strengths = options.edit_strength, options.lora_strength
     if options.lora:
         if strengths != (1.0, 1.0):

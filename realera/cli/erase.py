@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..concepts import (
     concepts_in,
     read_concepts,
     read_lines,
+    refuse_named,
 )
 from ..settings import (
     BUNDLED,
@@ -39,6 +39,7 @@ from .options import (
     model_option,
     number,
     progress_bar,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -125,13 +126,23 @@ def _erase(
     settings, training = _settings(options), _training(options)
 
     from ..algorithm import fit, plan_mining
-    from ..anchor_warnings import anchor_warnings
+    from ..anchor_warnings import (
+        anchor_warnings,
+        doubted_names,
+        people_warnings,
+        unreadable_names,
+    )
     from ..checkpoints.families import locate
+    from ..checkpoints.writing import earlier_erasures
     from ..parallel import FOLDER, Job, aligned, clear, import_ray, summed
     from .output_folder import Folder
 
     folder = Folder(note, str(options.model), options.overwrite)
     folder.refuse_existing(more_outputs, options.read)
+    exclude, preserve = settings.neighbor.exclude, settings.beyond.preserve
+    refuse_named(concepts, exclude, preserve)
+    warn(doubted_names(concepts) + people_warnings(concepts, [*exclude, *preserve]))
+    warn(earlier_erasures(options.model))
     if options.engine == "ray":
         import_ray()
     state = folder.path.resolve() / FOLDER  # absolute, since workers run in other folders
@@ -139,11 +150,11 @@ def _erase(
     # The closed form needs the text encoder only, which may be a third of the model.
     model = load(options) if training or options.check or options.prompt else None
     text = load_encoder(options) if model is None else model.text
+    warn(unreadable_names(text, concepts))
     job = Job(source, options.dtype, device_of(options), settings.solve, state).of(text)
     with progress_bar("words") as progress:
         plan = plan_mining(text, concepts, settings.neighbor, settings.beyond, progress)
-    for warning in anchor_warnings(text, plan):
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(anchor_warnings(text, plan))
     parts = plan.parts(options.group)
     state.mkdir(exist_ok=True)
     with progress_bar("sums", "part") as progress:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,11 @@ def device_of(options: argparse.Namespace) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device}: PyTorch cannot compute on it ({reason})") from error
     return device
+
+
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 @contextmanager

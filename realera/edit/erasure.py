@@ -1,6 +1,6 @@
 """What an erasure is made of: edits, LoRA, the sums for merging, and its provenance."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -280,17 +280,28 @@ def concepts_of(erasure: Erasure) -> tuple[Concept, ...]:
         raise ValueError(f"the erasure does not say what it erases: {error!r}") from error
 
 
-def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
-    def listed(note: Any, key: str) -> list[Any]:
-        """An entry of a note from an untrusted file, [] unless it is a list."""
-        entry = note.get(key) if isinstance(note, Mapping) else None
-        return list(entry) if isinstance(entry, list | tuple) else []
+def erased_names(notes: Iterable[Any]) -> list[str]:
+    """Names of the erased concepts in provenances, each once; entries may be of any type."""
+    unread, names = list(notes), list[str]()
+    while unread:
+        note = unread.pop(0)
+        unread += _listed(note, "merged")
+        concepts = [c for c in _listed(note, "concepts") if isinstance(c, Mapping)]
+        names += [str(concept["name"]) for concept in concepts if concept.get("name")]
+    return list(dict.fromkeys(names))
 
-    concepts = [c for note in notes for c in listed(note, "concepts") if isinstance(c, Mapping)]
-    erased = [str(concept["name"]) for concept in concepts if concept.get("name")]
+
+def _listed(note: Any, key: str) -> list[Any]:
+    """An entry of a note from an untrusted file, [] unless it is a list."""
+    entry = note.get(key) if isinstance(note, Mapping) else None
+    return list(entry) if isinstance(entry, list | tuple) else []
+
+
+def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
+    erased = erased_names(notes)
     for note in notes:
         settings = note.get("settings")
-        for prompt in (*listed(settings, "preserve"), *listed(settings, "exclude")):
+        for prompt in (*_listed(settings, "preserve"), *_listed(settings, "exclude")):
             for name in erased:
                 if holds_name(str(prompt), name):
                     raise ValueError(
