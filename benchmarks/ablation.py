@@ -174,8 +174,8 @@ ROWS = (
     Row("bank + isotropic", still(source="isotropic", neighbors=2, beyond=2)),
     Row("bank + bank mining", still(source="bank", neighbors=16)),
     Row("bank + vocabulary", still()),
-    Row("bank that goes away + vocabulary", Settings()),
-    Row("bank that goes away + vocabulary + alignment", Settings(), "neighbors and beyond"),
+    Row("bank + suppression + vocabulary", Settings()),
+    Row("bank + suppression + vocabulary + alignment", Settings(), "neighbors and beyond"),
     Row("UCE", peer=uce),
     Row("UCE, expanded", peer=uce_expanded),
     Row("MACE, closed form", peer=mace),
@@ -211,8 +211,8 @@ TRANSFORMER = tuple(
         "closed form",
         "bank",
         "bank + vocabulary",
-        "bank that goes away + vocabulary",
-        "bank that goes away + vocabulary + alignment",
+        "bank + suppression + vocabulary",
+        "bank + suppression + vocabulary + alignment",
         "UCE",
     )
 )

@@ -1,4 +1,4 @@
-"""The architecture of CONTRIBUTING.md, enforced: which part may import which."""
+"""The architecture in CONTRIBUTING.md, enforced: which modules may import which."""
 
 import ast
 import re
@@ -7,23 +7,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "realera"
-ENTRANCES = ("__init__", "__main__")  # of the package: they name what lives in the rooms
+ENTRANCES = ("__init__", "__main__")  # of the package: they may import everything
 
 
-def floors() -> dict[str, int]:
-    """Room -> its line in the table, counted from the top."""
+def lines_of_the_table() -> dict[str, int]:
+    """Module or folder -> number of its line in the table, from the top."""
     table = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rows = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)
-    rooms = [re.findall(r"`(\w+)(?:\.py|/)`", row) for row in rows]
-    return {room: number for number, row in enumerate(rooms) for room in row}
+    names = [re.findall(r"`(\w+)(?:\.py|/)`", row) for row in rows]
+    return {name: number for number, row in enumerate(names) for name in row}
 
 
-def room_of(path: Path) -> str:
+def part_of(path: Path) -> str:
     return path.relative_to(CORE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The rooms that a file of the core imports, wherever in it."""
+    """The modules and folders of the core that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             folders = path.relative_to(CORE).parts[: -node.level]
@@ -31,21 +31,21 @@ def imported(path: Path) -> Iterator[str]:
                 yield (*folders, *name.split("."))[0]
 
 
-def test_every_room_has_a_place_in_the_floor_plan():
-    rooms = {room_of(path) for path in CORE.rglob("*.py")} - {*ENTRANCES}
-    assert rooms == floors().keys()
+def test_every_module_and_folder_has_a_line_in_the_table():
+    parts = {part_of(path) for path in CORE.rglob("*.py")} - {*ENTRANCES}
+    assert parts == lines_of_the_table().keys()
 
 
-def test_imports_go_down_the_floor_plan_and_never_up():
-    floor = floors()
-    climbs = {
-        (room_of(path), room)
+def test_a_module_imports_only_from_its_line_of_the_table_and_the_lines_above():
+    line = lines_of_the_table()
+    below = {
+        (part_of(path), name)
         for path in CORE.rglob("*.py")
-        if room_of(path) not in ENTRANCES
-        for room in imported(path)
-        if floor[room] > floor[room_of(path)]
+        if part_of(path) not in ENTRANCES
+        for name in imported(path)
+        if line[name] > line[part_of(path)]
     }
-    assert climbs == set()
+    assert below == set()
 
 
 def test_only_the_nodes_import_comfyui_and_only_tests_import_tests():
