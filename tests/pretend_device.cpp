@@ -8,8 +8,6 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -487,17 +485,51 @@ int64_t choose_math_attention(const at::Tensor&, const at::Tensor&, const at::Te
   return static_cast<int64_t>(at::SDPBackend::math);
 }
 
-at::Tensor get_state(int64_t device) {
-  return default_generator(static_cast<c10::DeviceIndex>(device)).get_state();
-}
-
-void set_state(int64_t device, const at::Tensor& state) {
-  at::Generator(default_generator(static_cast<c10::DeviceIndex>(device))).set_state(state);
-}
-
-TORCH_LIBRARY(pretend_device, m) {  // so, no tensor passes pybind11, which would compile long
-  m.def("get_state(int device) -> Tensor", &get_state);
-  m.def("set_state(int device, Tensor state) -> ()", &set_state);
+// All that Python calls is an operator: pybind11 alone would take a quarter of the build.
+TORCH_LIBRARY(pretend_device, m) {
+  at::RegisterPrivateUse1HooksInterface(new Hooks());
+  m.def("get_state(int device) -> Tensor", [](int64_t device) {
+    return default_generator(device).get_state();
+  });
+  m.def("set_state(int device, Tensor state) -> ()", [](int64_t device, const at::Tensor& state) {
+    at::Generator(default_generator(device)).set_state(state);
+  });
+  m.def("seed(int device, int seed) -> ()", [](int64_t device, int64_t seed) {
+    at::Generator(default_generator(device)).set_current_seed(seed);
+  });
+  m.def("census(bool forget) -> Dict(str, int)", [](bool forget) {
+    std::lock_guard<std::mutex> held(mutex);
+    c10::Dict<std::string, int64_t> found;
+    for (const auto& [name, times] : op_counts) found.insert(name, times);
+    if (forget) op_counts.clear();
+    return found;
+  });
+  m.def("lacks(str[] names) -> ()", [](std::vector<std::string> names) {
+    std::lock_guard<std::mutex> held(mutex);
+    missing_ops = {names.begin(), names.end()};
+  });
+  m.def("no_double(bool on) -> ()", [](bool on) { no_double = on; });
+  m.def("traffic(bool forget) -> Dict(str, int)", [](bool forget) {
+    c10::Dict<std::string, int64_t> found;
+    found.insert("to device", to_device);
+    found.insert("to device bytes", to_device_bytes);
+    found.insert("to host", to_host);
+    found.insert("to host bytes", to_host_bytes);
+    found.insert("waits", waits);
+    if (forget) to_device = to_host = to_device_bytes = to_host_bytes = waits = 0;
+    return found;
+  });
+  m.def("memory(int device) -> (int, int, int)", [](int64_t device) {
+    return std::make_tuple(used[device].load(), peaks[device].load(), limits[device].load());
+  });
+  m.def("limit(int device, int bytes) -> ()", [](int64_t device, int64_t bytes) {
+    limits[device] = bytes;
+  });
+  m.def("forget_peak(int device) -> ()", [](int64_t device) {
+    peaks[device] = used[device].load();
+  });
+  m.def("current() -> int", []() -> int64_t { return current; });
+  m.def("choose(int device) -> ()", [](int64_t device) { current = static_cast<int>(device); });
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -562,36 +594,4 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 
 namespace at::native {
 REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &choose_math_attention)
-}
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  at::RegisterPrivateUse1HooksInterface(new Hooks());
-  m.def("census", [](bool forget) {
-    std::lock_guard<std::mutex> held(mutex);
-    auto found = op_counts;
-    if (forget) op_counts.clear();
-    return found;
-  });
-  m.def("lacks", [](std::set<std::string> names) {
-    std::lock_guard<std::mutex> held(mutex);
-    missing_ops = std::move(names);
-  });
-  m.def("no_double", [](bool on) { no_double = on; });
-  m.def("traffic", [](bool forget) {
-    std::map<std::string, int64_t> found = {
-        {"to device", to_device}, {"to device bytes", to_device_bytes}, {"to host", to_host},
-        {"to host bytes", to_host_bytes}, {"waits", waits}};
-    if (forget) to_device = to_host = to_device_bytes = to_host_bytes = waits = 0;
-    return found;
-  });
-  m.def("memory", [](int device) {
-    return std::make_tuple(used[device].load(), peaks[device].load(), limits[device].load());
-  });
-  m.def("limit", [](int device, int64_t bytes) { limits[device] = bytes; });
-  m.def("forget_peak", [](int device) { peaks[device] = used[device].load(); });
-  m.def("seed", [](int device, uint64_t seed) {
-    at::Generator(default_generator(static_cast<c10::DeviceIndex>(device))).set_current_seed(seed);
-  });
-  m.def("current", [] { return current; });
-  m.def("choose", [](int device) { current = device; });
 }

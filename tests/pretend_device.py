@@ -28,9 +28,7 @@ extensions, $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions.
 import atexit
 import functools
 import hashlib
-import importlib.util
 import os
-import sys
 import tempfile
 import time
 import types
@@ -41,14 +39,15 @@ import torch
 NAME = "pretend"
 DEVICES = 2
 SOURCE = Path(__file__).with_suffix(".cpp")
+_native = torch.ops.pretend_device
 
 
 @functools.cache
-def _extension() -> types.ModuleType:
-    """The extension, compiled once for each version of torch and of the source."""
+def _load() -> None:
+    """Loads the extension, compiled once for each version of torch and of the source."""
     from torch.utils.cpp_extension import get_default_build_root, load
 
-    key = "\n".join([SOURCE.read_text(), torch.__version__, torch.__file__, sys.version])
+    key = SOURCE.read_text() + torch.__version__
     name = f"pretend_device_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     home = Path(get_default_build_root())
     library = home / f"{name}.so"
@@ -56,15 +55,11 @@ def _extension() -> types.ModuleType:
         home.mkdir(parents=True, exist_ok=True)
         # In a folder of its own, so that two builds at once, or one that is killed, do no harm.
         with tempfile.TemporaryDirectory(dir=home) as folder:
-            flags = ["-O1", "-w"]
-            module = load(name, [str(SOURCE)], extra_cflags=flags, build_directory=folder)
+            flags = {"extra_cflags": ["-O1", "-w"], "is_python_module": False}
+            load(name, [str(SOURCE)], build_directory=folder, **flags)
             os.replace(Path(folder) / f"{name}.so", library)
-        return module
-    spec = importlib.util.spec_from_file_location(name, library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    else:
+        torch.ops.load_library(library)
 
 
 def install() -> torch.device:
@@ -73,9 +68,9 @@ def install() -> torch.device:
     Raises RuntimeError or OSError where the extension cannot be built.
     """
     if not hasattr(torch, NAME):
-        extension = _extension()
+        _load()
         torch.utils.rename_privateuse1_backend(NAME)
-        torch._register_device_module(NAME, _module(extension))
+        torch._register_device_module(NAME, _module())
         torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=None)
         # An autograd thread that still frees its last graph while Python ends would abort.
         atexit.register(time.sleep, 0.1)
@@ -89,46 +84,46 @@ def like(kind: str, lacks: tuple[str, ...] | set[str] = ()) -> None:
     """
     if kind not in ("cuda", "mps"):
         raise ValueError(f"{kind!r} is neither 'cuda' nor 'mps'")
-    _extension().no_double(kind == "mps")
-    _extension().lacks(set(lacks))
+    _native.no_double(kind == "mps")
+    _native.lacks(list(lacks))
 
 
 def census(forget: bool = True) -> dict[str, int]:
     """Operator -> how often it ran on the device since the counts were last forgotten."""
-    return _extension().census(forget)
+    return _native.census(forget)
 
 
 def traffic(forget: bool = True) -> dict[str, int]:
     """Copies to the device and to the host, their bytes, and synchronizations."""
-    return _extension().traffic(forget)
+    return _native.traffic(forget)
 
 
 def memory(device: int = 0) -> dict[str, int]:
     """Bytes in use, their peak since `forget_peak`, and the limit (0: none)."""
-    return dict(zip(("now", "peak", "limit"), _extension().memory(device), strict=True))
+    return dict(zip(("now", "peak", "limit"), _native.memory(device), strict=True))
 
 
 def forget_peak(device: int = 0) -> None:
     """Begins to measure the peak of memory anew."""
-    _extension().forget_peak(device)
+    _native.forget_peak(device)
 
 
 def limit(bytes: int, device: int = 0) -> None:
     """Bytes beyond which the device raises torch.OutOfMemoryError; 0: no limit."""
-    _extension().limit(device, bytes)
+    _native.limit(device, bytes)
 
 
-def _module(native: types.ModuleType) -> types.ModuleType:
+def _module() -> types.ModuleType:
     """torch.pretend, with what PyTorch and other libraries call of a device module."""
     module = types.ModuleType(f"torch.{NAME}")
 
     def index(device: object = None) -> int:
         if device is None:
-            return native.current()
+            return _native.current()
         if isinstance(device, int):
             return device
         found = torch.device(device).index
-        return native.current() if found is None else found
+        return _native.current() if found is None else found
 
     class device:
         """`with torch.pretend.device(1):`"""
@@ -137,18 +132,19 @@ def _module(native: types.ModuleType) -> types.ModuleType:
             self.chosen = index(chosen)
 
         def __enter__(self) -> None:
-            self.before = native.current()
-            native.choose(self.chosen)
+            self.before = _native.current()
+            _native.choose(self.chosen)
 
         def __exit__(self, *_: object) -> None:
-            native.choose(self.before)
+            _native.choose(self.before)
 
-    def manual_seed_all(seed: int) -> None:
-        for number in range(DEVICES):
-            native.seed(number, seed)
+    def manual_seed(seed: int, *devices: int) -> None:
+        signed = (seed + 2**63) % 2**64 - 2**63  # an operator takes no other
+        for number in devices or [_native.current()]:
+            _native.seed(number, signed)
 
     def free_and_total(of: object = None) -> tuple[int, int]:
-        used, _, limit = native.memory(index(of))
+        used, _, limit = _native.memory(index(of))
         return (limit or 2**40) - used, limit or 2**40
 
     module.device = device
@@ -157,18 +153,17 @@ def _module(native: types.ModuleType) -> types.ModuleType:
     module._is_in_bad_fork = lambda: False
     module.init = module._lazy_init = lambda: None
     module.device_count = lambda: DEVICES
-    module.current_device = native.current
-    module.set_device = lambda of: native.choose(index(of))
+    module.current_device = _native.current
+    module.set_device = lambda of: _native.choose(index(of))
     module.synchronize = module.empty_cache = lambda *_: None
-    module.manual_seed = lambda seed: native.seed(native.current(), seed)
-    module.manual_seed_all = manual_seed_all
-    states = torch.ops.pretend_device
-    module.get_rng_state = lambda of=None: states.get_state(index(of))
-    module.set_rng_state = lambda state, of=None: states.set_state(index(of), state)
+    module.manual_seed = manual_seed
+    module.manual_seed_all = lambda seed: manual_seed(seed, *range(DEVICES))
+    module.get_rng_state = lambda of=None: _native.get_state(index(of))
+    module.set_rng_state = lambda state, of=None: _native.set_state(index(of), state)
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.mem_get_info = free_and_total
-    module.memory_allocated = module.memory_reserved = lambda of=None: native.memory(index(of))[0]
-    module.max_memory_allocated = lambda of=None: native.memory(index(of))[1]
-    module.reset_peak_memory_stats = lambda of=None: native.forget_peak(index(of))
+    module.memory_allocated = module.memory_reserved = lambda of=None: _native.memory(index(of))[0]
+    module.max_memory_allocated = lambda of=None: _native.memory(index(of))[1]
+    module.reset_peak_memory_stats = lambda of=None: _native.forget_peak(index(of))
     module.get_device_name = lambda of=None: "pretend"
     return module
