@@ -4,7 +4,11 @@
 
 Tiny random models in the true layouts and the bundled one, erased, merged, applied and reported on
 by both commits, each in a process with a cache of its own; then every tensor that they wrote is
-compared. Exit status 1 when one differs by more than 1e-6 of its norm.
+compared. Neighbours that are drawn at random are compared by distribution: T - I of SEEDS seeds
+from both commits, by a permutation test of their energy distance (Székely and Rizzo 2004).
+
+Exit status 1 when a tensor differs by more than 1e-6 of its norm, a trained LoRA by more than
+LORA_TOLERANCE, or a distribution has a p-value below LEAST_P.
 """
 
 import argparse
@@ -38,6 +42,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
 # Of a norm: T, which most of the others follow from, is kept to half of it (`RANK_TOLERANCE`).
 TOLERANCE = 1e-6
+# Of the norm of a LoRA after a few steps: Adam divides a gradient by its size, so that the rounding
+# of a small gradient is as large as the step.
+LORA_TOLERANCE = 5e-3
+SEEDS, PERMUTATIONS, LEAST_P = 8, 9999, 0.001
 DOWN_UP = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"),
            (".down", ".up"))  # fmt: skip
 CELL = 128  # side of an image in a grid of one column
@@ -45,27 +53,29 @@ CELL = 128  # side of an image in a grid of one column
 PLANE, DOG = "-c 'airplane -> tree'", "-c 'dog -> flower'"
 WORDS = "jet\nairport\npuppy\nbarking\na red ship\ncat\nrocket\nsunset\n"
 # model, source, the rest: the table is made so that each option stands with each model or source
+DRAWN = (
+    ("sd1", "isotropic", f"{PLANE} --no-bank"),
+    ("sd1", "bank", f"{PLANE} {DOG} --preserve 'a ship' --beyond 3"),
+    ("sd2", "isotropic", f"{PLANE} --preserve 'a ship' --lambda1 0.3"),
+    ("sd2", "bank", f"{PLANE} {DOG} --no-bank --s1 0.9 --s2 0.4"),
+    ("sdxl", "isotropic", f"{PLANE} --preserve 'a ship'"),
+    ("sdxl", "bank", f"{PLANE} {DOG} --no-bank --preserve 'a ship' --neighbors 5"),
+    ("miniature", "isotropic", f"{PLANE} {DOG}"),
+    ("miniature", "bank", f"{PLANE} --preserve 'a ship'"),
+)
 ERASURES = (
-    ("sd1", "isotropic", f"{PLANE} --steps 0 --no-bank --seed 3"),
-    ("sd1", "bank", f"{PLANE} {DOG} --steps 0 --preserve 'a ship' --beyond 3"),
     ("sd1", "vocabulary", f"{PLANE} {DOG} --steps 4 --exclude cat --words ../words.txt"),
-    ("sd2", "isotropic", f"{PLANE} --steps 4 --preserve 'a ship' --lambda1 0.3"),
-    ("sd2", "bank", f"{PLANE} {DOG} --steps 0 --no-bank --s1 0.9 --s2 0.4"),
     ("sd2", "vocabulary", f"{PLANE} --steps 0 --style --lambda2 0.01"),
-    ("sdxl", "isotropic", f"{PLANE} --steps 4 --preserve 'a ship'"),
-    ("sdxl", "bank", f"{PLANE} {DOG} --steps 0 --no-bank --preserve 'a ship' --neighbors 5"),
     ("sdxl", "vocabulary", f"{DOG} --steps 4 --exclude cat"),
-    ("miniature", "isotropic", f"{PLANE} {DOG} --steps 0"),
-    ("miniature", "bank", f"{PLANE} --steps 4 --preserve 'a ship'"),
     ("miniature", "vocabulary", f"{PLANE} --steps 0 --preserve 'a ship' --exclude bird"),
 )
-XL, BOTH = "../models/sdxl.safetensors", "sdxl-merge/erasure.safetensors"
+XL, BOTH = "../models/sdxl.safetensors", "../before/sdxl-merge/erasure.safetensors"
 # model, name, command; what the commit before wrote lies in ../before
 OTHERS = (
-    ("sd1", "merge-of-earlier-files", "merge ../before/sd1-bank/erasure.safetensors "
+    ("sd1", "merge", "merge ../before/sd1-bank-0/erasure.safetensors "
      "../before/sd1-vocabulary/erasure.safetensors -o {}/erasure.safetensors"),
-    ("sdxl", "merge", "merge sdxl-isotropic/erasure.safetensors "
-     "sdxl-vocabulary/erasure.safetensors -o {}/erasure.safetensors"),
+    ("sdxl", "merge", "merge ../before/sdxl-isotropic-0/erasure.safetensors "
+     "../before/sdxl-vocabulary/erasure.safetensors -o {}/erasure.safetensors"),
     ("sdxl", "apply", f"apply {XL} {BOTH} {{}}/checkpoint.safetensors "
      "--edit-strength 0.5 --lora-strength 2"),
     ("sdxl", "apply-lora", f"apply {XL} {BOTH} {{}}/lora.safetensors --lora --tolerance 0.01"),
@@ -154,7 +164,7 @@ def compare(before: Path, after: Path) -> Comparison:
             continue
         if file.suffix == ".txt":
             compared += 1
-            lines = zip_longest(file.read_text().splitlines(), other.read_text().splitlines())
+            lines = zip_longest(*(sorted(f.read_text().splitlines()) for f in (file, other)))
             unlike += [f"{name}: {a!r} became {b!r}" for a, b in lines if a != b]
             continue
         (old, old_metadata), (new, new_metadata) = read(file), read(other)
@@ -172,9 +182,61 @@ def compare(before: Path, after: Path) -> Comparison:
                 and math.isclose(a, b, rel_tol=TOLERANCE)
             ):
                 unlike.append(f"{name}: {key} was {a!r} and is {b!r}")
-    unlike = [where for where, size in found.items() if size > TOLERANCE] + unlike
+    unlike = [where for where, size in found.items() if size > tolerance_of(where)] + unlike
     where = max(found, key=lambda key: found[key], default="")
     return Comparison(compared, found.get(where, 0.0), where, tuple(unlike), tuple(sorted(notes)))
+
+
+def tolerance_of(name: str) -> float:
+    """The share of its norm by which a tensor may differ."""
+    return LORA_TOLERANCE if re.search(r"\blora[._]", name.split(": ", 1)[-1]) else TOLERANCE
+
+
+@dataclass(frozen=True)
+class Draws:
+    """T - I of many seeds, of two commits: p-value of their being draws of one distribution.
+
+    compared: number of erasures; p: stream -> p-value
+    """
+
+    compared: int
+    p: Mapping[str, float]
+
+    @property
+    def unchanged(self) -> bool:
+        return bool(self.p) and min(self.p.values()) >= LEAST_P
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{stream} p = {p:.3f}" for stream, p in self.p.items())
+        return text if self.unchanged else f"**{text or 'nothing was written'}**"
+
+
+def compare_draws(before: Sequence[Path], after: Sequence[Path]) -> Draws:
+    """Compares the erasures in the folders of two commits by distribution."""
+    changes: dict[str, list[Tensor]] = {}
+    for folder in (*before, *after):
+        for name, tensor in read(folder / "erasure.safetensors")[0].items():
+            if name.startswith("T - I"):
+                changes.setdefault(name.removeprefix("T - I, "), []).append(tensor.flatten())
+    p = {stream: permutation_p(torch.stack(of), len(before)) for stream, of in changes.items()}
+    return Draws(len(before) + len(after), p)
+
+
+def permutation_p(samples: Tensor, count: int) -> float:
+    """The share of divisions of samples [n, dim] in `count` and the rest that lie as far apart, by
+    energy distance, as the given one does."""
+    gram = samples @ samples.T
+    square = gram.diagonal()
+    distance = (square[:, None] + square - 2 * gram).clamp_min(0).sqrt()
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.arange(len(samples))]
+    orders += [torch.randperm(len(samples), generator=generator) for _ in range(PERMUTATIONS)]
+    order = torch.stack(orders)
+    share = torch.zeros(len(order), len(samples), dtype=samples.dtype)
+    share.scatter_(1, order[:, :count], 1 / count)
+    share.scatter_(1, order[:, count:], -1 / (len(samples) - count))
+    energy = -((share @ distance) * share).sum(1)
+    return float((energy >= energy[0] * (1 - 1e-9)).double().mean())
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> float:
@@ -255,12 +317,21 @@ def cases(only: Sequence[str]) -> dict[str, list[str]]:
     """Name -> arguments of the command line, in the order they are to be run."""
     common = "--rank 2 --batch 2 --prompt x --tolerance 0.001"
     commands = {}
-    for model, source, rest in ERASURES:
+    rows = [(*row, "") for row in ERASURES]
+    rows += [(*row, f"-{seed}") for row in DRAWN for seed in range(SEEDS)]
+    for model, source, rest, seed in rows:
         file = model if model == "miniature" else f"../models/{model}.safetensors"
-        name = f"{model}-{source}"
-        commands[name] = f"erase {file} {rest} --source {source} {common} -o {name}"
+        name = f"{model}-{source}{seed}"
+        drawn = f"--steps 0 --seed {seed[1:]}" if seed else ""
+        commands[name] = f"erase {file} {rest} --source {source} {drawn} {common} -o {name}"
     commands |= {f"{model}-{name}": text.format(f"{model}-{name}") for model, name, text in OTHERS}
     return {n: shlex.split(text) for n, text in commands.items() if n.startswith(tuple(only))}
+
+
+def drawn_case(name: str) -> str:
+    """The case that a run with a seed belongs to; "" for a run that draws nothing."""
+    found = re.fullmatch(r"(.*-(?:isotropic|bank))-\d+", name)
+    return found[1] if found else ""
 
 
 def python(tree: Path, code: str, *arguments: str, folder: Path) -> None:
@@ -318,30 +389,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{side}, {revision}:", flush=True)
             (folder / side).mkdir()
             python(tree, RUN, json.dumps([*commands.items()]), folder=folder / side)
-        found = {name: compare(folder / "before" / name, folder / "after" / name)
-                 for name in commands}  # fmt: skip
+        found: dict[str, Comparison | Draws] = {}
+        for name in commands:
+            if not (case := drawn_case(name)):
+                found[name] = compare(folder / "before" / name, folder / "after" / name)
+            elif case not in found:
+                found[case] = compare_draws(
+                    [folder / "before" / f"{case}-{seed}" for seed in range(SEEDS)],
+                    [folder / "after" / f"{case}-{seed}" for seed in range(SEEDS)],
+                )
 
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = usage.ru_utime + usage.ru_stime
     (_, before), (_, after) = trees.values()
     bad = [name for name, one in found.items() if not one.unchanged]
     lines = [f"| {name} | {one.compared} | {one} |" for name, one in found.items()]
-    lines += ["", "Commands:", "", *(f"- `realera {shlex.join(c)}`" for c in commands.values())]
-    notes = sorted({note for one in found.values() for note in one.notes})
+    shown = {drawn_case(name) or name: c for name, c in commands.items()}  # the last seed
+    lines += ["", "Commands:", "", *(f"- `realera {shlex.join(c)}`" for c in shown.values())]
+    notes = sorted({note for one in found.values() if isinstance(one, Comparison)
+                    for note in one.notes})  # fmt: skip
     if notes:
         lines += ["", "Metadata that only one has:", "", *(f"- {note}" for note in notes)]
     text = (
         f"# Unchanged\n\n`python -m benchmarks.unchanged {command}`: before is {before}, after is "
         f"{after}. Torch {torch.__version__}, {spent:.0f} s of one core. "
         f"{len(found) - len(bad)} of {len(found)} cases are as they were: every tensor of T, sums, "
-        "bank, LoRA, erased checkpoint and pictures, the scope report and the metadata.\n\n"
-        "| case | compared | largest relative difference |\n| --- | ---: | --- |\n"
+        "bank, erased checkpoint and pictures to a share of its norm of "
+        f"{TOLERANCE:.0e}, of a trained LoRA to {LORA_TOLERANCE:.0e}, the lines of the scope "
+        f"report and the metadata. Sources that draw are compared by distribution, {SEEDS} seeds "
+        f"of each commit: as they were if p is at least {LEAST_P}.\n\n"
+        "| case | compared | largest relative difference, or p |\n| --- | ---: | --- |\n"
     ) + "\n".join(lines)
-    results = {
-        name: {"command": commands[name], "unchanged": one.unchanged, **asdict(one)}
-        | {"largest": f"{one.largest:.3g}", "unlike": len(one.unlike)}  # JSON knows no infinity
+    results: dict[str, dict[str, Any]] = {
+        name: {"command": shown[name], "unchanged": one.unchanged, **asdict(one)}
         for name, one in found.items()
     }
+    for result in results.values():
+        if "largest" in result:  # JSON knows no infinity
+            result |= {"largest": f"{result['largest']:.3g}", "unlike": len(result["unlike"])}
     stored = {"command": command, "before": before, "after": after, "cases": results}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "unchanged.md").write_text(text + "\n")

@@ -412,6 +412,14 @@ def test_what_no_case_writes_or_only_one_commit_writes_is_no_agreement(tmp_path)
     assert "'jet 0.91'" in told
 
 
+def test_draws_of_one_distribution_are_unchanged_and_wider_ones_are_not():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(16, 50, generator=generator, dtype=torch.float64)
+    assert unchanged.permutation_p(samples, 8) > 0.01
+    samples[8:] *= 2
+    assert unchanged.permutation_p(samples, 8) <= unchanged.LEAST_P
+
+
 # ------------------------------------------------------------------ the frontier
 
 
