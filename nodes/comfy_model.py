@@ -65,10 +65,14 @@ class ComfyDiffusion:
         )
 
     @property
+    def pixels_per_latent(self) -> int:
+        return getattr(self.latents, "spacial_downscale_ratio", 8)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         size, layout = getattr(self.model.model.model_config, "latent_size", None), self.latents
         if size is None and self.family is not None:
-            size = 1024 // getattr(layout, "spacial_downscale_ratio", 8)
+            size = 1024 // self.pixels_per_latent
         if size is None:
             size = 128 if self.model.model.adm_channels else 64
             wide = next(iter(trained_layers(self.network).values())).layer.in_features == 1024

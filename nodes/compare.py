@@ -159,7 +159,7 @@ class Compare(io.ComfyNode):
         texts = prompts_in(prompts)
         models = [before, after, third, fourth, fifth, *(more or {}).values()]
         models = [model for model in models if model is not None]
-        labels = [name.strip() for name in names.split(",")]
+        labels = [name.strip() for name in names.split(",") if name.strip()]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         labels = labels[: len(models)]
         text = text_of(clip)
@@ -221,7 +221,7 @@ def prompts_in(text: str) -> list[str]:
 def _noise(diffusion: ComfyDiffusion, size: int, seeds: range) -> Tensor:
     """One latent of noise per seed, the same for every model and prompt."""
     channels, *sides = diffusion.latent_shape
-    shape = (channels, *(size // 8 or side for side in sides))
+    shape = (channels, *(size // diffusion.pixels_per_latent or side for side in sides))
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )

@@ -43,8 +43,11 @@ def distance_input(name: str, display_name: str, tooltip: str) -> io.WidgetInput
 def summary(mining: MiningResult) -> str:
     """Numbers of neighbours, beyond points and named prompts, as a sentence."""
     plan = mining.plan
-    kind = "words" if plan.listed else "points"
-    parts = [f"{len(mining.neighbors.pair)} neighbour {kind} are erased too"]
+    if plan.listed:
+        kind, neighbors = "words", sum(mined for *_, mined in plan.listed)
+    else:
+        kind, neighbors = "points", len(mining.neighbors.pair)
+    parts = [f"{neighbors} neighbour {kind} are erased too"]
     if beyond := len(mining.beyond.pair):
         parts.append(f"{beyond} beyond {kind} are preserved")
     if plan.named:

@@ -180,6 +180,8 @@ def fit(
     if settings.bank:
         bank = encode_bank(text, progress=progress)
         kept = drop_related_prompts(bank, text, plan.concepts).kept
+    else:  # the wide edit is of the rows of the bank
+        settings = replace(settings, suppression=0.0)
     used = Settings(plan.neighbor, plan.beyond or BeyondSettings(beyond=0), settings)
     provenance = {
         "concepts": [asdict(concept) for concept in plan.concepts],

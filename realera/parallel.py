@@ -122,7 +122,8 @@ def _read_sums(path: Path, made_by: str) -> dict[str, Sums]:
     file = open_tensors(path)
     if file.metadata.get("run") != made_by:
         raise ValueError(
-            f"{path} belongs to another run (other concepts, settings, model, bank or release): "
+            f"{path} belongs to another run (other concepts, settings, model, bank, group size "
+            "or release): "
             f"remove {path.parent} to start anew, or choose another --out"
         )
     streams = dict.fromkeys(key.rpartition(".")[0] for key in file.entries)

@@ -414,7 +414,7 @@ def end_of(text):
 
 def claim_prompts_are_encoded_in_batches_as_comfyui_encodes_each():
     prompts = [f"a photo of the {word}" for word in ("cat", "dog", "red dog", "cat", "ship")]
-    prompts += ["", "a red cat in the garden", r"saber \(fate\)"] * 2
+    prompts += ["", "a red cat in the garden", r"saber \(fate\)"]
     for name, text in {**text_encoders(), **transformer_texts()}.items():
         clip, plain = text.clip, getattr(text, "_plain", {"disable_weights": True})
         encoders = [m for m in clip.cond_stage_model.modules() if isinstance(m, SDClipModel)]
@@ -1156,19 +1156,19 @@ def claim_the_bundled_transformer_forgets_what_it_is_told_to():
         mining.NeighborSampler, clip=one.clip, concepts=NAMED, source="isotropic", count=4
     )
     model, erasure, *_ = run(edit.ClosedFormEdit, model=one.model, mining=found)
-    prompts = ["a photo of the airplane"] * 8 + ["a photo of the dog"] * 8
+    prompts = ["a photo of the airplane"] * 4 + ["a photo of the dog"] * 4
     seen = []
     for patcher in (one.model, model):
         diffusion = ComfyDiffusion(patcher, one.text, one.vae)
         rows, empty = one.text.encode(prompts), one.text.encode([""])
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(prompts), *diffusion.latent_shape, generator=generator)
-        z = diffusion.sample(rows, empty, noise, 15, 5.0)
+        z = diffusion.sample(rows, empty, noise, 10, 5.0)
         lines = one.classifiers[0].describe(diffusion.decode(z), prompts)
-        seen += [sum(line.startswith("airplane") for line in lines[:8])]
-        seen += [sum(line.startswith("dog") for line in lines[8:])]
-    assert seen[0] >= 6 and seen[1] >= 6, f"not trained well enough to tell: {seen}"
-    assert seen[2] <= 1 and seen[3] >= 6, seen
+        seen += [sum(line.startswith("airplane") for line in lines[:4])]
+        seen += [sum(line.startswith("dog") for line in lines[4:])]
+    assert seen[0] >= 3 and seen[1] >= 3, f"not trained well enough to tell: {seen}"
+    assert seen[2] <= 1 and seen[3] >= 3, seen
     for options in ({}, {"adversarial": 2}, {"adversarial": 2, "gradient_checkpointing": True}):
         with replaced(adversarial, "PROMPTS", 16):
             aligned = short(model=one.model, erasure=erasure, mining=found, **options)
@@ -1202,6 +1202,13 @@ def claim_compare_reads_each_prompt_once_whatever_the_number_of_seeds():
     ):
         run(compare.Compare, before=one.model, after=one.model, clip=one.clip, vae=one.vae, **given)
     assert read == [*asked, ""]
+
+
+def claim_compare_draws_a_family_with_smaller_latents_at_the_size_that_is_given():
+    layout = SimpleNamespace(latent_channels=128, spacial_downscale_ratio=16)
+    one = ComfyDiffusion(miniature().model, ComfyText(miniature().clip), None)
+    with replaced(ComfyDiffusion, "latents", layout):
+        assert compare._noise(one, 512, range(2)).shape == (2, 128, 32, 32)
 
 
 def claim_images_and_latents_are_float32_where_comfyui_passes_half_precision():

@@ -249,6 +249,23 @@ def test_what_one_erasure_preserves_another_may_not_erase():
 
 
 @pytest.mark.parametrize(
+    ("name", "anchor", "words"),
+    [
+        ("Dog", "tree", "two of the erasures erase 'dog'"),
+        ("ship", "Dog", "erases 'Dog', which is the anchor of 'ship' in another"),
+    ],
+)
+def test_what_one_list_of_concepts_may_not_hold_two_erasures_may_not(name, anchor, words):
+    notes = [{"name": "dog", "anchor": "cat"}, {"name": name, "anchor": anchor}]
+    erasures = [
+        replace(random_erasure(seed), provenance={"concepts": [{**note, "templates": ["{}"]}]})
+        for seed, note in enumerate(notes)
+    ]
+    with pytest.raises(ValueError, match=words):
+        Erasure.merge(erasures)
+
+
+@pytest.mark.parametrize(
     "note", [{"merged": [3]}, {"concepts": ["ship"]}, {"concepts": [{"name": "ship"}]}]
 )
 def test_a_provenance_that_does_not_name_the_concepts_is_explained(note):

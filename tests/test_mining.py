@@ -25,7 +25,12 @@ from realera.edit.erasure import Erasure
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
 from realera.mining.pairs import Pairs, encode_pairs, first_summaries
 from realera.mining.plan import Plan
-from realera.mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
+from realera.mining.preservation_bank import (
+    _without_long_rows,
+    bank_prompts,
+    drop_related_prompts,
+    encode_bank,
+)
 from realera.mining.vocabulary import choose_words, neighbourhood
 from realera.pipelines.unet import DiffusersText
 from realera.report.scope import scope
@@ -485,6 +490,18 @@ def pair_sums(pairs) -> Sums:
     span = pairs.span[CONTEXT]
     rows, targets = pairs.e[CONTEXT][span], pairs.target[CONTEXT][span]
     return Sums.zeros(DIM).add_erased(rows, targets, 100.0)
+
+
+def test_a_dropped_prompt_takes_from_the_bank_what_it_has_added():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 20, 8, generator=generator)
+    rows[:, 0] *= 30  # the same in every prompt
+    rows[:, 5:] = 0.1 * rows[:, 5:6]  # padding
+    weights = {CONTEXT: torch.tensor([[1.0] * 5 + [1 / 15] * 15])}
+    limited = _without_long_rows(Encoding({CONTEXT: rows}, weights))
+    added, taken = (e.weighed(CONTEXT)[0] for e in (limited, limited.compact()))
+    torch.testing.assert_close(added.T @ added, taken.T @ taken)
+    assert limited[CONTEXT][0, 0].norm() < 0.2 * rows[0, 0].norm()
 
 
 def test_bank_prompts_are_preserved_while_the_concept_becomes_the_anchor(

@@ -106,7 +106,8 @@ def _note(options: argparse.Namespace, concepts: Sequence[Concept]) -> "RunNote"
     """The note of this command in the output folder."""
     from .run_note import RunNote
 
-    decisive = {k: v for k, v in vars(options).items() if k not in ("run", "overwrite")}
+    neutral = ("run", "overwrite", "debug", "engine")  # they change no output
+    decisive = {k: v for k, v in vars(options).items() if k not in neutral}
     text = repr((concepts, sorted(decisive.items())))
     return RunNote(Path(options.out), hashlib.sha256(text.encode()).hexdigest())
 

@@ -1,5 +1,6 @@
 """What an erasure is made of: edits, LoRA, the sums for merging, and its provenance."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -299,6 +300,20 @@ def _listed(note: Any, key: str) -> list[Any]:
 
 def _refuse_contradictions(notes: Sequence[Mapping[str, Any]]) -> None:
     erased = erased_names(notes)
+    named = [c for n in notes for c in _listed(n, "concepts") if isinstance(c, Mapping)]
+    times = Counter(str(concept.get("name", "")).casefold() for concept in named)
+    for concept in named:
+        name, anchor = str(concept.get("name", "")), str(concept.get("anchor", ""))
+        if name and times[name.casefold()] > 1:
+            raise ValueError(
+                f"two of the erasures erase {name!r}, which would count twice: make one of them "
+                "again without it"
+            )
+        if anchor and anchor.casefold() in times:
+            raise ValueError(
+                f"one erasure erases {anchor!r}, which is the anchor of {name!r} in another: make "
+                "that one again with another anchor"
+            )
     for note in notes:
         settings = note.get("settings")
         for prompt in (*_listed(settings, "preserve"), *_listed(settings, "exclude")):

@@ -91,8 +91,9 @@ def encode_bank(
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
+            limited = _without_long_rows(encoding)
             for stream in encoding:
-                for part in _bank_rows(encoding, stream).flatten(0, 1).split(ROWS):
+                for part in limited.weighed(stream).flatten(0, 1).split(ROWS):
                     rows = part.cpu().double()
                     grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
             embeddings = prompt_embeddings(text, batch, encoding)
@@ -135,20 +136,25 @@ def drop_related_prompts(bank: Bank, text: TextEncoder, concepts: Sequence[Conce
     if not dropped:
         return bank
     parts = (dropped[n : n + BATCH] for n in range(0, len(dropped), BATCH))
-    encoded = Encoding.cat([text.encode(part).compact() for part in parts])
-    rows = {stream: _bank_rows(encoded, stream).cpu() for stream in encoded}
+    encoded = Encoding.cat([_without_long_rows(text.encode(part)).compact() for part in parts])
+    rows = {stream: encoded.weighed(stream).cpu() for stream in encoded}
     return replace(bank, dropped=dropped, rows=rows)
 
 
-def _bank_rows(encoding: Encoding, stream: str) -> Tensor:
-    """The weighed rows of prompts, [prompts, tokens, dim], none of which outweighs all others.
+def _without_long_rows(encoding: Encoding) -> Encoding:
+    """The encoding of prompts, in which no row outweighs all others.
 
     Language models put a row that is the same in every prompt, and a hundred times as long as any
-    other, at the start. Rows longer than CONSTANT times the median of their prompt have the length
+    other, at the start. Rows longer than CONSTANT times the median of their prompt get the length
     of the median; otherwise the ridge, a share of the mean diagonal, would hinder every edit.
     """
-    rows, lengths = encoding.weighed(stream), encoding[stream].norm(dim=-1)
-    whole = encoding.weights.get(stream, torch.ones_like(lengths)) >= 1  # no padding
-    median = lengths.where(whole, torch.nan).nanmedian(1, keepdim=True).values
-    too_long = whole & (lengths > CONSTANT * median)
-    return torch.where(too_long[..., None], rows * (median / lengths)[..., None], rows)
+    limited = {}
+    for stream, rows in encoding.items():
+        lengths = rows.norm(dim=-1)
+        whole = encoding.weights.get(stream, torch.ones_like(lengths)) >= 1  # no padding
+        median = lengths.where(whole, torch.nan).nanmedian(1, keepdim=True).values
+        too_long = whole & (lengths > CONSTANT * median)
+        limited[stream] = torch.where(
+            too_long[..., None], rows * (median / lengths)[..., None], rows
+        )
+    return Encoding(limited, encoding.weights, encoding.repeats)

@@ -77,11 +77,12 @@ def cached(
             with suppress(OSError):  # a file of another user, or on a read-only disk
                 os.utime(path)
             return tensors
+    limit = cache_limit()  # refused before the work where it cannot be read
     tensors = made()
     if not path.is_symlink():  # its target may lie outside of the cache
         without = "this is computed anew each time; REALERA_CACHE names another folder"
         write_if_possible(path, tensors, {}, without)
-        _make_room(path)
+        _make_room(path, limit)
     return tensors
 
 
@@ -96,8 +97,8 @@ def cached_files() -> list[Path]:
     return sorted(files, key=lambda path: path.stat().st_mtime)
 
 
-def _make_room(newest: Path) -> None:
-    files, limit = cached_files(), cache_limit()
+def _make_room(newest: Path, limit: float) -> None:
+    files = cached_files()
     size = sum(path.stat().st_size for path in files)
     for path in files:
         if size <= limit or path == newest:

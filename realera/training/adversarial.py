@@ -99,7 +99,7 @@ def adversarial_terms(
             f"adversarial = {training.adversarial}: the inputs have no adversarial part; make them "
             "with algorithm.training_inputs and the same training"
         )
-    generator = torch.Generator().manual_seed(-training.seed * 1_000_003 - step)
+    generator = torch.Generator().manual_seed(~(training.seed * 1_000_003 + step) % 2**64)
     contexts = pgd_step(networks, pairs, adversarial, contexts, training, generator)
     model, anchor = networks.model, pairs.anchor
     terms = context_terms(model, pairs, adversarial, contexts, anchor, training, generator)

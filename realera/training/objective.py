@@ -62,7 +62,7 @@ def loss_terms(
     step: number of the step, from 1; it seeds the draws together with the seed of the training
     """
     neighbourhood, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
-    generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((training.seed * 1_000_003 + step) % 2**64)
     chosen = torch.randint(len(pairs.prompts), (training.batch,), generator=generator)
     z_t, t = noised_images(model, inputs.anchors, pairs.concept[chosen], generator)
 
