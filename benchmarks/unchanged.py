@@ -7,8 +7,8 @@ by both commits, each in a process with a cache of its own; then every tensor th
 compared. Neighbours that are drawn at random are compared by distribution: T - I of SEEDS seeds
 from both commits, by a permutation test of their energy distance (Székely and Rizzo 2004).
 
-Exit status 1 when a tensor differs by more than 1e-6 of its norm, a trained LoRA by more than
-LORA_TOLERANCE, or a distribution has a p-value below LEAST_P.
+Exit status 1 when a tensor differs by more than its tolerance (`tolerance_of`), or a distribution
+has a p-value below LEAST_P.
 """
 
 import argparse
@@ -40,11 +40,10 @@ from realera.edit.erasure_file import load_erasure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
-# Of a norm: T, which most of the others follow from, is kept to half of it (`RANK_TOLERANCE`).
-TOLERANCE = 1e-6
-# Of the norm of a LoRA after a few steps: Adam divides a gradient by its size, so that the rounding
-# of a small gradient is as large as the step.
-LORA_TOLERANCE = 5e-3
+# Shares of a norm. T, which most of the others follow from, is kept to half of it
+# (`RANK_TOLERANCE`). Adam divides a gradient by its size, so that the rounding of a small gradient
+# moves a LoRA as far as a step; a checkpoint holds its LoRA. Halves and pixels are rounded.
+TOLERANCE, LORA_TOLERANCE, CHECKPOINT_TOLERANCE, ROUNDED_TOLERANCE = 1e-6, 5e-3, 1e-5, 1e-4
 SEEDS, PERMUTATIONS, LEAST_P = 8, 9999, 0.001
 DOWN_UP = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"),
            (".down", ".up"))  # fmt: skip
@@ -55,7 +54,7 @@ WORDS = "jet\nairport\npuppy\nbarking\na red ship\ncat\nrocket\nsunset\n"
 # model, source, the rest: the table is made so that each option stands with each model or source
 DRAWN = (
     ("sd1", "isotropic", f"{PLANE} --no-bank"),
-    ("sd1", "bank", f"{PLANE} {DOG} --preserve 'a ship' --beyond 3"),
+    ("sd1", "bank", f"{PLANE} --preserve 'a ship' --beyond 3"),
     ("sd2", "isotropic", f"{PLANE} --preserve 'a ship' --lambda1 0.3"),
     ("sd2", "bank", f"{PLANE} {DOG} --no-bank --s1 0.9 --s2 0.4"),
     ("sdxl", "isotropic", f"{PLANE} --preserve 'a ship'"),
@@ -64,10 +63,10 @@ DRAWN = (
     ("miniature", "bank", f"{PLANE} --preserve 'a ship'"),
 )
 ERASURES = (
-    ("sd1", "vocabulary", f"{PLANE} {DOG} --steps 4 --exclude cat --words ../words.txt"),
+    ("sd1", "vocabulary", f"{DOG} --steps 4 --exclude cat --words ../words.txt"),
     ("sd2", "vocabulary", f"{PLANE} --steps 0 --style --lambda2 0.01"),
     ("sdxl", "vocabulary", f"{DOG} --steps 4 --exclude cat"),
-    ("miniature", "vocabulary", f"{PLANE} --steps 0 --preserve 'a ship' --exclude bird"),
+    ("miniature", "vocabulary", f"{PLANE} {DOG} --steps 0 --preserve 'a ship' --exclude bird"),
 )
 XL, BOTH = "../models/sdxl.safetensors", "../before/sdxl-merge/erasure.safetensors"
 # model, name, command; what the commit before wrote lies in ../before
@@ -153,7 +152,7 @@ class Comparison:
 def compare(before: Path, after: Path) -> Comparison:
     """Compares all that two folders hold of one case."""
     found: dict[str, float] = {}
-    unlike, notes, compared = [], set(), 0
+    beyond, unlike, notes, compared = [], [], set(), 0
     kinds = ("erasure.safetensors", "lora.safetensors", "checkpoint.safetensors")
     for name in (*kinds, "before-after.png", "scope.txt"):
         file, other = before / name, after / name
@@ -170,7 +169,10 @@ def compare(before: Path, after: Path) -> Comparison:
         (old, old_metadata), (new, new_metadata) = read(file), read(other)
         compared += len(old)
         for key in sorted(old.keys() | new.keys()):
-            found[f"{name}: {key}"] = difference(old.get(key), new.get(key))
+            where = f"{name}: {key}"
+            found[where] = difference(old.get(key), new.get(key))
+            if found[where] > tolerance_of(where, old.get(key)):
+                beyond.append(where)
         for key in sorted(old_metadata.keys() | new_metadata.keys()):
             a, b = old_metadata.get(key), new_metadata.get(key)
             if key.startswith("realera.") and (a is None) != (b is None):
@@ -182,14 +184,19 @@ def compare(before: Path, after: Path) -> Comparison:
                 and math.isclose(a, b, rel_tol=TOLERANCE)
             ):
                 unlike.append(f"{name}: {key} was {a!r} and is {b!r}")
-    unlike = [where for where, size in found.items() if size > tolerance_of(where)] + unlike
     where = max(found, key=lambda key: found[key], default="")
-    return Comparison(compared, found.get(where, 0.0), where, tuple(unlike), tuple(sorted(notes)))
+    return Comparison(
+        compared, found.get(where, 0.0), where, (*beyond, *unlike), tuple(sorted(notes))
+    )
 
 
-def tolerance_of(name: str) -> float:
-    """The share of its norm by which a tensor may differ."""
-    return LORA_TOLERANCE if re.search(r"\blora[._]", name.split(": ", 1)[-1]) else TOLERANCE
+def tolerance_of(name: str, tensor: Tensor | None) -> float:
+    """The share of its norm by which a tensor, "file: key", may differ."""
+    if re.search(r": lora[._]", name):
+        return LORA_TOLERANCE
+    if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16, torch.uint8):
+        return ROUNDED_TOLERANCE
+    return CHECKPOINT_TOLERANCE if name.startswith("checkpoint") else TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -414,10 +421,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"# Unchanged\n\n`python -m benchmarks.unchanged {command}`: before is {before}, after is "
         f"{after}. Torch {torch.__version__}, {spent:.0f} s of one core. "
         f"{len(found) - len(bad)} of {len(found)} cases are as they were: every tensor of T, sums, "
-        "bank, erased checkpoint and pictures to a share of its norm of "
-        f"{TOLERANCE:.0e}, of a trained LoRA to {LORA_TOLERANCE:.0e}, the lines of the scope "
-        f"report and the metadata. Sources that draw are compared by distribution, {SEEDS} seeds "
-        f"of each commit: as they were if p is at least {LEAST_P}.\n\n"
+        f"bank to a share of its norm of {TOLERANCE:.0e}, of a checkpoint to "
+        f"{CHECKPOINT_TOLERANCE:.0e}, of half precision and pictures to {ROUNDED_TOLERANCE:.0e}, "
+        f"of a trained LoRA to {LORA_TOLERANCE:.0e}; the lines of the scope report and the "
+        f"metadata. Sources that draw are compared by distribution, {SEEDS} seeds of each "
+        f"commit: as they were if p is at least {LEAST_P}.\n\n"
         "| case | compared | largest relative difference, or p |\n| --- | ---: | --- |\n"
     ) + "\n".join(lines)
     results: dict[str, dict[str, Any]] = {
