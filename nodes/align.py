@@ -11,6 +11,7 @@ from ..realera.algorithm import refuse_foreign, training_inputs
 from ..realera.report import plots
 from ..realera.settings import Training
 from ..realera.training.loop import align
+from ..realera.training.state import steps_in
 from .comfy_model import ComfyDiffusion, refuse_noiseless, training, whole_clone
 from .comfy_patch import refuse_edited
 from .files import state_path, target_path
@@ -240,6 +241,8 @@ class LoraAlign(io.ComfyNode):
         empty = mining.text.encode([""])
         noise = torch.randn(inputs.anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
         painter = previewer(model) if preview_every else None
+        state = state_path(resume) if resume else None
+        resumed = steps_in(state)  # their losses are reported again, with no preview
 
         def on_step(step: int, loss: float) -> None:
             losses[step] = loss
@@ -247,14 +250,13 @@ class LoraAlign(io.ComfyNode):
             progress = {"node": node, "step": step, "steps": steps, "loss": loss}
             server.send_sync("realera.step", progress, server.client_id)
             preview = None
-            if painter is not None and step % preview_every == 0:
+            if painter is not None and step % preview_every == 0 and step > resumed:
                 with torch.no_grad():
                     latents = preview_latents(diffusion, erasure, prompts, empty, noise)
                     row = torch.cat(list(latents), dim=-1)[None]  # side by side
                     preview = painter.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)
 
-        state = state_path(resume) if resume else None
         with training(model):
             lora = align(diffusion, inputs, run, on_step=on_step, state=state)
         picture = to_image(plots.loss_curve(losses))

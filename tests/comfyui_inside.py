@@ -737,6 +737,20 @@ def claim_an_adversary_trains_another_lora_and_the_same_one_again():
     assert not all(torch.equal(b, plain.lora[name][1]) for name, (_, b) in one.lora.items())
 
 
+def claim_a_resumed_training_draws_previews_of_new_steps_alone():
+    drawn = []
+
+    def counted(diffusion, *_):
+        drawn.append(1)
+        return torch.zeros(2, *diffusion.latent_shape)
+
+    with replaced(align, "preview_latents", counted):
+        for steps in (2, 3):
+            given = {"erasure": erased().erasure, "resume": "previews", "preview_every": 1}
+            short(steps=steps, **given)
+    assert len(drawn) == 3, drawn
+
+
 # ------------------------------------------------------------------------ the MODEL's own sampling
 
 

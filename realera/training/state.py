@@ -114,6 +114,14 @@ class TrainingState:
                 yield f"{name}.{letter}", weight
 
 
+def steps_in(path: Path | None) -> int:
+    """Number of finished steps in the file of a state; 0 without a file."""
+    if path is None or not path.exists():
+        return 0
+    losses = open_tensors(path).entries.get("losses")
+    return losses.shape[0] if losses else 0
+
+
 def run_id(model: Diffusion, inputs: TrainingInputs, training: Training) -> str:
     """Hash of everything that determines the trained LoRA."""
     free = {"steps": 0, "save_every": 0, "gradient_checkpointing": False}  # may change between runs
