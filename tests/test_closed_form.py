@@ -1,6 +1,7 @@
 """Eq. 7 against its definition, on random rows in float64."""
 
-from dataclasses import replace
+import math
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from realera.edit.closed_form import (
     BankGram,
     Edit,
+    PackedSums,
     Sums,
     condensed,
     shift_cov_of,
@@ -97,6 +99,12 @@ def test_a_heavy_pair_stays_exact_among_many_mined_rows():
     assert error(1e6) < 1e-3 < error(1.0)
 
 
+def test_a_row_of_weight_2_counts_like_the_row_twice():
+    e, target = rows_of(0, 6, 3), rows_of(1, 6, 3)
+    twice = Sums.zeros(6).add_erased(e, target).add_erased(e, target)
+    assert torch.equal(twice.gram, Sums.zeros(6).add_erased(e, target, 2.0).gram)
+
+
 def test_one_row_alone_gives_a_finite_edit_that_leaves_orthogonal_rows():
     e, target = rows_of(0, 16, 1), rows_of(1, 16, 1)
     edit = solve(Sums.zeros(16).add_erased(e, target), None, 0.1, 1e-6)
@@ -156,6 +164,7 @@ def test_a_lambda_that_can_make_the_system_singular_is_refused(lambda1, lambda2)
     sums = Sums.zeros(4).add_erased(rows_of(0, 4, 1), rows_of(1, 4, 1))
     with pytest.raises(ValueError, match="λ1"):
         solve(sums, None, lambda1, lambda2)
+    assert solve(sums, None, 0.0, 1e-4).rank == 1
 
 
 def bank_of(rows: torch.Tensor, dropped=(), name: str = "") -> BankGram:
@@ -182,7 +191,17 @@ def test_another_bank_is_refused_by_its_name_and_another_encoder_by_its_rows():
     ):
         with pytest.raises(ValueError, match="different preservation banks"):
             one | other
-    assert torch.equal((one | bank_of(rows)).triangle, one.triangle)  # of an older file, nameless
+        assert one.is_same(other) is False
+    older = BankGram(one.triangle, one.mean)  # of a file from before banks had names
+    assert torch.equal((one | older).triangle, one.triangle) and one.is_same(older) is True
+
+
+def test_edits_sums_and_banks_never_change_once_made():
+    made = [Edit.from_matrix(torch.eye(3)), Sums.zeros(3), bank_of(rows_of(0, 3, 2))]
+    for value in [*made, PackedSums(torch.zeros(6), torch.zeros(1, 3))]:
+        with pytest.raises(FrozenInstanceError):
+            value.triangle = torch.ones(6)
+    assert (made[0] == Edit.from_matrix(torch.eye(3))) is False  # by identity, not by tensors
 
 
 @QUICK
@@ -201,6 +220,12 @@ def test_condensed_rows_have_the_gram_matrix_of_all():
     assert len(few) == 6
     gram = rows.T @ rows
     assert (few.T @ few - gram).norm() <= 1e-5 * gram.norm()
+
+
+def test_condensed_rows_leave_out_a_thousandth_of_the_norm():
+    rows = torch.diag(torch.tensor([1.0, 2e-3, 5e-4, 5e-4]))
+    assert len(condensed(rows)) == 2
+    assert len(condensed(rows[:3, :3] + torch.diag(torch.tensor([0.0, 0, 1e-3])))) == 3
 
 
 def test_sums_of_two_families_are_not_merged():
@@ -284,6 +309,7 @@ def test_a_bank_counts_like_preserved_rows_without_the_dropped_ones(seed):
     sums = problem(seed)[-1]
     bank, dropped = rows_of(seed + 4, 7, 11), rows_of(seed + 5, 7, 3)
     kept = bank_of(torch.cat([bank, dropped]), {"a cat": dropped.float()})
+    assert kept.dim == 7
     by_gram = solve(sums, kept, 0.3, 0.1)
     by_rows = solve(sums.add_preserved(bank, 0.3), None, 0.3, 0.1)
     torch.testing.assert_close(by_gram.matrix, by_rows.matrix, rtol=1e-4, atol=1e-5)
@@ -312,9 +338,34 @@ def test_suppression_takes_the_concepts_towards_the_mean_by_its_measure_and_noth
     assert (prompt @ held.T).norm() < 0.1 * (prompt @ once.T).norm()
 
 
-def test_without_a_bank_suppression_changes_nothing():
-    sums = replace(problem(0)[-1], representatives=rows_of(6, 7, 1))
-    assert torch.equal(solve(sums, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
+@QUICK
+@given(seeds, st.integers(1, 3))
+def test_the_mean_moves_by_a_tenth_of_the_mean_shift_and_a_row_that_is_orthogonal_by_5_sixths(
+    seed, parts
+):
+    """A concept of orthogonal rows, one of each part, and a bank as in the last test."""
+    rows = torch.linalg.qr(rows_of(seed, 7, 6).T).Q.T
+    v, mean = rows[:parts], rows[3 : 3 + parts].float()
+    kept, unit = BankGram(pack(3 * torch.eye(7).double()), mean), torch.eye(7).double()
+    three = torch.cat([v, 2 * v, 3 * v])
+    for some, count in ((v, 1), (three, 3)):
+        sums = replace(Sums.zeros(7).add_erased(1e-4 * v, 1e-4 * v), representatives=some)
+        once = solve(sums, kept, 1.0, 0.1, 1.0).matrix.double() - unit
+        shift = mean.double() - some.view(count, parts, 7).mean(0)
+        torch.testing.assert_close(mean.double() @ once.T, 0.1 * shift, rtol=1e-2, atol=1e-3)
+    sums = replace(sums, representatives=v[:1])
+    once = solve(sums, replace(kept, mean=mean[:1]), 1.0, 0.1, 1.0).matrix.double() - unit
+    torch.testing.assert_close(v[:1] @ once.T, 5 / 6 * (mean[:1] - v[:1]), rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_bank_or_a_representative_or_unasked_suppression_changes_nothing():
+    sums, bank = problem(0)[-1], bank_of(rows_of(4, 7, 11))
+    known = replace(sums, representatives=rows_of(6, 7, 1))
+    assert torch.equal(solve(known, None, 0.1, 0.1, 1.0).matrix, solve(sums, None, 0.1, 0.1).matrix)
+    plain = solve(sums, bank, 0.1, 0.1).matrix
+    assert torch.equal(solve(known, bank, 0.1, 0.1).matrix, plain)
+    assert torch.equal(solve(sums, bank, 0.1, 0.1, 1.0).matrix, plain)
+    assert not torch.equal(solve(known, bank, 0.1, 0.1, 1.0).matrix, plain)
     with pytest.raises(ValueError, match=r"suppression = -0\.5: it must be at least 0"):
         solve(sums, None, 0.1, 0.1, -0.5)
 
@@ -328,23 +379,33 @@ def test_no_factors_of_that_rank_come_nearer_to_the_edit(seed, tolerance):
     values = torch.linalg.svdvals(edit.up.double() @ edit.down.double())
     norm = float((rest.up @ rest.down).norm())
     assert norm == pytest.approx(float(values[cut.rank :].norm()), rel=1e-4, abs=1e-5)
+    assert cut.rank == 1 or values[cut.rank - 1 :].norm() > tolerance * values.norm() * (1 - 1e-5)
     assert float((cut.matrix - edit.matrix).norm()) == pytest.approx(norm, abs=1e-4)
 
 
-@pytest.mark.parametrize("dim", [256, 768])
-@pytest.mark.parametrize("size", [1.0, 5.0])
-def test_a_dense_edit_of_an_older_file_has_the_rank_that_it_had_before_it_was_rounded(dim, size):
+@pytest.mark.parametrize(
+    ("dim", "size", "rank"), [(256, 1.0, 30), (768, 5.0, 30), (256, 5.0, 100), (768, 1.0, 100)]
+)
+def test_a_dense_edit_of_an_older_file_has_the_rank_that_it_had_before_it_was_rounded(
+    dim, size, rank
+):
     """Its rounding to float32 would fill all directions: minutes at dim = 4096."""
-    left, right = rows_of(0, dim, 30), rows_of(1, dim, 30)
+    left, right = rows_of(0, dim, rank), rows_of(1, dim, rank)
     change = size * left.T @ right / (left.T @ right).norm()
     edit = Edit.from_matrix((torch.eye(dim, dtype=torch.float64) + change).float())
-    assert edit.rank == 30
+    assert edit.rank == rank
     assert (edit.up.double() @ edit.down.double() - change).norm() <= 1e-6 * change.norm()
 
 
-@pytest.mark.parametrize(("dim", "count"), [(300, 20), (300, 200), (40, 100)])
-def test_an_edit_has_no_more_directions_than_rows_and_is_the_solution_to_1e_6(dim, count):
+@pytest.mark.parametrize(
+    ("dim", "count", "smallest"),
+    [(300, 20, 1), (300, 200, 1), (40, 100, 1), (100, 150, 1), (300, 200, 1e-9)],
+)
+def test_an_edit_has_no_more_directions_than_rows_and_is_the_solution_to_1e_6(dim, count, smallest):
+    """smallest: share of the last row's shift, beside the first's of 1e-6"""
     e, target = rows_of(0, dim, count), rows_of(1, dim, count)
+    sizes = torch.logspace(0, math.log10(smallest), count, dtype=torch.float64)[:, None]
+    target = target if smallest == 1 else e + 1e-6 * sizes * (target - e)
     sums = Sums.zeros(dim).add_erased(e, target)
     edit = solve(sums, None, 0.1, 0.1)
     assert edit.rank <= min(dim, count)
