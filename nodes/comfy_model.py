@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -13,12 +13,21 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
 
+try:
+    import comfy_kitchen
+    from comfy_kitchen.backends import eager  # in plain PyTorch
+except ImportError:  # ComfyUI before 2026
+    comfy_kitchen = eager = None
+
 from ..realera.edit.text_layers import FAMILIES, family_in, text_layers, trained_layers
 from ..realera.text.encoding import CONTEXT, POOLED, Encoding, alike, rows_of
 from .comfy_fingerprint import added_to, fingerprint
+from .comfy_front import Front
 from .comfy_text import ComfyText
-from .comfy_transformer_text import ComfyTransformerText
+from .comfy_transformer_text import ComfyTransformerText, refuse_other_family
 from .comfy_weights import stored_weights
+
+FUSED = ("rms_rope", "rms_rope_split_half")  # kernels of Anima and ERNIE-Image
 
 
 class ComfyDiffusion:
@@ -42,6 +51,9 @@ class ComfyDiffusion:
         self.family = family_in(self.network)
         if text is not None:
             refuse_other_family(text.family, self.family)
+        self.front: Front | None = None
+        if self.family is not None and "front" in FAMILIES[self.family]["comfyui"]:
+            self.front = Front(model, self.family)
 
     @property
     def fingerprint(self) -> str | None:
@@ -133,7 +145,7 @@ class ComfyDiffusion:
             noise=x,
             latent_image=torch.zeros_like(x),
             device=x.device,
-            cross_attn=rows[CONTEXT].to(x.device),
+            cross_attn=self._given(rows[CONTEXT]).to(x.device),
             **self._conditions(rows),
         )
         extra = {
@@ -142,10 +154,18 @@ class ComfyDiffusion:
         }
         hook = self.network.register_forward_hook(lambda _, inputs, output: outputs.append(output))
         try:
-            base.apply_model(x, times.to(x.device), transformer_options=self._options, **extra)
+            with self._bypassed_front():
+                base.apply_model(x, times.to(x.device), transformer_options=self._options, **extra)
         finally:
             hook.remove()
         return self._without_frame(outputs[0]).float()
+
+    def _given(self, rows: Tensor) -> Tensor:
+        """What the network is given for rows of the context, within `_bypassed_front`."""
+        return rows if self.front is None else self.front.inputs(rows)
+
+    def _bypassed_front(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.front is None else self.front.bypassed()
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -182,26 +202,28 @@ class ComfyDiffusion:
     ) -> Tensor:
         """Latents of the shape of the noise, by any of ComfyUI's samplers."""
         parts, order = [], []
+        callback = latent_preview.prepare_callback(self.model, steps)  # and raises on Cancel
         for prompts in alike(encoding, negative.like(encoding)):
             without = negative if negative.prompts == 1 else negative.take(prompts)
             positive, negatives = (
-                [[rows[CONTEXT], self._conditions(rows)]]
+                [[self._given(rows[CONTEXT]), self._conditions(rows)]]
                 for rows in (rows_of(encoding.take(prompts)), rows_of(without))
             )
             start = self._with_frame(noise[prompts])
-            samples = comfy.sample.sample(
-                self.model,
-                start,
-                steps,
-                guidance,
-                sampler,
-                scheduler,
-                positive,
-                negatives,
-                torch.zeros_like(start),
-                callback=latent_preview.prepare_callback(self.model, steps),  # and raises on Cancel
-                seed=seed,
-            )
+            with self._bypassed_front():
+                samples = comfy.sample.sample(
+                    self.model,
+                    start,
+                    steps,
+                    guidance,
+                    sampler,
+                    scheduler,
+                    positive,
+                    negatives,
+                    torch.zeros_like(start),
+                    callback=callback,
+                    seed=seed,
+                )
             parts.append(self.encoded(samples))
             order.append(prompts)
         return torch.cat(parts)[torch.cat(order).argsort()] if len(parts) > 1 else parts[0]
@@ -238,21 +260,6 @@ class ComfyDiffusion:
             noise=latents, latent_image=blank, device=latents.device
         )
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
-
-
-def refuse_other_family(text: str | None, network: str | None) -> None:
-    """Raises ValueError when a CLIP and a MODEL belong to different families.
-
-    text, network: names of their families, None for U-Nets
-    """
-    if text != network:
-        unet = "SD 1.x, SD 2.x or SDXL"
-        clip_title, model_title = (FAMILIES[f]["title"] if f else unet for f in (text, network))
-        raise ValueError(
-            f"the CLIP is for {clip_title} and the MODEL is {model_title}: connect the CLIP of the "
-            "MODEL's own family, with all of its encoders; in CLIPLoader or DualCLIPLoader choose "
-            "its type"
-        )
 
 
 def refuse_noiseless(model: Any) -> None:
@@ -309,7 +316,7 @@ def training(model: Any) -> Iterator[None]:
     Raises ValueError when ComfyUI does not load all weights to the device.
     """
     copied, device = [], model.load_device
-    with torch.inference_mode(False), torch.enable_grad(), _training_flag():
+    with torch.inference_mode(False), torch.enable_grad(), _differentiable():
         # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         left = [n for n, p in model.model.named_parameters() if p.device.type != device.type]
@@ -339,14 +346,19 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _training_flag() -> Iterator[None]:
-    """Sets the flag by which newer releases of ComfyUI choose kernels that have gradients."""
+def _differentiable() -> Iterator[None]:
+    """Newer releases of ComfyUI compute by kernels without gradients; within it, by others."""
     management = comfy.model_management
     before = getattr(management, "in_training", None)
+    kernels = {name: getattr(comfy_kitchen, name) for name in FUSED if hasattr(comfy_kitchen, name)}
     try:
         if before is not None:
             management.in_training = True
+        for name in kernels:  # which the flag leaves as they are (0.33)
+            setattr(comfy_kitchen, name, getattr(eager, name))
         yield
     finally:
+        for name, kernel in kernels.items():
+            setattr(comfy_kitchen, name, kernel)
         if before is not None:
             management.in_training = before

@@ -11,29 +11,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..realera.edit.text_layers import FAMILIES, TRANSFORMERS
+from ..realera.edit.text_layers import FAMILIES, TRANSFORMERS, family_in
 from ..realera.text.encoding import CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..realera.text.token_alignment import prompt_summaries, row_weights, unit
 from .comfy_batches import batched_outputs, encode_tokens, first_sections, ready
+from .comfy_fingerprint import fingerprint
+from .comfy_front import Front
 from .comfy_text import PLAIN, ComfyText, clip_fingerprint, clip_summaries, ids_of, tokens_of
 
 
-def text_of(clip: Any) -> "ComfyText | ComfyTransformerText":
-    """A CLIP as a TextEncoder. Raises ValueError when it belongs to no supported family."""
+def text_of(clip: Any, model: Any = None) -> "ComfyText | ComfyTransformerText":
+    """A CLIP as a TextEncoder.
+
+    model: MODEL that the CLIP is for; needed where a part of it makes the rows, as in Krea 2
+
+    Raises ValueError when the CLIP belongs to no supported family, and when the MODEL is missing or
+    of another family.
+    """
     # ComfyUI makes a class for every file, whose name ends in an underscore.
     classes = (kind.__name__ for kind in type(clip.cond_stage_model).__mro__)
     name = next(name for name in classes if not name.endswith("_"))
     for family, known in TRANSFORMERS.items():
-        text = ComfyTransformerText(clip, family)
-        if name in known["comfyui"]["clip"] and text.present:
-            if front := known["comfyui"].get("front"):
-                raise ValueError(
-                    f"the rows of {known['title']} are made by {front}, a part of the MODEL, which "
-                    "a CLIP is without: make the erasure with `realera erase` from the diffusers "
-                    "folder of the model; Apply Erasure and Save Erased Checkpoint take it"
-                )
-            return text
+        if name in known["comfyui"]["clip"]:
+            text = ComfyTransformerText(clip, family)
+            if text.present:
+                if "front" in known["comfyui"]:
+                    text.front = _front(model, family)
+                return text
     return ComfyText(clip)
+
+
+def _front(model: Any, family: str) -> Front:
+    if model is None:
+        title, part = FAMILIES[family]["title"], FAMILIES[family]["comfyui"]["front"]["module"]
+        raise ValueError(
+            f"the rows of {title} are made by {part}, a part of the MODEL, which a CLIP is "
+            "without: connect the MODEL to Neighbor Sampler as well"
+        )
+    refuse_other_family(family, family_in(model.model.diffusion_model))
+    return Front(model, family)
+
+
+def refuse_other_family(text: str | None, network: str | None) -> None:
+    """Raises ValueError when a CLIP and a MODEL belong to different families.
+
+    text, network: names of their families, None for U-Nets
+    """
+    if text != network:
+        unet = "SD 1.x, SD 2.x or SDXL"
+        clip_title, model_title = (FAMILIES[f]["title"] if f else unet for f in (text, network))
+        raise ValueError(
+            f"the CLIP is for {clip_title} and the MODEL is {model_title}: connect the CLIP of the "
+            "MODEL's own family, with all of its encoders; in CLIPLoader or DualCLIPLoader choose "
+            "its type"
+        )
 
 
 class ComfyTransformerText:
@@ -44,6 +75,7 @@ class ComfyTransformerText:
 
     def __init__(self, clip: Any, family: str) -> None:
         self.clip, self.family, self.title = clip, family, FAMILIES[family]["title"]
+        self.front: Front | None = None  # of a family whose rows a part of the MODEL makes
         # Tokenizers with a template read no weights and take no such argument.
         self._plain = {} if FAMILIES[family]["comfyui"].get("unweighted") else PLAIN
 
@@ -75,7 +107,8 @@ class ComfyTransformerText:
             for number, vocabulary in enumerate(vocabularies)
             for token, id in vocabulary.items()
         }
-        return clip_fingerprint(self.clip, merged)
+        own = clip_fingerprint(self.clip, merged)
+        return own if self.front is None else fingerprint(own, self.front.fingerprint)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """Rows as ComfyUI gives them; (brackets) are read as letters, not as weights."""
@@ -85,6 +118,8 @@ class ComfyTransformerText:
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
         """Summary rows by the first part alone and without padding, an eighth of the time."""
+        if self.front is not None:
+            return prompt_summaries(self, prompts, self.encode(prompts)).cpu()
         part = self.present[0]
         names = [name for name in part["encoders"] if getattr(self.clip.cond_stage_model, name)]
         sections = self._tokens(part, prompts)
@@ -145,13 +180,18 @@ class ComfyTransformerText:
     def _rows(self, prompts: Sequence[str]) -> list[tuple[Tensor, Any]]:
         """Context [1, tokens, dim] and pooled embedding [1, dim], or None, of each prompt."""
         tokens = [first_sections(self.clip, prompt, **self._plain) for prompt in prompts]
-        rows = []
+        rows, conditions = [], []
         for context, pooled, *extra in encode_tokens(self.clip, tokens):
-            padded = any(part.get("padded") for part in self.present)  # the network reads padding
+            # Some networks read padding, and so does the front of one.
+            padded = self.front is not None or any(part.get("padded") for part in self.present)
             mask = extra[0].get("attention_mask") if extra and not padded else None
             context = context.float()
             rows.append((context if mask is None else context[:, mask[0] > 0], pooled))
-        return rows
+            conditions.append(extra[0] if extra else {})
+        if self.front is None:
+            return rows
+        contexts, pooled = zip(*rows, strict=True)
+        return list(zip(self.front.rows(contexts, conditions), pooled, strict=True))
 
     def _encoding(self, prompt: str, context: Tensor, pooled: Any) -> Encoding:
         streams = {CONTEXT: self._normed(context)}

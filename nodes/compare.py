@@ -162,7 +162,7 @@ class Compare(io.ComfyNode):
         labels = [name.strip() for name in names.split(",") if name.strip()]
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         labels = labels[: len(models)]
-        text = text_of(clip)
+        text = text_of(clip, before)
         prompt_of = [prompt for prompt in texts for _ in range(seeds)]  # of each image of a model
         encoding, negative = text.encode(texts), text.encode([""])
         images = []  # [prompts * seeds, 3, height, width] of every model

@@ -11,8 +11,9 @@ from ..realera.edit.text_layers import family_in
 from ..realera.evaluation.coarse_samples import coarse_samples
 from ..realera.report import plots, scope
 from ..realera.settings import MAX_SUPPRESSION, SolveSettings
-from .comfy_model import ComfyDiffusion, refuse_other_family
+from .comfy_model import ComfyDiffusion
 from .comfy_patch import apply_erasure
+from .comfy_transformer_text import refuse_other_family
 from .page import to_image
 from .progress import reporter
 from .schema import ALIASES, ErasureWire, MiningWire, Schema, advanced, growing, strength_input

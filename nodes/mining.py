@@ -82,6 +82,14 @@ class NeighborSampler(io.ComfyNode):
             search_aliases=[*ALIASES, "concept erasure", "mining", "neighbor"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of the model to edit."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "The model to edit; needed for Krea 2 and Anima, a part of which reads the "
+                        "text before the layers that are edited."
+                    ),
+                ),
                 io.String.Input(
                     "concepts",
                     multiline=True,
@@ -241,6 +249,7 @@ class NeighborSampler(io.ComfyNode):
         d1_anchor: float = AUTO_DISTANCE,
         seed: int = NEIGHBOR.seed,
         words: str = "",
+        model=None,
     ) -> io.NodeOutput:
         settings = neighbor_settings(
             source,
@@ -254,7 +263,7 @@ class NeighborSampler(io.ComfyNode):
             seed=seed,
         )
         parsed = parse_concepts(concepts, lines(templates))
-        text = text_of(clip)
+        text = text_of(clip, model)
         report = reporter(cls.hidden.unique_id, "mining")
         mining = mine(text, parsed, settings, None, report)
         plan = mining.plan

@@ -48,7 +48,7 @@ from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.preview import preview_latents
 from RealEra.realera.edit.closed_form import Edit
 from RealEra.realera.edit.erasure import Erasure
-from RealEra.realera.edit.text_layers import text_layers
+from RealEra.realera.edit.text_layers import TRANSFORMERS, text_layers
 from RealEra.realera.evaluation.coarse_samples import COARSE
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
 from RealEra.realera.training.gradient_checkpointing import activation_bytes, checkpointed
@@ -160,10 +160,13 @@ def text_encoders():
 def transformer_texts():
     """Every kind of TextEncoder of a transformer, by name; built once."""
     kinds = {**SD3_ENCODERS, **{family: {} for family in NETWORKS if family != "sd3"}}
-    return {
-        name: text_of(tiny_text(name.split()[0], fill, **encoders))
-        for name, encoders in kinds.items()
-    }
+    made = {}
+    for name, encoders in kinds.items():
+        family = name.split()[0]
+        fronted = "front" in TRANSFORMERS[family]["comfyui"]
+        model = random_model(*NETWORKS[family], torch.float32) if fronted else None
+        made[name] = text_of(tiny_text(family, fill, **encoders), model)
+    return made
 
 
 def diffusions(vae):
@@ -208,17 +211,19 @@ def random_encoding(model, prompts=2):
     return Encoding({stream: streams[stream] for stream in (CONTEXT, POOLED) if stream in streams})
 
 
-def own_prediction(patcher, z, sigma, encoding, noise):
-    """What ComfyUI's own `apply_model` makes of noised latents at these sigmas: (x, denoised)."""
+def own_prediction(patcher, z, sigma, encoding, noise, **extra):
+    """What ComfyUI's own `apply_model` makes of noised latents at these sigmas: (x, denoised).
+
+    extra: further conditions
+    """
     model = patcher.model
     video = model.latent_format.latent_dimensions == 3
     clean, noise = (t[:, :, None] if video else t for t in (z.clone(), noise.clone()))
     x = model.model_sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean)
     pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
-    mask = {}
     if isinstance(model, comfy.model_base.Lumina2):  # as its text encoders tell it
-        mask["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
-    extra = model.extra_conds(
+        extra["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
+    made = model.extra_conds(
         noise=x,
         latent_image=torch.zeros_like(x),
         device=CPU,
@@ -226,14 +231,33 @@ def own_prediction(patcher, z, sigma, encoding, noise):
         pooled_output=pooled,
         width=8 * z.shape[3],
         height=8 * z.shape[2],
-        **mask,
+        **extra,
     )
     conditions = {
         name: condition.process_cond(len(x), device=CPU, area=None).cond
-        for name, condition in extra.items()
+        for name, condition in made.items()
     }
     denoised = model.apply_model(x, sigma, **conditions)
     return (x[:, :, 0], denoised[:, :, 0]) if video else (x, denoised)
+
+
+def fronted_prediction(diffusion, z, sigma, noise):
+    """As `own_prediction` for random rows of the encoders; (x, denoised, rows of the front)."""
+    front, made = diffusion.front, []
+    wide = next(iter(text_layers(diffusion.network).values())).layer.in_features
+    for k in range(len(z)):
+        context = torch.randn(1, 20, wide * (front.layers or 1))
+        extra = {}
+        if front.ids:
+            extra = {front.ids: torch.randint(1, 3000, (24,)), "t5xxl_weights": torch.ones(24)}
+        (rows,) = front.rows([context], [extra])
+        one = slice(k, k + 1)
+        given = Encoding({CONTEXT: context})
+        made.append(
+            (*own_prediction(diffusion.model, z[one], sigma[one], given, noise[one], **extra), rows)
+        )
+    x, denoised, rows = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return x, denoised, Encoding({CONTEXT: rows})
 
 
 def preview_differs(patcher, erasure, encoding, noise):
@@ -257,9 +281,12 @@ def check(family, layout, dtype):
     model, diffusion = patcher.model, ComfyDiffusion(patcher, None)
     comfy.model_management.load_models_gpu([patcher])
     z, sigma = torch.randn(2, *diffusion.latent_shape), model.model_sampling.sigmas[[100, 800]]
-    encoding = random_encoding(model)
     noise = torch.randn(z.shape)
-    x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
+    if diffusion.front is None:
+        encoding = random_encoding(model)
+        x, theirs = own_prediction(patcher, z, sigma, encoding, noise)
+    else:
+        x, theirs, encoding = fronted_prediction(diffusion, z, sigma, noise)
     z_t = diffusion.noised(z, noise, sigma)
     ours = diffusion.predict(z_t, sigma, encoding)
     denoised = model.model_sampling.calculate_denoised(sigma, ours, x)

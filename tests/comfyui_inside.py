@@ -442,7 +442,10 @@ def claim_prompts_are_encoded_in_batches_as_comfyui_encodes_each():
             rows = encoding.take(torch.tensor([number]))
             there = rows.there(CONTEXT)[0]
             due = alone["cond"][0]
-            if "attention_mask" in alone and not any(part.padded for part in text.parts):
+            front = getattr(text, "front", None)
+            if front is not None:
+                due = front.rows([due[None]], [alone])[0][0]
+            elif "attention_mask" in alone and not any(part.padded for part in text.parts):
                 due = due[alone["attention_mask"][0] > 0]
             if text.family and any("norm" in r for r in TEXT_FAMILIES[text.family]["readers"]):
                 due = unit(due)
@@ -981,7 +984,7 @@ def claim_a_transformer_on_comfyui_is_erased_alike_by_patches_file_lora_and_rows
         write_lora(patcher, erasure, lora, 1e-6)
         loaded = comfy.utils.load_torch_file(str(lora), safe_load=True)
         by_lora, _ = comfy.sd.load_lora_for_models(patcher, None, loaded, 1.0, 1.0)
-        assert len(by_lora.patches) == len(erasure.edits), family
+        assert len(by_lora.patches) == len(text_layers(patcher.model.diffusion_model)), family
 
         ways = {"file": drawn(file), "LoRA": drawn(by_lora)}
         if not any(reader.norm for reader in text_layers(patcher.model.diffusion_model).values()):
@@ -1166,6 +1169,58 @@ def claim_a_clip_whose_rows_a_part_of_the_model_makes_is_refused():
     clip = SimpleNamespace(cond_stage_model=Krea2TEModel())
     with refused("made by txtfusion, a part of the MODEL"):
         text_of(clip)
+
+
+def claim_the_model_of_krea_2_and_anima_makes_the_rows_that_are_erased():
+    if "krea2" not in NETWORKS:
+        raise Skipped("ComfyUI before 2026")
+    for family in ("krea2", "anima"):
+        text = transformer_texts()[family]
+        one = {"model": text.front.model}
+        named = {"concepts": NAMED, "source": "isotropic", "count": 1}
+        (found, *_) = run(mining.NeighborSampler, clip=text.clip, **one, **named)
+        _, erasure, *_ = run(edit.ClosedFormEdit, **one, mining=found, bank=False)
+        assert erasure.family == family
+        aligned = short(**one, mining=found, erasure=erasure)
+        assert len(aligned.lora) == len(text_layers(one["model"].model.diffusion_model))
+        assert all(b.any() for _, b in aligned.lora.values())
+        with refused("connect the CLIP of the MODEL's own family"):
+            text_of(text.clip, miniature().model)
+
+
+def claim_the_text_enters_by_the_layers_that_are_edited_and_no_other_way():
+    """With their outputs held as of one prompt, another one of equal length changes no bit."""
+    for family in (name for name in NETWORKS if "pipeline" not in TEXT_FAMILIES[name]):
+        text, model = (
+            transformer_texts()[family],
+            loaded(random_model(*NETWORKS[family], torch.float32)),
+        )
+        layers = [reader.layer for reader in text_layers(model.model.diffusion_model).values()]
+        torch.manual_seed(0)
+        z, noise = torch.randn(2, 1, *ComfyDiffusion(model, None).latent_shape)
+        sigma = model.model.model_sampling.sigmas[[500]]
+
+        def drawn(prompt, hook, text=text, model=model, layers=layers, given=(z, noise, sigma)):
+            z, noise, sigma = given
+            tokens = text.clip.tokenize(prompt)
+            extra = text.clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+            streams = {CONTEXT: extra.pop("cond")}
+            if (pooled := extra.pop("pooled_output")) is not None:
+                streams[POOLED] = pooled[:, None]
+            handles = [layer.register_forward_hook(hook) for layer in layers]
+            try:
+                return own_prediction(model, z, sigma, Encoding(streams), noise, **extra)[1]
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        outputs = []
+        first = drawn("a red cat", lambda _, given, output, outputs=outputs: outputs.append(output))
+        free = drawn("a red dog", lambda *_: None)
+        kept = iter(outputs)
+        held = drawn("a red dog", lambda *_, kept=kept: next(kept))
+        assert torch.equal(first, held) and next(kept, None) is None, family
+        assert not torch.equal(first, free), family
 
 
 def claim_the_bundled_transformer_forgets_what_it_is_told_to():

@@ -304,7 +304,9 @@ MARKS += [marks for known in UNCOVERED for marks in known["marks"]]
 LAYERS = {mark.removeprefix("!").partition(":")[0] for marks in MARKS for mark in marks}
 READERS = [reader for family in TRANSFORMERS.values() for reader in family["readers"]]
 READERS += [reader["norm"] for reader in READERS if "norm" in reader]
-LAYERS |= {reader[layout] for reader in READERS for layout in LAYOUTS}
+LAYERS |= {
+    reader[layout].replace("*", "0") for reader in READERS for layout in LAYOUTS if layout in reader
+}
 LAYERS |= {"input_blocks.0.0", "label_emb.0.0"}
 
 

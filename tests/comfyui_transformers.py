@@ -6,6 +6,7 @@ ComfyUI lets them be: it pads SD 3's rows to 4096 whatever the encoders are.
 
 import io
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -23,7 +24,8 @@ from comfy.ldm.flux.model import FluxParams
 from comfy.text_encoders import flux, lumina2, pixart_t5, qwen_image, sd3_clip
 
 try:
-    from comfy.text_encoders import z_image
+    import comfy.ldm.anima.model
+    from comfy.text_encoders import anima, krea2, qwen3vl, z_image
 except ImportError:  # ComfyUI before 2026
     z_image = None
 
@@ -155,6 +157,46 @@ if z_image is not None:
         },
     )
 
+    NETWORKS["krea2"] = (
+        comfy.supported_models.Krea2,
+        {
+            "image_model": "krea2",
+            "features": 64,
+            "tdim": 32,
+            "txtdim": WIDTH,
+            "heads": 2,
+            "kvheads": 1,
+            "layers": 1,
+            "txtheads": 4,
+            "txtkvheads": 4,
+        },
+    )
+    NETWORKS["anima"] = (
+        comfy.supported_models.Anima,
+        {
+            "image_model": "anima",
+            "max_img_h": 64,
+            "max_img_w": 64,
+            "max_frames": 8,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_spatial": 2,
+            "patch_temporal": 1,
+            "model_channels": 64,
+            "num_blocks": 2,
+            "num_heads": 2,
+            "crossattn_emb_channels": WIDTH,
+            "pos_emb_cls": "rope3d",
+            "use_adaln_lora": True,
+            "adaln_lora_dim": 16,
+            "rope_enable_fps_modulation": False,
+        },
+    )
+    sizes = {"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH}
+    comfy.ldm.anima.model.LLMAdapter = partial(
+        comfy.ldm.anima.model.LLMAdapter, **sizes, num_layers=1, num_heads=4
+    )
+
 CLIP = {"num_attention_heads": 4, "num_hidden_layers": 3}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
 CLIP_G = CLIP | {"hidden_size": 48, "intermediate_size": 64, "projection_dim": 48}
@@ -172,7 +214,7 @@ LLM = {
 class Blind(torch.nn.Module):
     """In place of Qwen's eyes, which are large and see nothing here."""
 
-    def __init__(self, **_):
+    def __init__(self, *_, **__):
         super().__init__()
 
 
@@ -214,21 +256,23 @@ def tiny_text(family, fill, **encoders):
     if z_image is not None:
         kinds["z_image"] = (z_image.ZImageTokenizer, z_image.te())
         kinds["flux2_klein"] = (flux.KleinTokenizer, flux.klein_te())
+        kinds["krea2"] = (krea2.Krea2Tokenizer, krea2.te())
+        kinds["anima"] = (anima.AnimaTokenizer, anima.te())
+        options["qwen3_06b_model_config"] = llm
+        options["qwen3vl_4b_model_config"] = llm | {"num_hidden_layers": 36}  # 12 of them are read
     if family == "flux2_klein":  # rows of the layers 9, 18 and 27
         options["qwen3_4b_model_config"] = llm | {"num_hidden_layers": 28}
     target = comfy.supported_models_base.ClipTarget(*kinds[family])
-    eyes, comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer = (
-        comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer,
-        Blind,
-    )
-    try:
+    eyes = [(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer")]
+    eyes += [] if z_image is None else [(qwen3vl, "Qwen3VLVisionModel")]
+    with ExitStack() as stack:
+        for module, name in eyes:
+            stack.enter_context(mock.patch.object(module, name, Blind))
         clip = comfy.sd.CLIP(
             target,
             model_options={**options, "dtype": torch.float32},
             tokenizer_data={"spiece_model": sentence_pieces()} if family == "lumina2" else {},
         )
-    finally:
-        comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer = eyes
     fill(clip.cond_stage_model, torch.float32)
     wrap(clip.cond_stage_model)
     return clip

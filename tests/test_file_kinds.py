@@ -193,7 +193,7 @@ def test_every_command_knows_a_model_in_whatever_layout(tmp_path, commands, name
     ("name", "state", "reason"),
     [
         ("prefix", prefixed("teacher.unet.", network()), r"keys begin with 'teacher\.unet\.'"),
-        ("FLUX's prefix", prefixed("net.", FLUX), r"keys begin with 'net\.'"),
+        ("FLUX's prefix", prefixed("student.", FLUX), r"keys begin with 'student\.'"),
         ("refiner", network(1280), "cross-attention over embeddings of 1280 numbers"),
         ("FLUX.2", ones("txt_in.weight", "double_blocks.0.x.weight"), "layer 'txt_in' that"),
         ("part", {key: t for key, t in network().items() if "attn2" in key}, "not a whole U-Net"),

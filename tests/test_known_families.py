@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from realera.checkpoints.families import family_of
+from realera.checkpoints.loading import load_model, load_text
 from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.cli import main
 from realera.edit.closed_form import Edit, Sums
 from realera.edit.erasure import UNET, Erasure, affected_layers
 from realera.edit.erasure_file import load_erasure, save_erasure
-from realera.edit.text_layers import UNCOVERED, text_layers
+from realera.edit.text_layers import UNCOVERED, text_layers, trained_layers
 from realera.text.encoding import CONTEXT
+from realera.training.lora import with_lora
 
 HERE = Path(__file__).parent
 LISTED = json.loads((HERE / "comfyui_layers.json").read_text("utf-8"))
@@ -128,6 +130,31 @@ def test_an_erasure_is_applied_to_its_own_family_alone(tmp_path):
         with pytest.raises(ValueError, match=match):
             affected_layers(wrong, network)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+ANIMA = [f"blocks.{n}.cross_attn.{part}_proj" for n in (0, 1, 10) for part in "kv"]
+
+
+def test_the_layers_of_every_block_are_erased_and_those_of_the_part_in_front_are_not(tmp_path):
+    """Anima's, whose keys begin with "net."; llm_adapter has layers of the same names."""
+    others = ("llm_adapter.embed", "llm_adapter.blocks.0.cross_attn.k_proj", "blocks.0.mlp.layer1")
+    network, path = Reader([*ANIMA, *others], 8), tmp_path / "anima.safetensors"
+    assert [*text_layers(network)] == ANIMA and [*trained_layers(network)] == ANIMA
+    state = {f"net.{key}": tensor for key, tensor in network.state_dict().items()}
+    save_file(state, path)
+    erasure = erasure_for(8, "anima")
+    write_checkpoint(path, erasure, tmp_path / "erased.safetensors")
+    erased = load_file(tmp_path / "erased.safetensors")
+    changed = [key for key in state if not torch.equal(state[key], erased[key])]
+    assert changed == [f"net.{name}.weight" for name in ANIMA]
+    write_lora(path, erasure, tmp_path / "lora.safetensors")
+    lora = load_file(tmp_path / "lora.safetensors")
+    assert {key.partition(".lora_")[0] for key in lora} == {f"diffusion_model.{n}" for n in ANIMA}
+    with with_lora(network, 1, 0) as trained:
+        assert [*trained] == ANIMA
+    for load in (load_model, load_text):
+        with pytest.raises(ValueError, match=r"make the erasure in ComfyUI; `realera apply`"):
+            load(path)
 
 
 def test_an_erasure_file_keeps_the_family_and_a_merge_refuses_two(tmp_path):

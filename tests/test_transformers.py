@@ -82,8 +82,8 @@ def test_a_network_with_embedded_guidance_is_sampled_without_classifier_free_gui
     assert [guidance_of(model_of(name).network) for name in ("flux1", "sd3")] == [1.0, 7.5]
 
 
-def test_every_family_that_is_data_has_a_tiny_model():
-    assert TRANSFORMERS.keys() == FAMILIES.keys()
+def test_every_family_that_diffusers_runs_has_a_tiny_model():
+    assert {name for name, family in TRANSFORMERS.items() if "pipeline" in family} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

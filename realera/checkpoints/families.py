@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..edit.text_layers import (
     FAMILIES,
-    LAYOUTS,
     SUPPORTED,
     TRANSFORMERS,
     canonical,
@@ -252,7 +251,7 @@ def _unknown_family(layer: str, dim: int, pooled: bool) -> str:
 def _unknown_network(layers: Iterable[str]) -> str:
     """The predicate of a sentence on a file in which no layer is known to read text."""
     layers = set(layers)
-    marks = (known["marks"][layout][0] for known in TRANSFORMERS.values() for layout in LAYOUTS)
+    marks = (marks[0] for known in TRANSFORMERS.values() for marks in known["marks"].values())
     for mark in (*_UNET_LAYERS, *marks):
         for prefix in {layer.removesuffix(mark) for layer in layers if layer.endswith("." + mark)}:
             if _reads_context(canonical(layer.removeprefix(prefix) for layer in layers).values()):

@@ -17,7 +17,7 @@ AVERAGE = "model_ema.diffusion_model"  # running average of a U-Net; its keys ha
 COPIES = (CONTROLNET, AVERAGE)
 _PARALLEL = "module."  # what DistributedDataParallel puts in front of the keys
 _PREFIXES = {
-    NETWORK: re.compile(r"(?:model\.)?diffusion_model\.|unet\.|transformer\."),
+    NETWORK: re.compile(r"(?:model\.)?diffusion_model\.|unet\.|transformer\.|net\."),
     VAE: re.compile(r"vae\."),
 }
 _WEIGHTS = (

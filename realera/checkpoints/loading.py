@@ -161,7 +161,7 @@ def _transformer_model(
     device: str | torch.device,
 ) -> TransformerModel:
     path, dtype = locate(source), _dtype(family, dtype, device)
-    if path.is_dir():
+    if path.is_dir() and "pipeline" in FAMILIES[family.name]:
         return TransformerModel(_transformer_pipeline(path, family, dtype).to(device))
     text, config = _transformer_text(source, family, dtype, device), family.config
     file = open_tensors(path)
@@ -185,8 +185,8 @@ def _transformer_text(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> TransformerText | MiniatureTransformerText:
-    path = locate(source)
-    if path.is_dir():
+    path, in_diffusers = locate(source), "pipeline" in FAMILIES[family.name]
+    if path.is_dir() and in_diffusers:
         pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
         front = _front(path, family, dtype)
         return TransformerText(pipeline.to(device), family.name, front and front.to(device))
@@ -194,16 +194,16 @@ def _transformer_text(
         inside = sorted(
             {key.split(".")[1] for key in open_tensors(path).entries if key.startswith(ENCODERS)}
         )
+        encoders = (
+            f"file whose text encoders ({', '.join(inside)}) RealEra reads in ComfyUI"
+            f"{' and in a diffusers folder' * in_diffusers} only"
+            if inside
+            else "transformer without its text encoders"
+        )
         raise ValueError(
-            f"{path} is a {family.title} "
-            + (
-                f"file whose text encoders ({', '.join(inside)}) RealEra reads in ComfyUI and in a "
-                "diffusers folder only"
-                if inside
-                else "transformer without its text encoders"
-            )
-            + ": make the erasure in ComfyUI, or from the diffusers folder of the model; `realera "
-            "apply` writes it into this file"
+            f"{path} is a {family.title} {encoders}: make the erasure in ComfyUI"
+            f"{', or from the diffusers folder of the model' * in_diffusers}; `realera apply` "
+            "writes it into this file"
         )
     # The bundled transformer has the text encoder of the miniature, which its file leaves out.
     clip: Any = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)

@@ -22,10 +22,10 @@ from ..edit.closed_form import Edit
 from ..edit.erasure import Erasure, erased_names, refuse_family, refuse_misfit
 from ..edit.text_layers import (
     FAMILIES,
-    LAYOUTS,
     TRANSFORMERS,
     TextLayerKind,
     diffusers_names,
+    names_of_reader,
     text_layer_kind,
 )
 from ..settings import TOLERANCE, TOLERANCES
@@ -340,11 +340,8 @@ def _square_norm(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> float:
 def _prefixes(kinds: Mapping[str, TextLayerKind], family: str | None) -> dict[str, str]:
     """Canonical layer name -> name of the layer in a LoRA file."""
     if family in TRANSFORMERS:
-        description = TRANSFORMERS[family]
-        return {
-            layer["single"]: description["lora"].format(**{name: layer[name] for name in LAYOUTS})
-            for layer in description["readers"]
-        }
+        pattern = TRANSFORMERS[family]["lora"]
+        return {name: pattern.format(**names_of_reader(name, family)) for name in kinds}
     # kohya names SD 1.x and 2.x layers as diffusers does and SDXL's as the checkpoint does.
     xl = POOLED in {kind.stream for kind in kinds.values()}
     names = {name: name for name in kinds} if xl else diffusers_names(kinds)

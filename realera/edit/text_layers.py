@@ -62,6 +62,11 @@ class TextLayerKind:
         return columns == dim if self.sole_input else columns >= dim
 
 
+def _pattern(name: str) -> str:
+    """Regular expression of a layer's name in a family's file, where * is the number of a block."""
+    return re.escape(name).replace(r"\*", r"(\d{1,3})")
+
+
 def _transformer_kinds() -> Iterable[TextLayerKind]:
     layers = [layer for family in TRANSFORMERS.values() for layer in family["readers"]]
     norms = {layer["single"]: layer["norm"] for layer in layers if "norm" in layer}
@@ -69,7 +74,7 @@ def _transformer_kinds() -> Iterable[TextLayerKind]:
         norm, trained = norms.get(name, {}), stream == CONTEXT
         yield TextLayerKind(
             stream,
-            re.escape(name),
+            _pattern(name),
             trained=trained,
             norm=norm.get("single"),
             offset=norm.get("offset", 0.0),
@@ -200,9 +205,7 @@ def text_layer_kind(name: str, family: str | None = None) -> TextLayerKind | Non
 
     family: of the transformer, where it is known: a reader's name is another layer's in others
     """
-    if family is not None and all(
-        reader["single"] != name for reader in TRANSFORMERS[family]["readers"]
-    ):
+    if family is not None and not names_of_reader(name, family):
         return None
     return next((kind for kind in KINDS if re.fullmatch(kind.pattern, name)), None)
 
@@ -213,8 +216,8 @@ def transformer_of(layers: Mapping[str, int | None]) -> tuple[str, str] | None:
     layers: name -> number of columns of the weight; None where that is no matrix or not known
     """
     for family, known in TRANSFORMERS.items():
-        for layout in LAYOUTS:
-            if _has_marks(layers, known["marks"][layout]):
+        for layout, marks in known["marks"].items():
+            if _has_marks(layers, marks):
                 return family, layout
     return None
 
@@ -282,8 +285,7 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     transformer = transformer_of(dict.fromkeys(names))
     if transformer is not None:
-        known = canonical_names(*transformer)
-        return {name: known.get(name, name) for name in names}
+        return {name: _canonical_name(name, *transformer) for name in names}
     found = [re.fullmatch(_DIFFUSERS, name) for name in names]
     downs = [int(m["layer"]) for m in found if m and m["block"].startswith("down")]
     stride = max(downs, default=1) + 2  # the layers of a block and its down- or upsampler
@@ -304,11 +306,30 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     return {name: rename(name, match) for name, match in zip(names, found, strict=True)}
 
 
-def canonical_names(family: str, layout: str) -> dict[str, str]:
-    """Name in a layout -> canonical name, of a transformer's text layers and their norms."""
-    layers = TRANSFORMERS[family]["readers"]
-    norms = (layer["norm"] for layer in layers if "norm" in layer)
-    return {names[layout]: names["single"] for names in (*layers, *norms)}
+def _canonical_name(name: str, family: str, layout: str) -> str:
+    """Canonical name of a transformer's text layer or its norm; other names stay."""
+    for reader in TRANSFORMERS[family]["readers"]:
+        for names in (reader, reader.get("norm", {})):
+            if layout in names and (match := re.fullmatch(_pattern(names[layout]), name)):
+                return _filled(names["single"], match)
+    return name
+
+
+def names_of_reader(name: str, family: str) -> dict[str, str]:
+    """Layout -> name in it, of a transformer's text layer; {} where no layer of the family has the
+    name.
+
+    name: canonical name
+    """
+    for reader in TRANSFORMERS[family]["readers"]:
+        if match := re.fullmatch(_pattern(reader["single"]), name):
+            return {key: _filled(reader[key], match) for key in LAYOUTS if key in reader}
+    return {}
+
+
+def _filled(name: str, match: re.Match[str]) -> str:
+    """A name in a family's file with the number of the block of a `_pattern` that matched."""
+    return name.replace("*", match[1]) if "*" in name else name
 
 
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:

@@ -12,14 +12,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from ..edit.text_layers import uncompiled_module
+from ..edit.text_layers import trained_layers, uncompiled_module
 from .in_place import differentiable
 from .objective import LossTerm
 from .student_teacher import StudentTeacher
 
 # Residual and attention blocks of a U-Net, and transformer blocks, in diffusers and ComfyUI.
 UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
-TRANSFORMER_BLOCK = r"((joint|double|single)_blocks|(single_)?transformer_blocks|layers)\.\d+"
+TRANSFORMER_BLOCK = r"(((joint|double|single)_)?blocks|(single_)?transformer_blocks|layers)\.\d+"
 ROOM = 1.1  # peak of a step / saved activations; 1.01 to 1.04 in `benchmarks/results/memory.md`
 
 
@@ -78,7 +78,7 @@ def activation_bytes(networks: StudentTeacher, term: LossTerm) -> int:
 def checkpointed(network: nn.Module) -> Iterator[None]:
     """Context in which a block saves only its inputs, and runs again to compute gradients."""
 
-    def twice(forward: Callable[..., Tensor], in_transformer: bool) -> Callable[..., Tensor]:
+    def twice(forward: Callable[..., Tensor], behind: bool) -> Callable[..., Tensor]:
         def run(*inputs: Any, **options: Any) -> Tensor:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **options)
@@ -88,30 +88,31 @@ def checkpointed(network: nn.Module) -> Iterator[None]:
             ]
 
             def once(*arguments: Any) -> Tensor:
-                # The trained layers of a transformer are in front of all blocks, so that inputs
-                # of blocks have gradients, and some blocks write into their inputs.
-                if in_transformer:
+                # Behind the trained layers, inputs of blocks have gradients, and some blocks write
+                # into their inputs.
+                if behind:
                     arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
                 named = dict(zip(options, arguments[len(inputs) :], strict=True))
-                with differentiable() if in_transformer else nullcontext():
+                with differentiable() if behind else nullcontext():
                     return forward(*arguments[: len(inputs)], **named)
 
             # A block that writes into its inputs needs the reentrant version.
-            return checkpoint(
-                once, *arguments, use_reentrant=in_transformer, preserve_rng_state=False
-            )
+            return checkpoint(once, *arguments, use_reentrant=behind, preserve_rng_state=False)
 
         return run
 
-    blocks, in_transformer = [], []
+    paths = [layer.path for layer in trained_layers(network).values()]
+    blocks, behind_layers = [], []
     for name, module in uncompiled_module(network).named_modules():
-        if re.fullmatch(UNET_BLOCK, name) or re.fullmatch(TRANSFORMER_BLOCK, name):
+        in_unet = re.fullmatch(UNET_BLOCK, name) is not None
+        if in_unet or re.fullmatch(TRANSFORMER_BLOCK, name):
             blocks.append(module)
-            in_transformer.append(re.fullmatch(UNET_BLOCK, name) is None)
+            inside = any(path.startswith(f"{name}.") for path in paths)
+            behind_layers.append(not in_unet and not inside)
     before = [vars(block).get("forward") for block in blocks]  # accelerate's hook, for example
     try:
-        for block, transformer in zip(blocks, in_transformer, strict=True):
-            block.forward = twice(block.forward, transformer)
+        for block, behind in zip(blocks, behind_layers, strict=True):
+            block.forward = twice(block.forward, behind)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

@@ -1,5 +1,6 @@
 """A peft LoRA on the layers that read the text, and its removal."""
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,7 +41,9 @@ def with_lora(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
         )
     required = {name: p.requires_grad for name, p in network.named_parameters()}
     had_config = hasattr(network, "peft_config")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths.values()))
+    # A list of names would also match those that end alike, as in Anima's llm_adapter.
+    exactly = "|".join(map(re.escape, paths.values()))
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
     # ComfyUI's quantised layers are linear layers that peft does not know.
     unknown = {type(t.layer) for t in trained.values() if not isinstance(t.layer, nn.Linear)}
     config._register_custom_module(dict.fromkeys(unknown, peft.tuners.lora.Linear))
