@@ -35,16 +35,20 @@ def usage(index: list[dict[str, Any]]) -> Counter[str]:
         for template in group["templates"]:
             tags = template.get("tags") or []
             if "Text to Image" in tags and "API" not in tags:
-                found[family_of(template.get("models") or [])] += template.get("usage", 0)
+                models = [template.get("name", ""), *(template.get("models") or [])]
+                found[family_of(models)] += template.get("usage", 0)
     return found
 
 
 def family_of(models: list[str]) -> str:
-    """Name of the family that has one of the models; the last model where none has."""
+    """Name of the family that has one of the models; the last model where none has.
+
+    models: name of a template, then those of its models
+    """
     for family, known in FAMILIES.items():
-        if set(models) & set(known["models"]):
+        if set(models) & {*known["models"], *known.get("templates", ())}:
             return family
-    return models[-1] if models else OTHER
+    return models[-1] if len(models) > 1 else OTHER
 
 
 def table(used: Mapping[str, int]) -> str:

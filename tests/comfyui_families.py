@@ -48,7 +48,7 @@ from RealEra.nodes.comfy_transformer_text import text_of
 from RealEra.nodes.preview import preview_latents
 from RealEra.realera.edit.closed_form import Edit
 from RealEra.realera.edit.erasure import Erasure
-from RealEra.realera.edit.text_layers import TRANSFORMERS, text_layers
+from RealEra.realera.edit.text_layers import TRANSFORMERS, family_in, text_layers
 from RealEra.realera.evaluation.coarse_samples import COARSE
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
 from RealEra.realera.training.gradient_checkpointing import activation_bytes, checkpointed
@@ -221,7 +221,8 @@ def own_prediction(patcher, z, sigma, encoding, noise, **extra):
     clean, noise = (t[:, :, None] if video else t for t in (z.clone(), noise.clone()))
     x = model.model_sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean)
     pooled = encoding[POOLED][:, 0] if POOLED in encoding else None
-    if isinstance(model, comfy.model_base.Lumina2):  # as its text encoders tell it
+    family = family_in(model.diffusion_model)
+    if family and TRANSFORMERS[family]["comfyui"].get("mask"):  # as its text encoders tell it
         extra["attention_mask"] = torch.ones(1, encoding[CONTEXT].shape[1], dtype=torch.int64)
     made = model.extra_conds(
         noise=x,

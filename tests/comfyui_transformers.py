@@ -25,7 +25,16 @@ from comfy.text_encoders import flux, lumina2, pixart_t5, qwen_image, sd3_clip
 
 try:
     import comfy.ldm.anima.model
-    from comfy.text_encoders import anima, krea2, qwen3vl, z_image
+    from comfy.text_encoders import (
+        anima,
+        boogu,
+        kandinsky5,
+        krea2,
+        mage_flow,
+        omnigen2,
+        qwen3vl,
+        z_image,
+    )
 except ImportError:  # ComfyUI before 2026
     z_image = None
 
@@ -192,6 +201,55 @@ if z_image is not None:
             "rope_enable_fps_modulation": False,
         },
     )
+    NETWORKS["mage_flow"] = (
+        comfy.supported_models.MageFlow,
+        {
+            "image_model": "mage_flow",
+            "num_layers": 1,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "joint_attention_dim": WIDTH,
+            "axes_dims_rope": AXES,
+        },
+    )
+    omnigen2_like = {
+        "hidden_size": 64,
+        "num_layers": 1,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+        "multiple_of": 32,
+        "axes_dim_rope": AXES,
+        "axes_lens": (300, 64, 64),
+    }
+    NETWORKS["omnigen2"] = (
+        comfy.supported_models.Omnigen2,
+        omnigen2_like | {"image_model": "omnigen2", "text_feat_dim": WIDTH},
+    )
+    NETWORKS["boogu"] = (
+        comfy.supported_models.Boogu,
+        omnigen2_like
+        | {
+            "image_model": "boogu",
+            "num_double_stream_layers": 1,
+            "instruction_feat_dim": WIDTH,
+        },
+    )
+    NETWORKS["kandinsky5"] = (
+        comfy.supported_models.Kandinsky5Image,
+        {
+            "image_model": "kandinsky5",
+            "in_text_dim": WIDTH,
+            "in_text_dim2": 32,
+            "time_dim": 32,
+            "model_dim": 64,
+            "ff_dim": 64,
+            "visual_embed_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 1,
+            "axes_dims": AXES,
+        },
+    )
     sizes = {"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH}
     comfy.ldm.anima.model.LLMAdapter = partial(
         comfy.ldm.anima.model.LLMAdapter, **sizes, num_layers=1, num_heads=4
@@ -209,6 +267,8 @@ LLM = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+LLMS = ("qwen25_7b", "qwen25_3b", "qwen3_4b", "qwen3_06b", "qwen3vl_4b", "qwen3vl_8b", "gemma2_2b")
 
 
 class Blind(torch.nn.Module):
@@ -245,7 +305,7 @@ def tiny_text(family, fill, **encoders):
     width = 4096 if family == "sd3" else WIDTH
     options["t5xxl_model_config"] = T5 | {"d_model": width, "vocab_size": WORDS}
     llm = LLM | {"vocab_size": WORDS}
-    options |= {f"{name}_model_config": llm for name in ("qwen25_7b", "qwen3_4b", "gemma2_2b")}
+    options |= {f"{name}_model_config": llm for name in LLMS}
     kinds = {
         "sd3": (sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(**encoders)),
         "flux1": (flux.FluxTokenizer, flux.flux_clip()),
@@ -258,8 +318,12 @@ def tiny_text(family, fill, **encoders):
         kinds["flux2_klein"] = (flux.KleinTokenizer, flux.klein_te())
         kinds["krea2"] = (krea2.Krea2Tokenizer, krea2.te())
         kinds["anima"] = (anima.AnimaTokenizer, anima.te())
-        options["qwen3_06b_model_config"] = llm
-        options["qwen3vl_4b_model_config"] = llm | {"num_hidden_layers": 36}  # 12 of them are read
+        kinds["mage_flow"] = (mage_flow.MageFlowTokenizer, mage_flow.te())
+        kinds["omnigen2"] = (omnigen2.Omnigen2Tokenizer, omnigen2.te())
+        kinds["boogu"] = (boogu.BooguTokenizer, boogu.te())
+        kinds["kandinsky5"] = (kandinsky5.Kandinsky5TokenizerImage, kandinsky5.te())
+    if family == "krea2":  # rows of twelve layers
+        options["qwen3vl_4b_model_config"] = llm | {"num_hidden_layers": 36}
     if family == "flux2_klein":  # rows of the layers 9, 18 and 27
         options["qwen3_4b_model_config"] = llm | {"num_hidden_layers": 28}
     target = comfy.supported_models_base.ClipTarget(*kinds[family])

@@ -23,7 +23,7 @@ def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():
     lines = [line.removeprefix("CASE ") for line in done.stdout.splitlines() if "CASE" in line]
     newer = (
         "0.33"
-        in subprocess.run(  # which has Z-Image, FLUX.2, Krea 2 and Anima
+        in subprocess.run(  # which has more families
             [*command[:1], "-c", "import comfyui_version; print(comfyui_version.__version__)"],
             cwd=os.environ["COMFYUI_DIR"],
             capture_output=True,
@@ -31,7 +31,7 @@ def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():
             check=True,
         ).stdout
     )
-    assert len(lines) == 16 + 2 * (5 + 4 * newer)
+    assert len(lines) == 16 + 2 * (5 + 8 * newer)
     for case in map(json.loads, lines):
         assert case["denoised differs"] < 1e-3, case
         assert case["weights differ"] < 1e-6, case

@@ -19,7 +19,7 @@ from realera.cli import main
 from realera.edit.closed_form import Edit, Sums
 from realera.edit.erasure import UNET, Erasure, affected_layers
 from realera.edit.erasure_file import load_erasure, save_erasure
-from realera.edit.text_layers import UNCOVERED, text_layers, trained_layers
+from realera.edit.text_layers import UNCOVERED, family_in, text_layers, trained_layers
 from realera.text.encoding import CONTEXT
 from realera.training.lora import with_lora
 
@@ -173,10 +173,21 @@ def test_an_erasure_file_keeps_the_family_and_a_merge_refuses_two(tmp_path):
 
 
 def test_a_network_that_no_edit_covers_is_refused_by_its_name():
-    """In ComfyUI, where a Mage-Flow MODEL has the layers of a Qwen-Image one."""
-    names = ("transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in")
-    with pytest.raises(ValueError, match="is Mage-Flow: "):
+    """In ComfyUI, where an Ovis-Image MODEL has the txt_in of FLUX.1."""
+    names = ("double_blocks.0.img_mlp.gate_proj", "txt_norm", "txt_in")
+    with pytest.raises(ValueError, match="is Ovis-Image: "):
         text_layers(Reader(names, 128))
+
+
+def test_families_of_the_same_layers_are_told_by_what_the_layers_read():
+    for columns, family in ((128, "mage_flow"), (64, "qwen_image")):
+        names = ("transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in")
+        assert family_in(Reader(names, columns)) == family
+    names = ("text_embeddings.in_layer", "pooled_text_embeddings.in_layer")
+    names += ("visual_embeddings.in_layer",)
+    assert family_in(Reader(names, 64)) == "kandinsky5"
+    with pytest.raises(ValueError, match="is Kandinsky 5 Video: "):
+        text_layers(Reader(names, 132))
 
 
 @pytest.mark.parametrize("dim", [7680, 12288])

@@ -237,14 +237,14 @@ def refusal_of(layers: Mapping[str, int | None]) -> str | None:
 def _has_marks(layers: Mapping[str, int | None], marks: Iterable[str]) -> bool:
     """Whether these layers are those of a family with such marks.
 
-    marks: "name", a layer that it has; "name:128", one that reads 128 numbers; "!name", one that it
-        has not
+    marks: "name", a layer that it has; "name:128", one that reads 128 numbers; "!" in front of one
+        that it has not
     """
 
     def has(mark: str) -> bool:
-        name, _, columns = mark.removeprefix("!").partition(":")
         if mark.startswith("!"):
-            return name not in layers
+            return not has(mark[1:])
+        name, _, columns = mark.partition(":")
         return name in layers and (not columns or layers[name] in (None, int(columns)))
 
     return all(map(has, marks))

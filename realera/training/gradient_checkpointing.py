@@ -19,7 +19,10 @@ from .student_teacher import StudentTeacher
 
 # Residual and attention blocks of a U-Net, and transformer blocks, in diffusers and ComfyUI.
 UNET_BLOCK = r".*(resnets|attentions|input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+"
-TRANSFORMER_BLOCK = r"(((joint|double|single)_)?blocks|(single_)?transformer_blocks|layers)\.\d+"
+TRANSFORMER_BLOCK = (
+    r"(((joint|double|single|text|visual)_)?(transformer_)?blocks|((double|single)_stream_)?layers)"
+    r"\.\d+"
+)
 ROOM = 1.1  # peak of a step / saved activations; 1.01 to 1.04 in `benchmarks/results/memory.md`
 
 
