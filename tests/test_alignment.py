@@ -635,6 +635,14 @@ def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
             assert (one - other).norm() < 0.01 * one.norm()  # Adam's first steps are all signs
 
 
+def test_every_step_and_every_seed_trains_on_other_noise(model, job):
+    drawn = [
+        loss_terms(model, job, replace(SHORT, seed=seed), step)[0].z_t
+        for seed, step in ((0, 1), (0, 2), (0, 3), (0, 129), (1, 1), (2**63 + 5, 1))
+    ]
+    assert len({tuple(z_t.flatten().tolist()) for z_t in drawn}) == len(drawn)
+
+
 def test_activations_are_counted_without_being_held(model, job):
     with with_lora(model.network, 2, 0):
         networks = student_teacher(model, job.erasure)

@@ -22,6 +22,7 @@ from realera.algorithm import (
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.edit.closed_form import Edit, Sums, solve
 from realera.edit.erasure import Erasure
+from realera.mining import vocabulary
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
 from realera.mining.pairs import Pairs, encode_pairs, first_summaries
 from realera.mining.plan import Plan
@@ -319,6 +320,22 @@ def test_prompts_of_one_concept_get_different_words(two, words):
     assert len(set(of_one)) == 4 and near.pair.tolist()[3] != near.pair.tolist()[0]
     many, inside = words.neighbors(1, drawn(), [0] * 500), words.neighbors(10_000, drawn(), [0])
     assert set(many.words) == set(inside.words)  # all of them before one comes again
+
+
+def test_a_concept_without_words_gets_none():
+    concept = torch.tensor([0, 2, 0])
+    assert vocabulary.drawn(concept, 5, drawn(), [3, 1]).tolist() == []
+    assert vocabulary.drawn(concept, 5, drawn(), []).tolist() == []
+    several = vocabulary.drawn(concept, 5, drawn(), [1, 2, 3, 0]).tolist()
+    assert several[0] == 1 and sorted(several[1:]) == [0, 2]
+
+
+def test_words_are_encoded_in_order_and_progress_says_how_many(text, monkeypatch):
+    monkeypatch.setattr(vocabulary, "WORDS_AT_ONCE", 2)
+    words, said = ["cat", "jet", "old tree"], []
+    rows = vocabulary.word_rows(text, "a {}", words, lambda *done: said.append(done))
+    assert said == [(2, 3), (3, 3)]
+    assert torch.allclose(rows, text.summary(["a cat", "a jet", "a old tree"]), atol=1e-5)
 
 
 def test_words_and_prompts_of_the_users_are_searched_beside_the_vocabulary(text, two, words):

@@ -104,7 +104,8 @@ def _told(node: ast.AST) -> str:
 
 
 def _kept(tree: ast.Module) -> Iterator[ast.AST]:
-    """What no test has to notice: docstrings, annotations and the words of messages."""
+    """What no test has to notice: docstrings, annotations, the words of messages, and the checks of
+    Python's that say what is so anyway (`frozen`, `strict`) or how it is shown (`repr`)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield node
@@ -114,7 +115,9 @@ def _kept(tree: ast.Module) -> Iterator[ast.AST]:
             yield from filter(None, (node.returns,))
         elif isinstance(node, ast.arg | ast.AnnAssign):
             yield from filter(None, (node.annotation,))
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or (
+            isinstance(node, ast.keyword) and node.arg in ("frozen", "strict", "repr")
+        ):
             yield node
 
 
