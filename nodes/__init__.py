@@ -4,7 +4,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 
 class RealEraExtension(ComfyExtension):
-    """All of RealEra's nodes, in the order of a graph."""
+    """All RealEra nodes, in workflow order."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Imported here so that the files of this folder can be imported one by one.

@@ -1,4 +1,4 @@
-"""LoRA Align: prediction-noise alignment (Sec. 4.3, Eq. 8-9; Alg. 1, l. 25-31)."""
+"""LoRA Align: prediction-noise alignment (Sec. 4.3, Eq. 8-9; Alg. 1, l. 25-30)."""
 
 from dataclasses import asdict
 
@@ -22,8 +22,8 @@ from .schema import ALIASES, ErasureWire, MiningWire, Schema, advanced, seed_inp
 
 DEFAULTS = Training()
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-PREVIEWED = 4  # concepts in a preview at most
-AVERAGED = 20  # last losses in the mean that is shown
+MAX_PREVIEWS = 4  # concepts in a preview
+LOSS_WINDOW = 20  # losses in the mean that is shown
 
 
 class LoraAlign(io.ComfyNode):
@@ -44,7 +44,7 @@ class LoraAlign(io.ComfyNode):
                 MiningWire.Input(
                     "mining",
                     tooltip=(
-                        "Mining that the erasure was made from. Without Beyond Sampler in it, only "
+                        "Mining that the erasure was made from. If it has no beyond points, only "
                         "the first term of Eq. 9 is trained."
                     ),
                 ),
@@ -111,8 +111,8 @@ class LoraAlign(io.ComfyNode):
                         options=list(PRECISIONS),
                         default="auto",
                         tooltip=(
-                            "Data type of the computation. auto: as ComfyUI samples. float32: more "
-                            "memory, no overflow."
+                            "Data type of the computation. auto: the data type that ComfyUI uses "
+                            "for sampling. float32: more memory, no overflow."
                         ),
                     )
                 ),
@@ -136,9 +136,9 @@ class LoraAlign(io.ComfyNode):
                         min=0,
                         max=100_000,
                         tooltip=(
-                            "Steps between two previews, which show the concept as drawn by the "
-                            "LoRA so far, always from the same noise. 0: no previews. The trained "
-                            "LoRA is the same either way."
+                            "Number of steps between previews. A preview draws the concepts with "
+                            "the current LoRA, always from the same noise. 0: no previews. The "
+                            "trained LoRA is the same either way."
                         ),
                     )
                 ),
@@ -205,7 +205,7 @@ class LoraAlign(io.ComfyNode):
         latents: dict | None = None,
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        run = Training(
+        settings = Training(
             steps,
             rank,
             learning_rate,
@@ -232,15 +232,15 @@ class LoraAlign(io.ComfyNode):
             anchors = _by_concept(diffusion.encoded(latents["samples"]), len(pairs.concepts))
         if latents is None or adversarial:
             tell(node, "drawing images to train on")
-        # Before the network is loaded to be trained, since drawing and encoding may unload it.
-        inputs = training_inputs(diffusion, mining, erasure, run, anchors, images)
+        # Draw and encode before the network is loaded for training, because both may unload it.
+        inputs = training_inputs(diffusion, mining, erasure, settings, anchors, images)
 
         losses: dict[int, float] = {}
         report = reporter(node, "aligning")
-        prompts = pairs.e.take(pairs.first[: min(batch, PREVIEWED)])
+        prompts = pairs.e.take(pairs.first[: min(batch, MAX_PREVIEWS)])
         empty = mining.text.encode([""])
         noise = torch.randn(inputs.anchors.shape[2:], generator=torch.Generator().manual_seed(seed))
-        painter = previewer(model) if preview_every else None
+        latent_previewer = previewer(model) if preview_every else None
         state = state_path(resume) if resume else None
         resumed = steps_in(state)  # their losses are reported again, with no preview
 
@@ -250,25 +250,25 @@ class LoraAlign(io.ComfyNode):
             progress = {"node": node, "step": step, "steps": steps, "loss": loss}
             server.send_sync("realera.step", progress, server.client_id)
             preview = None
-            if painter is not None and step % preview_every == 0 and step > resumed:
+            if latent_previewer is not None and step % preview_every == 0 and step > resumed:
                 with torch.no_grad():
                     latents = preview_latents(diffusion, erasure, prompts, empty, noise)
                     row = torch.cat(list(latents), dim=-1)[None]  # side by side
-                    preview = painter.decode_latent_to_preview_image("JPEG", row)
+                    preview = latent_previewer.decode_latent_to_preview_image("JPEG", row)
             report(step, steps, preview)
 
         with training(model):
-            lora = align(diffusion, inputs, run, on_step=on_step, state=state)
+            lora = align(diffusion, inputs, settings, on_step=on_step, state=state)
         picture = to_image(plots.loss_curve(losses))
-        last = list(losses.values())[-AVERAGED:]
+        last = list(losses.values())[-LOSS_WINDOW:]
         sentence = f"{steps} steps; mean loss of the last {len(last)}: {sum(last) / len(last):.4f}"
         view = {"realera_loss": list(losses.items()), "text": [sentence]}
-        aligned = erasure.with_lora(lora, asdict(run))
+        aligned = erasure.with_lora(lora, asdict(settings))
         return io.NodeOutput(aligned, picture, ui=view)
 
 
 def _by_concept(samples: Tensor, concepts: int) -> Tensor:
-    """[n, channels, h, w] -> [concepts, n / concepts, channels, h, w]."""
+    """Groups latents [n, channels, h, w] by concept: [concepts, n / concepts, channels, h, w]."""
     if len(samples) % concepts:
         raise ValueError(
             f"{len(samples)} latents for {concepts} concepts: connect equally many images of every "

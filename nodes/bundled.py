@@ -48,8 +48,8 @@ class BundledModel(io.ComfyNode):
                     options=[*BUNDLED_MODELS, *folder_paths.get_filename_list("checkpoints")],
                     default=BUNDLED,
                     tooltip=(
-                        "The bundled U-Net or the transformer that draws the same, or an erased "
-                        "copy that you saved. Other checkpoints belong in Load Checkpoint."
+                        "The bundled U-Net, the bundled transformer trained on the same images, or "
+                        "an erased copy of either. Load other checkpoints with Load Checkpoint."
                     ),
                 )
             ],
@@ -78,7 +78,7 @@ class BundledModel(io.ComfyNode):
 
 
 def load_miniature(path: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of a bundled file, of the U-Net or the transformer, or of an erased copy.
+    """Loads MODEL, CLIP and VAE from a bundled checkpoint or from an erased copy of one.
 
     Raises ValueError when the file has another layout.
     """
@@ -109,7 +109,7 @@ def _fits(weights: dict[str, torch.Tensor], file: Path) -> bool:
 
 
 class Previewer(latent_preview.LatentPreviewer):
-    """Previews by the decoder: it is quick, and 8x8 latents are too coarse to show as colours."""
+    """Previews decoded by the VAE; 8x8 latents are too coarse for previews by colours."""
 
     def __init__(self, vae: Any, layout: comfy.latent_formats.LatentFormat) -> None:
         self.vae, self.layout = vae, layout
@@ -165,7 +165,7 @@ def _unet(config: dict[str, Any]) -> Any:
 
 
 def _transformer(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
-    """ComfyUI's configuration of the transformer; ComfyUI's own of SD 3 has 16 channels."""
+    """ComfyUI's configuration of the transformer; that of SD 3 has 16 latent channels."""
 
     class Miniature(comfy.supported_models.SD3):
         sampling_settings = {"shift": config["scheduler"]["shift"]}  # noqa: RUF012
@@ -199,8 +199,10 @@ def _clip(
 ) -> Any:
     """The text encoder.
 
-    width: columns of the context, for the transformer, which reads CLIP as SD 3 does: every row is
-        filled up with zeros, and there is no T5. None: the U-Net's, CLIP's rows as they are
+    weights: tensors of the text encoder, by name
+    config: configuration of the text encoder
+    width: width of the context, to which rows are padded with zeros, for the transformer; default:
+        None, for the U-Net, which reads CLIP's rows unchanged
     """
 
     def encoder(device: Any, dtype: Any, model_options: dict) -> comfy.sd1_clip.SDClipModel:
@@ -212,7 +214,7 @@ def _clip(
             special_tokens={**special, "pad": config["eos_token_id"]},
             model_options=model_options,
         )
-        # ComfyUI's CLIP has OpenAI's vocabulary built in; this one has its own.
+        # ComfyUI's CLIP has OpenAI's vocabulary built in; this encoder has another one.
         size = (config["vocab_size"], config["hidden_size"])
         words = model.operations.Embedding(*size, dtype=dtype, device=device)
         model.transformer.set_input_embeddings(words.requires_grad_(False))
@@ -244,14 +246,20 @@ def _clip(
 
 
 class _Sd3Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-    """CLIP's tokens in SD 3's layout, with none for the encoders that are absent."""
+    """CLIP-L tokens in SD 3's format, with empty lists for the missing encoders."""
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **how: Any) -> dict:
-        return {"g": [], "t5xxl": [], **super().tokenize_with_weights(text, return_word_ids, **how)}
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, **options: Any
+    ) -> dict:
+        tokens = super().tokenize_with_weights(text, return_word_ids, **options)
+        return {"g": [], "t5xxl": [], **tokens}
 
 
 class _Sd3ClipModel_(sd3_clip.SD3ClipModel):
-    """The miniature's encoder in place of SD 3's, whose context is 4096 wide, pooled 2048."""
+    """The miniature's encoder in place of SD 3's, whose context is 4096 wide, pooled 2048.
+
+    The name ends in an underscore like those of ComfyUI's classes for files, which `text_of` skips.
+    """
 
     def __init__(self, encoder: Callable[..., Any], width: int, **given: Any) -> None:
         options = given.pop("model_options", {})

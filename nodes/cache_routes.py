@@ -1,6 +1,6 @@
-"""The cache in ComfyUI's page: its folder and size, the size that it may have, and emptying it.
+"""HTTP routes to inspect, limit and empty the cache from ComfyUI's page.
 
-The folder is named by REALERA_CACHE alone: no page decides where a server writes.
+The folder is set by REALERA_CACHE only: for security, the page cannot change it.
 """
 
 import json

@@ -8,13 +8,13 @@ from typing import Any
 import comfy.model_management
 from torch import Tensor
 
-TOKENS = 4096  # that an encoder reads at once
+TOKENS = 4096  # maximum number of tokens per batch
 # Newer releases have kernels that run on the current device.
 on_device = getattr(comfy.model_management, "cuda_device_context", nullcontext)
 
 
 def ready(clip: Any) -> None:
-    """Loads it with its clip skip, as `clip.encode_from_tokens` does before it encodes."""
+    """Loads the CLIP and sets its clip skip, as `clip.encode_from_tokens` does."""
     clip.load_model()
     model = clip.cond_stage_model
     model.reset_clip_options()
@@ -24,18 +24,18 @@ def ready(clip: Any) -> None:
 
 
 def first_sections(clip: Any, prompt: str, **options: Any) -> dict[str, list]:
-    """Encoder -> the first section of the prompt's tokens; only CLIP's encoders have others."""
+    """Encoder -> first section of the tokens; CLIP encoders split long prompts into sections."""
     tokens = clip.tokenize(prompt, **options)
     return {name: sections[:1] for name, sections in tokens.items()}
 
 
 def encode_tokens(clip: Any, tokens: Sequence[Mapping[str, list]]) -> list[tuple]:
-    """What `clip.cond_stage_model.encode_token_weights` gives for each prompt: context, pooled, ...
+    """Outputs of `clip.cond_stage_model.encode_token_weights` for each prompt: context, pooled, ...
 
-    How a family joins the outputs of its encoders is ComfyUI's; the encoders themselves run on
-    batches, since one that does not stay in VRAM loads its weights anew at every run.
+    ComfyUI combines the outputs of the encoders; this function only batches the calls of the
+    encoders, since an encoder that is offloaded reloads its weights at every call.
 
-    tokens: those of each prompt, as `first_sections` gives them
+    tokens: tokens of each prompt, from `first_sections`
     """
     model = clip.cond_stage_model
     with ExitStack() as stack:
@@ -50,9 +50,9 @@ def encode_tokens(clip: Any, tokens: Sequence[Mapping[str, list]]) -> list[tuple
 
 @contextmanager
 def _precomputed(encoder: Any, sections: Sequence[Sequence[tuple]]) -> Iterator[None]:
-    """Within it, `encoder.encode` returns what it gave for these sections in batches.
+    """Context in which `encoder.encode` returns precomputed outputs for these sections.
 
-    Vectors of textual inversions have no place in a batch: their prompts are encoded by themselves.
+    Prompts with vectors of textual inversions are encoded individually.
     """
     ids = dict.fromkeys(tuple(token for token, *_ in section) for section in sections)
     plain = [row for row in ids if not any(isinstance(token, Tensor) for token in row)]

@@ -25,14 +25,14 @@ ADDED = (
 
 
 class _Unknown(Exception):
-    """A value whose effect its contents do not tell."""
+    """A value that cannot be hashed."""
 
 
 def fingerprint(*values: Any) -> str | None:
     """Hash of tensors, plain values, LoRAs and module-level functions, and of containers of them.
 
-    Returns None when a value is something else, such as a function with a closure: what it does
-    cannot be known, so nothing that it decides may be cached.
+    Returns None when a value is something else, such as a function with a closure: its behaviour is
+    unknown, so results that depend on it must not be cached.
     """
     try:
         return digest(*map(_contents, values))
@@ -40,14 +40,14 @@ def fingerprint(*values: Any) -> str | None:
         return None
 
 
-def added_to(patcher: Any, *, but: str = "") -> dict[str, Any]:
+def added_to(patcher: Any, *, exclude: str = "") -> dict[str, Any]:
     """What nodes added to a ModelPatcher beside the patches of its weights.
 
-    but: name of an object patch that is left out
+    exclude: name of an object patch to exclude; default: none
     """
     added = {name: getattr(patcher, name) for name in ADDED}
     objects = added["object_patches"].items()
-    return added | {"object_patches": {name: value for name, value in objects if name != but}}
+    return added | {"object_patches": {name: value for name, value in objects if name != exclude}}
 
 
 def _contents(value: Any) -> Any:

@@ -31,10 +31,14 @@ FUSED = ("rms_rope", "rms_rope_split_half")  # kernels of Anima and ERNIE-Image
 
 
 class ComfyDiffusion:
-    """A MODEL with its CLIP, and with a VAE where images are wanted.
+    """Adapter of a MODEL, a CLIP and an optional VAE to the `Diffusion` interface.
 
-    Times are ComfyUI's sigmas; the sampling object of the MODEL converts them to the scale of the
-    network's input and to its time step, whatever the network predicts.
+    Times are sigmas; the model_sampling of the MODEL converts them to network inputs and timesteps
+    for every prediction type.
+
+    model: MODEL
+    text: text encoder; None if no prompt is encoded
+    vae: VAE, for `decode`; default: None
 
     Raises ValueError when no layer of the MODEL reads a context, and when the CLIP belongs to
     another family.
@@ -57,7 +61,8 @@ class ComfyDiffusion:
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of everything that decides a drawing; None where a node added what has no hash.
+        """Hash of everything that determines an image; None if a node added something that cannot
+        be hashed.
 
         Weights with their patches, the configuration of the network, the sampling object and what
         nodes such as FreeU, IPAdapter or RescaleCFG added.
@@ -72,7 +77,7 @@ class ComfyDiffusion:
             [kind.__name__ for kind in type(self.sampling).__mro__],  # prediction and schedule
             sampling | dict(self.sampling.named_buffers()),
             [config.unet_config, config.unet_extra_config],
-            added_to(self.model, but="model_sampling"),
+            added_to(self.model, exclude="model_sampling"),
             weights,
         )
 
@@ -82,6 +87,7 @@ class ComfyDiffusion:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of latents at the native resolution of the family."""
         size, layout = getattr(self.model.model.model_config, "latent_size", None), self.latents
         if size is None and self.family is not None:
             size = 1024 // self.pixels_per_latent
@@ -98,13 +104,13 @@ class ComfyDiffusion:
         return sigmas[index.to(sigmas.device)]
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the network is given at these sigmas: noised, then scaled."""
+        """Network input at these sigmas: noised latents, scaled by `calculate_input`."""
         sigma = times.to(latents)[:, None, None, None]
         z_t = self.sampling.noise_scaling(sigma, noise.clone(), latents)
         return self.sampling.calculate_input(sigma, z_t)
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
-        """The network's own output for latents as `noised` gives them."""
+        """Raw output of the network for latents from `noised`."""
         predict = self._predict_unet if self.family is None else self._predict_transformer
         times = times.expand(len(latents))
         parts, order = [], []
@@ -139,7 +145,7 @@ class ComfyDiffusion:
     def _predict_transformer(
         self, latents: Tensor, times: Tensor, rows: Mapping[str, Tensor]
     ) -> Tensor:
-        """The network's output within `apply_model`, which prepares its other conditions."""
+        """Output of the network, captured during `apply_model`, which prepares the other inputs."""
         base, x, outputs = self.model.model, self._with_frame(latents), []
         conditions = base.extra_conds(
             noise=x,
@@ -170,7 +176,8 @@ class ComfyDiffusion:
     @property
     def _options(self) -> dict[str, Any]:
         options = {**self.model.model_options["transformer_options"]}
-        # The LoRA's gradients pass through attention; sage and flash attention give none.
+        # The LoRA's gradients pass through attention; sage and flash attention are not
+        # differentiable.
         options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
         return options
 
@@ -307,7 +314,8 @@ def whole_clone(model: Any) -> Any:
 
 @contextmanager
 def training(model: Any) -> Iterator[None]:
-    """Loads the MODEL whole and makes its weights usable by autograd, within inference mode.
+    """Loads the whole MODEL and makes its weights differentiable, although ComfyUI runs nodes in
+    inference mode.
 
     Weights that were created in inference mode cannot take part in autograd; each is replaced by an
     equal copy, one at a time, so that memory does not grow. Afterwards they are inference tensors
@@ -317,7 +325,8 @@ def training(model: Any) -> Iterator[None]:
     """
     copied, device = [], model.load_device
     with torch.inference_mode(False), torch.enable_grad(), _differentiable():
-        # Whole and alone, as ComfyUI's own training node has it: peft's layers do not move weights.
+        # Completely and exclusively, as ComfyUI's training node does: peft's layers do not support
+        # offloaded weights.
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         left = [n for n, p in model.model.named_parameters() if p.device.type != device.type]
         if left:
@@ -340,7 +349,7 @@ def training(model: Any) -> Iterator[None]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy that is an inference tensor in inference mode, and usable by autograd else."""
+    """A copy that is an inference tensor in inference mode, and a normal tensor otherwise."""
     copy = tensor.clone()
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 

@@ -1,4 +1,4 @@
-"""An erasure on a MODEL: W <- W T + B A (Alg. 1, l. 31), as patches among a MODEL's others."""
+"""Erasure as ModelPatcher patches: W <- W T + B A (Alg. 1, l. 31)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +27,16 @@ class ErasurePatch(comfy.weight_adapter.WeightAdapterBase):
     """The erasure of one weight, as a ModelPatcher patch.
 
     ComfyUI runs the patches of a weight in the order in which they were added and on the device
-    where the weight is. So W includes the LoRAs before the erasure, and a LoRA after it acts on
-    top. With dynamic VRAM, ComfyUI pins and moves the tensors in `weights`, layer by layer, and
-    makes the patch anew from (loaded_keys, weights). The edit is no tensor, so that all layers
-    share its factors; `_on` moves them once.
+    where the weight is. LoRAs that are added before the erasure are therefore edited too; LoRAs
+    that are added later are not. With dynamic VRAM, ComfyUI pins and moves the tensors in
+    `weights`, layer by layer, and creates the patch again from (loaded_keys, weights). The edit is
+    passed as an object and not as tensors, so that all layers share its factors; `_on` moves them
+    once.
 
-    weights: canonical layer name; names of the concepts; edit or None; edit strength; A and B of
-        the LoRA or None; LoRA strength; gain of the RMS norm in front, [in], or ones [1] without a
-        norm, since ComfyUI fails to pin a patch that has no tensor
+    loaded_keys: keys that ComfyUI has loaded
+    weights: tuple of canonical layer name; names of the concepts; edit or None; edit strength; A
+        and B of the LoRA or None; LoRA strength; gain of the RMS norm in front, [in], or ones [1]
+        without a norm, since ComfyUI cannot pin a patch without a tensor
     """
 
     name = "realera"
@@ -95,12 +97,12 @@ def apply_erasure(
     concepts, patches = sorted(_names(erasure)), {}
     for name, text_layer in affected_layers(erasure, model.model.diffusion_model).items():
         layer = text_layer.layer
-        shape, due = tuple(layer.weight.shape), (layer.out_features, layer.in_features)
-        if shape != due:
+        shape, expected = tuple(layer.weight.shape), (layer.out_features, layer.in_features)
+        if shape != expected:
             raise ValueError(
-                f"the weight of {text_layer.path} is {list(shape)}, expected {list(due)}, so its "
-                "loader keeps it packed: load the model in float16, bfloat16 or scaled fp8 with "
-                "Load Checkpoint or Load Diffusion Model"
+                f"the weight of {text_layer.path} is {list(shape)}, expected {list(expected)}, so "
+                "its loader keeps it packed: load the model in float16, bfloat16 or scaled fp8 "
+                "with Load Checkpoint or Load Diffusion Model"
             )
         edit, lora = erasure.edits.get(text_layer.kind.stream), erasure.lora.get(name)
         refuse_misfit(name, shape, edit, lora)
@@ -109,7 +111,7 @@ def apply_erasure(
         weights = (name, concepts, edit, edit_strength, a, b, lora_strength, gain)
         patches[f"diffusion_model.{text_layer.path}.weight"] = ErasurePatch(set(), weights)
     erased = model.clone()
-    # ComfyUI leaves out, without a word, what it does not find.
+    # ComfyUI silently ignores keys that it does not find.
     if left := patches.keys() - set(erased.add_patches(patches)):
         raise ValueError(
             f"ComfyUI finds no weight {min(left)} to erase: load the model with Load Checkpoint or "
@@ -130,7 +132,7 @@ def refuse_partial(model: Any, erasure: Erasure) -> None:
 
 
 def refuse_edited(model: Any, erasure: Erasure) -> None:
-    """Raises ValueError when the MODEL has this erasure, or one of the same concept, already."""
+    """Raises ValueError if the MODEL already has this erasure or one of the same concept."""
     names, edits = _names(erasure), erasure.edits.values()
     for patch in _erasures(list(model.patches.values())):
         same = patch.edit is not None and any(
@@ -141,7 +143,7 @@ def refuse_edited(model: Any, erasure: Erasure) -> None:
         if same or twice:
             raise ValueError(
                 f"this MODEL has an erasure of {twice or 'the same'} on it already, and would be "
-                "erased twice: connect the original MODEL, as Closed-Form Edit got it"
+                "erased twice: connect the MODEL that is the input of Closed-Form Edit"
             )
 
 
@@ -159,9 +161,14 @@ def _names(erasure: Erasure) -> set[str]:
 
 
 def write_lora(model: Any, erasure: Erasure, path: Path, tolerance: float) -> None:
-    """The erasure as a LoRA file for the MODEL with the LoRAs that it carries.
+    """Writes the erasure as a LoRA for the MODEL, including the LoRAs already applied to it.
 
-    As `writing.save_lora`, of the weights in the dtype in which they are stored.
+    The LoRA is computed from the weights in the dtype in which they are stored.
+
+    model: original MODEL
+    erasure, path, tolerance: as in `writing.save_lora`
+
+    Raises ValueError when the MODEL already has the erasure, and like `writing.save_lora`.
     """
     refuse_edited(model, erasure)
     refuse_partial(model, erasure)

@@ -22,8 +22,8 @@ from .comfy_weights import stored_weights
 
 # Text encoders of U-Nets, by ComfyUI's names -> family.
 ENCODERS = {frozenset("l"): "sd1", frozenset("h"): "sd2", frozenset("lg"): "sdxl"}
-SYNTAX = ("\\(", "\\)", "embedding:")  # of ComfyUI's tokenizer, which is not plain text
-PLAIN = {"disable_weights": True}  # (brackets) are letters
+SYNTAX = ("\\(", "\\)", "embedding:")  # prompts with these need ComfyUI's parser
+PLAIN = {"disable_weights": True}  # parentheses are literal, not attention weights
 
 
 class ComfyText:
@@ -57,7 +57,8 @@ class ComfyText:
         return clip_fingerprint(self.clip, self._tokenizer.tokenizer.get_vocab())
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids with start and end-of-text, of any length; those of vectors are negative."""
+        """Token ids with start and end-of-text, not truncated; vectors of textual inversions have
+        negative ids."""
         plain = [prompt for prompt in prompts if not any(mark in prompt for mark in SYNTAX)]
         ids = self._tokenizer.tokenizer(plain)["input_ids"] if plain else []
         plain_ids = dict(zip(plain, ids, strict=True))
@@ -109,7 +110,8 @@ def clip_fingerprint(clip: Any, vocabulary: Mapping[str, int]) -> str | None:
 
 
 def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
-    """Tokens of a prompt with start and end, without padding: ids, or vectors of an embedding.
+    """Tokens of a prompt with start and end, without padding: ids, or vectors of a textual
+    inversion.
 
     sections: tokens as ComfyUI gives them, (token, weight, number of the word)
     """
@@ -120,7 +122,7 @@ def tokens_of(tokenizer: Any, sections: Sequence[Sequence[tuple]]) -> list[Any]:
 
 
 def ids_of(tokens: Sequence[Any], *others: Sequence[Any]) -> list[int]:
-    """Token ids; a vector of a textual inversion has a negative one, a checksum of its numbers.
+    """Token ids; vectors of textual inversions are represented by negative checksums.
 
     others: tokens of the same prompt for further encoders, whose vectors are part of the checksum
     """
@@ -133,7 +135,8 @@ def ids_of(tokens: Sequence[Any], *others: Sequence[Any]) -> list[int]:
 def clip_summaries(
     clip: Any, names: Sequence[str], ids: Sequence[Sequence[int]], length: int
 ) -> Tensor:
-    """End-of-text rows of CLIP encoders side by side, [prompts, dim] on the CPU.
+    """End-of-text rows of CLIP encoders, concatenated along the feature axis, [prompts, dim] on
+    the CPU.
 
     names: attributes of the encoders in `clip.cond_stage_model`
     ids: token ids of the prompts, with start and end-of-text

@@ -1,7 +1,7 @@
 """A CLIP of a transformer's family as the core's TextEncoder (`realera/text/encoding.py`).
 
-The encoders that give the rows of a context are data (`realera/families/*.json`); templates and
-padding are those of ComfyUI.
+The encoders that make up the context are defined in `realera/families/*.json`; prompt templates and
+padding follow ComfyUI.
 """
 
 from collections.abc import Sequence
@@ -76,12 +76,12 @@ class ComfyTransformerText:
     def __init__(self, clip: Any, family: str) -> None:
         self.clip, self.family, self.title = clip, family, FAMILIES[family]["title"]
         self.front: Front | None = None  # of a family whose rows a part of the MODEL makes
-        # Tokenizers with a template read no weights and take no such argument.
+        # Tokenizers with a prompt template do not support attention weights, nor this argument.
         self._plain = {} if FAMILIES[family]["comfyui"].get("unweighted") else PLAIN
 
     @cached_property
     def present(self) -> list[dict[str, Any]]:
-        """Entries of the family's file for the encoders that this CLIP has."""
+        """Encoder entries of the family's file that this CLIP contains."""
         model = self.clip.cond_stage_model
         return [
             part
@@ -107,8 +107,8 @@ class ComfyTransformerText:
             for number, vocabulary in enumerate(vocabularies)
             for token, id in vocabulary.items()
         }
-        own = clip_fingerprint(self.clip, merged)
-        return own if self.front is None else fingerprint(own, self.front.fingerprint)
+        encoders = clip_fingerprint(self.clip, merged)
+        return encoders if self.front is None else fingerprint(encoders, self.front.fingerprint)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """Rows as ComfyUI gives them; (brackets) are read as letters, not as weights."""
@@ -117,7 +117,8 @@ class ComfyTransformerText:
         return Encoding.cat([self._encoding(prompt, *output) for prompt, output in outputs])
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
-        """Summary rows by the first part alone and without padding, an eighth of the time."""
+        """Summary rows; without `front`, from the first encoder only and without padding, in an
+        eighth of the time."""
         if self.front is not None:
             return prompt_summaries(self, prompts, self.encode(prompts)).cpu()
         part = self.present[0]
@@ -128,7 +129,8 @@ class ComfyTransformerText:
             return self._summary_of_text(part, sections)
         ready(self.clip)
         if vectors or names[0] != part["encoders"][0]:
-            # No ids for vectors; and the number of zero columns in front is ComfyUI's choice.
+            # Vectors of textual inversions have no ids, and without CLIP-L ComfyUI decides how many
+            # zero columns precede the rows.
             return torch.cat([prompt_summaries(self, [p], self.encode([p])).cpu() for p in prompts])
         rows = clip_summaries(self.clip, names, sections, part["reads"])
         ((context, _),) = self._rows([""])
@@ -142,7 +144,7 @@ class ComfyTransformerText:
         summaries = [torch.empty(0)] * len(sections)
         for number, (rows, *_) in batched_outputs(encoder, sections):
             rows = rows[0].float()
-            if rows.ndim == 3:  # of several layers, side by side in the context
+            if rows.ndim == 3:  # several hidden layers, concatenated along the feature axis
                 rows = rows.movedim(0, 1).flatten(1)
             rows = self._normed(rows)
             # The last row, or the mean of all but end-of-text (`token_alignment.prompt_summaries`).
@@ -165,7 +167,7 @@ class ComfyTransformerText:
         return [tokens_of(tokenizer, sections[name]) for sections in tokenized]
 
     def _tokenize(self, part: dict[str, Any], prompts: Sequence[str]) -> list[list[int]]:
-        """`EncoderPart.tokenize`: without the tokens whose rows ComfyUI cuts off in front."""
+        """`EncoderPart.tokenize`, without the leading tokens whose rows ComfyUI removes."""
         return [ids_of(tokens)[self._cut :] for tokens in self._tokens(part, prompts)]
 
     @cached_property

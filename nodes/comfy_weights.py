@@ -1,7 +1,7 @@
 """Weights that a MODEL or a CLIP was loaded with, without the patches on them.
 
-ComfyUI's own `get_key_patches` fails on quantised layers, of whose tensors only the weight is an
-attribute (0.33).
+ComfyUI's `get_key_patches` fails on quantised layers, where only the weight is a module attribute
+(seen in 0.33).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def stored_weights(patcher: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by key as in their file: a quantised weight as its numbers and their scales.
+    """Tensors by key as in their file: quantised weights as stored values and scales.
 
     prefix: beginning of the keys to return
     """

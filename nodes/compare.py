@@ -1,4 +1,4 @@
-"""Compare: the same prompts and seeds before and after, side by side, described by a classifier."""
+"""Compare: draws the same prompts and seeds with several models and classifies the images."""
 
 from pathlib import Path
 
@@ -69,7 +69,8 @@ class Compare(io.ComfyNode):
                     "seeds", optional=True, default=2, min=1, max=16, tooltip="Images per prompt."
                 ),
                 seed_input(
-                    "Seed of a prompt's first image; its other images take the seeds that follow."
+                    "Seed of the first image of each prompt; further images use seed + 1, seed + 2 "
+                    "and so on."
                 ),
                 io.Int.Input(
                     "steps", optional=True, default=20, min=1, max=200, tooltip="Sampling steps."
@@ -163,14 +164,14 @@ class Compare(io.ComfyNode):
         labels += [f"model {number}" for number in range(len(labels) + 1, len(models) + 1)]
         labels = labels[: len(models)]
         text = text_of(clip, before)
-        prompt_of = [prompt for prompt in texts for _ in range(seeds)]  # of each image of a model
+        image_prompts = [prompt for prompt in texts for _ in range(seeds)]
         encoding, negative = text.encode(texts), text.encode([""])
         images = []  # [prompts * seeds, 3, height, width] of every model
         for label, model in zip(labels, models, strict=True):
             tell(cls.hidden.unique_id, f"drawing with {label}")
             diffusion = ComfyDiffusion(model, text, vae)
             noise = _noise(diffusion, size, range(seed, seed + seeds))
-            batches = torch.arange(len(prompt_of)).split(latents_at_once(*noise.shape[2:]))
+            batches = torch.arange(len(image_prompts)).split(latents_at_once(*noise.shape[2:]))
             decoded = [
                 diffusion.decode(
                     diffusion.denoise(
@@ -181,24 +182,27 @@ class Compare(io.ComfyNode):
                         cfg,
                         sampler,
                         scheduler,
-                        seed + int(batch[0]),  # of the noise that some samplers add at every step
+                        seed + int(batch[0]),  # seed of ancestral and SDE samplers
                     )
                 )
                 for batch in batches
             ]
             images.append(torch.cat(decoded))
 
-        described = [classifier.describe(of, prompt_of) for of in images] if classifier else []
+        described = [classifier.describe(drawn, image_prompts) for drawn in images if classifier]
         verdict = "\n".join(
             f"{label}, {prompt}: {line}"
             for label, descriptions in zip(labels, described, strict=False)
-            for prompt, line in zip(prompt_of, descriptions, strict=True)
+            for prompt, line in zip(image_prompts, descriptions, strict=True)
         )
         side = max(96, min(256, images[0].shape[-1]))
-        picture = to_image(grid([list(of) for of in images], labels, prompt_of, size=side))
-        first, second = (of.movedim(1, -1) for of in images[:2])
+        picture = to_image(
+            grid([list(drawn) for drawn in images], labels, image_prompts, size=side)
+        )
+        tensors = [drawn.movedim(1, -1) for drawn in images]
+        first, second = tensors[:2]
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        files = [ui.PreviewImage(of.movedim(1, -1), cls=cls).as_dict()["images"] for of in images]
+        files = [ui.PreviewImage(tensor, cls=cls).as_dict()["images"] for tensor in tensors]
         shown["realera_models"] = labels
         shown["realera_images"] = [
             {
@@ -206,13 +210,16 @@ class Compare(io.ComfyNode):
                 "files": [of_model[k] for of_model in files],
                 "verdicts": [of_model[k] for of_model in described],
             }
-            for k, prompt in enumerate(prompt_of)
+            for k, prompt in enumerate(image_prompts)
         ]
         return io.NodeOutput(picture, first, second, verdict, ui=shown)
 
 
 def prompts_in(text: str) -> list[str]:
-    """The prompts of a text, one a line. Raises ValueError when there is none."""
+    """The prompts of a text, one per line. Raises ValueError when there is none.
+
+    text: content of the widget
+    """
     if not (found := lines(text)):
         raise ValueError("no prompt to draw: write one per line")
     return found
@@ -288,9 +295,11 @@ class ClipClassifier(io.ComfyNode):
 
 
 def classes_in(text: str, template: str) -> list[str]:
-    """The classes of a text, one a line.
+    """The classes of a text, one per line.
 
+    text: content of the widget
     template: prompt for a class
+
     Raises ValueError for a single class, and for a template without {}.
     """
     names = list(dict.fromkeys(lines(text)))

@@ -30,8 +30,8 @@ class ClosedFormEdit(io.ComfyNode):
             display_name="Closed-Form Edit",
             description=(
                 "Computes the matrix that maps the concept and its neighbours to the anchor and "
-                "preserves everything else (RealEra, Eq. 7). Takes seconds; the edited model can "
-                "be used at once."
+                "preserves everything else (RealEra, Eq. 7). Takes seconds. The edited model can "
+                "be used immediately."
             ),
             search_aliases=[*ALIASES, "concept erasure", "UCE", "closed form"],
             inputs=[
@@ -91,15 +91,15 @@ class ClosedFormEdit(io.ComfyNode):
                         min=0,
                         max=1000,
                         tooltip=(
-                            "Number of words of the scope list to draw before and after the edit, "
-                            "in eight sampling steps each; those that change most come first. 0: "
+                            "Number of scope-list words to draw before and after the edit, with "
+                            "eight sampling steps each, starting with those that change most. 0: "
                             "none."
                         ),
                     )
                 ),
                 advanced(
                     io.Float.Input(
-                        "away",
+                        "away",  # the name of 0.2, kept for saved graphs
                         optional=True,
                         display_name="concept suppression",
                         default=DEFAULTS.suppression,
@@ -155,7 +155,7 @@ class ClosedFormEdit(io.ComfyNode):
             )
             effects = scope.check_images(effects, mining.plan.concepts, check, before, after)
         erased = sum(effect.share_to_anchor >= scope.ERASED for effect in effects)
-        sentence = f"{erased} words move more than half of the way to the anchor"
+        sentence = f"{erased} words move at least half of the way to the anchor"
         drawn = [effect for effect in effects if effect.image_moved is not None]
         if drawn:
             changed = sum(effect.erased for effect in drawn)
@@ -197,9 +197,9 @@ class ApplyErasure(io.ComfyNode):
             node_id="RealEraApplyErasure",
             display_name="Apply Erasure",
             description=(
-                "Applies an erasure to a MODEL, as LoraLoader applies a LoRA; the MODEL that comes "
-                "in is left unchanged. LoRAs before this node are edited with the model, LoRAs "
-                "after it act on the edited model."
+                "Applies an erasure to a MODEL, as LoraLoader applies a LoRA; the input MODEL is "
+                "not changed. LoRAs that are loaded before this node are edited as well; LoRAs "
+                "that are loaded after it are not."
             ),
             search_aliases=[*ALIASES, "apply concept erasure"],
             inputs=[
@@ -231,14 +231,14 @@ class MergeErasures(io.ComfyNode):
             node_id="RealEraMergeErasures",
             display_name="Merge Erasures",
             description=(
-                "Merges erasures into one that erases the concepts of all, solved jointly rather "
+                "Merges erasures into one that erases all of their concepts, solved jointly rather "
                 "than one after another."
             ),
             search_aliases=["combine erasures", "several concepts", "join erasures"],
             inputs=[
                 ErasureWire.Input("first", tooltip="First erasure."),
                 ErasureWire.Input(
-                    "second", tooltip=("Second erasure, for the same family of models.")
+                    "second", tooltip="Second erasure, for the same family of models."
                 ),
                 ErasureWire.Input(
                     "third", optional=True, tooltip="Third erasure, for the same family of models."
@@ -254,11 +254,7 @@ class MergeErasures(io.ComfyNode):
                     "Further erasures, as many as needed.",
                 ),
             ],
-            outputs=[
-                ErasureWire.Output(
-                    display_name="erasure", tooltip="Erasure of the concepts of all."
-                )
-            ],
+            outputs=[ErasureWire.Output(display_name="erasure", tooltip="Merged erasure.")],
         )
 
     @classmethod

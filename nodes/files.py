@@ -22,7 +22,7 @@ NO_MODEL = (
     "'lora' off"
 )
 NOTHING = "nothing to save: switch 'lora' or 'erasure_file' on"
-ALONE = "diffusion_models/"  # prefix of list entries that are diffusion models alone
+DIFFUSION_MODELS = "diffusion_models"  # folder, and prefix of its entries in the checkpoint list
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.add_model_folder_path(
     FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
@@ -34,7 +34,8 @@ def new_path(folder: str, name: str) -> Path:
     """Path of a new file in ComfyUI's output folder, with the next free number appended.
 
     folder: name of the subfolder
-    name: name of the file without its number and suffix, or a path below the subfolder
+    name: file name without number and suffix; it may include subfolders
+
     Raises ValueError when the name leads out of the subfolder.
     """
     target = target_path(folder, name)
@@ -145,7 +146,9 @@ class SaveErasure(io.ComfyNode):
         erasure_file: bool | None = True,
         model: bool | None = False,
     ) -> bool | str:
-        def check() -> None:  # of an input that is linked, ComfyUI passes None
+        def check() -> (
+            None
+        ):  # ComfyUI passes None for linked inputs; `model` is False if not linked
             if filename is not None:
                 target_path("loras", filename)
             if lora and model is False:
@@ -233,7 +236,10 @@ class SaveErasedCheckpoint(io.ComfyNode):
                     options=[
                         *BUNDLED_MODELS,
                         *folder_paths.get_filename_list("checkpoints"),
-                        *(ALONE + name for name in folder_paths.get_filename_list(ALONE[:-1])),
+                        *(
+                            f"{DIFFUSION_MODELS}/{name}"
+                            for name in folder_paths.get_filename_list(DIFFUSION_MODELS)
+                        ),
                     ],
                     default=BUNDLED,
                     tooltip=(
@@ -262,7 +268,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
             outputs=[
                 io.String.Output(
                     display_name="checkpoint_name",
-                    tooltip="Name of the new file, as loaders list it.",
+                    tooltip="Name of the new file in the loaders' lists.",
                 )
             ],
             view=True,
@@ -298,16 +304,16 @@ class SaveErasedCheckpoint(io.ComfyNode):
 
 
 def checkpoint_path(name: str) -> Path:
-    """Path of the file of an entry of a checkpoint list."""
+    """Path of a checkpoint-list entry."""
     if name in BUNDLED_MODELS:
         return BUNDLED_MODELS[name]
     return Path(folder_paths.get_full_path_or_raise(*_entry(name)))
 
 
 def _entry(name: str) -> tuple[str, str]:
-    """Folder of an entry of a checkpoint list, and its name in the folder."""
-    if name.startswith(ALONE):
-        return ALONE[:-1], name.removeprefix(ALONE)
+    """Folder and file name of a checkpoint-list entry."""
+    if name.startswith(f"{DIFFUSION_MODELS}/"):
+        return DIFFUSION_MODELS, name.removeprefix(f"{DIFFUSION_MODELS}/")
     return "checkpoints", name
 
 

@@ -56,10 +56,13 @@ def summary(mining: MiningResult) -> str:
 
 
 def neighbor_settings(source: str, s1: float, s2: float, **others: Any) -> NeighborSettings:
-    """Settings from the inputs of Neighbor Sampler, where AUTO_COSINE stands for None.
+    """Settings from the inputs of Neighbor Sampler.
 
-    others: further fields, by their names
-    Raises ValueError as `NeighborSettings`.
+    source: source of the neighbours
+    s1, s2: cosines; AUTO_COSINE for the default of the source
+    **others: remaining fields of `NeighborSettings`
+
+    Raises ValueError like `NeighborSettings`.
     """
     return NeighborSettings(
         source=cast(Source, source),
@@ -76,7 +79,7 @@ class NeighborSampler(io.ComfyNode):
             node_id="RealEraNeighborSampler",
             display_name="Neighbor Sampler",
             description=(
-                "Defines the concepts to erase and mines their neighbours, embeddings that imply a "
+                "Defines the concepts to erase and finds their neighbours: embeddings that imply a "
                 "concept and are erased with it (RealEra, Sec. 4.1)."
             ),
             search_aliases=[*ALIASES, "concept erasure", "mining", "neighbor"],
@@ -96,10 +99,9 @@ class NeighborSampler(io.ComfyNode):
                     default="airplane -> tree",
                     tooltip=(
                         "Concepts to erase, one 'concept -> anchor' per line; the anchor is drawn "
-                        "in place of the concept. Choose an anchor that the model draws reliably "
-                        "and that is as broad as the concept: the usual background of an object, "
-                        "'person' for a name, 'painting' for a style. Lines that start with # are "
-                        "comments."
+                        "in place of the concept. Choose an anchor that the model draws reliably: "
+                        "the usual background for an object, 'person' for a name, 'painting' for a "
+                        "style. Lines that start with # are comments."
                     ),
                 ),
                 io.Combo.Input(
@@ -121,10 +123,10 @@ class NeighborSampler(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip=(
-                        "Number of neighbours (M): words per concept, at most 64, or draws per "
-                        "prompt, of which 2 are enough for isotropic. More neighbours erase more "
-                        "of what implies the concept, and more of everything else. 0: the concept "
-                        "alone."
+                        "Number of neighbours (M): words per concept (at most 64), or random draws "
+                        "per prompt for bank and isotropic (2 are enough for isotropic). More "
+                        "neighbours erase more related prompts, and more unrelated ones. 0: the "
+                        "concept alone."
                     ),
                 ),
                 io.String.Input(
@@ -225,7 +227,7 @@ class NeighborSampler(io.ComfyNode):
         s2: float | None = AUTO_COSINE,
         leave_out: str | None = "",
     ) -> bool | str:
-        def check() -> None:  # of an input that is linked, ComfyUI passes None
+        def check() -> None:  # ComfyUI passes None for linked inputs
             if concepts is not None and templates is not None:
                 parsed = parse_concepts(concepts, lines(templates))
                 refuse_named(parsed, listed(leave_out or ""))

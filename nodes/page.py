@@ -1,4 +1,4 @@
-"""Pictures as IMAGE, and the numbers behind them for the views of `web/realera.js`."""
+"""Pictures as IMAGE tensors, and the data that the views of `web/realera.js` draw."""
 
 from statistics import fmean
 from typing import Any
@@ -42,7 +42,7 @@ def ring_data(mining: MiningResult) -> dict[str, Any]:
 
 
 def _points(pairs: Pairs, mined: MinedRows, centre: Tensor) -> list[list[float]]:
-    """Steps of the draws from their concepts, [along e, across e], means over the span."""
+    """Components of each step parallel and orthogonal to e, averaged over the span."""
     points = []
     for row, pair in enumerate(mined.pair.tolist()):
         span = mined.span[CONTEXT][row]

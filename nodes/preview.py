@@ -21,8 +21,7 @@ def preview_latents(
 ) -> Tensor:
     """Coarse samples of the edited model with the LoRA that is being trained.
 
-    ComfyUI's own samplers would load the MODEL again, and rearrange the layers that the LoRA sits
-    on.
+    ComfyUI's samplers would load the MODEL again, and move the layers that carry the LoRA.
 
     empty: encoding of the empty prompt
     noise: [channels, h, w], the same for every prompt
@@ -30,13 +29,13 @@ def preview_latents(
     Returns latents [prompts, channels, h, w].
     """
     sampling, guidance = diffusion.sampling, COARSE.guidance_for(diffusion.network)
-    read = prompts if guidance == 1 else Encoding.cat([empty.like(prompts), prompts])
-    copies = read.prompts // prompts.prompts
+    batch = prompts if guidance == 1 else Encoding.cat([empty.like(prompts), prompts])
+    copies = batch.prompts // prompts.prompts
 
     def denoised(x: Tensor, sigma: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         z = sampling.calculate_input(sigma, x)
-        predictions = diffusion.predict(z.repeat(copies, 1, 1, 1), sigma.repeat(copies), read)
+        predictions = diffusion.predict(z.repeat(copies, 1, 1, 1), sigma.repeat(copies), batch)
         parts = predictions.chunk(copies)
         predicted = torch.lerp(parts[0], parts[-1], guidance)
         return sampling.calculate_denoised(sigma, predicted, x)
@@ -50,7 +49,7 @@ def preview_latents(
 
 
 def previewer(model: Any) -> latent_preview.LatentPreviewer:
-    """ComfyUI's previewer of the MODEL's latents; their colours where the user has set none."""
+    """ComfyUI's previewer for the MODEL's latent format; latent2rgb if previews are off."""
     layout = model.model.latent_format
     chosen = getattr(layout, "previewer", None)
     chosen = chosen or latent_preview.get_previewer(model.load_device, layout)

@@ -1,4 +1,4 @@
-"""Progress bars, text with the time left, and Cancel, as ComfyUI has them."""
+"""Progress bars, time-left text and cancellation through ComfyUI."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def reporter(node_id: str | None, what: str) -> Callable[..., None]:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node while it runs, in the page that runs it."""
+    """Shows a line of text on a running node, in the browser tab that started the run."""
     server = PromptServer.instance
     if node_id is not None and server.client_id is not None:
         server.send_progress_text(text, node_id, server.client_id)

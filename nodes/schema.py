@@ -1,4 +1,4 @@
-"""Types of our wires, inputs that several nodes have, and fields of newer releases of ComfyUI."""
+"""Socket types, shared inputs, and schema fields that older ComfyUI releases lack."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,31 +13,30 @@ ErasureWire = io.Custom("REALERA_ERASURE")
 ClassifierWire = io.Custom("REALERA_CLASSIFIER")
 
 CATEGORY = "RealEra"
-# What a user who wants the method may search for, of each node that is a stage of it.
+# Search terms of every node of the method.
 ALIASES = ["concept", "erase", "remove", "forget", "unlearn", "safety", "censor", "ESD"]
 BUNDLED = "bundled"
 # Entries of checkpoint lists -> files of the bundled models.
 BUNDLED_MODELS = {BUNDLED: miniature.CHECKPOINT, "bundled transformer": miniature.TRANSFORMER}
-
-
-KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
+SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def Schema(
     search_aliases: list[str], view: bool = False, alone: bool = True, **fields: Any
 ) -> io.Schema:
-    """Schema of a node in our category.
+    """Schema of a node in the category RealEra.
 
-    search_aliases: further search terms, which the release of October 2025 does not support
-    view: whether the node shows results of its run
-    alone: whether it runs and shows them with nothing connected behind it; releases before 0.33
+    search_aliases: further search terms; ComfyUI 0.3.64 ignores them
+    view: whether the node shows results of its run; default: False
+    alone: whether the node runs without connected outputs; default: True. Releases before 0.33
         show the results of such nodes only
+    **fields: remaining fields of `io.Schema`
     """
-    if "search_aliases" in KNOWN:
+    if "search_aliases" in SCHEMA_FIELDS:
         fields["search_aliases"] = search_aliases
     if view:
         fields["hidden"] = [io.Hidden.unique_id]
-        shown = alone or "has_intermediate_output" not in KNOWN
+        shown = alone or "has_intermediate_output" not in SCHEMA_FIELDS
         fields["is_output_node" if shown else "has_intermediate_output"] = True
     return io.Schema(category=CATEGORY, **fields)
 
@@ -57,9 +56,11 @@ def valid(check: Callable[[], object]) -> bool | str:
 
 
 def growing(template: io.Input, names: list[str], tooltip: str) -> list[io.Input]:
-    """An input "more" with another socket whenever the last is connected, if ComfyUI supports it.
+    """A list input "more" that grows by one socket at a time, if ComfyUI supports it.
 
-    names: names of the sockets; `execute` receives a dict of those that are connected, or nothing
+    template: input of each socket
+    names: names of the sockets; `execute` receives a dict of the connected ones, or nothing
+    tooltip: tooltip of the list
     """
     if not hasattr(io, "Autogrow"):
         return []
@@ -77,12 +78,14 @@ AUTO_COSINE, AUTO_DISTANCE, AUTO_SEED = -1.0, 0.0, -1  # values of a widget that
 
 
 def auto_input(
-    name: str, display_name: str, tooltip: str, auto: float, most: float, step: float
+    name: str, display_name: str, tooltip: str, auto: float, largest: float, step: float
 ) -> io.WidgetInput:
-    """A number that is chosen automatically where the widget holds `auto`.
+    """Float input in which the smallest value means automatic.
 
-    auto: smallest value of the widget
-    most: largest value
+    name, display_name, tooltip: as in `io.Float.Input`
+    auto: smallest value, which means automatic; the default
+    largest: largest value
+    step: step of the widget
     """
     return advanced(
         io.Float.Input(
@@ -90,7 +93,7 @@ def auto_input(
             display_name=display_name,
             default=auto,
             min=auto,
-            max=most,
+            max=largest,
             step=step,
             tooltip=tooltip,
             optional=True,
@@ -106,9 +109,10 @@ def strength_input(name: str, tooltip: str) -> io.Float.Input:
 
 
 def seed_input(tooltip: str, least: int = 0) -> io.Int.Input:
-    """A seed that does not change after a run, so that nothing is mined or trained twice.
+    """Seed input without control_after_generate, so that unchanged graphs are not run again.
 
-    least: smallest value and default
+    tooltip: tooltip of the input
+    least: smallest value and default; default: 0
     """
     seed = io.Int.Input(
         "seed",

@@ -1,8 +1,10 @@
 """Algorithm 1: from concepts to an erasure.
 
-    concepts -> plan_mining (names) -> realise (rows) -> collect (sums) -> fit (T) -> align (LoRA)
+    concepts -> plan_mining (words) -> realise (rows) -> collect (sums) -> fit (T)
+             -> align_erasure (LoRA)
 
-The sums of Eq. 7 are additive, so a plan can be realised at once or in parts.
+`mine` is the first two steps, `erase` the next two. The sums of Eq. 7 are additive, so the rows of
+a plan can be encoded all at once or part by part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,17 +53,17 @@ SOURCES: dict[Source, NeighbourSource] = {
     "bank": noise,
     "vocabulary": vocabulary,
 }
-AT_ONCE = 4  # concepts whose rows are in memory: with 80 words each 0.2 GB in SDXL
+CONCEPTS_PER_BATCH = 4  # concepts with rows in memory: 0.2 GB in SDXL, with 80 words each
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
 
 @dataclass(frozen=True)
 class MiningResult:
-    """The rows of a plan, or of a part of a plan (Alg. 1, l. 1-23).
+    """Encoded pairs, neighbours and beyond points of a plan or of a part of it (Alg. 1, l. 1-23).
 
     text: text encoder of the rows
     neighbourhood: pairs of the concepts, and the source of rows around them
-    neighbors, beyond: neighbours and beyond points that the plan draws
+    neighbors, beyond: rows of the neighbours and beyond points that the plan selects
     """
 
     text: TextEncoder
@@ -85,7 +87,16 @@ def mine(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> MiningResult:
-    """Alg. 1, l. 1-23, with the rows of all concepts in memory; parameters as in `plan_mining`."""
+    """Mines around each concept (Alg. 1, l. 1-23), with the rows of all concepts in memory.
+
+    text: text encoder of the model
+    concepts: concepts to erase
+    neighbor: settings of the neighbours; default: `NeighborSettings()`
+    beyond: settings of the beyond points; None for none; default: `BeyondSettings()`
+    progress: callback(done, total), called in each long stage; default: none
+
+    Raises ValueError like `plan_mining`.
+    """
     return realise(text, plan_mining(text, concepts, neighbor, beyond, progress))
 
 
@@ -96,16 +107,17 @@ def plan_mining(
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
 ) -> Plan:
-    """Plans what is mined around each concept (Alg. 1, l. 1-22), without embeddings.
+    """Selects the words or prompts to mine around each concept, without encoding their rows.
 
     text: text encoder of the model
     concepts: concepts to erase
-    neighbor: settings of the neighbours
-    beyond: settings of the beyond points; None for no beyond points (l. 1-12 only)
-    progress: callback with (done, total) of each long stage
+    neighbor: settings of the neighbours; default: `NeighborSettings()`
+    beyond: settings of the beyond points; None for no beyond points (Alg. 1, l. 1-12 only);
+        default: `BeyondSettings()`
+    progress: callback(done, total), called in each long stage; default: none
 
-    Raises ValueError when a word to leave out or a prompt to preserve names a concept, when a
-    prompt is too long for the encoder, and when settings contradict each other.
+    Raises ValueError when an excluded word or a prompt to preserve names a concept, when a prompt
+    is too long for the encoder, and when settings contradict each other.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
     refuse_named(concepts, neighbor.exclude, beyond.preserve if beyond else ())
@@ -127,9 +139,13 @@ def realise(text: TextEncoder, plan: Plan) -> MiningResult:
 def mine_beyond(
     mining: MiningResult, beyond: BeyondSettings, progress: Progress = quiet
 ) -> MiningResult:
-    """Alg. 1, l. 13-23, after l. 1-12: adds beyond points and prompts to preserve.
+    """Adds beyond points and prompts to preserve to a mining result (Alg. 1, l. 13-23).
 
-    Raises ValueError as `plan_mining`, and when the mining has beyond points already.
+    mining: result of `mine` with beyond=None
+    beyond: settings of the beyond points
+    progress: callback(done, total), called in each long stage; default: none
+
+    Raises ValueError like `plan_mining`, and when the mining already has beyond points.
     """
     if mining.plan.beyond is not None:
         raise ValueError(
@@ -147,12 +163,14 @@ def erase(
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """The closed form (Eq. 7; Alg. 1, l. 24) of every stream.
+    """Solves the closed form (Eq. 7; Alg. 1, l. 24) for every stream.
 
     mining: result of `mine`
-    settings: weights of Eq. 7
-    source: provenance of the model that the erasure is made for
-    progress: callback with (bank prompts encoded, total)
+    settings: parameters of the closed form; default: `SolveSettings()`
+    source: provenance of the model to erase from; default: empty
+    progress: callback with (bank prompts encoded, total); default: none
+
+    Returns the erasure. The model is not changed: see `write_checkpoint` and `temporarily_erased`.
     """
     return fit(mining.text, mining.plan, collect(mining, settings), settings, source, progress)
 
@@ -165,10 +183,12 @@ def fit(
     source: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Erasure:
-    """The closed form from sums, with the prompts to preserve and the bank; see `erase`.
+    """Solves Eq. 7 from accumulated sums, after adding the prompts to preserve and the bank.
 
+    text: text encoder of the model
     plan: the whole plan
     sums: stream -> sums of all parts of the plan
+    settings, source, progress: as in `erase`
     """
     sums, kept = dict(sums), None
     for n in range(0, len(plan.preserved), BATCH):
@@ -196,6 +216,7 @@ def fit(
 
 
 def version_of(package: str) -> str:
+    """Version of an installed package, or "none"."""
     try:
         return version(package)
     except PackageNotFoundError:  # the closed form in ComfyUI needs neither diffusers nor peft
@@ -203,8 +224,8 @@ def version_of(package: str) -> str:
 
 
 def sum_parts(text: TextEncoder, plan: Plan, settings: SolveSettings) -> dict[str, Sums]:
-    """As `collect`, with the rows of AT_ONCE concepts in memory at a time."""
-    parts = (collect(realise(text, part), settings) for part in plan.parts(AT_ONCE))
+    """The sums of `collect`, with the rows of only CONCEPTS_PER_BATCH concepts in memory."""
+    parts = (collect(realise(text, part), settings) for part in plan.parts(CONCEPTS_PER_BATCH))
     return reduce(add_sums, parts)
 
 
@@ -232,9 +253,9 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
 
 
 def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
-    """stream -> rows that represent the concepts and their neighbours, [rows, dim] on the CPU.
+    """stream -> rows that represent the concepts and their rings, [rows * parts, dim] on the CPU.
 
-    The embeddings of the first prompt of each concept, and those of the neighbourhood.
+    One row per encoder part for the first prompt of each concept and for the words of its ring.
     """
     pairs = mining.pairs
     first = [pairs.prompts[n] for n in pairs.first.tolist()]
@@ -247,8 +268,8 @@ def concept_representatives(mining: MiningResult) -> dict[str, Tensor]:
 
 
 def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordEffect, ...]:
-    """The scope report on the words in the rings and just outside; without mined words, on the
-    prompts of the bank."""
+    """Scope report for the words inside and just outside of the rings; for the prompts of the bank
+    if no words were mined."""
     if plan.compared:
         owners, words, _ = zip(*plan.compared, strict=True)
         return scope(erasure, text, plan.concepts, words, None, plan.centres, owners)
@@ -256,13 +277,15 @@ def scope_report(erasure: Erasure, text: TextEncoder, plan: Plan) -> tuple[WordE
 
 
 def geometry(text: TextEncoder, plan: Plan, mining: MiningResult | None = None) -> Image:
-    """A plot of the words in the rings and just outside, or of random steps.
+    """Plots the words inside and just outside of the rings, or the random steps.
 
-    mining: rows of the plan; default: rows of the first concepts, encoded anew
+    text: text encoder of the model
+    plan: plan of the mining
+    mining: rows of the plan; default: rows of the first concepts, encoded for the plot
     """
     if plan.compared:
         return plots.words(plan)
-    mining = mining or realise(text, plan.part(0, AT_ONCE))
+    mining = mining or realise(text, plan.part(0, CONCEPTS_PER_BATCH))
     return plots.points(mining.neighbourhood, mining.neighbors, mining.beyond)
 
 
@@ -277,16 +300,17 @@ def align_erasure(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Erasure:
-    """The erasure with a LoRA trained on top (Eq. 8-9; Alg. 1, l. 25-30).
+    """Trains a LoRA on top of an erasure (Eq. 8-9; Alg. 1, l. 25-30); returns the erasure with it.
 
-    Without beyond points in the mining, Eq. 9 has its first term only.
+    If the mining result has no beyond points, only the first term of Eq. 9 is used.
 
     model: original model
     erasure: result of `erase` for this mining
     mining: result of `mine`
+    training: parameters of the alignment; default: `Training()`
     anchors: latents of anchor images, [concepts, images, channels, height, width]; default: drawn
         by the original model
-    images: number of images of each anchor to draw
+    images: number of anchor images to draw per concept; default: 8. Ignored if `anchors` is given
     on_step, state: as in `loop.align`
 
     Raises ValueError when the erasure was made from another mining.
@@ -305,20 +329,20 @@ def training_inputs(
     anchors: Tensor | None = None,
     images: int = 8,
 ) -> TrainingInputs:
-    """The inputs of the alignment, encoded and drawn; parameters as in `align_erasure`.
+    """Encodes and draws the inputs of the alignment; parameters as in `align_erasure`.
 
-    erasure: erasure of the concepts of the mining, and possibly of others
+    erasure: erasure that includes the concepts of `mining`, and possibly more
     """
     neighbourhood, plan, seed = mining.neighbourhood, mining.plan, training.seed
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, Sampling(seed=seed))
-    beyond = plan.beyond is not None and plan.beyond.beyond > 0 and neighbourhood.has_beyond
+    use_beyond = plan.beyond is not None and plan.beyond.beyond > 0 and neighbourhood.has_beyond
     neighbourhood.encode_all()
     adversarial = None
     if training.adversarial:
         latents = draw_anchors(model, mining.pairs, images, Sampling(seed=seed), concepts=True)
         adversarial = adversarial_inputs(mining.text, neighbourhood, latents, seed)
-    return TrainingInputs(neighbourhood, beyond, erasure, anchors, adversarial)
+    return TrainingInputs(neighbourhood, use_beyond, erasure, anchors, adversarial)
 
 
 def refuse_foreign(erasure: Erasure, mining: MiningResult) -> None:

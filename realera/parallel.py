@@ -30,23 +30,24 @@ from .storage.safetensors_file import digest, open_tensors, write_if_possible
 from .text.encoding import TextEncoder
 from .training.loop import align
 
-RETRIES = 5  # retries of a part whose worker was lost
+RETRIES = 5  # of a part, after its worker was lost
 FOLDER = ".realera-groups"  # subfolder of the output folder for the results of parts
 FILE = re.compile(  # a complete file, or an unfinished one as `safetensors_file.beside` names it
     r"(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors"
     r"|\.(?:(?:group|alignment)-\d{5,}|erasure)\.safetensors\.[0-9a-f]{8}-\d+\.realera-tmp"
 )
-TENSORS = ("gram", "shift_cov", "representatives")  # the fields of Sums
+TENSORS = ("gram", "shift_cov", "representatives")  # of Sums
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, as every process of it receives it.
+    """Settings of a run, sent to every worker process.
 
     model, dtype, device: arguments of `checkpoints.loading.load_model`; the dtype by name
     settings: settings of the closed form
     state: folder for the results of parts
-    run: hash of everything but the part that determines a result: release, encoder, bank, settings
+    run: hash of everything that determines a result, except the part: release, encoder, bank and
+        settings
     """
 
     model: str
@@ -58,8 +59,8 @@ class Job:
 
     def of(self, text: TextEncoder) -> "Job":
         """The job with the hash of the run for this encoder."""
-        decisive = version_of("realera"), text.fingerprint, bank_prompts(), asdict(self.settings)
-        return replace(self, run=digest(*decisive))
+        hashed = version_of("realera"), text.fingerprint, bank_prompts(), asdict(self.settings)
+        return replace(self, run=digest(*hashed))
 
 
 # ---------------------------------------------------------------- sums
@@ -70,11 +71,13 @@ def summed(
 ) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over all parts of a plan.
 
+    job: settings of the run
+    parts: parts of the plan
     text: text encoder of this process
-    engine: "local" or "ray"
+    engine: execution engine, "local" or "ray"
     progress: callback with (parts done, total)
 
-    Raises ImportError when Ray is not installed, and ValueError as `sum_part`.
+    Raises ImportError when Ray is not installed, and ValueError like `sum_part`.
     """
     if engine == "ray":
         return _on_ray(job, _sum_on_worker, parts, add_sums, progress)
@@ -88,9 +91,12 @@ def summed(
 
 
 def sum_part(text: TextEncoder, job: Job, number: int, part: Plan) -> dict[str, Sums]:
-    """As `algorithm.sum_parts`; a stored result is read from the folder of the job.
+    """The sums of one part, from the job's folder if an earlier run stored them.
 
-    number: number of the part
+    text: text encoder of this process
+    job: settings of the run
+    number: index of the part, from 0
+    part: part of the plan
 
     Raises ValueError when this process or the stored result belongs to another run.
     """
@@ -134,19 +140,20 @@ def _read_sums(path: Path, made_by: str) -> dict[str, Sums]:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """The joined LoRAs of parts.
+class TrainedLora:
+    """The concatenated LoRAs of parts.
 
-    losses: step -> losses of the parts
+    lora: canonical layer name -> (A, B)
+    losses: step -> losses of the parts, in the order of the parts
     """
 
     lora: Lora
     losses: Mapping[int, Sequence[float]]
 
-    def __add__(self, other: "Learned") -> "Learned":
+    def __add__(self, other: "TrainedLora") -> "TrainedLora":
         steps = sorted({*self.losses, *other.losses})
         losses = {n: [*self.losses.get(n, ()), *other.losses.get(n, ())] for n in steps}
-        return Learned(joined(self.lora, other.lora), losses)
+        return TrainedLora(joined(self.lora, other.lora), losses)
 
 
 def aligned(
@@ -157,21 +164,28 @@ def aligned(
     training: Training,
     engine: str,
     progress: Progress,
-) -> Learned:
-    """The joined LoRAs of all parts of a plan, each trained on top of the erasure of all concepts
-    (Alg. 1, l. 25-30), without the other LoRAs.
+) -> TrainedLora:
+    """Trains one LoRA per part of a plan (Alg. 1, l. 25-30) and concatenates them.
 
+    Each LoRA is trained on top of the closed-form edit of all concepts, without the LoRAs of the
+    other parts.
+
+    job: settings of the run
+    parts: parts of the plan
     model: model of this process
+    erasure: erasure of all concepts
+    training: parameters of the alignment
+    engine: execution engine, "local" or "ray"
     progress: callback with (steps done, total)
     """
     steps = training.steps
     if engine == "ray":
-        onto = job.state / "erasure.safetensors"
-        save_erasure(erasure, onto, overwrite=True)
-        work = partial(_align_on_worker, erasure=onto, training=training)
+        erasure_path = job.state / "erasure.safetensors"
+        save_erasure(erasure, erasure_path, overwrite=True)
+        work = partial(_align_on_worker, erasure=erasure_path, training=training)
         return _on_ray(job, work, parts, add, lambda n, total: progress(n * steps, total * steps))
 
-    def learned() -> Iterator[Learned]:
+    def learned() -> Iterator[TrainedLora]:
         for n, part in enumerate(parts):
 
             def on_step(step: int, done: int = n * steps) -> None:
@@ -190,7 +204,7 @@ def align_part(
     erasure: Erasure,
     training: Training,
     on_step: Callable[[int], None] = lambda step: None,
-) -> Learned:
+) -> TrainedLora:
     """Alg. 1, l. 25-30 for the concepts of a part; resumes from the job's folder."""
     losses: dict[int, list[float]] = {}
 
@@ -200,7 +214,7 @@ def align_part(
 
     inputs = training_inputs(model, realise(model.text, part), erasure, training)
     state = job.state / f"alignment-{number:05d}.safetensors"
-    return Learned(align(model, inputs, training, on_step=record, state=state), losses)
+    return TrainedLora(align(model, inputs, training, on_step=record, state=state), losses)
 
 
 # ---------------------------------------------------------------- Ray
@@ -212,7 +226,7 @@ def _sum_on_worker(job: Job, number: int, part: Plan) -> dict[str, Sums]:
 
 def _align_on_worker(
     job: Job, number: int, part: Plan, *, erasure: Path, training: Training
-) -> Learned:
+) -> TrainedLora:
     model = _loaded(load_model, job)
     return align_part(model, job, number, part, load_erasure(erasure), training)
 
@@ -226,23 +240,23 @@ def _on_ray(
     job: Job,
     work: Callable[[Job, int, Plan], Any],
     parts: Sequence[Plan],
-    add: Callable[[Any, Any], Any],
+    combine: Callable[[Any, Any], Any],
     progress: Progress,
 ) -> Any:
-    """The results of `work` for all parts, added pairwise on the workers."""
+    """The results of `work` for all parts, combined pairwise on the workers."""
     with _ray() as ray:
         gpus = 1 if job.device.startswith("cuda") else 0
 
         def worked(number: int, part: Plan) -> tuple[int, Any]:
-            # Waiting for the number does not transfer the result.
+            # The first value is waited for, to report progress without transferring the result.
             return 1, work(job, number, part)
 
         remote = ray.remote(num_returns=2, max_retries=RETRIES, num_gpus=gpus)(worked)
-        adding = ray.remote(max_retries=RETRIES)(add)
+        combining = ray.remote(max_retries=RETRIES)(combine)
         done, level = zip(*(remote.remote(n, part) for n, part in enumerate(parts)), strict=True)
         while len(level) > 1:  # the order of additions is the same in every run
             pairs = zip(level[::2], level[1::2], strict=False)
-            level = (*(adding.remote(*pair) for pair in pairs), *level[len(level) // 2 * 2 :])
+            level = (*(combining.remote(*pair) for pair in pairs), *level[len(level) // 2 * 2 :])
         waiting = list(done)
         try:
             while waiting:

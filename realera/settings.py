@@ -140,17 +140,20 @@ class NeighborSettings:
     """Parameters of Neighbor Sampler (Sec. 4.1; Alg. 1, l. 4-12); None is automatic.
 
     source: source of neighbours: random directions as in the paper (isotropic), steps towards
-        everyday prompts (bank), or words of the vocabulary
-    neighbors: number of neighbours M, per prompt; with source "vocabulary", per concept
-    s1, s2: largest and smallest cosine of a neighbour with e (Eq. 4); default: by source
+        everyday prompts (bank), or words of the vocabulary; default: "vocabulary"
+    neighbors: number of neighbours M, per prompt; with source "vocabulary", per concept; default:
+        64
+    s1, s2: largest and smallest cosine of a neighbour with the row e of the concept (Eq. 4);
+        default: by source (`S1`, `S2`)
     d1: largest step from e (Eq. 3), in units of the context; default: distance at which the
         expected cosine falls to s2
     d1_anchor: radius of the ball around e* that neighbours are mapped into; default: d1 / 10
-    shared_noise: whether all rows of a span share one v; otherwise each row has its own
+    shared_noise: whether all rows that depend on the concept share one random direction v (Eq. 5);
+        otherwise each row has a separate one; default: False
     words: words, phrases and prompts to search besides the vocabulary of the tokenizer. Each
         replaces the concept in its first template; with the template "{}" a prompt is used as is
     exclude: words to preserve instead of erasing them, in every template of the concepts
-    seed: seed of the draws
+    seed: seed of the draws; default: 0
 
     Raises ValueError for a value of another type or out of its range, for a parameter that the
     source does not use and for cosines that no draw can satisfy.
@@ -192,7 +195,8 @@ class NeighborSettings:
 class BeyondSettings:
     """Parameters of Beyond Sampler (Sec. 4.2; Alg. 1, l. 13-22); None is automatic.
 
-    beyond: number of beyond points N, per prompt; with source "vocabulary", per concept
+    beyond: number of beyond points N, per prompt; with source "vocabulary", per concept; default:
+        16
     beyond_s2: cosine with e below which beyond points lie; default: s2 of the neighbours
     d2: largest step from e (Eq. 3), in units of the context; default: distance at which the
         expected cosine falls to 0
@@ -233,22 +237,21 @@ class BeyondSettings:
 class SolveSettings:
     """Parameters of the closed form (Eq. 7; Alg. 1, l. 24).
 
-    lambda1: weight λ1 of preserved rows
-    lambda2: weight λ2 of |W - W_org|², in units of the mean diagonal of the system
-    suppression: strength with which prompts of the preservation bank are pushed off the concept
-        direction and the mean of its mined words (`closed_form.solve`), since many words that draw
-        a concept are in no ring but among these prompts. 0: not at all; 1: their component along it
-        becomes that of the bank's mean
+    lambda1: weight λ1 of preserved rows; default: 1
+    lambda2: weight λ2 of |W - W_org|², in units of the mean diagonal of the system; default: 0.1
+    suppression: strength with which the component of everyday prompts along the concept and its
+        mined words is suppressed (`closed_form.solve`). 0: none; 1: the component becomes that of
+        the bank's mean; default: 1.6
     pair_weight: weight of a row of an unperturbed pair or of a prompt to preserve, relative to a
-        mined row
-    bank: whether everyday prompts are preserved (`mining.preservation_bank`)
+        mined row; default: 100
+    bank: whether everyday prompts are preserved (`mining.preservation_bank`); default: True
 
     Raises ValueError for a value of another type or out of its range.
     """
 
-    # The paper has λ1 = 0.1, for a Pre without a bank. λ2 keeps T from reaching exactness through
-    # directions that no prompt uses: with 1e-4, 6 % of what implies a concept is left and other
-    # words move as much; with 0.1, none.
+    # The paper has λ1 = 0.1, for a Pre without a bank. λ2 keeps T from fitting the pairs exactly
+    # along directions that no prompt uses: with λ2 = 1e-4, 6 % of the prompts that imply a concept
+    # survive, and unrelated words change as much; with 0.1, no such prompt survives.
     lambda1: float = option(1.0, Range(0))
     lambda2: float = option(0.1, POSITIVE)
     suppression: float = option(1.6, Range(0, MAX_SUPPRESSION))
@@ -294,16 +297,16 @@ class Settings:
 class Training:
     """Parameters of the alignment (Alg. 1, l. 25-30); the paper has a learning rate of 1e-5.
 
-    steps: number of training steps
-    rank: rank of the LoRA of each projection
-    learning_rate: learning rate of AdamW
-    batch: number of prompts per step
-    seed: seed of the LoRA and of all draws
-    save_every: number of steps between saved states
+    steps: number of training steps; default: 200
+    rank: rank of the LoRA of each layer; default: 4
+    learning_rate: learning rate of AdamW; default: 1e-4
+    batch: number of prompts per step; default: 4
+    seed: seed of the LoRA and of all draws; default: 0
+    save_every: number of steps between saved states; default: 25
     gradient_checkpointing: whether activations are recomputed: less memory, up to half more time;
-        turned on automatically where the free memory of a GPU is too small without it
-    adversarial: number of contexts that are optimised between steps to bring the concept back, and
-        then aligned; 0 as in the paper
+        turned on automatically if the free memory of a GPU is too small; default: False
+    adversarial: number of adversarial contexts, optimised between steps to recover the concept and
+        then aligned; default: 0, as in the paper
     """
 
     steps: int = option(200, POSITIVE_COUNT)

@@ -171,7 +171,7 @@ def test_the_parts_of_a_plan_add_up_to_the_whole_whatever_the_source(
     chosen = settings_of(source, exclude=(), s2=0.2, s1=1.0 if source == "vocabulary" else 0.9)
     plan = plan_mining(text, concepts, chosen.neighbor, chosen.beyond)
     joint = collect(realise(text, plan))
-    monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
+    monkeypatch.setattr("realera.algorithm.CONCEPTS_PER_BATCH", 2)
     for stream, sums in sum_parts(text, plan, SolveSettings()).items():
         for tensor in ("gram", "shift_cov"):
             summed, expected = getattr(sums, tensor), getattr(joint[stream], tensor)

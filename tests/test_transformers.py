@@ -537,11 +537,16 @@ def test_the_ring_of_flux_takes_less_than_100_mb_of_a_concept():
     mining = mined("flux1")
     around, (dim, longest) = mining.neighbourhood, (4096, 512)
     around.encode_all()
-    read = [*around.near.read.values(), *around.far.read.values(), mining.neighbors, mining.beyond]
+    read = [
+        *around.near.encoded.values(),
+        *around.far.encoded.values(),
+        mining.neighbors,
+        mining.beyond,
+    ]
     rows = [len(one.pair) * one.e[CONTEXT].shape[1] for one in read]
     (ids,) = mining.text.parts[0].tokenize([around.near.prompts([0])[0]])
     assert max(one.e[CONTEXT].shape[1] for one in read) <= len(ids) + 4 < longest / 10
-    words = len(around.near.read) + len(around.far.read)
+    words = len(around.near.encoded) + len(around.far.encoded)
     # At most 64 words in the ring and 64 outside, each as e and e*, and what was drawn of them.
     assert sum(rows) / words * (NEAR_WORDS + FAR_WORDS) * 2 * dim * 4 < 100e6
 

@@ -89,7 +89,11 @@ def run_erase(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
-    """The concepts of the options or of a CSV file. Other files in the options are read as well."""
+    """The concepts of the options or of a CSV file.
+
+    Replaces `options.words` by the contents of that file, adds the words of the CSV file to
+    `options.exclude`, and records the files that were read in `options.read`.
+    """
     templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
     if options.concepts is None:
         lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
@@ -148,7 +152,7 @@ def _erase(
         import_ray()
     state = folder.path.resolve() / FOLDER  # absolute, since workers run in other folders
     source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
-    # The closed form needs the text encoder only, which may be a third of the model.
+    # The closed form only needs the text encoder, which may be a third of the size of the model.
     model = load(options) if training or options.check or options.prompt else None
     text = load_encoder(options) if model is None else model.text
     warn(unreadable_names(text, concepts))
@@ -189,13 +193,13 @@ def _erase(
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """The settings in the options, which have the same names."""
+    """Settings from the options of the same names."""
     names = Settings().flat()
     return Settings.of(**{k: v for k, v in vars(options).items() if k in names and v is not None})
 
 
 def _training(options: argparse.Namespace) -> Training | None:
-    """As `_settings`, for the alignment; None without a training step."""
+    """Training from the options of the same names; None with `--steps 0`."""
     names = [parameter.name for parameter in fields(Training) if parameter.name in options]
     return Training(**{name: getattr(options, name) for name in names}) if options.steps else None
 
@@ -219,8 +223,8 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--concepts", metavar="FILE",
-        help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}; a | separates "
-        "templates, and words to leave out",
+        help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}; separate several "
+        "templates or words with |",
     )  # fmt: skip
     prompt = "prompt to draw before and after; repeat for several"
     sub.add_argument("--prompt", action="append", help=prompt)
@@ -271,9 +275,9 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     _number_options(
         edit,
         SolveSettings(),
-        lambda1="weight of what is preserved",
-        lambda2="weight of staying near the original",
-        suppression="strength with which everyday prompts are pushed off the concept direction, "
+        lambda1="weight of the preserved prompts (λ1)",
+        lambda2="weight of the regularisation towards the original weights (λ2)",
+        suppression="strength with which the concept's component of everyday prompts is reduced, "
         "0 (not at all) to 2; more leaves fewer words that draw the concept",
     )
     edit.add_argument(
@@ -286,10 +290,10 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     _number_options(
         training,
         Training(),
-        rank="rank of the LoRA of each projection",
+        rank="rank of the LoRA of each layer",
         learning_rate="learning rate of AdamW",
         batch="number of prompts per training step",
-        adversarial="number of contexts that are optimised to bring the concept back, and then "
+        adversarial="number of adversarial contexts, optimised to recover the concept and then "
         "aligned; try 12 with --rank 16 --learning-rate 5e-4 --batch 12",
     )
     training.add_argument(
@@ -299,11 +303,12 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--engine", choices=("local", "ray"), default="local",
-        help="where parts are computed: in this process, or on a Ray cluster",
+        help="execution engine: this process (local), or a Ray cluster (ray)",
     )  # fmt: skip
     sub.add_argument(
         "--group", type=number(POSITIVE_COUNT), default=16,
-        help="number of concepts per part; each part is summed at once and trains one LoRA",
+        help="number of concepts per part; parts are stored one by one, and one LoRA is trained "
+        "per part",
     )  # fmt: skip
     seed = "seed of draws, training and images"
     sub.add_argument("--seed", type=number(SEED), default=0, help=seed)

@@ -1,4 +1,4 @@
-"""The closed-form edit (Eq. 7; Alg. 1, l. 24): sums in, one small transform T out.
+"""The closed-form edit (Eq. 7; Alg. 1, l. 24): one transform T per stream from accumulated sums.
 
     min_W  Σ_E |W e - W_org e*|² + λ1 Σ_Pre |W e - W_org e|² + λ2 |W - W_org|²
 
@@ -6,13 +6,13 @@ is solved by W = W_org T with the same T for every layer that reads the same str
 
     T - I = (Σ_E (e* - e) eᵀ) (Σ_E e eᵀ + λ1 Σ_Pre e eᵀ + λ2 I)⁻¹
 
-It has as many directions as there are different shifts e* - e, at most, so it is kept as two thin
+The rank of T - I is at most the number of distinct shifts e* - e, so T is stored as two thin
 factors.
 
-Beyond the paper, the rows of the preservation bank need not stay where they were: most words that
-draw a concept lie among them, outside of every neighbourhood. Their target is T1 e, where the *wide
-edit* T1 moves every row away from the concepts and from the words around them, in proportion to
-what the row has of either beside what all prompts share.
+Unlike in the paper, the rows of the preservation bank are not simply preserved: most words that
+draw a concept are everyday words outside of every neighbourhood. The target of a bank row is T1 e.
+The *wide edit* T1 suppresses the component of a row along the concepts and the words around them,
+after subtracting what all prompts share; see `solve`.
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,20 @@ from torch import Tensor
 
 from .triangles import unpack
 
-# Share of |T - I| (Frobenius) that its factors may leave out: as much as a dense T in float32 lost
-# by rounding, whose diagonal is near 1.
+# Relative error (Frobenius) of the factors of T - I: the rounding error of a dense T in float32,
+# whose diagonal is near 1.
 RANK_TOLERANCE = 5e-7
-PROBES = 64  # directions of T - I that are sought at once
-NOISE_MARGIN = 1.1  # of the noise that is expected in a stored T; it varies by 5 % where dim is 256
-# The wide edit: its ridge, in units of Σ |m - v|², and the share of m - v by which the mean moves.
-# In CLIP all prompts share half of a row or more, in the bundled encoder a tenth.
+PROBES = 64  # random probes per iteration
+# Factor on the expected rounding noise of a stored T, which varies by 5 % where dim is 256.
+NOISE_MARGIN = 1.1
+# Ridge of the wide edit, in units of Σ |m - v|² (m: mean of the bank, v: row of a concept), and the
+# share of m - v by which m moves. In CLIP all prompts share half of a row or more, in the bundled
+# encoder a tenth.
 SHIFT_RIDGE, MEAN_SHIFT = 0.1, 0.1
-MEAN_WEIGHT = 100.0  # of the mean, beside the rows of the concepts
-# Share of the bank's Gram matrix by which two encodings of it may differ: bfloat16 takes 0.0064 on
-# the bundled encoder, float16 0.0002. One more prompt is about 0.001, and changes the bank's name.
+MEAN_WEIGHT = 100.0  # weight of the mean, relative to the rows of the concepts
+# Relative difference of the Gram matrices of one bank in different dtypes: on the bundled encoder
+# 0.0064 in bfloat16, 0.0002 in float16. One more prompt changes the matrix by only about 0.001, but
+# also changes the bank's name.
 ENCODER_TOLERANCE = 2e-2
 CONDENSED_TOLERANCE = 1e-4  # moves T by less than the rounding of the rows to float32 does
 
@@ -53,8 +56,8 @@ class Edit:
     def from_matrix(matrix: Tensor) -> "Edit":
         """The factors of a dense T, float32 [dim, dim].
 
-        They leave out RANK_TOLERANCE of |T - I|, and the rounding of T to float32, which is no
-        more than noise and would fill all dim directions.
+        They are truncated to RANK_TOLERANCE of |T - I|, and to the rounding noise of T in float32,
+        which would otherwise give them full rank.
         """
         unit = torch.eye(len(matrix), dtype=torch.float64)
         size = matrix.abs()
@@ -87,23 +90,27 @@ class Edit:
     ) -> Tensor:
         """W_org (I + strength (T - I)) of a layer, in the weight's dtype.
 
-        Computed in float32, where only the change is rounded: a row of W_org with
-        W_org (T - I) = 0 keeps its bits.
+        Computed in float32 and then rounded; rows of W_org that T does not change are returned
+        bit-identical.
 
-        weight: [out, dim]
-        gain: [dim], of the RMS norm in front of the layer: T is of the rows before it
+        weight: weight W_org of the layer, [out, dim]
+        strength: strength of the edit, a number or a scalar tensor; default: 1
+        gain: gain of the RMS norm in front of the layer, [dim], since T applies to the rows before
+            the gain; default: None, for a layer without a norm
         """
         edit, full = self.to(weight.device), weight.float()
         up, down = strength * edit.up, edit.down
         if gain is not None:
             gain = gain.to(full)
             up, down = gain[:, None] * up, down / gain
-        # Autocast gives a product in half precision; added in place, it takes no more memory.
+        # Under autocast the product is in half precision. Adding in place saves memory.
         return (full @ up @ down).float().add_(full).to(weight.dtype)
 
     def split(self, tolerance: float) -> tuple["Edit", "Edit"]:
-        """The edit of the smallest rank within a share `tolerance` of |T - I| (Frobenius), and the
-        rest of T - I, as a second edit."""
+        """Splits T into an approximation of the lowest rank and the rest of T - I, as two edits.
+
+        tolerance: relative error (Frobenius) of the approximation of T - I
+        """
         return _split(self.up.double(), self.down.double(), tolerance)
 
 
@@ -111,13 +118,12 @@ class Edit:
 class Sums:
     """All that Eq. 7 needs of the rows of E and Pre.
 
-    A monoid: the sums of different concepts, batches and machines add up, in any order.
+    Sums of different concepts, batches or machines can be added in any order.
 
     gram: Σ_E w e eᵀ + λ1 Σ_Pre w e eᵀ, float64 [dim, dim]
     shift_cov: Σ_E w (e* - e) eᵀ, float64 [dim, dim]
-    representatives: rows that stand for the concepts and the words around them
-        (`algorithm.concept_representatives`), each in every encoder part in turn, float32
-        [rows * parts, dim]
+    representatives: one row per concept and per ring of words, for each encoder part
+        (`algorithm.concept_representatives`), float32 [rows * parts, dim]
     """
 
     gram: Tensor
@@ -134,7 +140,11 @@ class Sums:
         return len(self.gram)
 
     def add_erased(self, rows: Tensor, targets: Tensor, weight: float = 1.0) -> "Sums":
-        """The sums with more of E: rows e [n, dim] that become targets e* [n, dim]."""
+        """Adds erased rows to E; returns new sums.
+
+        rows, targets: rows e and e*, [n, dim] each
+        weight: weight w of each row; default: 1
+        """
         rows, targets = rows.cpu().double(), targets.cpu().double()  # some devices lack float64
         return replace(
             self,
@@ -143,7 +153,11 @@ class Sums:
         )
 
     def add_preserved(self, rows: Tensor, weight: float) -> "Sums":
-        """The sums with more of Pre: rows [n, dim] that stay. weight: λ1 w"""
+        """Adds preserved rows to Pre; returns new sums.
+
+        rows: rows e, [n, dim]
+        weight: weight λ1 w of each row
+        """
         rows = rows.cpu().double()
         return replace(self, gram=self.gram + weight * rows.T @ rows)
 
@@ -163,11 +177,11 @@ class Sums:
 
 @dataclass(frozen=True)
 class PackedSums:
-    """The sums of a fitted edit, as an erasure keeps them for merging.
+    """The sums that an erasure stores so that it can be merged.
 
-    `Sums.shift_cov` is not among them: it follows from the edit (`shift_cov_of`).
+    `Sums.shift_cov` is not stored: it follows from the edit (`shift_cov_of`).
 
-    triangle: `Sums.gram`, packed (`triangles.pack`)
+    triangle: `Sums.gram`, packed (`triangles.pack`), float32 [dim (dim + 1) / 2]
     representatives: as in `Sums`
     """
 
@@ -177,12 +191,13 @@ class PackedSums:
 
 @dataclass(frozen=True)
 class BankGram:
-    """The preservation bank, as one text encoder reads a stream of it.
+    """Gram matrix of the preservation bank for one stream of one text encoder.
 
-    triangle: Σ e eᵀ over the rows of all prompts, packed (`triangles.pack`)
+    triangle: Σ e eᵀ over the rows of all prompts, packed (`triangles.pack`), float32
+        [dim (dim + 1) / 2]
     mean: mean of the prompt embeddings (`token_alignment.prompt_embeddings`), float32 [parts, dim]
-    dropped: prompts too close to a concept to be preserved, prompt -> rows [n, dim]
-        (`condensed`)
+    dropped: prompt -> rows [n, dim] (`condensed`) of the prompts that are too close to a concept to
+        be preserved
     name: hash of the prompts and of the encoder's dimensions; "" where it is unknown
     """
 
@@ -217,7 +232,7 @@ class BankGram:
         return replace(self, dropped={**self.dropped, **other.dropped})
 
     def is_same(self, other: "BankGram") -> bool:
-        """Whether both are the same prompts, as encoders with the same weights read them."""
+        """Whether both banks have the same prompts, encoded with the same weights."""
         if self.mean.shape != other.mean.shape or (
             self.name and other.name and self.name != other.name
         ):
@@ -229,10 +244,12 @@ class BankGram:
 
 
 def condensed(rows: Tensor) -> Tensor:
-    """The fewest rows [n, dim] whose Gram matrix is that of rows [tokens, dim], float32.
+    """The smallest set of rows with the same Gram matrix, float32 [n, dim].
 
-    They leave out CONDENSED_TOLERANCE of the norm of the rows: the padding of a prompt, for
-    example, is nearly one row.
+    The result leaves out CONDENSED_TOLERANCE of the norm of the rows. The padding of a prompt, for
+    example, becomes nearly one row.
+
+    rows: rows of one prompt, [tokens, dim]
     """
     rows = rows.double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # in ascending order
@@ -243,17 +260,24 @@ def condensed(rows: Tensor) -> Tensor:
 def solve(
     sums: Sums, bank: BankGram | None, lambda1: float, lambda2: float, suppression: float = 0.0
 ) -> Edit:
-    """T - I = (S + (T1 - I)(λ1 KᵀK + λ2 I)) (G + λ1 KᵀK + λ2 I)⁻¹.
+    """Solves Eq. 7 for one stream.
 
-    G and S are `sums.gram` and `sums.shift_cov`, K the rows of the bank. λ2 is in units of the mean
-    diagonal of the system, so that it means the same for every text encoder.
+        T - I = (S + (T1 - I)(λ1 KᵀK + λ2 I)) (G + λ1 KᵀK + λ2 I)⁻¹
 
-    T1 = I + suppression D moves each row v that stands for a concept towards the mean m of the
-    bank, and m itself by MEAN_SHIFT of that: D is the least squares of D v = m - v and
-    D m = MEAN_SHIFT (m - v) with a ridge of SHIFT_RIDGE Σ |m - v|², so that many concepts move no
-    row much farther than a few.
+    G and S are `sums.gram` and `sums.shift_cov`, K the rows of the bank. The wide edit
+    T1 = I + suppression D moves each representative row v towards the mean m of the bank, and m
+    itself by MEAN_SHIFT of that. D is the least-squares solution of D v = m - v and
+    D m = MEAN_SHIFT (m - v) with a ridge of SHIFT_RIDGE Σ |m - v|², so that the shift of a row does
+    not grow with the number of concepts.
 
-    suppression: strength of T1; with 0, or without a bank, Eq. 7 is solved as printed
+    sums: sums of E and Pre
+    bank: preservation bank; None for no bank
+    lambda1: weight λ1 of the bank; the sums include it for the other rows of Pre
+    lambda2: weight λ2 of |W - W_org|², in units of the mean diagonal of the system, so that one
+        value suits every text encoder
+    suppression: strength of the wide edit; default: 0, Eq. 7 as printed. It has no effect without a
+        bank
+
     Raises ValueError when λ1 or suppression is negative, λ2 is not positive or E is empty.
     """
     if lambda1 < 0 or lambda2 <= 0:
@@ -323,12 +347,13 @@ def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _low_rank(numerator: Tensor, cholesky: Tensor, noise: float = 0.0) -> Edit:
     """T - I = numerator @ system⁻¹ as factors, to RANK_TOLERANCE.
 
-    A basis of its range is found by random probes, until new ones lie in it (Halko, Martinsson and
-    Tropp 2011, Alg. 4.2). The probes are drawn with a fixed seed, so that T is the same in every
-    run.
+    Finds a basis of the range with random probes, until new probes lie in its span (Halko,
+    Martinsson and Tropp 2011, Alg. 4.2). The seed of the probes is fixed, so that T is the same in
+    every run.
 
     cholesky: lower Cholesky factor of the system
-    noise: expected |noise|² (Frobenius) of T - I, which is not sought
+    noise: expected squared norm (Frobenius) of the rounding noise in T - I, which the choice of the
+        rank ignores; default: 0
     """
     dim = len(numerator)
     generator = torch.Generator().manual_seed(0)
@@ -339,9 +364,9 @@ def _low_rank(numerator: Tensor, cholesky: Tensor, noise: float = 0.0) -> Edit:
         images = numerator @ torch.cholesky_solve(probes, cholesky)
         size = size or float(images.square().mean())
         images = images - basis @ (basis.T @ images)
-        # A tenth: the factors are truncated to the tolerance in the end.
-        due = (0.1 * RANK_TOLERANCE) ** 2 * size + NOISE_MARGIN * noise / dim
-        if basis.shape[1] and images.square().mean() <= due:
+        # A tenth of the tolerance, because the truncation below uses all of it.
+        threshold = (0.1 * RANK_TOLERANCE) ** 2 * size + NOISE_MARGIN * noise / dim
+        if basis.shape[1] and images.square().mean() <= threshold:
             break
         images = torch.linalg.qr(images).Q
         images = torch.linalg.qr(images - basis @ (basis.T @ images)).Q

@@ -1,4 +1,4 @@
-"""What an erasure is made of: edits, LoRA, the sums for merging, and its provenance."""
+"""The class Erasure: edits, LoRA, sums for merging and provenance."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

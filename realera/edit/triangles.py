@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-JITTER = 1e-8  # of the mean diagonal, so that a singular matrix has a factor as well
+JITTER = 1e-8  # share of the mean diagonal, so that a singular matrix has a factor as well
 
 
 def pack(gram: Tensor) -> Tensor:

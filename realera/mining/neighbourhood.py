@@ -17,7 +17,9 @@ from .plan import Plan
 class Radii:
     """Radii and directions of random steps in one stream.
 
-    d1, d1_anchor, d2: bounds r < d1, r' < d1_anchor, d1 <= l < d2 (Eq. 3), in units of the stream
+    d1: bound of the step to a neighbour, r < d1 (Eq. 3), in units of the stream
+    d1_anchor: bound of the step from the anchor, r' < d1_anchor, in units of the stream
+    d2: bound of the step to a beyond point, d1 <= r < d2, in units of the stream
     centre: rows that cosines are measured around, [tokens, dim]
     candidates: rows v to step towards, [candidates, tokens, dim]; None for noise
     """
@@ -33,9 +35,12 @@ class Neighbourhood(Protocol):
     """Neighbours and beyond points around the pairs of a plan's concepts."""
 
     @property
-    def plan(self) -> Plan: ...
+    def plan(self) -> Plan:
+        """The concepts, settings and selected words or prompts."""
+
     @property
-    def pairs(self) -> Pairs: ...
+    def pairs(self) -> Pairs:
+        """The rows e and e* of the prompts of the concepts."""
 
     def planned(self) -> tuple[MinedRows, MinedRows]:
         """The plan's neighbours (Alg. 1, l. 4-12) and beyond points (l. 13-22)."""
@@ -62,17 +67,22 @@ class Neighbourhood(Protocol):
         """The neighbourhood of a plan that differs in the settings of the beyond points."""
 
     def representatives(self) -> dict[str, Tensor]:
-        """stream -> rows that represent the neighbours of the concepts, [rows, dim]; or {}."""
+        """stream -> mean row of each ring of words, [concepts * parts, dim]; {} without words."""
 
     def encode_all(self) -> None:
-        """Encodes everything that can be drawn, before a network takes the memory."""
+        """Encodes all words that can be drawn, before the network is moved to the device."""
 
 
 class NeighbourSource(Protocol):
     """A module that implements one source of neighbours."""
 
     def complete(self, text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
-        """The plan with the words or prompts that the source chooses."""
+        """Selects the words or prompts of a plan; returns the complete plan.
+
+        text: text encoder of the model
+        plan: plan with concepts and settings only
+        progress: callback(done, total)
+        """
 
     def neighbourhood(self, text: TextEncoder, plan: Plan, pairs: Pairs) -> Neighbourhood:
         """The neighbourhood of the pairs of the plan's concepts."""

@@ -25,7 +25,7 @@ from .preservation_bank import drop_related_prompts, encode_bank
 
 BLOCK = 16  # draws at once: 4 MB for a whole span in SD 1.x, which fits into a CPU cache
 MAX_DRAWS = 1024 * BLOCK
-EVERY = 4  # every fourth bank prompt is stepped towards
+BANK_STRIDE = 4  # step between the bank prompts that are used as directions
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,9 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
     if plan.neighbor.source == "isotropic":
         return plan
     bank = drop_related_prompts(encode_bank(text, progress=progress), text, plan.concepts)
-    return replace(plan, steps=tuple(p for p in bank.prompts[::EVERY] if p not in bank.dropped))
+    return replace(
+        plan, steps=tuple(p for p in bank.prompts[::BANK_STRIDE] if p not in bank.dropped)
+    )
 
 
 def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> GaussianNeighbourhood:
@@ -182,7 +184,7 @@ def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> GaussianNeighb
     steps: Encoding | None = None
     if plan.neighbor.source == "bank":
         steps = text.encode(plan.steps)
-        if not _alike(pairs.e, steps):
+        if not _equal_row_counts(pairs.e, steps):
             raise ValueError(
                 "source 'bank' needs equally many rows for all prompts, and this text encoder "
                 "gives short prompts fewer: use source 'vocabulary' or 'isotropic'"
@@ -229,7 +231,7 @@ def radii_of(
                     f"{limit:.2f}; choose a larger S2 (default: {S2[plan.neighbor.source]})"
                 )
             automatic = distance(plan.neighbor.cosines[0])
-            if stream == CONTEXT:  # the first
+            if stream == CONTEXT:  # comes first, so that `units` is complete for other streams
                 units.append(automatic)
             d1, d1_anchor, d2 = (d and d * (automatic / units[n]) for d in named)
             radii = Radii(*_checked(plan, distance, d1, d1_anchor, d2), centre, v)
@@ -237,8 +239,8 @@ def radii_of(
     return found
 
 
-def _alike(one: Encoding, other: Encoding) -> bool:
-    """Whether all prompts have equally many rows."""
+def _equal_row_counts(one: Encoding, other: Encoding) -> bool:
+    """Whether all prompts of two encodings have the same number of rows."""
     return all(
         bool(e.there(stream).all()) and e[stream].shape[1:] == one[stream].shape[1:]
         for e in (one, other)

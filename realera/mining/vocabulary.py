@@ -3,8 +3,8 @@
 Every word of the vocabulary replaces the concept in its first template, and is compared with it by
 the cosine of their summary rows around the mean of the vocabulary, since the rows of one encoder
 share a large common part. Words inside the ring are neighbours, words just outside are beyond
-points; a user can read them and leave some out. Alg. 1 maps a neighbour to the anchor (l. 8); a
-word is moved by e* - e of its concept instead, so that it keeps what it means besides the concept.
+points; users can inspect the words and exclude some. Alg. 1 maps a neighbour to the anchor (l. 8);
+a word is moved by e* - e of its concept instead, so that the rest of its meaning is preserved.
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ from .neighbourhood import Radii
 from .pairs import MinedRows, Pairs, first_summaries
 from .plan import Plan, Words
 
-# Most words per concept inside the ring, the name included, and just outside: 80 MB in SDXL. With
-# the bundled encoder a ring has 20 to 60 words.
+# Maximum number of words per concept inside the ring (including the name) and just outside of it:
+# 80 MB in SDXL. With the bundled encoder a ring has 20 to 60 words.
 NEAR_WORDS = FAR_WORDS = 64
-WORDS_AT_ONCE = 1024  # words between two calls of progress
+WORDS_AT_ONCE = 1024  # words encoded between two calls of progress
 CONCEPTS_AT_ONCE = 256  # concepts compared with all words at once: 34 MB of cosines
 
 
@@ -36,13 +36,13 @@ class WordRows:
     """Words in the first template of their concepts, encoded when they are drawn.
 
     words: (number of the concept, word), in the order of the concepts
-    read: index -> compact e, e* and span of a word that has been encoded
+    encoded: index -> compact e, e* and span of a word
     """
 
     text: TextEncoder = field(repr=False)
     pairs: Pairs = field(repr=False)
     words: Words
-    read: dict[int, MinedRows] = field(default_factory=dict, repr=False)
+    encoded: dict[int, MinedRows] = field(default_factory=dict, repr=False)
 
     @property
     def concept(self) -> Tensor:
@@ -60,18 +60,28 @@ class WordRows:
         return [template.replace("{}", word) for word, _, template in self.placed(index)]
 
     def take(self, index: Tensor) -> MinedRows:
-        """The words at int64 `index` [n]. A word is mapped to e + e*_c - e_c, row by row."""
+        """The rows of some words, encoded if necessary.
+
+        The target of a word of concept c is e + e*_c - e_c, row by row.
+
+        index: indices of the words, int64 [n]
+        """
         if not len(index):
             nothing = self.pairs.e.take(index)
             span = {s: rows[:0] for s, rows in self.pairs.span.items()}
             return MinedRows(nothing, nothing, span, index)
-        new = sorted(set(index.tolist()) - self.read.keys())
+        new = sorted(set(index.tolist()) - self.encoded.keys())
         for n in range(0, len(new), BATCH):
             self._encode(new[n : n + BATCH])
-        return MinedRows.cat([self.read[k] for k in index.tolist()])
+        return MinedRows.cat([self.encoded[k] for k in index.tolist()])
 
     def draw(self, count: int, generator: torch.Generator, of: Sequence[int]) -> MinedRows:
-        """`count` words of each of the concepts `of`, expanded to the rows that a model reads."""
+        """Random words of some concepts, with the padding restored (`Encoding.expanded`).
+
+        count: number of words per concept
+        generator: random generator of the draws
+        of: numbers of the concepts
+        """
         return self.take(drawn(self.concept, count, generator, of)).expanded()
 
     def _encode(self, index: Sequence[int]) -> None:
@@ -86,14 +96,14 @@ class WordRows:
         for n, k in enumerate(index):
             one, row = torch.tensor([n]), {s: rows[n : n + 1] for s, rows in span.items()}
             word = (placed[n][0],)
-            self.read[k] = MinedRows(e.take(one), target.take(one), row, pair[one], word)
+            self.encoded[k] = MinedRows(e.take(one), target.take(one), row, pair[one], word)
 
 
 @dataclass(frozen=True)
 class VocabularyNeighbourhood:
     """A `neighbourhood.Neighbourhood` of the near and far words of a plan.
 
-    Words are in the first template of their concept, whichever pair they are drawn around.
+    Words always use the first template of their concept, regardless of the pair.
     """
 
     plan: Plan
@@ -111,8 +121,10 @@ class VocabularyNeighbourhood:
     def neighbors(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """`count` words for each pair, or all words of the concept when there are fewer.
+        """Random words for each pair, or all words of the concept if there are fewer.
 
+        count: number of words per pair
+        generator: random generator of the draws
         of: indices of pairs; default: the first pair of each concept
         """
         return self.near.draw(count, generator, self._concepts(of))
@@ -120,12 +132,12 @@ class VocabularyNeighbourhood:
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """As `neighbors`, for the words just outside the ring."""
+        """Words just outside the ring; parameters as in `neighbors`."""
         far = self.far.draw(count, generator, self._concepts(of))
         return replace(far, target=far.e)
 
     def _concepts(self, of: Sequence[int] | None) -> Sequence[int]:
-        """The concept of each pair."""
+        """The number of the concept of each pair in `of`."""
         pairs = self.pairs.first if of is None else torch.tensor(of)
         return self.pairs.concept[pairs].tolist()
 
@@ -135,8 +147,10 @@ class VocabularyNeighbourhood:
 
     @property
     def has_beyond(self) -> bool:
-        """Among thousands of concepts, one may have no word outside its ring that is not nearer to
-        another concept."""
+        """Whether every concept has a beyond word.
+
+        With thousands of concepts, all words outside of one ring may be nearer to other concepts.
+        """
         return {number for number, _ in self.plan.far} == set(range(len(self.plan.concepts)))
 
     def replan(self, plan: Plan) -> "VocabularyNeighbourhood":
@@ -162,9 +176,12 @@ class VocabularyNeighbourhood:
 
 
 def drawn(concept: Tensor, count: int, generator: torch.Generator, of: Sequence[int]) -> Tensor:
-    """Indices of `count` random words of each of the concepts `of`, or of all if there are fewer.
+    """Draws up to `count` random words for each concept in `of`.
 
     concept: number of the concept of each word, int64 [words]
+    count: number of words per concept; all words of a concept that has fewer
+    generator: random generator of the draws
+    of: numbers of the concepts
 
     Returns int64 indices in the order of `of`; a concept that occurs again gets other words, as
     long as there are enough.
@@ -213,26 +230,31 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
 def choose_words(
     plan: Plan, text: TextEncoder, summary: Tensor, progress: Progress = quiet
 ) -> Plan:
-    """As `complete`, without draws.
+    """Selects the words inside and outside the ring of every concept, without random draws.
 
+    plan: plan with concepts and settings
+    text: text encoder of the model
     summary: summary row of every concept in its first template, [concepts, dim]
+    progress: callback with (words encoded, total); default: none
     """
     concepts, outer = plan.concepts, plan.farthest
     s2, s1 = plan.neighbor.cosines
     excluded = {word.casefold() for word in plan.neighbor.exclude}
     names = {concept.name.casefold() for concept in concepts}
     vocabulary = text.words()
-    known = torch.tensor([word.casefold() not in names for word in vocabulary], dtype=torch.bool)
-    listed = {word for word, keep in zip(vocabulary, known.tolist(), strict=True) if keep}
-    added = [w for w in dict.fromkeys(plan.neighbor.words) if w.casefold() not in names | listed]
-    words = [word for word in vocabulary if word in listed] + added
+    new = [word.casefold() not in names for word in vocabulary]
+    is_candidate = torch.tensor(new, dtype=torch.bool)
+    candidates = {word for word, keep in zip(vocabulary, new, strict=True) if keep}
+    known = names | candidates
+    added = [w for w in dict.fromkeys(plan.neighbor.words) if w.casefold() not in known]
+    words = [word for word in vocabulary if word in candidates] + added
 
     templates = [concept.templates[0] for concept in concepts]
     centres: dict[str, Tensor] = {}
-    cosine = torch.full((len(words),), -2.0)
+    cosine = torch.full((len(words),), -2.0)  # below every cosine
     nearest, rings = torch.zeros(2, len(words), dtype=torch.int64)
     for template in dict.fromkeys(templates):
-        rows = vocabulary_rows(text, template, progress)[known]
+        rows = vocabulary_rows(text, template, progress)[is_candidate]
         # The mean of the vocabulary alone: words that a user adds do not change other cosines.
         centre = centres[template] = rows.mean(0)
         if added:
@@ -298,7 +320,7 @@ def word_rows(
 
 
 def vocabulary_rows(text: TextEncoder, template: str, progress: Progress = quiet) -> Tensor:
-    """As `word_rows` for the vocabulary, encoded once per encoder and template."""
+    """The summary rows of the whole vocabulary, cached per encoder and template."""
     words = text.words()
     made = cached(
         "vocabulary",

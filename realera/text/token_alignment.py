@@ -1,8 +1,9 @@
 """Alignment of the rows of a concept prompt with those of the anchor prompt (Alg. 1, l. 1).
 
 In a causal encoder, every row from the first token of the concept on depends on the concept,
-end-of-text and padding included ("erasure concept token and its subsequent tokens"); earlier rows
-stay. In an encoder that is not causal (T5), every row of the prompt depends on the concept.
+including end-of-text and padding ("erasure concept token and its subsequent tokens"); earlier rows
+do not change. In an encoder that is not causal (T5), every row of the prompt depends on the
+concept.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from .encoding import CONTEXT, EncoderPart, Encoding, TextEncoder
 class RowMap:
     """A map from every row of some prompts to a row of their anchor prompts.
 
-    streams: stream -> index of the anchor row, int64 [prompts, tokens]; -1 for rows that stay
+    streams: stream -> index of the anchor row, int64 [prompts, tokens]; -1 for rows that do not
+        change
     """
 
     streams: dict[str, Tensor]
@@ -38,18 +40,21 @@ class RowMap:
         return Encoding(target, e.weights)
 
 
-def map_rows(text: TextEncoder, rows: Sequence[tuple[str, str, str]], encoded: Encoding) -> RowMap:
+def map_rows(
+    text: TextEncoder, triples: Sequence[tuple[str, str, str]], encoded: Encoding
+) -> RowMap:
     """Maps token j of a phrase to token j of the anchor phrase, and later rows to later rows.
 
-    rows: (phrase, anchor phrase, template) of every prompt
-    encoded: encoding of the prompts of the phrases; the row of a stream with a single row per
-        prompt is mapped to that of the anchor prompt
+    text: text encoder of the model
+    triples: phrase, anchor phrase and template of each prompt
+    encoded: encoding of the phrases in their templates. In a stream with one row per prompt, that
+        row is mapped to the row of the anchor prompt
 
     Raises ValueError when a phrase or anchor has no token or its prompt is too long.
     """
     tokens = encoded[CONTEXT].shape[1]
     found = []
-    for phrase, anchor, template in rows:
+    for phrase, anchor, template in triples:
         context = torch.full((tokens,), -1)
         for part in text.parts:
             span, anchor_span = (_locate(part, template, p) for p in (phrase, anchor))
@@ -79,8 +84,12 @@ def prompt_embeddings(
 ) -> dict[str, Tensor]:
     """stream -> the rows that represent each whole prompt, [prompts, parts, dim].
 
-    In the context, one row for each encoder, as `prompt_summaries` has for the first; in a stream
-    with a single row per prompt, that row.
+    In the context, one summary row per encoder (see `prompt_summaries`); in a stream with one row
+    per prompt, that row.
+
+    text: text encoder of the model
+    prompts: prompts that were encoded
+    encoded: encoding of the prompts
     """
     context = [_summary(part, prompts, encoded[CONTEXT]) for part in text.parts]
     return {**encoded, CONTEXT: torch.stack(context, 1)}
@@ -105,9 +114,11 @@ def unit(rows: Tensor) -> Tensor:
 def row_weights(parts: Sequence[EncoderPart], prompts: Sequence[str], there: Tensor) -> Tensor:
     """`Encoding.weights` of the context, [prompts, tokens].
 
-    Padding rows of an encoder that is not causal are nearly equal and carry little meaning, and so
-    are those of one that pads to hundreds of rows: together, those of one prompt weigh 1.
+    Padding rows of encoders that are not causal, and of encoders that pad to hundreds of rows, are
+    nearly equal and carry little meaning, so all padding rows of a prompt together have weight 1.
 
+    parts: encoders of the context
+    prompts: prompts that were encoded
     there: mask of the rows that are present, bool [prompts, tokens]
     """
     weights = there.float()
@@ -147,11 +158,16 @@ class _Span:
 
 
 def _locate(part: EncoderPart, template: str, phrase: str) -> _Span:
+    """Token indices of a phrase in a template with {}.
+
+    Raises ValueError when the phrase has no token or the prompt is too long.
+    """
     before, _, after = template.partition("{}")
     prompt = template.replace("{}", phrase)
     whole, prefix, suffix = part.tokenize([prompt, before, after])
     # Byte-pair encoding can merge a phrase with adjacent text ("anti{}", "{}s"): the span starts
-    # and ends where the sequences diverge. All three have what the family puts around a prompt.
+    # and ends where the sequences diverge. All three sequences include the family's prompt template
+    # and special tokens.
     first = _common(whole[:-1], prefix[:-1])
     last = len(whole) - _common(whole[::-1], suffix[::-1])
     if last <= first:
@@ -171,11 +187,12 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _anchor_rows(part: EncoderPart, span: _Span, anchor: _Span, rows: int) -> Tensor:
-    """Index of the anchor row for each row of an encoder, int64 [rows]; -1 for rows that stay.
+    """Index of the anchor row for each row of an encoder, int64 [rows]; -1 for rows that do not
+    change.
 
     Phrase token j is mapped to anchor token j (to the last one when the phrase is longer), prefix
     to prefix, suffix to suffix, end-of-text and padding to end-of-text and padding. The suffix is
-    counted from the end: it lacks a token when a phrase is merged with it.
+    aligned from the end, because merging with the phrase can remove its first token.
     """
     at = torch.arange(rows)
     before = torch.full_like(at, -1) if part.causal else at

@@ -27,18 +27,18 @@ def align(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     state: Path | None = None,
 ) -> Lora:
-    """Trains a LoRA on top of the closed-form edit: ΔW = B A of every K/V projection.
+    """Trains a LoRA on top of the closed-form edit: ΔW = B A of every layer that reads the context.
 
-    The network is left exactly as it was, also after an error.
+    The network is restored afterwards, even if an error occurs.
 
-    model: original model
-    inputs: inputs of the loss
-    training: parameters of the training
-    on_step: callback with the number of the finished step, from 1, and its loss; a resumed run
-        starts with the steps in its state. An exception in it cancels the run. It may draw with the
-        LoRA under `student_teacher.student_mode`
+    model: original, unedited model
+    inputs: pairs, neighbourhood, anchor latents and erasure
+    training: parameters of the alignment
+    on_step: callback with the number of the finished step, from 1, and its loss; default: none. A
+        resumed run first repeats the steps in its state. The callback may sample with the current
+        LoRA in `student_teacher.student_mode`; an exception in it cancels the run
     state: file to resume from and to save to, also when the run is cancelled; a resumed run gives
-        the same LoRA as an uninterrupted one. None saves nothing
+        the same LoRA as an uninterrupted one. Default: None, no state is saved
 
     Returns canonical layer name -> (A [rank, in], B [out, rank]). Raises FloatingPointError when
     the loss or a gradient is not finite, torch.cuda.OutOfMemoryError when memory runs out, and
@@ -56,11 +56,11 @@ def align(
         networks = student_teacher(model, inputs.erasure)
         if training.adversarial:
             inputs = filter_words(networks, inputs, training)
-        part = next(loss_terms(model, inputs, training, 1)[0].parts())
-        checkpointing = training.gradient_checkpointing or needs_checkpointing(networks, part)
+        probe = next(loss_terms(model, inputs, training, 1)[0].parts())
+        checkpointing = training.gradient_checkpointing or needs_checkpointing(networks, probe)
         with (
             checkpointed(model.network) if checkpointing else nullcontext(),
-            _explained(saved, training, len(part.z_t), checkpointing),
+            _with_advice(saved, training, len(probe.z_t), checkpointing),
             saved.when_interrupted(),
         ):
             for step in range(saved.step + 1, training.steps + 1):
@@ -81,12 +81,13 @@ def align(
 
 
 @contextmanager
-def _explained(
+def _with_advice(
     saved: TrainingState, training: Training, at_once: int, checkpointing: bool
 ) -> Iterator[None]:
-    """Adds the step and what would help to the errors of a step.
+    """Re-raises errors of a training step with the number of the step and advice.
 
-    at_once: number of samples per pass of the network; a larger batch needs no more memory
+    at_once: number of samples per forward pass; larger batches are split, so that only a smaller
+        batch reduces memory
     """
     try:
         yield
@@ -98,10 +99,10 @@ def _explained(
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        ways = [f"use --batch {at_once - 1} or less"] if at_once > 1 else []
-        ways += [] if checkpointing else ["use --gradient-checkpointing"]
-        ways.append("leave the alignment out with --steps 0")
+        advice = [f"use --batch {at_once - 1} or less"] if at_once > 1 else []
+        advice += [] if checkpointing else ["use --gradient-checkpointing"]
+        advice.append("leave the alignment out with --steps 0")
         raise torch.cuda.OutOfMemoryError(
-            f"out of memory at step {saved.step + 1} of the alignment: {', or '.join(ways)}. "
+            f"out of memory at step {saved.step + 1} of the alignment: {', or '.join(advice)}. "
             "(ComfyUI: batch and gradient_checkpointing of LoRA Align, or no LoRA Align)"
         ) from error

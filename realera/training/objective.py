@@ -1,11 +1,11 @@
 """The loss of prediction-noise alignment (Sec. 4.3; Alg. 1, l. 26-29).
 
-Odd steps    |ε_θ(z_t, t, p) - ε(z_t, t, p*)|²                                          (Eq. 8)
-Even steps   |ε_θ(z_t, t, p') - ε(z_t, t, p*)|² + |ε_θ(z_t, t, p'') - ε(z_t, t, p'')|²  (Eq. 9)
+Odd steps    MSE(ε_θ(z_t, t, p), ε(z_t, t, p*))                                         (Eq. 8)
+Even steps   MSE(ε_θ(z_t, t, p'), ε(z_t, t, p*)) + MSE(ε_θ(z_t, t, p''), ε(z_t, t, p''))  (Eq. 9)
 
 ε_θ is the student and ε the teacher (`student_teacher.py`). p names the concept and p* its anchor;
 p' is a neighbour of p, p'' a beyond point. z_t is an image of the anchor, drawn by the teacher and
-noised to a random time t. |.|² is the mean over all entries.
+noised to a random time t.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,18 +21,19 @@ from ..text.encoding import Encoding
 from .inputs import TrainingInputs
 from .student_teacher import StudentTeacher
 
-# Gradients of a half-precision network vanish without a scale; where they overflow, a smaller one.
+# Factors of the loss against underflow of half-precision gradients; after an overflow, the next one
+# is tried.
 LOSS_SCALES = (2.0**14, 2.0**7, 1.0)
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """The term weight |ε_θ(z_t, t, p) - ε(z_t, t, p*)|².
+    """The term weight · MSE(ε_θ(z_t, t, p), ε(z_t, t, p*)).
 
     z_t: noised latents, float32 [n, channels, height, width]
     t: times of the latents, [n]
-    p, p_star: n prompts for the student and for the teacher
-    weight: factor of the term
+    p, p_star: encoded prompts of the student and of the teacher, n each
+    weight: factor of the term; default: 1
     """
 
     z_t: Tensor
@@ -42,8 +43,8 @@ class LossTerm:
     weight: float = 1.0
 
     def parts(self) -> Iterator["LossTerm"]:
-        """Terms of at most as many samples as one pass of the network takes; they add up to this
-        term."""
+        """Splits the term into batches that fit into one forward pass; their weighted sum equals
+        this term."""
         n, at_once = len(self.z_t), latents_at_once(*self.z_t.shape[2:])
         if n <= at_once:
             yield self
@@ -59,7 +60,10 @@ def loss_terms(
 ) -> list[LossTerm]:
     """The terms of Eq. 8 or 9 for random pairs, neighbours, images and times.
 
-    step: number of the step, from 1; it seeds the draws together with the seed of the training
+    model: original model
+    inputs: pairs, neighbourhood and anchor latents
+    training: parameters of the alignment
+    step: number of the step, from 1; the draws are seeded from it and the seed of the training
     """
     neighbourhood, pairs = inputs.neighbourhood, inputs.neighbourhood.pairs
     generator = torch.Generator().manual_seed((training.seed * 1_000_003 + step) % 2**64)
@@ -69,7 +73,7 @@ def loss_terms(
     if step % 2:  # Eq. 8
         return [LossTerm(z_t, t, pairs.e.take(chosen), pairs.anchor.take(chosen))]
     near = neighbourhood.neighbors(1, generator, chosen.tolist())  # Eq. 9
-    # A mined word has one template, and `near.pair` is the anchor in the same template.
+    # Mined words exist in the first template only; `near.pair` selects the pair of that template.
     terms = [LossTerm(z_t, t, near.e, pairs.anchor.take(near.pair))]
     if inputs.beyond:
         far = neighbourhood.beyond(1, generator, chosen.tolist()).e
@@ -80,10 +84,12 @@ def loss_terms(
 def noised_images(
     model: Diffusion, images: Tensor, concept: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """z_t and t for a random image of each concept.
+    """Draws z_t and t for a random image of each concept.
 
-    images: latents [concepts, images, channels, height, width]
+    model: original model
+    images: latents of the images, [concepts, images, channels, height, width]
     concept: indices of concepts, int64 [n]
+    generator: random generator of the draws
     """
     image = torch.randint(images.shape[1], concept.shape, generator=generator)
     z = images[concept, image]  # [n, channels, height, width]
@@ -95,10 +101,15 @@ def noised_images(
 def backward(
     networks: StudentTeacher, terms: Sequence[LossTerm], weights: Sequence[Tensor]
 ) -> float:
-    """The sum of the terms; the gradients are in `grad` of the weights.
+    """Computes the loss, the sum of the terms, and its gradients.
 
-    Parts of terms are computed one by one, so that memory holds the activations of one part. Raises
-    FloatingPointError, with the message "loss" or "gradient", when one is not finite.
+    The terms are split into batches, so that memory holds the activations of one batch.
+
+    networks: student and teacher
+    terms: terms of the loss
+    weights: trained weights; gradients are stored in their `grad`
+
+    Raises FloatingPointError, with the message "loss" or "gradient", when one is not finite.
     """
     predict = networks.model.predict
     for scale in LOSS_SCALES:
@@ -108,7 +119,7 @@ def backward(
         for term in (part for whole in terms for part in whole.parts()):
             with torch.no_grad(), networks.teacher():
                 eps = predict(term.z_t, term.t, term.p_star).float()
-            with networks.student():  # through backward, where checkpointed blocks run again
+            with networks.student():  # includes backward, which reruns checkpointed blocks
                 eps_theta = predict(term.z_t, term.t, term.p).float()
                 loss = term.weight * mse_loss(eps_theta, eps)
                 if not torch.isfinite(loss):
