@@ -143,7 +143,7 @@ def refuse_edited(model: Any, erasure: Erasure) -> None:
         if same or twice:
             raise ValueError(
                 f"this MODEL has an erasure of {twice or 'the same'} on it already, and would be "
-                "erased twice: connect the MODEL that is the input of Closed-Form Edit"
+                "erased twice: connect the original MODEL, the input of Closed-Form Edit"
             )
 
 
