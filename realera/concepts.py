@@ -145,7 +145,10 @@ def lines(text: str) -> list[str]:
 
 
 def read_lines(path: str) -> list[str]:
-    """As `lines` for a UTF-8 file. Raises ValueError when there is none."""
+    """The lines of a UTF-8 file that are not blank. Raises ValueError when there is none.
+
+    path: path of the file
+    """
     try:
         found = lines(Path(path).read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -161,7 +164,11 @@ def listed(text: str) -> list[str]:
 
 
 def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Concept, ...]:
-    """As `concepts_in` for the lines of a text, where lines that start with # are comments."""
+    """Reads `concept -> anchor` lines; see `concepts_in` for the errors.
+
+    text: lines of concepts; lines that start with # are comments
+    templates: prompts with {} for the name; default: `TEMPLATES`
+    """
     return concepts_in(
         ["" if line.strip().startswith("#") else line for line in text.splitlines()], templates
     )

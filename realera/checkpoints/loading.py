@@ -1,6 +1,6 @@
 """Loading a model from a single file or a diffusers folder, without the internet.
 
-A module of its own, since diffusers takes seconds to import and no other one needs it.
+This is a separate module, since importing diffusers takes seconds and no other module needs it.
 """
 
 import gzip

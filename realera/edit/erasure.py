@@ -238,7 +238,7 @@ def refuse_family(erasure: Erasure, family: str | None) -> None:
         )
         raise ValueError(
             f"the erasure was made for {made_for} and the model is {is_of}, whose text embeddings "
-            "mean something else: use a model of the erasure's own family"
+            "mean something else: use a model of the family that the erasure was made for"
         )
 
 

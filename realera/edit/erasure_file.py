@@ -211,7 +211,7 @@ class _Format3:
 
 
 class _Format2:
-    """As `_Format3`, of the dense matrices of the formats before."""
+    """Reader like `_Format3` for the dense matrices of formats 1 and 2."""
 
     def __init__(self, keys: "_Keys") -> None:
         self.keys, self.dim = keys, dict[str, int]()

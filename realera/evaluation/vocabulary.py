@@ -2,8 +2,9 @@
 
 Every word is sampled in one template from one noise by the original and by the erased model, and
 classified. *Residue*: share of the words that drew the concept and still do. *Kept*: share of the
-words that surely drew another class and still do. *Drift*: RMS change of the latents of the latter
-words, in percent of their RMS.
+words that drew another class with a probability above SURE and still draw it. *Drift*: RMS change
+of the latents of the words that drew another class with such a probability, in percent of their
+RMS.
 """
 
 import random
@@ -25,10 +26,10 @@ from .report import rounded
 from .scorers import ConceptClassifier, Scorer
 from .tasks import OBJECT
 
-SURE = 0.8  # probability above which a word surely draws a class
+SURE = 0.8  # probability above which a word is sure to draw a class
 SAVED = 4  # number of batches between saved states
-LISTED = 60  # most words of each kind in a listing
-COMPARED = 1024  # most numbers of each latent that drift is measured on
+LISTED = 60  # maximum number of words of each kind in a listing
+COMPARED = 1024  # maximum number of entries of a latent that drift is measured on
 
 
 def sample_words(words: Sequence[str], count: int | None, seed: int = 0) -> list[str]:
@@ -145,9 +146,9 @@ class VocabularyReport:
     words: number of words
     drew: words that drew the concept before
     still: words that drew the concept before and after
-    sure: number of words that surely drew another class before
+    sure: number of words that drew another class with a probability above SURE before
     lost: words among them that draw another class after, word -> (class before, class after)
-    drift: RMS change of the latents of the sure words, in percent of their RMS; NaN without words
+    drift: RMS change of the latents of the words in `sure`, in percent of their RMS; NaN without words
     settings: settings of the sampling
     """
 
@@ -168,7 +169,7 @@ class VocabularyReport:
 
     @property
     def kept(self) -> float:
-        """Kept in percent, NaN when no word surely drew another class; higher is better."""
+        """Kept in percent, NaN when no word was sure to draw another class; higher is better."""
         return 100 * (1 - len(self.lost) / self.sure) if self.sure else float("nan")
 
     @property

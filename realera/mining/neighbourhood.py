@@ -53,7 +53,7 @@ class Neighbourhood(Protocol):
     def beyond(
         self, count: int, generator: torch.Generator, of: Sequence[int] | None = None
     ) -> MinedRows:
-        """As `neighbors`, for beyond points."""
+        """New beyond points; parameters as in `neighbors`."""
 
     @property
     def radii(self) -> Mapping[str, Sequence[Radii]]:

@@ -92,7 +92,7 @@ class MinedRows:
     words: tuple[str, ...] = ()
 
     def expanded(self) -> "MinedRows":
-        """As `Encoding.expanded`."""
+        """The rows with the padding restored (`Encoding.expanded`)."""
         repeats = self.e.repeats
         span = {s: repeated(rows, repeats[s]) for s, rows in self.span.items() if s in repeats}
         e, target = self.e.expanded(), self.target.expanded()
@@ -100,7 +100,7 @@ class MinedRows:
 
     @staticmethod
     def cat(mined: Sequence["MinedRows"]) -> "MinedRows":
-        """As `Encoding.cat`."""
+        """The rows of several results, concatenated (`Encoding.cat`)."""
         return MinedRows(
             Encoding.cat([one.e for one in mined]),
             Encoding.cat([one.target for one in mined]),

@@ -84,9 +84,13 @@ def sample_prompts(
     images: int = 1,
     seeds: Sequence[int | None] = (),
 ) -> Iterator[Tensor]:
-    """As `sample`, for `images` images per prompt, encoded BATCH prompts at a time.
+    """Draws images of prompts, which are encoded BATCH at a time; see `sample`.
 
-    seeds: seed of the noise of each prompt; None: the noise goes on
+    model: model to draw with
+    prompts: prompts to draw
+    sampling: settings of the sampling
+    images: number of images per prompt; default: 1
+    seeds: seed of the noise of each prompt; None: the noise continues from the prompt before
     """
     starts = {images * k: seed for k, seed in enumerate(seeds) if seed is not None}
 

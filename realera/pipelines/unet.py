@@ -109,7 +109,7 @@ class DiffusersModel:
     Device and dtype are those of the pipeline.
 
     pipeline: diffusers pipeline with a U-Net
-    text: encoder of its prompts, the pipeline's own unless given
+    text: text encoder; default: the text encoders of the pipeline
 
     Raises ValueError when the pipeline has no U-Net.
     """

@@ -115,7 +115,7 @@ def pgd_step(
     training: Training,
     generator: torch.Generator,
 ) -> Contexts:
-    """Restarts some contexts, and optimises all contexts to bring back their concepts."""
+    """Restarts some contexts, and optimises all contexts to recover their concepts."""
     count = training.adversarial
     pair = torch.randint(len(pairs.prompts), (count,), generator=generator)
     which = torch.rand(count, generator=generator) < RESTARTED
