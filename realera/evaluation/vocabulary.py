@@ -148,7 +148,8 @@ class VocabularyReport:
     still: words that drew the concept before and after
     sure: number of words that drew another class with a probability above SURE before
     lost: words among them that draw another class after, word -> (class before, class after)
-    drift: RMS change of the latents of the words in `sure`, in percent of their RMS; NaN without words
+    drift: RMS change of the latents of the words in `sure`, in percent of their RMS; NaN if there
+        are none
     settings: settings of the sampling
     """
 
