@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..realera.edit.text_layers import FAMILIES
-from .comfy_batches import TOKENS
+from .comfy_batches import TOKENS, on_device
 from .comfy_fingerprint import fingerprint
 from .comfy_weights import stored_weights
 
@@ -62,15 +62,16 @@ class Front:
             size = context.shape[1], 0 if tokens is None else len(tokens)
             alike.setdefault(size, []).append(number)
         rows: list[Tensor] = [torch.empty(0)] * len(contexts)
-        for (length, _), numbers in alike.items():
-            for batch in torch.tensor(numbers).split(max(1, TOKENS // length)):
-                given = torch.cat([contexts[number] for number in batch])
-                if self.layers is not None:
-                    given = given.unflatten(2, (self.layers, -1))
-                tokens = [torch.stack([ids[number] for number in batch])] if self.ids else []
-                made = self.module(given.to(device, dtype), *(t.to(device) for t in tokens))
-                for number, row in zip(batch.tolist(), made.float(), strict=True):
-                    rows[number] = row[None]
+        with on_device(device):
+            for (length, _), numbers in alike.items():
+                for batch in torch.tensor(numbers).split(max(1, TOKENS // length)):
+                    given = torch.cat([contexts[number] for number in batch])
+                    if self.layers is not None:
+                        given = given.unflatten(2, (self.layers, -1))
+                    tokens = [torch.stack([ids[number] for number in batch])] if self.ids else []
+                    made = self.module(given.to(device, dtype), *(t.to(device) for t in tokens))
+                    for number, row in zip(batch.tolist(), made.float(), strict=True):
+                        rows[number] = row[None]
         return rows
 
     def inputs(self, rows: Tensor) -> Tensor:

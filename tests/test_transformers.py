@@ -3,10 +3,11 @@ transformer, which was trained."""
 
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 
 import pytest
 import torch
+from diffusers import QwenImage21Pipeline
 from safetensors.torch import load_file, save_file
 
 from realera.algorithm import align_erasure, collect, erase, mine
@@ -31,13 +32,12 @@ from realera.text.token_alignment import (
     unit,
 )
 from realera.training.student_teacher import student_mode
-from tests.tiny_transformers import FAMILIES, tiny
+from tests.tiny_transformers import FAMILIES, TextProcessor, tiny
 
 CAT = (Concept("black cat", "dog", ("a photo of the {}", "{} in the park")),)
 ASKED = ["a photo of the black cat", "black cat in the park", "a photo of the house"]
 NAMES = list(FAMILIES)
 NORMED = [n for n in NAMES if any("norm" in reader for reader in TRANSFORMERS[n]["readers"])]
-FOLDERS = [n for n in NAMES if n != "qwen_image21"]  # whose processor needs torchvision
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -407,14 +407,28 @@ def folders(tmp_path_factory):
 
     def folder(name):
         if name not in made:
-            made[name] = home / name
-            model_of(name).pipeline.save_pretrained(made[name])
+            made[name], pipeline = home / name, model_of(name).pipeline
+            processor = pipeline.components.get("processor")
+            if processor is not None:
+                pipeline.register_modules(processor=None)
+            pipeline.save_pretrained(made[name])
+            if processor is not None:
+                pipeline.register_modules(processor=processor)
         return made[name]
 
-    return folder
+    original = QwenImage21Pipeline.__init__
+
+    @wraps(original)
+    def with_processor(pipeline, *, processor, **parts):
+        original(pipeline, processor=processor or TextProcessor(), **parts)
+
+    with pytest.MonkeyPatch.context() as patch:  # the processor of a folder needs torchvision
+        patch.setattr(QwenImage21Pipeline, "_optional_components", ["processor"])
+        patch.setattr(QwenImage21Pipeline, "__init__", with_processor)
+        yield folder
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_erased_folder_and_a_lora_predict_as_the_erasure(name, folders, tmp_path):
     source, model = folders(name), model_of(name)
     family = family_of(source)
