@@ -4,6 +4,7 @@ For the claims of `comfyui_inside.py` and the cases of `comfyui_families.py`. Wi
 ComfyUI lets them be: it pads SD 3's rows to 4096 whatever the encoders are.
 """
 
+import base64
 import io
 import json
 from contextlib import ExitStack
@@ -165,6 +166,8 @@ if z_image is not None:
             "txt_ids_dims": [3],
         },
     )
+    klein, layout = NETWORKS["flux2_klein"]
+    NETWORKS["flux2_dev"] = klein, layout | {"guidance_embed": True}
 
     NETWORKS["krea2"] = (
         comfy.supported_models.Krea2,
@@ -298,6 +301,26 @@ def sentence_pieces():
     return torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)
 
 
+def tekken():
+    """A small vocabulary in the form of Mistral's: bytes, and the beginnings of words."""
+    from RealEra.realera.mining.preservation_bank import bank_prompts
+
+    marks = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    tokens = dict.fromkeys(bytes([value]) for value in range(256))
+    for word in " ".join(bank_prompts()[:60]).split():
+        tokens |= dict.fromkeys(f" {word[:end]}".encode() for end in range(1, len(word) + 1))
+    vocabulary = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode()}
+        for rank, token in enumerate(tokens)
+    ]
+    made = {
+        "config": {"default_num_special_tokens": 16, "default_vocab_size": len(tokens) + 16},
+        "vocab": vocabulary,
+        "special_tokens": [{"rank": n, "token_str": mark} for n, mark in enumerate(marks)],
+    }
+    return torch.frombuffer(bytearray(json.dumps(made).encode()), dtype=torch.uint8)
+
+
 def tiny_text(family, fill, **encoders):
     """A CLIP of a family; encoders: of SD 3's clip_l, clip_g and t5, which there are."""
     torch.manual_seed(0)
@@ -316,6 +339,7 @@ def tiny_text(family, fill, **encoders):
     if z_image is not None:
         kinds["z_image"] = (z_image.ZImageTokenizer, z_image.te())
         kinds["flux2_klein"] = (flux.KleinTokenizer, flux.klein_te())
+<<<<<<< HEAD
         kinds["krea2"] = (krea2.Krea2Tokenizer, krea2.te())
         kinds["anima"] = (anima.AnimaTokenizer, anima.te())
         kinds["mage_flow"] = (mage_flow.MageFlowTokenizer, mage_flow.te())
@@ -324,8 +348,18 @@ def tiny_text(family, fill, **encoders):
         kinds["kandinsky5"] = (kandinsky5.Kandinsky5TokenizerImage, kandinsky5.te())
     if family == "krea2":  # rows of twelve layers
         options["qwen3vl_4b_model_config"] = llm | {"num_hidden_layers": 36}
+=======
+        kinds["flux2_dev"] = (flux.Flux2Tokenizer, flux.flux2_te())
+>>>>>>> 153f7fe (FLUX.2 dev: rows 15,360 wide in one solve, padding in front)
     if family == "flux2_klein":  # rows of the layers 9, 18 and 27
         options["qwen3_4b_model_config"] = llm | {"num_hidden_layers": 28}
+    if family == "flux2_dev":  # rows of the layers 10, 20 and 30
+        options["mistral3_24b_model_config"] = llm | {"num_hidden_layers": 31}
+    data = {}
+    if family == "lumina2":
+        data["spiece_model"] = sentence_pieces()
+    if family == "flux2_dev":
+        data["tekken_model"] = tekken()
     target = comfy.supported_models_base.ClipTarget(*kinds[family])
     eyes = [(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer")]
     eyes += [] if z_image is None else [(qwen3vl, "Qwen3VLVisionModel")]
@@ -335,7 +369,7 @@ def tiny_text(family, fill, **encoders):
         clip = comfy.sd.CLIP(
             target,
             model_options={**options, "dtype": torch.float32},
-            tokenizer_data={"spiece_model": sentence_pieces()} if family == "lumina2" else {},
+            tokenizer_data=data,
         )
     fill(clip.cond_stage_model, torch.float32)
     wrap(clip.cond_stage_model)

@@ -350,7 +350,7 @@ SQUARE, TRIANGLE = torch.eye(DIM), DIM * (DIM + 1) // 2
         ),
         ({"tensors": {"edit.context.up": torch.ones(DIM, DIM + 1)}}, r"down' is F32 .* \[97, 96\]"),
         ({"tensors": {"edit.context.up": torch.ones(2, 2, 2)}}, r"F32 \[2, 2, 2\]"),
-        ({"tensors": {"edit.context.up": torch.ones(1, 13000)}}, r"F32 \[1, 13000\]"),
+        ({"tensors": {"edit.context.up": torch.ones(1, 21000)}}, r"F32 \[1, 21000\]"),
         (
             {"tensors": {"sums.context.triangle": torch.full((TRIANGLE,), torch.nan)}},
             "'sums.context.triangle' holds numbers that are not",

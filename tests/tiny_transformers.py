@@ -13,6 +13,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -38,7 +39,10 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -328,16 +332,14 @@ def qwen3_vl() -> Qwen3VLConfig:
     return Qwen3VLConfig(text_config=text, vision_config=vision)
 
 
-class TextProcessor:
-    """As Qwen3VLProcessor, which needs torchvision, for prompts alone."""
+class TextProcessor(ProcessorMixin):
+    """As Qwen3VLProcessor and PixtralProcessor, which need torchvision, for prompts alone."""
 
-    tokenizer = chat_tokens()
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
 
-    def __call__(self, text: list[str], **options: Any) -> Any:
-        return self.tokenizer(text, **options)
-
-    def apply_chat_template(self, messages: list[Any], **options: Any) -> list[Any]:
-        return [self.tokenizer.apply_chat_template(messages, **options)]
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        return self.tokenizer([text] if isinstance(text, str) else text, **options)
 
 
 def qwen_image21() -> QwenImage21Pipeline:
@@ -353,7 +355,7 @@ def qwen_image21() -> QwenImage21Pipeline:
             latents_std=[1.5, 2.0, 1.0, 0.5],
         ),
         text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl()).eval(),
-        processor=TextProcessor(),
+        processor=TextProcessor(chat_tokens(), CHAT),
         transformer=QwenImage21Transformer2DModel(
             in_channels=4,
             out_channels=4,
@@ -420,6 +422,59 @@ def flux2_klein() -> Flux2KleinPipeline:
     )
 
 
+@cache
+def mistral_processor() -> TextProcessor:
+    """As Mistral's: marks around the system's and the user's turn, and padding in front."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    turns = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
+    special = ["<unk>", "<s>", "</s>", "<pad>", *turns, "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(bank_prompts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", padding_side="left"
+    )
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% set text = m['content'][0]['text'] %}"
+        "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+        "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+    )
+    return TextProcessor(fast, template)
+
+
+def flux2_dev() -> Flux2Pipeline:
+    # Rows of layers 10, 20 and 30, none of them behind the last norm.
+    text = {**LLM, "num_hidden_layers": 31, "head_dim": 8, "model_type": "mistral"}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    klein = flux2_klein()
+    return Flux2Pipeline(
+        scheduler=klein.scheduler,
+        vae=klein.vae,
+        text_encoder=Mistral3ForConditionalGeneration(
+            Mistral3Config(text_config=text, vision_config=vision)
+        ).eval(),
+        tokenizer=mistral_processor(),
+        transformer=Flux2Transformer2DModel.from_config(
+            klein.transformer.config, guidance_embeds=True
+        ),
+    )
+
+
 FAMILIES = {
     "sd3": sd3,
     "flux1": flux1,
@@ -430,6 +485,7 @@ FAMILIES = {
     "qwen_image21": qwen_image21,
     "krea2": krea2,
     "flux2_klein": flux2_klein,
+    "flux2_dev": flux2_dev,
 }
 
 

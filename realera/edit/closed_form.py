@@ -62,7 +62,8 @@ class Edit:
         unit = torch.eye(len(matrix), dtype=torch.float64)
         size = matrix.abs()
         spacing = (torch.nextafter(size, torch.full_like(size, torch.inf)) - size).double()
-        return _low_rank(matrix.double() - unit, unit, float(spacing.square().sum()) / 12)
+        nothing = unit[:, :0], unit[:0]
+        return _low_rank(matrix.double() - unit, unit, nothing, float(spacing.square().sum()) / 12)
 
     @property
     def dim(self) -> int:
@@ -148,8 +149,8 @@ class Sums:
         rows, targets = rows.cpu().double(), targets.cpu().double()  # some devices lack float64
         return replace(
             self,
-            gram=self.gram + weight * rows.T @ rows,
-            shift_cov=self.shift_cov + weight * (targets - rows).T @ rows,
+            gram=torch.addmm(self.gram, rows.T, rows, alpha=weight),
+            shift_cov=torch.addmm(self.shift_cov, (targets - rows).T, rows, alpha=weight),
         )
 
     def add_preserved(self, rows: Tensor, weight: float) -> "Sums":
@@ -159,7 +160,7 @@ class Sums:
         weight: weight λ1 w of each row
         """
         rows = rows.cpu().double()
-        return replace(self, gram=self.gram + weight * rows.T @ rows)
+        return replace(self, gram=torch.addmm(self.gram, rows.T, rows, alpha=weight))
 
     def __add__(self, other: "Sums") -> "Sums":
         """The sums of a joint fit. Raises ValueError when the two are of different dimensions."""
@@ -214,8 +215,9 @@ class BankGram:
     def preserved(self) -> Tensor:
         """Σ e eᵀ without the dropped prompts, float64 [dim, dim]."""
         gram = unpack(self.triangle)
-        for rows in self.dropped.values():
-            gram -= rows.double().T @ rows.double()
+        if self.dropped:
+            rows = torch.cat([*self.dropped.values()]).double()
+            gram.addmm_(rows.T, rows, alpha=-1)
         return gram
 
     def __or__(self, other: "BankGram") -> "BankGram":
@@ -292,7 +294,7 @@ def solve(
     system, bank_shift = _system(
         sums.gram, sums.representatives, bank, lambda1, lambda2, suppression
     )
-    return _low_rank(sums.shift_cov + bank_shift, torch.linalg.cholesky(system))
+    return _low_rank(sums.shift_cov, torch.linalg.cholesky(system, out=system), bank_shift)
 
 
 def shift_cov_of(
@@ -305,8 +307,8 @@ def shift_cov_of(
     suppression: float,
 ) -> Tensor:
     """`Sums.shift_cov` of the sums that `solve` made this edit from, float64 [dim, dim]."""
-    system, bank_shift = _system(gram, representatives, bank, lambda1, lambda2, suppression)
-    return edit.up.double() @ (edit.down.double() @ system) - bank_shift
+    system, (left, right) = _system(gram, representatives, bank, lambda1, lambda2, suppression)
+    return (edit.up.double() @ (edit.down.double() @ system)).addmm_(left, right, alpha=-1)
 
 
 def _system(
@@ -316,17 +318,17 @@ def _system(
     lambda1: float,
     lambda2: float,
     suppression: float,
-) -> tuple[Tensor, Tensor]:
-    """The system of Eq. 7, and what the bank adds to `Sums.shift_cov`, float64 [dim, dim]."""
-    preserved = torch.zeros_like(gram) if bank is None else lambda1 * bank.preserved
-    system = gram + preserved
-    ridge = lambda2 * system.diagonal().mean()
-    preserved.diagonal().add_(ridge)
-    bank_shift = torch.zeros_like(gram)
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The system of Eq. 7, float64 [dim, dim], and what the bank adds to `Sums.shift_cov`, as
+    factors [dim, k] and [k, dim]."""
+    system = torch.zeros_like(gram) if bank is None else bank.preserved.mul_(lambda1)
+    ridge = lambda2 * (system.diagonal().mean() + gram.diagonal().mean())
+    system.diagonal().add_(ridge)
+    left, right = gram[:, :0], gram[:0]
     if bank is not None and suppression and len(representatives):
         left, right = _wide_edit(representatives.double(), bank.mean.double())
-        bank_shift = suppression * left @ (right @ preserved)
-    return gram + preserved, bank_shift
+        left, right = suppression * left, right @ system
+    return system.add_(gram), (left, right)
 
 
 def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,24 +346,28 @@ def _wide_edit(v: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     return goals.T, torch.cholesky_solve(rows, torch.linalg.cholesky(system))
 
 
-def _low_rank(numerator: Tensor, cholesky: Tensor, noise: float = 0.0) -> Edit:
-    """T - I = numerator @ system⁻¹ as factors, to RANK_TOLERANCE.
+def _low_rank(
+    numerator: Tensor, cholesky: Tensor, added: tuple[Tensor, Tensor], noise: float = 0.0
+) -> Edit:
+    """T - I = (numerator + left @ right) @ system⁻¹ as factors, to RANK_TOLERANCE.
 
     Finds a basis of the range with random probes, until new probes lie in its span (Halko,
     Martinsson and Tropp 2011, Alg. 4.2). The seed of the probes is fixed, so that T is the same in
     every run.
 
     cholesky: lower Cholesky factor of the system
+    added: left [dim, k] and right [k, dim]
     noise: expected squared norm (Frobenius) of the rounding noise in T - I, which the choice of the
         rank ignores; default: 0
     """
-    dim = len(numerator)
+    dim, (left, right) = len(numerator), added
     generator = torch.Generator().manual_seed(0)
     basis, size = numerator[:, :0], 0.0
     while basis.shape[1] < dim:
         count = min(PROBES, dim - basis.shape[1])
         probes = torch.randn(dim, count, generator=generator, dtype=torch.float64)
-        images = numerator @ torch.cholesky_solve(probes, cholesky)
+        solved = torch.cholesky_solve(probes, cholesky)
+        images = numerator @ solved + left @ (right @ solved)
         size = size or float(images.square().mean())
         images = images - basis @ (basis.T @ images)
         # A tenth of the tolerance, because the truncation below uses all of it.
@@ -371,8 +377,8 @@ def _low_rank(numerator: Tensor, cholesky: Tensor, noise: float = 0.0) -> Edit:
         images = torch.linalg.qr(images).Q
         images = torch.linalg.qr(images - basis @ (basis.T @ images)).Q
         basis = torch.cat([basis, images], dim=1)
-    right = torch.cholesky_solve(numerator.T @ basis, cholesky).T
-    return _split(basis, right, RANK_TOLERANCE)[0]
+    down = torch.cholesky_solve(numerator.T @ basis + right.T @ (left.T @ basis), cholesky).T
+    return _split(basis, down, RANK_TOLERANCE)[0]
 
 
 def _split(left: Tensor, right: Tensor, tolerance: float) -> tuple[Edit, Edit]:

@@ -34,7 +34,7 @@ from .text_layers import KINDS, text_layer_kind
 from .triangles import pack
 
 FORMAT = "3"
-MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 12288, 4096, 4 << 30, 32 << 20
+MAX_DIM, MAX_RANK, MAX_BYTES, MAX_HEADER = 20480, 4096, 4 << 30, 32 << 20
 MAX_ROWS = 1 << 20  # that stand for concepts
 STREAMS = tuple(dict.fromkeys(kind.stream for kind in KINDS))
 SQUARE = ("erase", "moved", "preserve")  # of format 2

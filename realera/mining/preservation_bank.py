@@ -21,8 +21,8 @@ from ..storage.safetensors_file import digest
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
 from ..text.token_alignment import prompt_embeddings, prompt_summaries
 
-BATCH = 64
-ROWS = 8192  # in float64 at once: 268 MB of Flux
+BATCH = 32
+ROWS = 2048  # in float64 at once: 250 MB of FLUX.2 dev
 CONSTANT = (
     10.0  # times the median length of a prompt's rows: no row of the bank is longer than that
 )
@@ -34,7 +34,8 @@ class Bank:
     """Sums over the rows of all bank prompts, as one text encoder reads them.
 
     prompts: the prompts, the empty one first, which classifier-free guidance reads
-    grams: stream -> Σ w e eᵀ over all rows of all prompts, packed (`triangles.pack`)
+    grams: stream -> Σ e eᵀ over the rows of all prompts, the padding of each as its mean row, packed
+        (`triangles.pack`)
     means: stream -> mean of the prompt embeddings (`token_alignment.prompt_embeddings`), float32
         [parts, dim]
     summary: summary row of every prompt, [prompts, dim]
@@ -91,11 +92,13 @@ def encode_bank(
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             encoding = text.encode(batch)
-            limited = _without_long_rows(encoding)
-            for stream in encoding:
+            limited = _without_long_rows(encoding).compact()  # FLUX.2 pads prompts to 512 rows
+            for stream in limited:
                 for part in limited.weighed(stream).flatten(0, 1).split(ROWS):
                     rows = part.cpu().double()
-                    grams[stream] = grams.get(stream, 0.0) + rows.T @ rows
+                    if stream not in grams:
+                        grams[stream] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    grams[stream].addmm_(rows.T, rows)
             embeddings = prompt_embeddings(text, batch, encoding)
             for stream, rows in embeddings.items():
                 means[stream] = means.get(stream, 0.0) + rows.cpu().double().sum(0) / len(prompts)
@@ -105,7 +108,7 @@ def encode_bank(
         named |= {f"mean.{stream}": mean.float() for stream, mean in means.items()}
         return {"summary": torch.cat(summary), **named}
 
-    made = cached("bank", [text.fingerprint, prompts, "constant rows"], encode)
+    made = cached("bank", [text.fingerprint, prompts, "compact"], encode)
     grams, means = (
         {key.removeprefix(kind): tensor for key, tensor in made.items() if key.startswith(kind)}
         for kind in ("gram.", "mean.")

@@ -119,6 +119,9 @@ class TransformerText:
         context, mask = encoded["context"], encoded.get("mask")
         if mask is not None:  # padding lies behind the prompt, in front of it or within
             context = [rows[there > 0] for rows, there in zip(context, mask, strict=True)]
+        if _left_padded(self.pipeline, self.spec):  # the padding goes behind, as of other families
+            ids = self.parts[-1].tokenize(prompts)
+            context = [rows.roll(len(row), 0) for rows, row in zip(context, ids, strict=True)]
         if self.front is not None:
             context = [self.front(rows[None])[0] for rows in context]
         joined = Encoding.cat([Encoding({CONTEXT: rows[None].float()}) for rows in context])
@@ -130,6 +133,15 @@ class TransformerText:
             streams[POOLED] = encoded[POOLED].float()[:, None]
         weights = row_weights(self.parts, prompts, there)
         return Encoding(streams, {} if (weights == 1).all() else {CONTEXT: weights})
+
+
+def _left_padded(pipeline: Any, spec: Mapping[str, Any]) -> bool:
+    """Whether the network reads padding, and the pipeline puts it in front of the prompt.
+
+    spec: of the pipeline in the family's file
+    """
+    *_, (name, last) = spec["tokenizers"].items()
+    return last.get("padded", False) and attrgetter(name)(pipeline).padding_side == "left"
 
 
 def _tokenize(tokenizer: Any, spec: Mapping[str, Any]) -> Callable[[Sequence[str]], Any]:
@@ -148,6 +160,17 @@ def _tokenize(tokenizer: Any, spec: Mapping[str, Any]) -> Callable[[Sequence[str
         return [row[cut:] for row in tokenizer(filled, verbose=False).input_ids]
 
     return tokenize
+
+
+def _with_padding_in_front(encoding: Encoding) -> Encoding:
+    """The rows of every prompt with its padding first, where `TransformerText` gives it last."""
+    weights = encoding.weights.get(CONTEXT, encoding[CONTEXT].new_ones(encoding[CONTEXT].shape[:2]))
+    padding = ((weights > 0) & (weights < 1)).sum(1).tolist()
+    turned = [
+        torch.stack([row.roll(count, 0) for row, count in zip(rows, padding, strict=True)])
+        for rows in (encoding[CONTEXT], weights)
+    ]
+    return Encoding({**encoding, CONTEXT: turned[0]}, {**encoding.weights, CONTEXT: turned[1]})
 
 
 class _OneStep(FlowMatchEulerDiscreteScheduler):
@@ -221,6 +244,8 @@ class TransformerModel:
         latents = latents.to(device, self.network.dtype)
         # float32, since half types round 1000 σ to steps of 4; pipelines cast as needed.
         times = times.to(device).expand(len(latents))
+        if _left_padded(self.pipeline, self.spec):
+            encoding = _with_padding_in_front(encoding)
         # Prompts of equal length are predicted together, so that no mask is needed.
         parts, order = [], []
         for prompts in alike(encoding):
