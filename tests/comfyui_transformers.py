@@ -339,7 +339,7 @@ def tiny_text(family, fill, **encoders):
     if z_image is not None:
         kinds["z_image"] = (z_image.ZImageTokenizer, z_image.te())
         kinds["flux2_klein"] = (flux.KleinTokenizer, flux.klein_te())
-<<<<<<< HEAD
+        kinds["flux2_dev"] = (flux.Flux2Tokenizer, flux.flux2_te())
         kinds["krea2"] = (krea2.Krea2Tokenizer, krea2.te())
         kinds["anima"] = (anima.AnimaTokenizer, anima.te())
         kinds["mage_flow"] = (mage_flow.MageFlowTokenizer, mage_flow.te())
@@ -348,9 +348,6 @@ def tiny_text(family, fill, **encoders):
         kinds["kandinsky5"] = (kandinsky5.Kandinsky5TokenizerImage, kandinsky5.te())
     if family == "krea2":  # rows of twelve layers
         options["qwen3vl_4b_model_config"] = llm | {"num_hidden_layers": 36}
-=======
-        kinds["flux2_dev"] = (flux.Flux2Tokenizer, flux.flux2_te())
->>>>>>> 153f7fe (FLUX.2 dev: rows 15,360 wide in one solve, padding in front)
     if family == "flux2_klein":  # rows of the layers 9, 18 and 27
         options["qwen3_4b_model_config"] = llm | {"num_hidden_layers": 28}
     if family == "flux2_dev":  # rows of the layers 10, 20 and 30

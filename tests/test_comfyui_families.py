@@ -31,11 +31,7 @@ def test_every_family_and_storage_predicts_erases_and_trains_as_comfyui_does():
             check=True,
         ).stdout
     )
-<<<<<<< HEAD
-    assert len(lines) == 16 + 2 * (5 + 8 * newer)
-=======
-    assert len(lines) == 16 + 2 * (5 + 3 * newer)
->>>>>>> 153f7fe (FLUX.2 dev: rows 15,360 wide in one solve, padding in front)
+    assert len(lines) == 16 + 2 * (5 + 9 * newer)
     for case in map(json.loads, lines):
         assert case["denoised differs"] < 1e-3, case
         assert case["weights differ"] < 1e-6, case

@@ -179,7 +179,6 @@ def test_a_network_that_no_edit_covers_is_refused_by_its_name():
         text_layers(Reader(names, 128))
 
 
-<<<<<<< HEAD
 def test_families_of_the_same_layers_are_told_by_what_the_layers_read():
     for columns, family in ((128, "mage_flow"), (64, "qwen_image")):
         names = ("transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in")
@@ -191,10 +190,7 @@ def test_families_of_the_same_layers_are_told_by_what_the_layers_read():
         text_layers(Reader(names, 132))
 
 
-@pytest.mark.parametrize("dim", [7680, 12288])
-=======
 @pytest.mark.parametrize("dim", [12288, 15360, 20480])
->>>>>>> 153f7fe (FLUX.2 dev: rows 15,360 wide in one solve, padding in front)
 def test_an_erasure_of_the_widest_family_is_read_again(dim, tmp_path):
     """The context of FLUX.2 klein 9B, FLUX.2 dev and FLUX.3, layers of the encoder side by side."""
     save_erasure(erasure_for(dim), tmp_path / "erasure.safetensors")
