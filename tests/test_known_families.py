@@ -190,6 +190,12 @@ def test_families_of_the_same_layers_are_told_by_what_the_layers_read():
         text_layers(Reader(names, 132))
 
 
+@pytest.mark.parametrize("layer", ["lin", "linear"])
+def test_flux3_is_refused_by_its_name_in_either_layout(layer):
+    with pytest.raises(ValueError, match=r"is FLUX\.3: ComfyUI 0\.33 does not have it"):
+        text_layers(Reader((f"early_stream_modulations.image.{layer}", "context_embedder"), 4))
+
+
 @pytest.mark.parametrize("dim", [12288, 15360, 20480])
 def test_an_erasure_of_the_widest_family_is_read_again(dim, tmp_path):
     """The context of FLUX.2 klein 9B, FLUX.2 dev and FLUX.3, layers of the encoder side by side."""
