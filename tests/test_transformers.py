@@ -3,11 +3,10 @@ transformer, which was trained."""
 
 import shutil
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache
 
 import pytest
 import torch
-from diffusers import QwenImage21Pipeline
 from safetensors.torch import load_file, save_file
 
 from realera.algorithm import align_erasure, collect, erase, mine
@@ -32,7 +31,7 @@ from realera.text.token_alignment import (
     unit,
 )
 from realera.training.student_teacher import student_mode
-from tests.tiny_transformers import FAMILIES, TextProcessor, tiny
+from tests.tiny_transformers import FAMILIES, tiny
 
 CAT = (Concept("black cat", "dog", ("a photo of the {}", "{} in the park")),)
 ASKED = ["a photo of the black cat", "black cat in the park", "a photo of the house"]
@@ -430,25 +429,11 @@ def folders(tmp_path_factory):
 
     def folder(name):
         if name not in made:
-            made[name], pipeline = home / name, model_of(name).pipeline
-            processor = pipeline.components.get("processor")
-            if processor is not None:
-                pipeline.register_modules(processor=None)
-            pipeline.save_pretrained(made[name])
-            if processor is not None:
-                pipeline.register_modules(processor=processor)
+            made[name] = home / name
+            model_of(name).pipeline.save_pretrained(made[name])
         return made[name]
 
-    original = QwenImage21Pipeline.__init__
-
-    @wraps(original)
-    def with_processor(pipeline, *, processor, **parts):
-        original(pipeline, processor=processor or TextProcessor(), **parts)
-
-    with pytest.MonkeyPatch.context() as patch:  # the processor of a folder needs torchvision
-        patch.setattr(QwenImage21Pipeline, "_optional_components", ["processor"])
-        patch.setattr(QwenImage21Pipeline, "__init__", with_processor)
-        yield folder
+    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
