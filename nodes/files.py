@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..realera.checkpoints.writing import earlier_erasures, write_checkpoint
 from ..realera.edit.erasure_file import load_erasure, save_erasure
+from ..realera.report.model_card import write_card
 from ..realera.settings import TOLERANCE
 from ..realera.storage.file_names import portable
 from .comfy_patch import write_lora
@@ -30,20 +31,24 @@ folder_paths.add_model_folder_path(
 folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # the only kind that is listed
 
 
-def new_path(folder: str, name: str) -> Path:
+def new_path(folder: str, name: str, *beside: str) -> Path:
     """Path of a new file in ComfyUI's output folder, with the next free number appended.
 
     folder: name of the subfolder
     name: file name without number and suffix; it may include subfolders
+    beside: suffixes of further new files with the same number
 
     Raises ValueError when the name leads out of the subfolder.
     """
     target = target_path(folder, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (path := target.with_name(f"{target.name}_{number:05}_.safetensors")).exists():
+    while True:
+        numbered = f"{target.name}_{number:05}_"
+        names = [numbered + suffix for suffix in (".safetensors", *beside)]
+        if not any(target.with_name(name).exists() for name in names):
+            return target.with_name(names[0])
         number += 1
-    return path
 
 
 def state_path(name: str) -> Path:
@@ -226,7 +231,8 @@ class SaveErasedCheckpoint(io.ComfyNode):
             display_name="Save Erased Checkpoint",
             description=(
                 "Writes a copy of a checkpoint in which only the edited weights differ; every "
-                "other tensor is copied bit for bit. LoRAs on a MODEL are not included."
+                "other tensor is copied bit for bit. LoRAs on a MODEL are not included. A "
+                "model card is left beside it."
             ),
             search_aliases=["bake erasure", "export checkpoint", "save model", "merge erasure"],
             inputs=[
@@ -288,7 +294,7 @@ class SaveErasedCheckpoint(io.ComfyNode):
         lora_strength: float = 1.0,
     ) -> io.NodeOutput:
         folder, _ = _entry(checkpoint)
-        path = new_path(folder, filename)
+        path = new_path(folder, filename, ".md")
         tell(cls.hidden.unique_id, f"writing {path.name}")
         source = checkpoint_path(checkpoint)
         warnings = [f"⚠ {warning}" for warning in earlier_erasures(source)]
@@ -299,8 +305,9 @@ class SaveErasedCheckpoint(io.ComfyNode):
             edit_strength=edit_strength,
             lora_strength=lora_strength,
         )
-        name = _listed(folder, path)
-        return io.NodeOutput(name, ui={"text": [*warnings, f"saved output/{folder}/{name}"]})
+        card = write_card(path, source)
+        saved = [f"saved output/{folder}/{_listed(folder, new)}" for new in (path, card)]
+        return io.NodeOutput(_listed(folder, path), ui={"text": [*warnings, *saved]})
 
 
 def checkpoint_path(name: str) -> Path:

@@ -1,8 +1,10 @@
 """The command line on the bundled model: every command and every file that it writes."""
 
 import errno
+import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,6 +14,7 @@ from types import FunctionType
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,7 +49,7 @@ def folder(tmp_path_factory):
 def test_erase_leaves_a_checkpoint_a_lora_an_erasure_pictures_and_the_scope(folder):
     left = {path.name for path in folder.iterdir()}
     pictures = {"before-after.png", "loss.png", "neighbourhood.png", "scope.png"}
-    assert left == {*FILES, *pictures, "scope.txt", "words.txt"}
+    assert left == {*FILES, *pictures, *TEXTS, "README.md"}
     assert "airplane" in (folder / "scope.txt").read_text("utf-8")
     assert "image moved: distance" in (folder / "scope.txt").read_text("utf-8")
     noted = load_erasure(folder / FILES[2]).provenance["scope"]
@@ -69,6 +72,44 @@ def test_apply_writes_the_checkpoint_and_the_lora_that_erase_wrote(folder, tmp_p
         first, second = load_file(tmp_path / f"{name}.safetensors"), load_file(folder / written)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_card_of_erase_is_the_report_of_its_folder(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "miniature" and "concept-erasure" in card.data.tags
+    assert "| airplane | sky |" in card.text and "| image moved |" in card.text
+    assert hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest() in card.text
+    links = re.findall(r"\]\(([^)]+)\)", card.text)
+    local = [link for link in links if not link.startswith("https:")]
+    assert local[0] == "before-after.png" and "scope.txt" in local
+    assert {*local, "README.md", FILES[0]} == {path.name for path in folder.iterdir()}
+
+
+def test_apply_leaves_a_card_named_after_the_checkpoint_and_replaces_no_other(
+    folder, tmp_path, capsys
+):
+    """The card says that the erasure file gives the checkpoint byte for byte."""
+    arguments = ["apply", "miniature", str(folder / FILES[2])]
+    for name in ("one.safetensors", "two.safetensors"):
+        assert main([*arguments, str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes() == (folder / FILES[0]).read_bytes()
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"open {tmp_path / 'two.md'}: ")
+    assert {path.name for path in tmp_path.glob("*.md")} == {"one.md", "two.md"}
+    assert "| airplane | sky |" in (tmp_path / "one.md").read_text("utf-8")
+    (tmp_path / "three.md").write_text("mine")
+    assert main([*arguments, str(tmp_path / "three.safetensors")]) == 1
+    assert "three.md exists" in capsys.readouterr().err
+    assert not (tmp_path / "three.safetensors").exists()
+    assert (tmp_path / "three.md").read_text() == "mine"
+
+
+def test_a_readme_in_the_output_folder_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    monkeypatch.setattr("realera.cli.erase.load_encoder", lambda *_: 1 / 0)
+    quick = ["--steps", "0", "-o", str(tmp_path)]
+    assert main(["erase", "miniature", "-c", "cat -> tree", *quick]) == 1
+    assert "README.md exists" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_merging_two_erasures_is_the_joint_fit(tmp_path):

@@ -266,7 +266,9 @@ def test_a_node_says_what_it_found_and_where_it_saved(erased):
     name = "no-airplane_00001_.safetensors"
     saved = [f"saved output/{folder}/{name}" for folder in ("loras", "erasures")]
     assert texts["RealEraSaveErasure"] == saved
-    assert texts["RealEraSaveErasedCheckpoint"] == [f"saved output/checkpoints/{name}"]
+    beside = name.replace(".safetensors", ".md")
+    saved = [f"saved output/checkpoints/{file}" for file in (name, beside)]
+    assert texts["RealEraSaveErasedCheckpoint"] == saved
     assert "are erased too" in texts["RealEraNeighborSampler"][0]
     assert "the CLIP is that of Stable Diffusion 1.x" in texts["RealEraNeighborSampler"][0]
     assert "are preserved" in texts["RealEraBeyondSampler"][0]

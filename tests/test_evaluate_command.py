@@ -42,10 +42,13 @@ def test_the_demo_writes_the_files_in_the_readme_and_erases(demo):
         "erasure.safetensors",
         "scope.txt",
         "words.txt",
+        "README.md",
     }
     assert files(demo) == EVALUATION | pictures | parts
     for name in (*pictures, "evaluation.png"):
         assert Image.open(demo / name).width > 300
+    scores = (demo / "evaluation.txt").read_text("utf-8")
+    assert f"```text\n{scores}```" in (demo / "README.md").read_text("utf-8")
     before, after = stored(demo)["original"], stored(demo)["erased"]
     assert before["scorer"] == "miniature concept" and before["settings"]["images"] == 1
     assert before["metrics"]["acc_e"] > 75 and after["metrics"]["acc_e"] < 25

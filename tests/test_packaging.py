@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMFYUI_BRINGS = {"torch", "transformers", "safetensors", "numpy", "pillow", "tqdm"}
+COMFYUI_BRINGS = {"torch", "transformers", "safetensors", "numpy", "pillow", "tqdm"} | {
+    "huggingface_hub"  # which transformers needs
+}
 COMMAND_LINE_ALONE = {"diffusers"}
 
 

@@ -288,6 +288,7 @@ def test_a_file_of_concepts_is_the_joint_fit_and_a_stopped_run_resumes(
         "erasure.safetensors",
         "scope.txt",
         "words.txt",
+        "README.md",
         "neighbourhood.png",
         "scope.png",
         "before-after.png",

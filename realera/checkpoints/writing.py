@@ -57,6 +57,7 @@ AHEAD = 2  # erased tensors in memory that are not written yet
 # Hashes of the original weights, by which tools would take the erased file for the original.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 NETWORKS = ("unet", "transformer")
+CARD = "README.md"  # the model card of a folder
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
@@ -127,9 +128,8 @@ def write_checkpoint(
         return
 
     parts = _parts(path, files)
-    with _writing_folder(
-        target, overwrite, [part.relative_to(path) for part in parts]
-    ) as temporary:
+    written = [Path(CARD), *(part.relative_to(path) for part in parts)]
+    with _writing_folder(target, overwrite, written) as temporary:
         _check_space(temporary, sum(part.stat().st_size for part in parts))
         for part in parts[len(files) :]:
             copy = temporary / part.relative_to(path)
@@ -147,7 +147,8 @@ def refuse_destination_folder(
     destination."""
     path = locate(source)
     parts = _parts(path, open_network(path)[1])
-    output_folder_path(destination, overwrite, [part.relative_to(path) for part in parts])
+    written = [Path(CARD), *(part.relative_to(path) for part in parts)]
+    output_folder_path(destination, overwrite, written)
 
 
 def _parts(path: Path, files: Files) -> list[Path]:

@@ -70,9 +70,11 @@ def _is_message(error: Exception) -> bool:
 
 
 def run_apply(options: argparse.Namespace) -> None:
+    from ..checkpoints.layouts import locate
     from ..checkpoints.writing import earlier_erasures, write_checkpoint, write_lora
     from ..edit.erasure_file import load_erasure
-    from ..storage.safetensors_file import refuse_source
+    from ..report.model_card import card_path, write_card
+    from ..storage.safetensors_file import output_file_path, refuse_source
 
     refuse_source(options.out, options.erasure)
     erasure = load_erasure(options.erasure)
@@ -87,8 +89,12 @@ def run_apply(options: argparse.Namespace) -> None:
                 f"{options.out}: {stream} of rank {cut.rank}, {cut.error:.2%} of the edit left out"
             )
         return
+    card = card_path(options.out, locate(options.model).is_dir())
+    if not Path(options.out).is_dir():  # a folder that may be replaced is replaced as a whole
+        output_file_path(card, options.overwrite)
     write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
     print(options.out)
+    print(f"open {write_card(options.out, options.model, options.overwrite)}: how to use it")
 
 
 def run_merge(options: argparse.Namespace) -> None:

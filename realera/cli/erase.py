@@ -2,11 +2,11 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..concepts import (
     COLUMNS,
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     from ..pipelines.interface import Diffusion
     from .run_note import RunNote
 
+SCORES = (
+    "Scores of images, in percent: the concept drawn by its name (Acc_e), other things by theirs "
+    "(Acc_s), the concept by synonyms and prompts that imply it (Acc_g), and the harmonic mean of "
+    "100 - Acc_e, Acc_s and 100 - Acc_g (H_o):"
+)
 DEMO = "airplane -> tree"
 DEMO_PROMPTS = (
     "a photo of the airplane",
@@ -66,20 +71,22 @@ def run_demo(options: argparse.Namespace) -> None:
     options.concept, options.concepts, options.prompt = [DEMO], None, list(DEMO_PROMPTS)
     concepts = _read(options)
     with _note(options, concepts) as note:
-        model, erasure = _erase(options, concepts, note, EVALUATION)
-        with progress_bar("evaluation") as progress, note.writing(*EVALUATION):
-            text = write_evaluation(
-                note.folder,
-                cast("Diffusion", model),  # not None, since there are prompts to draw
-                {"erased": erasure},
-                miniature_task("airplane"),
-                miniature_classifier(),
-                options.images,
-                seed=options.seed,
-                overwrite=True,  # `_erase` has refused files that may not be replaced
-                progress=progress,
-            )
-        print(text)
+
+        def evaluate(model: "Diffusion", erasure: "Erasure") -> str:
+            with progress_bar("evaluation") as progress, note.writing(*EVALUATION):
+                return write_evaluation(
+                    note.folder,
+                    model,
+                    {"erased": erasure},
+                    miniature_task("airplane"),
+                    miniature_classifier(),
+                    options.images,
+                    seed=options.seed,
+                    overwrite=True,  # `_erase` has refused files that may not be replaced
+                    progress=progress,
+                )
+
+        _erase(options, concepts, note, EVALUATION, evaluate)
 
 
 def run_erase(options: argparse.Namespace) -> None:
@@ -121,12 +128,12 @@ def _erase(
     concepts: Sequence[Concept],
     note: "RunNote",
     more_outputs: Sequence[str] = (),
-) -> "tuple[Diffusion | None, Erasure]":
+    evaluate: "Callable[[Diffusion, Erasure], str] | None" = None,
+) -> None:
     """Algorithm 1, and the output files.
 
-    more_outputs: names of further files that the command writes into the folder
-
-    Returns the model, or None when the text encoder was enough, and the erasure.
+    more_outputs: names of further files that `evaluate` writes into the folder
+    evaluate: measures images, and returns a table in plain text; there are prompts to draw
     """
     settings, training = _settings(options), _training(options)
 
@@ -175,7 +182,7 @@ def _erase(
         losses = {step: fmean(values) for step, values in learned.losses.items()}
     prompts = [t.replace("{}", c.name) for c in concepts for t in c.templates][:2]
     with progress_bar("images") as progress:
-        report = folder.write_all(
+        report, lora, pictures = folder.write_all(
             model,
             text,
             erasure,
@@ -189,7 +196,12 @@ def _erase(
         )
     clear(state)
     print(report)
-    return model, erasure
+    measured = [f"{lora}."]
+    if evaluate and model is not None:
+        scores = evaluate(model, erasure)
+        print(scores)
+        measured += [SCORES, f"```text\n{scores}\n```"]
+    print(folder.write_card(pictures, measured))
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..algorithm import geometry, scope_report
 from ..checkpoints.families import locate
-from ..checkpoints.writing import refuse_destination_folder, write_checkpoint, write_lora
+from ..checkpoints.writing import CARD, refuse_destination_folder, write_checkpoint, write_lora
 from ..concepts import Concept
 from ..edit.erasure import Erasure, temporarily_erased
 from ..edit.erasure_file import save_erasure
@@ -20,13 +20,26 @@ from ..mining.plan import Plan
 from ..pipelines.interface import Diffusion
 from ..pipelines.sampling import Sampling
 from ..report import plots
+from ..report.model_card import model_card, write_card
 from ..report.scope import WordEffect, check_images
 from ..settings import TOLERANCE, Progress, quiet
 from ..storage.safetensors_file import output_file_path, refuse_source, writing
 from ..text.encoding import CONTEXT, TextEncoder
 from .run_note import RunNote
 
-PICTURES = ("neighbourhood", "scope", "loss", "before-after")
+# Picture -> what it shows; the first that there is comes first in the card.
+PICTURES = {
+    "before-after": "before and after, from the same noise",
+    "scope": "the words that the erasure changes",
+    "neighbourhood": "the concept, its neighbours and the prompts that are preserved",
+    "loss": "loss of the alignment",
+}
+FILES = {
+    "lora.safetensors": "the erasure as a LoRA file, for the original model",
+    "erasure.safetensors": "the erasure itself, to merge, to measure or to apply at any strength",
+    "scope.txt": "what else the erasure changes",
+    "words.txt": "the words that are erased with each concept",
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,7 @@ class Folder:
 
     @property
     def files(self) -> list[str]:
-        tensors = [self.checkpoint, "lora.safetensors", "erasure.safetensors"]
-        return [*tensors, "scope.txt", "words.txt"]
+        return [self.checkpoint, *FILES, CARD]
 
     def refuse_existing(self, names: Sequence[str] = (), read: Sequence[str] = ()) -> None:
         """Checks the output files before the work.
@@ -95,7 +107,7 @@ class Folder:
         seed: int = 0,
         checks: int = 0,
         progress: Progress = quiet,
-    ) -> str:
+    ) -> tuple[str, str, list[str]]:
         """Draws all images, then writes all files, each completely or not at all.
 
         If writing fails or is interrupted, the same command may replace the files.
@@ -108,7 +120,7 @@ class Folder:
         seed: seed of the noise
         checks: number of words of the scope report to draw
 
-        Returns the text to print.
+        Returns the text to print, the line about the LoRA in it, and the names of the pictures.
         """
         effects = scope_report(erasure, text, plan)
         if checks and model is not None:
@@ -131,7 +143,25 @@ class Folder:
         for name, picture in pictures.items():
             with self.writing(f"{name}.png") as part:
                 picture.save(part, "PNG")
-        return f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
+        printed = f"{texts['scope.txt']}\n{report}\nin {self.path}: {', '.join(names)}"
+        return printed, report, [*pictures]
+
+    def write_card(self, pictures: Sequence[str], measured: Sequence[str]) -> str:
+        """Writes README.md, the model card, in the folder, and in the folder of an erased pipeline.
+
+        pictures: names of the pictures of this run
+        measured: paragraphs with what was measured besides the scope report, in Markdown
+
+        Returns a line with the file to open.
+        """
+        checkpoint = self.path / self.checkpoint
+        shown = {f"{name}.png": what for name, what in PICTURES.items() if name in pictures}
+        if checkpoint.is_dir():
+            with self.note.writing(self.checkpoint):
+                write_card(checkpoint, self.source)
+        with self.writing(CARD) as part:
+            part.write_text(model_card(checkpoint, self.source, shown, measured, FILES), "utf-8")
+        return f"open {self.path / CARD}: what was erased and measured, and how to use it"
 
     def write_erasure(self, erasure: Erasure, tolerance: float) -> str:
         """Writes checkpoint, LoRA and erasure; returns a line about the LoRA."""

@@ -1,0 +1,89 @@
+"""The model card: valid, complete, and safe with the texts of strangers."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from realera.checkpoints.families import family_of
+from realera.checkpoints.writing import write_checkpoint
+from realera.edit.closed_form import Edit
+from realera.edit.erasure import Erasure
+from realera.edit.text_layers import TRANSFORMERS
+from realera.report.model_card import FREE_ROWS, GRADIENT_WORDS, model_card, write_card
+
+DOCS = Path(__file__).parent.parent / "docs"
+CONCEPT = {"name": "fog", "anchor": "sun", "templates": ["{}"]}
+
+
+def erasure_of(width: int, provenance: dict) -> Erasure:
+    return Erasure({"context": Edit.from_matrix(torch.eye(width))}, provenance=provenance)
+
+
+def written(folder: Path, provenance: dict) -> Path:
+    """An erased file of Z-Image's network, with only the layers that tell the family."""
+    source, path = folder / "z-image.safetensors", folder / "out.safetensors"
+    shapes = {"cap_embedder.0.weight": (8,), "cap_embedder.1.weight": (4, 8), "x_pad_token": (1, 4)}
+    shapes["context_refiner.0.attention.qkv.weight"] = (12, 4)
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, source)
+    write_checkpoint(source, erasure_of(8, provenance), path)
+    return path
+
+
+def test_a_card_says_what_docs_say_of_attacks():
+    cells = re.search(r"^\| ours \|(.+)\|$", (DOCS / "limits.md").read_text("utf-8"), re.MULTILINE)
+    _, _, rows, _, words, _ = map(int, cells[1].split("|"))
+    assert (rows, words) == (FREE_ROWS, GRADIENT_WORDS)
+
+
+def test_a_folder_has_the_card_in_place_of_the_readme_of_its_original(tmp_path, folders, pipelines):
+    source, out = tmp_path / "base", tmp_path / "out"
+    pipelines["sd1"].save_pretrained(source)
+    (source / "README.md").write_text("the original")
+    width = family_of(source).dim
+    for overwrite in (False, True):  # the card is no stranger's file when a copy is replaced
+        write_checkpoint(source, erasure_of(width, {"concepts": [CONCEPT]}), out, overwrite)
+        assert write_card(out, source) == out / "README.md"
+        card = ModelCard.load(out / "README.md")
+        assert card.data.base_model == "base" and "| fog | sun |" in card.text
+        assert len(re.findall(r"safetensors \| `[0-9a-f]{64}`", card.text)) == 1
+    assert (source / "README.md").read_text() == "the original"
+
+
+def test_a_network_alone_is_used_where_networks_are(tmp_path):
+    text = model_card(written(tmp_path, {"concepts": [CONCEPT]}), "z-image.safetensors")
+    assert "`models/diffusion_models`" in text and "ZImagePipeline" in text
+    assert "z-image" in ModelCard(text).data.tags
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_pipeline_that_a_card_may_name_is_in_diffusers(name):
+    assert hasattr(diffusers, TRANSFORMERS[name]["pipeline"]["class"])
+
+
+def test_texts_of_a_stranger_stay_texts(tmp_path):
+    evil = "a|b\n# <script>alert(1)</script> ![x](https://evil)\n```\n---"
+    provenance = {
+        "concepts": [{**CONCEPT, "name": evil, "anchor": evil}, "old format"],
+        "scope": [3, {"word": evil}],
+        "settings": {"preserve": [evil], "exclude": 7},
+        "merged": "no list",
+    }
+    text = model_card(written(tmp_path, provenance), tmp_path / "z: [1.safetensors")
+    shown = text.replace(re.search(r"```json\n.+?\n```\n", text, re.DOTALL)[0], "")
+    assert "<script>" not in shown and "![x]" not in shown and "| old format |" in shown
+    assert not [line for line in shown.splitlines() if line.startswith(("# <", "```"))]
+    assert ModelCard(text).data.base_model == "z: [1.safetensors"
+
+
+def test_a_card_of_a_thousand_concepts_is_short(tmp_path):
+    concepts = [{**CONCEPT, "name": f"fog {k}"} for k in range(1000)]
+    text = model_card(written(tmp_path, {"merged": [{"concepts": concepts}]}), "z.safetensors")
+    assert "fog 0, fog 1, fog 2 and 997 more" in text and "And 900 more" in text
+    assert len(text) < 10_000
+    assert json.loads(re.search(r"```json\n(.+?)\n```\n", text, re.DOTALL)[1])["merged"]
