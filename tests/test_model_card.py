@@ -10,12 +10,18 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from realera.checkpoints.families import family_of
+from realera.checkpoints.families import Family, family_of
 from realera.checkpoints.writing import write_checkpoint
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
-from realera.edit.text_layers import TRANSFORMERS
-from realera.report.model_card import FREE_ROWS, GRADIENT_WORDS, model_card, write_card
+from realera.edit.text_layers import FAMILIES, TRANSFORMERS
+from realera.report.model_card import (
+    FREE_ROWS,
+    GRADIENT_WORDS,
+    _pipeline,
+    model_card,
+    write_card,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 CONCEPT = {"name": "fog", "anchor": "sun", "templates": ["{}"]}
@@ -61,9 +67,14 @@ def test_a_network_alone_is_used_where_networks_are(tmp_path):
     assert "z-image" in ModelCard(text).data.tags
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_every_pipeline_that_a_card_may_name_is_in_diffusers(name):
-    assert hasattr(diffusers, TRANSFORMERS[name]["pipeline"]["class"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_pipeline_that_a_card_names_is_in_diffusers(name):
+    for pooled in (None, 8):
+        pipeline = _pipeline(Family(name, "", 8, pooled, 9, torch.float32, {}))
+        if name in TRANSFORMERS and "pipeline" not in TRANSFORMERS[name]:
+            assert pipeline is None
+        else:
+            assert hasattr(diffusers, pipeline)
 
 
 def test_texts_of_a_stranger_stay_texts(tmp_path):

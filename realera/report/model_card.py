@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from ..checkpoints.families import Family, Files, open_network
 from ..checkpoints.writing import CARD, erasure_notes
-from ..edit.text_layers import FAMILIES
+from ..edit.text_layers import TRANSFORMERS
 from ..storage.safetensors_file import TensorFile, writing
 
 LISTED = 100  # most concepts in a card
@@ -232,7 +232,9 @@ def _use(path: Path, family: Family, files: Files) -> str:
         "- **A1111, Forge**: put it into `models/Stable-diffusion`. The file has the layout, names "
         "and data types of the original: what draws with the original draws with it.",
     ]
-    if whole:
+    if pipeline is None:
+        lines.append("- **diffusers** has no pipeline that was tried with this family.")
+    elif whole:
         lines.append(f'- **diffusers**: `{pipeline}.from_single_file("{path.name}")`.')
     else:
         lines.append(
@@ -242,10 +244,11 @@ def _use(path: Path, family: Family, files: Files) -> str:
     return "\n".join(lines)
 
 
-def _pipeline(family: Family) -> str:
-    """Name of the diffusers class of the pipeline."""
-    if family.name in FAMILIES and "pipeline" in FAMILIES[family.name]:
-        return str(family.pipeline["class"])
+def _pipeline(family: Family) -> str | None:
+    """Name of the diffusers class of the pipeline, None for a family that ComfyUI alone draws."""
+    if family.name in TRANSFORMERS:
+        pipeline = TRANSFORMERS[family.name].get("pipeline")
+        return None if pipeline is None else str(pipeline["class"])
     xl = "XL" if family.pooled else ""
     return f"StableDiffusion{xl}{'Inpaint' if family.in_channels == 9 else ''}Pipeline"
 
