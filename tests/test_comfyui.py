@@ -131,7 +131,7 @@ def test_the_page_gets_the_script_the_help_the_strings_and_the_workflows(server)
     assert server.get(help_page).startswith(b"# Compare")
     strings = json.loads(server.get("/i18n"))
     assert "RealEraCompare" in strings["zh"]["nodeDefs"]
-    assert len(json.loads(server.get("/workflow_templates"))["RealEra"]) == 8
+    assert len(json.loads(server.get("/workflow_templates"))["RealEra"]) == 9
 
 
 def test_the_cache_can_be_seen_limited_and_emptied_from_the_page(server):

@@ -28,6 +28,7 @@ from realera import (
 from realera.edit.erasure import temporarily_erased
 from realera.evaluation.scorers import miniature_classifier
 from realera.pipelines.sampling import Sampling, sample_prompts
+from realera.settings import SOURCES
 
 ROOT = Path(__file__).parent.parent
 INFO = json.loads((ROOT / "tests/object_info.json").read_text("utf-8"))
@@ -36,6 +37,7 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 # Examples as version 0.2 saved them, which must open for as long as nodes and sockets stay.
 SAVED = sorted((ROOT / "tests/data/workflows-0.2").glob("*.json"))
 BOTH = [*WORKFLOWS, *SAVED]
+(BLUEPRINT,) = (ROOT / "subgraphs").glob("*.json")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 FILES = (
     "ckpt_name",
@@ -65,6 +67,59 @@ def widgets_of(kind_of_node):
                 name in ("seed", "noise_seed") and "control_after_generate" not in options
             ):
                 yield None, "CONTROL", {}
+
+
+def nodes_of(graph):
+    """Nodes of a graph, those of subgraphs among them and not the hosts, which have no schema."""
+    inside = graph.get("definitions", {}).get("subgraphs", [])
+    hosts = {subgraph["id"] for subgraph in inside}
+    nodes = [*graph["nodes"], *(node for subgraph in inside for node in subgraph["nodes"])]
+    return [node for node in nodes if node["type"] not in hosts]
+
+
+def expanded(graph):
+    """A graph without subgraphs: nodes of one by the id of its host, as ComfyUI sends them.
+
+    Returns links as (id, source, output, target, input, type), and nodes by id.
+    """
+    inside = {one["id"]: one for one in graph.get("definitions", {}).get("subgraphs", [])}
+    nodes, links = {}, []
+    hosts = {node["id"]: inside[node["type"]] for node in graph["nodes"] if node["type"] in inside}
+
+    def path(host, number):
+        return f"{host}:{number}"
+
+    for node in graph["nodes"]:
+        if node["id"] not in hosts:
+            nodes[str(node["id"])] = node
+    for host, subgraph in hosts.items():
+        nodes |= {path(host, node["id"]): node for node in subgraph["nodes"]}
+        outer = {link[4]: link for link in graph["links"] if link[3] == host}
+        for link in subgraph["links"]:
+            target = (path(host, link["target_id"]), link["target_slot"])
+            if link["target_id"] == -20:
+                continue
+            if link["origin_id"] != -10:
+                source = (path(host, link["origin_id"]), link["origin_slot"])
+            elif link["origin_slot"] in outer:
+                _, source_id, output, *_ = outer[link["origin_slot"]]
+                source = (str(source_id), output)
+            else:  # a widget of the host
+                continue
+            links.append((link["id"], *source, *target, link["type"]))
+    for number, source, output, target, slot, kind in graph["links"]:
+        if target in hosts:
+            continue
+        start = (str(source), output)
+        if source in hosts:
+            (link,) = (
+                link
+                for link in hosts[source]["links"]
+                if (link["target_id"], link["target_slot"]) == (-20, output)
+            )
+            start = (path(source, link["origin_id"]), link["origin_slot"])
+        links.append((number, *start, str(target), slot, kind))
+    return links, nodes
 
 
 def test_the_pack_can_be_imported_without_comfyui():
@@ -99,7 +154,7 @@ def test_the_registry_s_scanner_finds_every_node():
 def test_every_node_of_a_workflow_names_its_pack_in_the_registry_and_the_version(path):
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     name, version = (re.search(rf'^{key} = "(.+)"', text, re.M)[1] for key in ("name", "version"))
-    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+    for node in nodes_of(json.loads(path.read_text("utf-8"))):
         found = node["properties"]["cnr_id"], node["properties"]["ver"]
         if node["type"].startswith("RealEra"):
             assert found == (name, version)
@@ -114,6 +169,21 @@ def test_the_script_has_a_name_of_its_own_and_changes_nothing_that_others_share(
     assert not re.search(r"\b(api|app|LiteGraph|LGraph\w*)(\.\w+|\.prototype)+ = ", script)
     assert not re.search(r"document\.(head|body)", script)
     assert not re.search(r"\b(eval|Function)\(|innerHTML|console\.log", script)
+
+
+def test_the_script_knows_the_values_that_automatic_stands_for():
+    script = (ROOT / "web/realera.js").read_text("utf-8")
+    (cosines,) = re.findall(r"const COSINES = \{(.+)\};", script)
+    found = {
+        source: (float(s2), float(s1))
+        for source, s2, s1 in re.findall(r"(\w+): \[([\d.]+), ([\d.]+)\]", cosines)
+    }
+    assert found == {source: NeighborSettings(source=source).cosines for source in SOURCES}
+    (automatic,) = re.findall(r"const AUTOMATIC = \{(.+)\};", script)
+    for name, value in re.findall(r"(\w+): (-?\d+)", automatic):
+        for node in ("RealEraNeighborSampler", "RealEraBeyondSampler"):
+            fields = {field: options for field, _, options in inputs_of(OURS[node])}
+            assert name not in fields or fields[name]["default"] == int(value)
 
 
 @pytest.mark.parametrize("file", ["commands", "settings"])
@@ -248,27 +318,47 @@ def test_a_workflow_has_a_preview_picture_and_a_note(path):
     assert any(node["type"] == "MarkdownNote" and node["widgets_values"][0] for node in nodes)
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_an_example_is_small_enough_to_be_read_on_a_small_screen(path):
+    """ComfyUI fits an example to three quarters of the page, and draws no text below 8/14."""
+    graph = json.loads(path.read_text("utf-8"))
+    corners = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
+    width = max(x + w for x, _, w, _ in corners) - min(x for x, *_ in corners)
+    height = max(y + h for _, y, _, h in corners) - min(y for _, y, *_ in corners) + 30  # title
+    assert 0.75 * min(1366 / (width + 20), 768 / (height + 20)) >= 8 / 14
+    assert all(re.match(r"\d · ", group["title"]) for group in graph["groups"] if group["title"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_note_of_an_example_says_what_to_press_what_one_sees_and_how_long_it_takes(path):
+    nodes = json.loads(path.read_text("utf-8"))["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    assert "**Run**" in note
+    assert re.search("You will see|has a row for each model", note)
+    assert re.search("minute|seconds", note)
+
+
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_links_of_a_workflow_fit_the_schemas(path):
-    graph = json.loads(path.read_text("utf-8"))
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    for link, source, output, target, slot, kind in graph["links"]:
+    links, nodes = expanded(json.loads(path.read_text("utf-8")))
+    linked = {target: set() for target in nodes}
+    for number, source, output, target, slot, kind in links:
         start, end = nodes[source], nodes[target]["inputs"][slot]
         assert INFO[start["type"]]["output"][output] == kind
-        assert link in start["outputs"][output]["links"]
-        assert end["link"] == link
+        assert end["link"] == number
+        assert ":" in source + target or number in start["outputs"][output]["links"]
         due = {name: kind for name, kind, _ in inputs_of(INFO[nodes[target]["type"]])}
         assert due[end["name"]] == kind
-    for node in nodes.values():
+        linked[target].add(end["name"])
+    for number, node in nodes.items():
         if node["type"] != "MarkdownNote":
-            linked = {end["name"] for end in node["inputs"] if end["link"] is not None}
             for name, (kind, *_) in INFO[node["type"]]["input"]["required"].items():
-                assert is_widget(kind) or name in linked, f"{node['type']}.{name} hangs loose"
+                assert is_widget(kind) or name in linked[number], f"{node['type']}.{name} is loose"
 
 
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_widgets_of_a_workflow_fit_the_schemas(path):
-    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+    for node in nodes_of(json.loads(path.read_text("utf-8"))):
         if node["type"] == "MarkdownNote":
             continue
         widgets = list(widgets_of(node["type"]))
@@ -284,16 +374,17 @@ def test_the_widgets_of_a_workflow_fit_the_schemas(path):
 
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_api_form_of_a_workflow_is_the_same_graph(path):
-    graph = json.loads(path.read_text("utf-8"))
-    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    links, nodes = expanded(json.loads(path.read_text("utf-8")))
     expected = {}
-    for node in graph["nodes"]:
+    for number, node in nodes.items():
         if node["type"] == "MarkdownNote":
             continue
         values = zip(widgets_of(node["type"]), node["widgets_values"], strict=True)
         inputs = {name: value for (name, _, _), value in values if name}
-        inputs |= {end["name"]: sources[end["link"]] for end in node["inputs"] if end["link"]}
-        expected[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+        for _, source, output, target, slot, _ in links:
+            if target == number:
+                inputs[node["inputs"][slot]["name"]] = [source, output]
+        expected[number] = {"class_type": node["type"], "inputs": inputs}
     api = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
     for node in api.values():
         node.pop("_meta", None)
@@ -317,6 +408,29 @@ def test_what_the_nodes_import_of_the_core_loads_no_slow_library():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert not {"diffusers", "transformers", "peft", "matplotlib"} & set(done.stdout.split())
+
+
+def test_the_blueprint_is_the_subgraph_of_example_0_with_four_inputs_outside():
+    blueprint = json.loads(BLUEPRINT.read_text("utf-8"))
+    example = json.loads(next(p for p in WORKFLOWS if p.name[0] == "0").read_text("utf-8"))
+    assert blueprint["definitions"] == example["definitions"]
+    (subgraph,), (host,) = blueprint["definitions"]["subgraphs"], blueprint["nodes"]
+    assert host["type"] == subgraph["id"] and host["title"] == subgraph["name"] == BLUEPRINT.stem
+    assert [node["type"].removeprefix("RealEra") for node in subgraph["nodes"]] == [
+        "NeighborSampler",
+        "BeyondSampler",
+        "ClosedFormEdit",
+        "ApplyErasure",
+    ]
+    widgets = [end["name"] for end in host["inputs"] if "widget" in end]
+    assert widgets == ["concepts", "leave_out", "preserve", "edit_strength"]
+    assert {end["type"] for end in host["inputs"] if "widget" not in end} == {"MODEL", "CLIP"}
+    # Frontends find an inner widget by the place of its input among all of them.
+    for node in subgraph["nodes"]:
+        due = [name for name, kind, _ in inputs_of(INFO[node["type"]]) if is_widget(kind)]
+        assert [end["name"] for end in node["inputs"] if "widget" in end] == due
+    inner = {node["id"] for node in subgraph["nodes"]}
+    assert not inner & {node["id"] for node in example["nodes"]}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

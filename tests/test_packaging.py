@@ -26,3 +26,9 @@ def test_the_pack_asks_for_what_the_package_needs_and_comfyui_lacks():
     for name in COMFYUI_BRINGS | COMMAND_LINE_ALONE:
         del needed[name]
     assert specifiers((ROOT / "requirements.txt").read_text("utf-8").split()) == needed
+
+
+def test_the_zip_of_the_registry_leaves_out_nothing_that_comfyui_reads():
+    ignored = (ROOT / ".comfyignore").read_text("utf-8").split()
+    for folder in ("nodes", "realera", "web", "locales", "workflows", "subgraphs", "docs"):
+        assert (ROOT / folder).is_dir() and f"{folder}/" not in ignored

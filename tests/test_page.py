@@ -149,7 +149,7 @@ class Window:
     def open_example(self):
         """From the template browser, as a user does."""
         self.do("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.get_by_text("RealEra", exact=True).click()
+        self.page.get_by_text("RealEra", exact=True).click(timeout=180_000)
         self.page.get_by_text(EXAMPLE).first.click()
         self.until("() => app.graph._nodes.some(n => n.comfyClass === 'RealEraCompare')")
 
@@ -201,6 +201,19 @@ class Window:
                 .widgets.find((w) => w.name === name).value""",
             [kind, name],
         )
+
+    def press(self, kind, name, value=None):
+        """Sets a switch of ours, or presses a button."""
+        self.do(
+            """([kind, name, value]) => {
+                const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+                const widget = node.widgets.find((w) => w.name === name);
+                if (value !== null) widget.value = value;
+                widget.callback(value);
+            }""",
+            [kind, name, value],
+        )
+        self.settle()
 
     def type_number(self, kind, name, number):
         """Clicks on a number of a node and types another one."""
@@ -334,15 +347,17 @@ def test_the_neighbourhood_moves_with_s1_and_s2_and_comes_back(ran):
     window, _ = ran
     kind, view = "RealEraNeighborSampler", "realera_neighborhood"
     window.look_at(kind)
+    window.press(kind, "realera_button")  # shows the advanced inputs of a classic node
+    window.press(kind, "realera_toggle", False)
     first = window.view(kind, view)
     window.type_number(kind, "s2", 0.9)
     narrow = window.view(kind, view)
     window.type_number(kind, "s1", 0.95)
     ring = window.view(kind, view)
     assert len({first, narrow, ring}) == 3
-    window.type_number(kind, "s1", -1)
-    window.type_number(kind, "s2", -1)
+    window.press(kind, "realera_toggle", True)
     assert window.view(kind, view) == first
+    window.press(kind, "realera_button")
 
 
 def test_a_click_on_a_word_of_the_scope_report_keeps_it_and_another_gives_it_back(ran):
@@ -479,7 +494,7 @@ SENT = {  # what a run sends to each node that has a view
     },
 }
 PALETTES = ("dark", "light", "solarized", "arc", "nord", "github")
-LEAST, MOST = 190, 450  # pixels that a view is high, of a node as it is added
+LEAST, MOST = 150, 450  # pixels that a view is high, of a node as it is added
 
 
 class Sheet(Window):
@@ -602,32 +617,65 @@ def test_a_view_grows_with_its_node(sheet):
     assert all(after[kind] > before[kind] + 40 for kind in SENT), (before, after)
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.name[0] in "14"], ids=lambda p: p.stem)
-def test_the_nodes_of_an_example_stay_in_their_groups_and_off_each_other(sheet, path):
-    sheet.do("graph => app.loadGraphData(graph)", json.loads(path.read_text("utf-8")))
-    sheet.until("() => app.graph._nodes.some((n) => n.comfyClass === 'RealEraCompare')")
-    sheet.do("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [500, 300]; }")
-    sheet.settle()
-    sheet.fill()
-    bottoms = sheet.do(
-        """() => app.graph._nodes.flatMap((node) => {
-            const [x, y] = node.pos;
-            const group = app.graph._groups.find(({ pos, size }) => x >= pos[0] && y >= pos[1]
-                && x <= pos[0] + size[0] && y <= pos[1] + size[1]);
-            if (!group) return [];
+def boxes(sheet):
+    """Kind of a node -> left, top, right and bottom as drawn with its title, in window pixels."""
+    return sheet.do(
+        """() => app.graph._nodes.map((node) => {
             const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
-            const { height } = drawn?.getBoundingClientRect() ?? {};
-            const own = height ? height / app.canvas.ds.scale - 30 : node.size[1];
-            return [[node.comfyClass, x, y, y + own, group.pos[1] + group.size[1]]];
+            if (drawn) {
+                const { left, top, right, bottom } = drawn.getBoundingClientRect();
+                return [node.type, left, top, right, bottom];
+            }
+            const { ds, canvas } = app.canvas;
+            const corner = canvas.getBoundingClientRect();
+            const x = (at) => corner.left + ds.scale * (at + ds.offset[0]);
+            const y = (at) => corner.top + ds.scale * (at + ds.offset[1]);
+            const [left, top] = node.pos;
+            return [node.type, x(left), y(top - 30), x(left + node.size[0]), y(top + node.size[1])];
         })"""
     )
-    assert len(bottoms) > 4
-    for kind, _, _, bottom, end in bottoms:
-        grid = 240 if kind == "RealEraCompare" else 0  # what a run shows below
-        assert bottom + grid <= end, kind
-    for kind, left, top, bottom, _ in bottoms:
-        below = [other for other in bottoms if other[1] == left and other[2] > top]
-        assert all(bottom <= other[2] - 30 for other in below), kind  # its title stands above it
+
+
+@pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.name[0] in "1467"], ids=lambda p: p.stem)
+def test_the_nodes_of_an_example_stay_in_their_groups_and_off_each_other(sheet, path):
+    sheet.do("graph => app.loadGraphData(graph)", json.loads(path.read_text("utf-8")))
+    sheet.do("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [300, 300]; }")
+    sheet.settle()
+    if path.name[0] == "1":
+        sheet.fill()
+    found = boxes(sheet)
+    groups = sheet.do(
+        """() => app.graph._groups.map(({ pos, size }) => {
+            const { ds, canvas } = app.canvas;
+            const corner = canvas.getBoundingClientRect();
+            const x = (at) => corner.left + ds.scale * (at + ds.offset[0]);
+            const y = (at) => corner.top + ds.scale * (at + ds.offset[1]);
+            return [x(pos[0]), y(pos[1]), x(pos[0] + size[0]), y(pos[1] + size[1])];
+        })"""
+    )
+    assert len(found) > 7 and len(groups) > 2
+    for number, (kind, left, top, right, bottom) in enumerate(found):
+        for other, a, b, c, d in found[number + 1 :]:
+            assert right <= a or c <= left or bottom <= b or d <= top, (kind, other)
+        grid = 240 * 0.4 if kind == "RealEraCompare" else 0  # what a run shows below
+        for a, b, c, d in groups:
+            if a <= left <= c and b <= top <= d:
+                assert right <= c + 1 and bottom + grid <= d + 1, kind
+
+
+def test_an_example_opens_whole_and_large_enough_to_be_read_on_a_small_screen(sheet):
+    size = sheet.page.viewport_size
+    sheet.page.set_viewport_size({"width": 1366, "height": 768})
+    try:
+        sheet.settle()
+        sheet.open_example()
+        sheet.settle()
+        # Below 8/14, ComfyUI draws no text.
+        assert sheet.do("() => app.canvas.ds.scale") >= 8 / 14
+        for kind, left, top, right, bottom in boxes(sheet):
+            assert 40 <= left and 80 <= top and right <= 1366 and bottom <= 768, kind
+    finally:
+        sheet.page.set_viewport_size(size)
 
 
 def test_compare_shows_no_frame_before_it_has_run_and_says_what_to_do(sheet):
@@ -1052,6 +1100,67 @@ def test_a_view_keeps_its_width_and_stays_in_its_node_beside_the_open_panel(shee
         assert sheet.do(widths) == before
     finally:
         sheet.do(panel, False)
+
+
+def visible_inputs(sheet, kind):
+    """Names of the inputs that a node shows, in order."""
+    return sheet.do(
+        """kind => {
+            const node = app.graph._nodes.find((n) => n.comfyClass === kind);
+            const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+            return node.widgets.filter((w) => !w.name.startsWith('realera_') && (drawn
+                ? !w.hidden && (node.showAdvanced || !w.options.advanced)
+                : node.isWidgetVisible(w) && w.computedHeight > 0)).map((w) => w.name);
+        }""",
+        kind,
+    )
+
+
+def test_advanced_inputs_are_folded_and_the_button_of_a_classic_node_shows_them(sheet):
+    sheet.add(fill=False)
+    kind = "RealEraClosedFormEdit"
+    assert visible_inputs(sheet, kind) == []
+    low = sheet.do("() => app.graph._nodes[2].computeSize()[1]")
+    if sheet.do("() => LiteGraph.vueNodesMode"):
+        return
+    before = sheet.heights()[kind]
+    sheet.press(kind, "realera_button")
+    shown = ["lambda1", "lambda2", "bank", "check", "away"]
+    assert visible_inputs(sheet, kind) == shown
+    assert sheet.do("() => app.graph._nodes[2].computeSize()[1]") == low + 24 * len(shown)
+    assert abs(sheet.heights()[kind] - before) <= 20 and sheet.hanging_out() == []
+    sheet.press(kind, "realera_button")
+    assert visible_inputs(sheet, kind) == []
+    assert abs(sheet.heights()[kind] - before) <= 20 and sheet.hanging_out() == []
+
+
+def test_a_number_that_is_automatic_is_not_shown_and_a_switch_shows_what_it_stands_for(sheet):
+    sheet.add(fill=False)
+    kind, numbers = "RealEraNeighborSampler", ["s1", "s2", "d1", "d1_anchor"]
+    sheet.do("() => { app.graph._nodes[0].showAdvanced = true; }")
+    sheet.do("() => app.graph._nodes[0].realeraArrange()")
+    sheet.settle()
+    assert not {*numbers} & {*visible_inputs(sheet, kind)}
+    saved = "() => app.graph.serialize().nodes[0].widgets_values"
+    automatic = sheet.do(saved)
+    assert automatic[5:9] == [-1, -1, 0, 0] and len(automatic) == 11
+    sheet.press(kind, "realera_toggle", False)
+    assert [name for name in visible_inputs(sheet, kind) if name in numbers] == numbers
+    assert [sheet.value(kind, name) for name in numbers[:2]] == [1, 0.55]
+    sheet.set(kind, s2=0.8)
+    sheet.do("() => app.loadGraphData(app.graph.serialize())")
+    sheet.settle()
+    assert sheet.value(kind, "s2") == 0.8 and "s2" in visible_inputs(sheet, kind)
+    sheet.press(kind, "realera_toggle", True)
+    assert not {*numbers} & {*visible_inputs(sheet, kind)}
+    assert sheet.do(saved) == automatic
+    sheet.set(kind, source="bank")
+    sheet.do(
+        "sent => app.graph._nodes[0].onExecuted(sent)",
+        {"realera_geometry": [RING | POINTS | {"source": "bank", "d1": 3.5}]},
+    )
+    sheet.press(kind, "realera_toggle", False)
+    assert [sheet.value(kind, name) for name in numbers] == [0.7, 0.4, 3.5, 0]
 
 
 # ------------------------------------------------------------------------ errors

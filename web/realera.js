@@ -26,6 +26,9 @@ const TEXTS = {
     step: (step, steps) => `step ${step} of ${steps}`,
     stopped: "stopped",
     emptied: (files, size, folder) => `removed ${files} files, ${size} MB, from ${folder}`,
+    automatic: "automatic range",
+    unfold: "show advanced inputs",
+    refold: "hide advanced inputs",
   },
   zh: {
     run: "运行工作流后显示。",
@@ -45,6 +48,9 @@ const TEXTS = {
     step: (step, steps) => `第 ${step} 步，共 ${steps} 步`,
     stopped: "已停止",
     emptied: (files, size, folder) => `已从 ${folder} 删除 ${files} 个文件，共 ${size} MB`,
+    automatic: "自动范围",
+    unfold: "显示高级输入",
+    refold: "隐藏高级输入",
   },
 };
 
@@ -335,6 +341,90 @@ function ringOf(node, geometry) {
   return { s1: pick("s1", -1), s2: pick("s2", -1), d1: pick("d1", 0), d2: pick("d2", 0) };
 }
 
+// ------------------------------------------------------------------------ inputs
+
+const AUTOMATIC = { s1: -1, s2: -1, d1: 0, d1_anchor: 0, d2: 0 }; // a widget's value for automatic
+// Smallest and largest cosine of neighbours, by their source: what automatic stands for.
+const COSINES = { vocabulary: [0.55, 1], bank: [0.3, 0.7], isotropic: [0.3, 0.7] };
+
+const isAutomatic = ({ name, value }) => value === AUTOMATIC[name];
+
+function isLinked(node, { name }) {
+  return node.inputs.some(({ widget, link }) => widget?.name === name && link != null);
+}
+
+/** Adds a widget of the page alone, which is neither saved nor sent. */
+function addControl(node, type, value, callback, options = {}) {
+  const control = node.addWidget(type, `realera_${type}`, value, callback, options);
+  control.serialize = control.options.serialize = false;
+  return control;
+}
+
+/** Adds a switch that hides the numbers of a ring while all are automatic. Switched off, it shows
+ * what was mined last, or else the default of the source. */
+function addAutomatic(node) {
+  const numbers = node.widgets.filter(({ name }) => name in AUTOMATIC);
+  const control = addControl(node, "toggle", true, (automatic) => {
+    const geometry = node.realeraGeometry;
+    const source = widgetValue(node, "source") ?? geometry?.source;
+    const [s2, s1] = COSINES[source] ?? [];
+    const known = { s1, s2, ...(geometry?.source === source ? geometry : {}) };
+    for (const widget of numbers) {
+      if (automatic) widget.value = AUTOMATIC[widget.name];
+      else if (isAutomatic(widget)) widget.value = known[widget.name] ?? widget.value;
+      widget.callback?.(widget.value);
+    }
+    node.realeraArrange();
+  });
+  control.label = text("automatic");
+  control.options.advanced = true;
+}
+
+/** Shows the inputs of a node that apply: no number of a ring that is automatic, and in a classic
+ * node, behind a button, the advanced ones, which Nodes 2.0 folds by itself. */
+function foldInputs(node) {
+  const folded = node.widgets?.filter(({ options }) => options?.advanced) ?? [];
+  if (!folded.length) return;
+  const automatic = node.widgets.find(({ name }) => name === "realera_toggle");
+  const button = addControl(
+    node,
+    "button",
+    null,
+    () => {
+      const slack = node.size[1] - node.computeSize()[1];
+      node.showAdvanced = !node.showAdvanced;
+      node.realeraArrange();
+      node.setSize([node.size[0], node.computeSize()[1] + Math.max(0, slack)]);
+    },
+    { canvasOnly: true },
+  );
+  node.realeraArrange = () => {
+    const closed = !node.showAdvanced;
+    button.label = text(closed ? "unfold" : "refold");
+    for (const widget of folded) {
+      const without = automatic?.value && widget.name in AUTOMATIC;
+      const hidden = (closed || without) && !isLinked(node, widget);
+      widget.hidden = widget.options.hidden = hidden && (without || !LiteGraph.vueNodesMode);
+      // Some frontends keep room for what is not shown, unless it needs none.
+      if (hidden) widget.computeSize = () => [0, -4];
+      else delete widget.computeSize;
+    }
+    app.graph?.setDirtyCanvas(true, true);
+  };
+  const { onConfigure, onConnectionsChange } = node;
+  node.onConfigure = function (saved) {
+    onConfigure?.call(this, saved);
+    const numbers = this.widgets.filter(({ name }) => name in AUTOMATIC);
+    if (automatic) automatic.value = numbers.every((one) => isAutomatic(one) && !isLinked(this, one));
+    this.realeraArrange();
+  };
+  node.onConnectionsChange = function (...change) {
+    onConnectionsChange?.apply(this, change);
+    this.realeraArrange();
+  };
+  node.realeraArrange();
+}
+
 // ------------------------------------------------------------------------ the neighbourhood
 
 function drawPoints(pen, width, height, colors, taken, geometry, ring) {
@@ -454,10 +544,10 @@ function namesOf(geometry) {
   return geometry.concepts.map(([name]) => name).join(", ");
 }
 
-function addNeighborhood(node) {
+function addNeighborhood(node, height) {
   let geometry = null;
   let said = []; // what was found, then what to be warned of
-  const redraw = addCanvas(node, "realera_neighborhood", 280, (pen, width, whole, colors) => {
+  const redraw = addCanvas(node, "realera_neighborhood", height, (pen, width, whole, colors) => {
     if (!geometry) return say(pen, width, whole, text("run"), colors);
     const lines = said.flatMap((line, k) => wrapped(pen, k ? `⚠ ${line}` : line, width - 12));
     const height = whole - 14 * lines.length;
@@ -485,6 +575,7 @@ function addNeighborhood(node) {
   return (output) => {
     if (!output.realera_geometry) return;
     [geometry] = output.realera_geometry;
+    node.realeraGeometry = geometry;
     said = output.text ?? [];
     redraw();
   };
@@ -555,7 +646,7 @@ function lostOf([, , toward, , drawn]) {
 }
 
 function addScope(node) {
-  const view = addView(node, "realera_scope", 300, () => colorsOf(view));
+  const view = addView(node, "realera_scope", 220, () => colorsOf(view));
   const said = element("div", { color: "var(--realera-text)", padding: "4px 4px 0" });
   const hint = element("div", { color: "var(--realera-grey)", padding: "4px" });
   const list = element("div", { flex: "0 1 auto", minHeight: 0, overflowY: "auto" });
@@ -750,7 +841,7 @@ function addSlider(node) {
   const prompts = node.widgets.find(({ name }) => name === "prompts");
   prompts.options.getMinHeight = () => PROMPTS;
   prompts.options.getMaxHeight = () => 2 * PROMPTS; // a larger node is for the picture
-  const view = addView(node, "realera_slider", 320, () => {
+  const view = addView(node, "realera_slider", 280, () => {
     colorsOf(view);
     const box = view.closest("[data-node-id]")?.querySelector("textarea"); // of Nodes 2.0
     if (box) box.style.minHeight = `${PROMPTS}px`;
@@ -866,8 +957,8 @@ function addSlider(node) {
 }
 
 const VIEWS = {
-  RealEraNeighborSampler: addNeighborhood,
-  RealEraBeyondSampler: addNeighborhood,
+  RealEraNeighborSampler: (node) => addNeighborhood(node, 220),
+  RealEraBeyondSampler: (node) => addNeighborhood(node, 160),
   RealEraClosedFormEdit: addScope,
   RealEraLoraAlign: addLoss,
   RealEraCompare: addSlider,
@@ -932,6 +1023,8 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith("RealEra")) return;
     translatePlaceholders(node);
     const add = VIEWS[node.comfyClass];
+    if (node.widgets?.some(({ name }) => name in AUTOMATIC)) addAutomatic(node);
+    foldInputs(node);
     if (!add) return;
     node.realeraShow = add(node);
     const executed = node.onExecuted;
@@ -940,6 +1033,11 @@ app.registerExtension({
       dropProgress(this);
       if (output) this.realeraShow(output); // a node from the cache may have none
     };
+  },
+  setup() {
+    app.ui.settings.addEventListener("Comfy.VueNodes.Enabled.change", () => {
+      for (const node of app.graph?.nodes ?? []) node.realeraArrange?.();
+    });
   },
   /** Another tab, language or past run has made the nodes anew: show what they had shown. */
   onNodeOutputsUpdated(outputs) {
