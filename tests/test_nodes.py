@@ -186,6 +186,34 @@ def test_the_script_knows_the_values_that_automatic_stands_for():
             assert name not in fields or fields[name]["default"] == int(value)
 
 
+def said_in(path):
+    """The texts of a Python file, with {} for what is put into them."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(
+                getattr(part, "value", "{}") if isinstance(part, ast.Constant) else "{}"
+                for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_what_is_translated_is_what_nodes_say_and_holds_the_same_values():
+    script = (ROOT / "web/messages.js").read_text("utf-8")
+    pairs = re.findall(r'\["(.+?)",\s+"(.+?)"\]', script)
+    assert len(pairs) > 30
+    files = [ROOT / f"realera/{name}.py" for name in ("concepts", "settings", "anchor_warnings")]
+    corpus = "\n".join(
+        text for path in [*files, *ROOT.glob("nodes/*.py")] for text in said_in(path)
+    )
+    for english, chinese in pairs:
+        for part in english.split("{}"):
+            assert part.strip(" ,:;'") in corpus, english
+        places = {int(place) for place in re.findall(r"\{(\d)\}", chinese)}
+        assert places <= set(range(english.count("{}"))), english
+        assert re.search("[\u4e00-\u9fff]", chinese)
+
+
 @pytest.mark.parametrize("file", ["commands", "settings"])
 def test_commands_and_settings_of_the_script_have_strings_in_every_locale(file):
     script = (ROOT / "web/realera.js").read_text("utf-8")

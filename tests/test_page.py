@@ -636,7 +636,9 @@ def boxes(sheet):
     )
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.name[0] in "1467"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in WORKFLOWS if p.name[0] in "1467"], ids=lambda p: p.stem
+)
 def test_the_nodes_of_an_example_stay_in_their_groups_and_off_each_other(sheet, path):
     sheet.do("graph => app.loadGraphData(graph)", json.loads(path.read_text("utf-8")))
     sheet.do("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [300, 300]; }")
@@ -958,6 +960,18 @@ def test_the_hints_of_empty_boxes_are_in_the_language_of_the_page(sheet):
         assert len(hints) >= 2
         # Nodes 2.0 has a box's name above it, and shows no hint.
         assert [hint for hint in hints if hint and not re.search("[\u4e00-\u9fff]", hint)] == []
+        sheet.do(
+            """message => app.api.dispatchCustomEvent('execution_error',
+                { node_id: String(app.graph._nodes[0].id), exception_message: message,
+                  traceback: [] })""",
+            "line 2, 'cat -> cat': the anchor of 'cat' is the concept itself: name what to draw "
+            "instead, for example 'airplane -> tree'",
+        )
+        [message] = errors_of(sheet, "RealEraNeighborSampler")
+        assert message == (
+            "第 2 行 'cat -> cat'：'cat' 的锚点就是它自己：请写出应画的事物，例如 airplane -> tree"
+        )
+        sheet.do("() => app.api.dispatchCustomEvent('execution_start', {})")
     finally:
         sheet.speak("en")
 

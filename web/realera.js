@@ -2,6 +2,7 @@
 // Each view is a widget under its node and shows what the node sent when it ran.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { inChinese } from "./messages.js";
 
 // The colours of a view, each made readable on what the view stands on.
 const HUES = { concept: "#d1495b", near: "#edae49", far: "#6c8ebf", grey: "#8a8a8a" };
@@ -70,6 +71,11 @@ function locale() {
 
 function text(key) {
   return (TEXTS[locale()] ?? TEXTS.en)[key];
+}
+
+/** What a node says, line by line, in the language of the page. */
+function translated(message) {
+  return locale() === "zh" ? message.split("\n").map(inChinese).join("\n") : message;
 }
 
 function element(tag, style = {}, content = "") {
@@ -220,7 +226,7 @@ function showError(node, message) {
   });
   box.className = "realera-error";
   box.role = "alert";
-  box.textContent = message;
+  box.textContent = translated(message);
   view.append(box);
   view.repaint();
   node.realeraError = {
@@ -576,7 +582,7 @@ function addNeighborhood(node, height) {
     if (!output.realera_geometry) return;
     [geometry] = output.realera_geometry;
     node.realeraGeometry = geometry;
-    said = output.text ?? [];
+    said = (output.text ?? []).map(translated);
     redraw();
   };
 }
@@ -728,7 +734,7 @@ function addScope(node) {
   return (output) => {
     if (!output.realera_scope) return;
     reaches = output.realera_scope;
-    said.textContent = output.text?.join(" ") ?? "";
+    said.textContent = output.text?.map(translated).join(" ") ?? "";
     fill();
   };
 }
@@ -742,7 +748,7 @@ function addSaved(node) {
   view.append(lines);
   return (output) => {
     if (!output.text) return;
-    lines.textContent = lines.title = output.text.join("\n");
+    lines.textContent = lines.title = output.text.map(translated).join("\n");
     lines.style.color = "var(--realera-text)";
   };
 }
