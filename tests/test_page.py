@@ -675,7 +675,7 @@ def test_an_example_opens_whole_and_large_enough_to_be_read_on_a_small_screen(sh
         # Below 8/14, ComfyUI draws no text.
         assert sheet.do("() => app.canvas.ds.scale") >= 8 / 14
         for kind, left, top, right, bottom in boxes(sheet):
-            assert 40 <= left and 80 <= top and right <= 1366 and bottom <= 768, kind
+            assert left >= 40 and top >= 80 and right <= 1366 and bottom <= 768, kind
     finally:
         sheet.page.set_viewport_size(size)
 
@@ -1175,6 +1175,40 @@ def test_a_number_that_is_automatic_is_not_shown_and_a_switch_shows_what_it_stan
     )
     sheet.press(kind, "realera_toggle", False)
     assert [sheet.value(kind, name) for name in numbers] == [0.7, 0.4, 3.5, 0]
+
+
+def test_the_node_library_offers_the_method_as_one_node_that_runs(server, sheet):
+    if sheet.do("async () => (await app.api.fetchApi('/global_subgraphs')).status") != 200:
+        pytest.skip("this release of ComfyUI has no blueprints")
+    sheet.do("() => app.graph.clear()")
+    sheet.do("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    sheet.settle()
+    sheet.page.keyboard.type("Erase a Concept")
+    sheet.page.get_by_text("Erase a Concept (RealEra)").first.wait_for()
+    sheet.page.keyboard.press("Enter")
+    sheet.settle()
+    sheet.page.mouse.click(600, 400)  # where it is to lie
+    sheet.until("() => app.graph._nodes.length === 1", seconds=30)
+    widgets = sheet.do("() => app.graph._nodes[0].widgets.map((w) => [w.name, w.value])")
+    assert widgets == [
+        ["concepts", "airplane -> tree"],
+        ["leave_out", ""],
+        ["preserve", ""],
+        ["edit_strength", 1],
+    ]
+    (path,) = (ROOT / "workflows/api").glob("0 *.json")
+    graph = json.loads(path.read_text("utf-8"))
+    inside = {name.split(":")[1]: node for name, node in graph.items() if ":" in name}
+    sent = sheet.do("async () => (await app.graphToPrompt()).output")
+    for name, node in sent.items():
+        due = inside.pop(name.split(":")[1])
+        values = {k: v for k, v in due["inputs"].items() if not isinstance(v, list)}
+        assert node["class_type"] == due["class_type"]
+        assert {k: v for k, v in node["inputs"].items() if not isinstance(v, list)} == values
+    assert inside == {}
+    graph["4"]["inputs"]["steps"] = 2
+    outputs, _ = server.run(graph)
+    assert len(outputs["4"]["realera_images"]) == 3
 
 
 # ------------------------------------------------------------------------ errors
