@@ -7,7 +7,7 @@ const MESSAGES = [
   ["words", "词"],
   ["points", "点"],
   ["{}; {} of the {} words drawn (✓) change strongly", "{0}；画出的 {2} 个词（✓）中有 {1} 个变化明显"],
-  ["{} words move more than half of the way to the anchor", "{0} 个词向锚点移动超过一半"],
+  ["{} words move at least half of the way to the anchor", "{0} 个词向锚点移动至少一半"],
   ["saved {}", "已保存 {0}"],
   ["{} steps; mean loss of the last {}: {}", "{0} 步；最后 {1} 步的平均损失：{2}"],
   ["line {}, {}, has no '->': write 'concept -> anchor', for example 'airplane -> tree'",
