@@ -5,6 +5,7 @@ They run in a process of their own: where a process knows the device, it is PyTo
 accelerator: `python -m pytest -n0 -m pretend`, minutes. The ordinary suite runs IN_CI in one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -255,3 +256,15 @@ def test_what_a_gpu_refuses_is_refused(pretend):
             here.double()
     finally:
         pretend_device.like("cuda")
+
+
+@pytest.mark.pretend
+@pytest.mark.skipif(not os.environ.get("COMFYUI_DIR"), reason="COMFYUI_DIR is not set")
+def test_comfyui_runs_every_node_on_the_device_in_every_mode_of_its_memory():
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_pretend.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.removeprefix("MODE ") for line in done.stdout.splitlines() if "MODE " in line]
+    modes = [json.loads(line) for line in lines]
+    assert len(modes) == 5, done.stderr[-3000:]
+    assert not "".join(mode["failed"] for mode in modes)
+    assert all(mode["operators"] > 10_000 for mode in modes)
