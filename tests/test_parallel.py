@@ -110,7 +110,7 @@ def test_words_that_adversarial_training_preserves_are_in_no_ring_of_another_par
 def test_memory_holds_the_rows_of_a_few_concepts_whatever_their_number(texts, plans, monkeypatch):
     at_once = []
     real = realise
-    monkeypatch.setattr("realera.algorithm.AT_ONCE", 2)
+    monkeypatch.setattr("realera.algorithm.CONCEPTS_PER_BATCH", 2)
     monkeypatch.setattr(
         "realera.algorithm.realise",
         lambda text, part: at_once.append(len(part.concepts)) or real(text, part),
