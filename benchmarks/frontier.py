@@ -87,16 +87,22 @@ class Pen:
         self.empty = model.text.encode([""])[CONTEXT]
 
     @torch.no_grad()
-    def draw(self, words: Sequence[str], weights: Weights) -> Tensor:
+    def draw(self, words: Sequence[str], weights: Weights, template: str = OBJECT) -> Tensor:
         """How likely each class is: [words, classes].
 
         weights: those that changed, K and V by their canonical name, others as the network's own
+        template: prompt with {} for the word
         """
-        return self.classify(self.latents(words, weights)[:, -1])
+        return self.classify(self.latents(words, weights, template=template)[:, -1])
 
     @torch.no_grad()
     def latents(
-        self, words: Sequence[str], weights: Weights, steps: int = STEPS, seed: int = 0
+        self,
+        words: Sequence[str],
+        weights: Weights,
+        steps: int = STEPS,
+        seed: int = 0,
+        template: str = OBJECT,
     ) -> Tensor:
         """What is drawn after every step: [words, steps, channels, height, width]."""
         generator = torch.Generator().manual_seed(seed)
@@ -104,7 +110,7 @@ class Pen:
         parts = []
         for start in range(0, len(words), BATCH):
             some = words[start : start + BATCH]
-            rows = self.model.text.encode([OBJECT.replace("{}", word) for word in some])[CONTEXT]
+            rows = self.model.text.encode([template.replace("{}", word) for word in some])[CONTEXT]
             rows = torch.cat([self.empty.expand_as(rows), rows])
             parts.append(torch.stack([*self._steps(rows, weights, noise, steps)], 1))
         return torch.cat(parts)

@@ -5,13 +5,23 @@ from typing import Any, cast
 from comfy_api.v0_0_2 import io
 
 from ..realera.algorithm import MiningResult, geometry, mine, mine_beyond
+from ..realera.anchor_suggestions import choice_sentence, choose_anchors
 from ..realera.anchor_warnings import (
     anchor_warnings,
     doubted_names,
     people_warnings,
     unreadable_names,
 )
-from ..realera.concepts import TEMPLATES, lines, listed, parse_concepts, refuse_named
+from ..realera.concepts import (
+    TEMPLATES,
+    concepts_in,
+    lines,
+    listed,
+    names_in,
+    names_without_anchor,
+    refuse_named,
+    without_comments,
+)
 from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings, Source
 from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
@@ -99,7 +109,8 @@ class NeighborSampler(io.ComfyNode):
                     default="airplane -> tree",
                     tooltip=(
                         "Concepts to erase, one 'concept -> anchor' per line; the anchor is drawn "
-                        "in place of the concept. Choose an anchor that the model draws reliably: "
+                        "in place of the concept. A concept alone gets the first suggested "
+                        "anchor. Choose an anchor that the model draws reliably: "
                         "the usual background for an object, 'person' for a name, 'painting' for a "
                         "style. Lines that start with # are comments."
                     ),
@@ -229,8 +240,9 @@ class NeighborSampler(io.ComfyNode):
     ) -> bool | str:
         def check() -> None:  # ComfyUI passes None for linked inputs
             if concepts is not None and templates is not None:
-                parsed = parse_concepts(concepts, lines(templates))
-                refuse_named(parsed, listed(leave_out or ""))
+                written = without_comments(concepts)
+                names_without_anchor(written, lines(templates))
+                refuse_named(names_in(written), listed(leave_out or ""))
             if source is not None and s1 is not None and s2 is not None:
                 neighbor_settings(source, s1, s2)
 
@@ -264,19 +276,27 @@ class NeighborSampler(io.ComfyNode):
             exclude=tuple(listed(leave_out)),
             seed=seed,
         )
-        parsed = parse_concepts(concepts, lines(templates))
         text = text_of(clip, model)
         report = reporter(cls.hidden.unique_id, "mining")
+        written, suggestions = choose_anchors(
+            text, without_comments(concepts), lines(templates), report
+        )
+        parsed = concepts_in(written, lines(templates))
         mining = mine(text, parsed, settings, None, report)
         plan = mining.plan
         neighbours = "\n".join(
             f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined
         )
         sentences = [f"{summary(mining)}; the CLIP is that of {text.title}"]
+        sentences += [choice_sentence(*suggested) for suggested in suggestions.items()]
         sentences += doubted_names(parsed) + unreadable_names(text, parsed)
         sentences += anchor_warnings(text, plan)
         picture = to_image(geometry(text, plan, mining))
+        suggested = [
+            [name, [one.anchor for one in of_name]] for name, of_name in suggestions.items()
+        ]
         view = {"realera_geometry": [ring_data(mining)], "text": sentences}
+        view["realera_suggestions"] = suggested
         return io.NodeOutput(mining, picture, neighbours, ui=view)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .algorithm import MiningResult, align_erasure, erase, mine, scope_report
+    from .anchor_suggestions import suggest_anchors
     from .checkpoints.loading import load_model
     from .checkpoints.writing import write_checkpoint, write_lora
     from .concepts import Concept, parse_concepts
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "algorithm": ("MiningResult", "align_erasure", "erase", "mine", "scope_report"),
+    "anchor_suggestions": ("suggest_anchors",),
     "checkpoints.loading": ("load_model",),
     "checkpoints.writing": ("write_checkpoint", "write_lora"),
     "concepts": ("Concept", "parse_concepts"),
@@ -37,6 +39,7 @@ __all__ = [
     "parse_concepts",
     "save_erasure",
     "scope_report",
+    "suggest_anchors",
     "write_checkpoint",
     "write_lora",
 ]

@@ -120,7 +120,8 @@ def plan_mining(
     is too long for the encoder, and when settings contradict each other.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
-    refuse_named(concepts, neighbor.exclude, beyond.preserve if beyond else ())
+    names = [concept.name for concept in concepts]
+    refuse_named(names, neighbor.exclude, beyond.preserve if beyond else ())
     left_out = [t.replace("{}", word) for word in neighbor.exclude for t in templates]
     preserved = tuple(dict.fromkeys([*(beyond.preserve if beyond else ()), *left_out]))
     if preserved:

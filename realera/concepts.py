@@ -4,7 +4,7 @@ import csv
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -112,16 +112,16 @@ def holds_name(prompt: str, name: str) -> bool:
 
 
 def refuse_named(
-    concepts: Sequence[Concept], exclude: Sequence[str], preserve: Sequence[str] = ()
+    names: Sequence[str], exclude: Sequence[str], preserve: Sequence[str] = ()
 ) -> None:
     """Raises ValueError when a word to leave out or a prompt to preserve names a concept."""
     listed = [("the word to leave out", word) for word in exclude]
     listed += [("the prompt to preserve", prompt) for prompt in preserve]
     for what, prompt in listed:
-        for concept in concepts:
-            if holds_name(prompt, concept.name):
+        for name in names:
+            if holds_name(prompt, name):
                 raise ValueError(
-                    f"{what} {prompt!r} names {concept.name!r}, which is to be erased: remove it "
+                    f"{what} {prompt!r} names {name!r}, which is to be erased: remove it "
                     "from the list"
                 )
 
@@ -169,9 +169,12 @@ def parse_concepts(text: str, templates: Sequence[str] = TEMPLATES) -> tuple[Con
     text: lines of concepts; lines that start with # are comments
     templates: prompts with {} for the name; default: `TEMPLATES`
     """
-    return concepts_in(
-        ["" if line.strip().startswith("#") else line for line in text.splitlines()], templates
-    )
+    return concepts_in(without_comments(text), templates)
+
+
+def without_comments(text: str) -> list[str]:
+    """The lines of a text, blank where they start with #."""
+    return ["" if line.strip().startswith("#") else line for line in text.splitlines()]
 
 
 def concepts_in(
@@ -202,6 +205,38 @@ def concepts_in(
             "starts with # is a comment"
         )
     return _refuse_clashes(found)
+
+
+def names_without_anchor(written: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """The lines that name a concept and no anchor.
+
+    Raises ValueError as `concepts_in`, except for these lines, and for a line with another arrow.
+    """
+    for number, line in enumerate(written, 1):
+        if ">" in line and not re.search(ARROW, line):
+            raise ValueError(
+                f"line {number}, {line.strip()!r}, has no '->': write 'concept -> anchor', or the "
+                "concept alone, which gets a suggested anchor"
+            )
+    names = [line.strip() for line in written if line.strip() and not re.search(ARROW, line)]
+    concepts_in(with_anchors(written, {name: f"anything but {name}" for name in names}), templates)
+    return names
+
+
+def names_in(written: Sequence[str]) -> list[str]:
+    """The names of the concepts in lines `concept -> anchor` or `concept`."""
+    return [re.split(ARROW, line)[0].strip() for line in written if line.strip()]
+
+
+def with_anchors(written: Sequence[str], anchors: Mapping[str, str]) -> list[str]:
+    """Lines as `concepts_in` reads them, from lines that may name a concept alone.
+
+    anchors: concept -> anchor
+    """
+    return [
+        f"{line.strip()} -> {anchors[line.strip()]}" if line.strip() in anchors else line
+        for line in written
+    ]
 
 
 def _refuse_clashes(found: Sequence[tuple[int, Concept]]) -> tuple[Concept, ...]:

@@ -44,6 +44,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 # Files of the tests that `python -m pytest -m quick` runs: the method's own arithmetic, settings
 # and files, on random rows and the smallest encoder.
 QUICK = {
+    "test_anchor_suggestions.py",
     "test_anchor_warnings.py",
     "test_closed_form.py",
     "test_erasure.py",

@@ -177,7 +177,7 @@ def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
     [
         (["erase", "nowhere.safetensors", "-c", "cat -> dog"], "nowhere.safetensors"),
         (["erase", "nowhere.safetensors", "-c", "#metoo -> tree"], "nowhere.safetensors"),
-        (["erase", "miniature", "-c", "cat"], "no '->'"),
+        (["erase", "miniature", "-c", "cat > dog"], "no '->'"),
         (["erase", "miniature", "-c", "cat -> cat"], "the concept itself"),
         (["erase", "miniature", "-c", "cat -> dog", "--preserve", "a cat", *QUICK], "to be erased"),
         (["erase", "miniature", "-c", "cat -> dog", "--s1", "0.1", *QUICK], "S2 must be smaller"),
@@ -196,6 +196,19 @@ def test_a_mistake_is_explained_and_leaves_no_file(arguments, reason, tmp_path, 
     assert main(arguments) == 1
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_concept_alone_gets_the_first_suggested_anchor(tmp_path, capsys):
+    assert main(["suggest", "miniature", "airplane"]) == 0
+    head, first, *_, command = capsys.readouterr().out.splitlines()
+    assert head.split() == ["anchor", "cosine", "ring", "left", "bank", "moved"]
+    anchor = first.split()[0]
+    assert command == f'realera erase miniature -c "airplane -> {anchor}"'
+    out, quick = tmp_path / "out", [*QUICK, "--steps", "0", "-o", str(tmp_path / "out")]
+    assert main(["erase", "miniature", "-c", "airplane", *quick]) == 0
+    assert f"no anchor was named: airplane -> {anchor}; also" in capsys.readouterr().out
+    (concept,) = load_erasure(out / FILES[2]).provenance["concepts"]
+    assert (concept["name"], concept["anchor"]) == ("airplane", anchor)
 
 
 def test_what_names_alone_tell_is_told_before_anything_is_loaded(

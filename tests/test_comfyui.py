@@ -568,7 +568,7 @@ def refusals(server, graph):
 @pytest.mark.parametrize(
     ("node", "values", "reason"),
     [
-        ("RealEraNeighborSampler", {"concepts": "airplane"}, "write 'concept -> anchor'"),
+        ("RealEraNeighborSampler", {"concepts": "dog > cat"}, "write 'concept -> anchor'"),
         ("RealEraNeighborSampler", {"templates": "a photo"}, "exactly once"),
         ("RealEraNeighborSampler", {"leave_out": "dog, airplane"}, "is to be erased"),
         ("RealEraNeighborSampler", {"s1": 0.2, "s2": 0.5}, "S2 must be smaller"),
@@ -587,6 +587,18 @@ def test_an_input_that_cannot_work_is_refused_before_anything_runs(server, node,
     assert any(reason in detail for detail in refusals(server, graph)[name])
     server.post("/interrupt")  # of the outputs that need nothing of it
     assert not list(server.home.parent.rglob("escaped*"))
+
+
+def test_a_concept_alone_gets_a_suggested_anchor_and_the_node_says_so(server):
+    graph = workflow(1)
+    name, inputs = node_of(graph, "RealEraNeighborSampler")
+    inputs["concepts"] = "# mine\nship"
+    (model,) = (key for key, node in graph.items() if node["class_type"] == "RealEraBundledModel")
+    outputs, _ = server.run({key: graph[key] for key in (model, name)})
+    [[concept, anchors]] = outputs[name]["realera_suggestions"]
+    assert concept == "ship" and len(anchors) == 5
+    assert f"no anchor was named: ship -> {anchors[0]}" in " ".join(outputs[name]["text"])
+    assert outputs[name]["realera_geometry"][0]["concepts"] == [["ship", anchors[0]]]
 
 
 def test_a_lora_without_a_model_is_refused_before_anything_runs(server):

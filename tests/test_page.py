@@ -935,6 +935,40 @@ def test_words_that_were_drawn_are_marked_and_stand_there_by_what_was_drawn(shee
     assert sheet.value("RealEraNeighborSampler", "leave_out") == ""
 
 
+def test_the_button_asks_for_anchors_and_a_click_on_one_takes_it(sheet):
+    sheet.add()
+    sheet.set("RealEraNeighborSampler", concepts="# mine\nairplane -> tree\nship")
+    sheet.do(
+        """() => {
+            window.sent = null;
+            const { queuePrompt } = app.api;
+            app.api.queuePrompt = async (number, data) => {
+                window.sent = data.output;
+                app.api.queuePrompt = queuePrompt;
+            };
+        }"""
+    )
+    box = sheet.page.locator(".realera-suggestions")
+    box.get_by_text("Suggest anchors").click()
+    sheet.until("() => window.sent")
+    [asked] = sheet.do("() => Object.values(window.sent)")  # no other node of the graph
+    assert asked["class_type"] == "RealEraNeighborSampler"
+    assert asked["inputs"]["concepts"] == "# mine\nairplane\nship"
+    assert sheet.value("RealEraNeighborSampler", "concepts").endswith("airplane -> tree\nship")
+    sheet.do(
+        """sent => app.graph._nodes.find((n) => n.comfyClass === 'RealEraNeighborSampler')
+            .onExecuted(sent)""",
+        SENT["RealEraNeighborSampler"]
+        | {"realera_suggestions": [["airplane", ["drone", "rocket"]], ["ship", ["canoe", "sea"]]]},
+    )
+    box.get_by_text("rocket").click()
+    box.get_by_text("canoe").click()
+    chosen = sheet.value("RealEraNeighborSampler", "concepts")
+    assert chosen == "# mine\nairplane -> rocket\nship -> canoe"
+    sheet.fill()  # a run without suggestions
+    assert box.get_by_text("rocket").count() == 0
+
+
 def test_a_word_that_was_left_out_by_hand_is_kept_in_whatever_case(sheet):
     sheet.add()
     connect_miner(sheet)
@@ -1228,14 +1262,15 @@ def test_what_comfyui_refuses_stands_in_the_view_of_its_node_until_it_is_mended(
     graph = json.loads((ROOT / f"workflows/{EXAMPLE}.json").read_text("utf-8"))
     sheet.do("graph => app.loadGraphData(graph)", graph)
     sheet.settle()
-    sheet.set("RealEraNeighborSampler", concepts="airplane")
+    sheet.set("RealEraNeighborSampler", concepts="airplane > tree")
     sheet.do("() => void app.queuePrompt(0)")
     shown = """() => app.graph._nodes.flatMap((n) => n.widgets ?? []).flatMap((w) =>
         [...(w.element?.querySelectorAll?.('.realera-error') ?? [])].map((e) => e.textContent))"""
     sheet.until(f"() => ({shown})().length", seconds=60)
     [message] = errors_of(sheet, "RealEraNeighborSampler")
     assert message == (
-        "line 1, 'airplane', has no '->': write 'concept -> anchor', for example 'airplane -> tree'"
+        "line 1, 'airplane > tree', has no '->': write 'concept -> anchor', or the concept alone, "
+        "which gets a suggested anchor"
     )
     sheet.page.keyboard.press("Escape")  # the frontend's dialog
     sheet.set("RealEraNeighborSampler", concepts="airplane -> tree", s1=0.2, s2=0.5)

@@ -12,6 +12,8 @@ const TEXTS = {
   en: {
     run: "Run the graph to see this.",
     unsaved: "Run the graph to save.",
+    suggest: "Suggest anchors",
+    suggesting: "Runs this node alone and lists anchors for its concepts",
     hint: "Click a word that is to keep its meaning, and run again.",
     connect: "Connect a Beyond Sampler to keep the meaning of a prompt.",
     near: "are erased too",
@@ -34,6 +36,8 @@ const TEXTS = {
   zh: {
     run: "运行工作流后显示。",
     unsaved: "运行工作流后保存。",
+    suggest: "推荐锚点",
+    suggesting: "单独运行此节点，为其概念列出锚点",
     hint: "点击应保持原意的词语，然后重新运行。",
     connect: "连接“外围采样器”后才能保留提示词。",
     near: "一并擦除",
@@ -550,6 +554,88 @@ function namesOf(geometry) {
   return geometry.concepts.map(([name]) => name).join(", ");
 }
 
+/** Runs a node and what it needs, with other values of its widgets. */
+async function runAlone(node, values) {
+  const { output, workflow } = await app.graphToPrompt();
+  const id = Object.keys(output).find((key) => nodeOf(key) === node);
+  if (!id) return;
+  const needed = {};
+  const need = (key) => {
+    if (needed[key] || !output[key]) return;
+    needed[key] = output[key];
+    for (const value of Object.values(output[key].inputs)) if (Array.isArray(value)) need(value[0]);
+  };
+  need(id);
+  const inputs = { ...needed[id].inputs };
+  for (const [name, change] of Object.entries(values)) {
+    if (typeof inputs[name] === "string") inputs[name] = change(inputs[name]); // else it is linked
+  }
+  needed[id] = { ...needed[id], inputs };
+  clearErrors();
+  try {
+    await api.queuePrompt(0, { output: needed, workflow });
+  } catch (error) {
+    const refused = error.response?.node_errors?.[id];
+    fail(id, refused ? messagesOf(refused) : error.message);
+  }
+}
+
+const ARROW = /->|→|=>|－>/;
+
+/** Lines of concepts, where `lineOf` gives a line anew from its concept; comments stay. */
+function eachConcept(written, lineOf) {
+  const lines = written.split("\n").map((line) => {
+    const name = line.split(ARROW)[0].trim();
+    return !name || name.startsWith("#") ? line : lineOf(name, line);
+  });
+  return lines.join("\n");
+}
+
+/** A button that asks for anchors, and the anchors that a run suggested, to choose from. */
+function addSuggestions(node) {
+  const view = node.widgets.find(({ name }) => name === "realera_neighborhood").element;
+  const box = element("div", { position: "absolute", top: "4px", right: "4px", maxWidth: "60%" });
+  Object.assign(box.style, { display: "flex", flexDirection: "column", alignItems: "flex-end" });
+  Object.assign(box.style, { gap: "4px", maxHeight: "100%", overflowY: "auto" });
+  box.className = "realera-suggestions";
+  const button = (label, click) => {
+    const made = element("button", {
+      font: "inherit",
+      color: "var(--realera-text)",
+      background: "var(--comfy-input-bg, #222)",
+      border: "1px solid var(--realera-grey)",
+      borderRadius: "4px",
+      cursor: "pointer",
+    });
+    made.textContent = label;
+    made.addEventListener("click", click);
+    return made;
+  };
+  const alone = (written) => eachConcept(written, (name) => name);
+  const ask = button(text("suggest"), () => runAlone(node, { concepts: alone }));
+  ask.title = text("suggesting");
+  box.append(ask);
+  view.append(box);
+  const choose = (concept, anchor) => {
+    const widget = node.widgets.find(({ name }) => name === "concepts");
+    widget.value = eachConcept(widget.value, (name, line) =>
+      name === concept ? `${name} -> ${anchor}` : line,
+    );
+    widget.callback?.(widget.value);
+    app.graph.setDirtyCanvas(true, true);
+  };
+  return (suggestions) => {
+    const rows = suggestions.map(([concept, anchors]) => {
+      const row = element("div", { display: "flex", flexWrap: "wrap", justifyContent: "flex-end" });
+      Object.assign(row.style, { gap: "4px", color: "var(--realera-text)" });
+      row.append(element("span", {}, `${concept} →`));
+      row.append(...anchors.map((anchor) => button(anchor, () => choose(concept, anchor))));
+      return row;
+    });
+    box.replaceChildren(ask, ...rows);
+  };
+}
+
 function addNeighborhood(node, height) {
   let geometry = null;
   let said = []; // what was found, then what to be warned of
@@ -578,11 +664,13 @@ function addNeighborhood(node, height) {
       redraw();
     };
   }
+  const suggest = node.comfyClass === "RealEraNeighborSampler" ? addSuggestions(node) : () => {};
   return (output) => {
     if (!output.realera_geometry) return;
     [geometry] = output.realera_geometry;
     node.realeraGeometry = geometry;
     said = (output.text ?? []).map(translated);
+    suggest(output.realera_suggestions ?? []);
     redraw();
   };
 }

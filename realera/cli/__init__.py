@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import STRENGTHS
-from . import erase, evaluate
+from . import erase, evaluate, suggest
 from .options import file_options, model_option, number, overwrite_option, warn
 
 
@@ -183,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     what = f"erase '{erase.DEMO}' from a bundled model and measure the result"
     erase.add_demo(command("demo", erase.run_demo, what))
     erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
+
+    what = "suggest anchors for a concept, which decide most of what an erasure does"
+    suggest.add_suggest(command("suggest", suggest.run_suggest, what))
 
     sub = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
     model_option(sub)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..concepts import (
     COLUMNS,
-    STYLE_TEMPLATES,
-    TEMPLATES,
     Concept,
     concepts_in,
+    names_without_anchor,
     read_concepts,
     read_lines,
     refuse_named,
@@ -39,6 +38,8 @@ from .options import (
     model_option,
     number,
     progress_bar,
+    template_options,
+    templates_of,
     warn,
 )
 
@@ -90,9 +91,26 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_erase(options: argparse.Namespace) -> None:
+    if options.concept is not None:
+        options.concept = _with_anchors(options)
     concepts = _read(options)
     with _note(options, concepts) as note:
         _erase(options, concepts, note)
+
+
+def _with_anchors(options: argparse.Namespace) -> list[str]:
+    """The lines of -c, with the best suggestion where they name no anchor."""
+    written, templates = "\n".join(options.concept).splitlines(), templates_of(options)
+    if not names_without_anchor(written, templates):
+        return written
+
+    from ..anchor_suggestions import choice_sentence, choose_anchors
+
+    with progress_bar("anchors") as progress:
+        completed, suggestions = choose_anchors(load_encoder(options), written, templates, progress)
+    for name, suggested in suggestions.items():
+        print(choice_sentence(name, suggested))
+    return completed
 
 
 def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
@@ -101,7 +119,7 @@ def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
     Replaces `options.words` by the contents of that file, adds the words of the CSV file to
     `options.exclude`, and records the files that were read in `options.read`.
     """
-    templates = options.template or (STYLE_TEMPLATES if options.style else TEMPLATES)
+    templates = templates_of(options)
     if options.concepts is None:
         lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
         concepts = concepts_in(lines, templates)
@@ -152,7 +170,7 @@ def _erase(
     folder = Folder(note, str(options.model), options.overwrite)
     folder.refuse_existing(more_outputs, options.read)
     exclude, preserve = settings.neighbor.exclude, settings.beyond.preserve
-    refuse_named(concepts, exclude, preserve)
+    refuse_named([concept.name for concept in concepts], exclude, preserve)
     warn(doubted_names(concepts) + people_warnings(concepts, [*exclude, *preserve]))
     warn(earlier_erasures(options.model))
     if options.engine == "ray":
@@ -231,7 +249,8 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "-c", "--concept", action="append", metavar="'CONCEPT -> ANCHOR'",
-        help="concept to erase, and the anchor to draw instead; repeat for several",
+        help="concept to erase, and the anchor to draw instead; of a concept alone, the first of "
+        "`realera suggest`; repeat for several",
     )  # fmt: skip
     what.add_argument(
         "--concepts", metavar="FILE",
@@ -245,12 +264,7 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
 
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     sub.add_argument("-o", "--out", default=out, help="folder to write to")
-    style = "use templates that name a style ('an artwork by {}')"
-    sub.add_argument("--style", action="store_true", help=style)
-    sub.add_argument(
-        "--template", action="append",
-        help="prompt that names the concept, with {} in its place; repeat for several",
-    )  # fmt: skip
+    template_options(sub)
     mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
     mining.add_argument(
         "--source", choices=SOURCES, default=NeighborSettings().source,

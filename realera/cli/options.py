@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..concepts import STYLE_TEMPLATES, TEMPLATES
 from ..settings import POSITIVE_COUNT, TOLERANCE, TOLERANCES, Range
 
 if TYPE_CHECKING:
@@ -31,6 +32,20 @@ def number(allowed: Range) -> Callable[[str], Any]:
 
 def model_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="checkpoint file, diffusers folder, or a model of 'demo'")
+
+
+def templates_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The templates of --template and --style."""
+    return tuple(options.template or (STYLE_TEMPLATES if options.style else TEMPLATES))
+
+
+def template_options(sub: argparse.ArgumentParser) -> None:
+    style = "use templates that name a style ('an artwork by {}')"
+    sub.add_argument("--style", action="store_true", help=style)
+    sub.add_argument(
+        "--template", action="append",
+        help="prompt that names the concept, with {} in its place; repeat for several",
+    )  # fmt: skip
 
 
 def check_option(sub: argparse.ArgumentParser) -> None:
