@@ -202,7 +202,8 @@ def test_what_is_translated_is_what_nodes_say_and_holds_the_same_values():
     script = (ROOT / "web/messages.js").read_text("utf-8")
     pairs = re.findall(r'\["(.+?)",\s+"(.+?)"\]', script)
     assert len(pairs) > 30
-    files = [ROOT / f"realera/{name}.py" for name in ("concepts", "settings", "anchor_warnings")]
+    names = ("concepts", "settings", "anchor_warnings", "anchor_suggestions")
+    files = [ROOT / f"realera/{name}.py" for name in names]
     corpus = "\n".join(
         text for path in [*files, *ROOT.glob("nodes/*.py")] for text in said_in(path)
     )

@@ -45,6 +45,9 @@ const MESSAGES = [
     "自带模型没有学过画锚点 {0}，因此可能仍会看到 {1}；它会画树、花、房子等"],
   ["{} are people, and no prompt for people is preserved, so that other people may change too: preserve 'a photo of a person'",
     "{0} 是人物，却没有保留任何关于人的提示词，其他人物也可能改变：请保留 a photo of a person"],
+  ["line {}, {}, has no '->': write 'concept -> anchor', or the concept alone, which gets a suggested anchor",
+    "第 {0} 行 {1} 没有“->”：请写成“概念 -> 锚点”，或只写概念以采用推荐锚点"],
+  ["no anchor was named: {} -> {}; also suggested: {}", "未写锚点：{0} -> {1}；其他推荐：{2}"],
   ["line {}, {}: {}", "第 {0} 行 {1}：{2}"],
 ];
 
