@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     erase.add_demo(command("demo", erase.run_demo, what))
     erase.add_erase(command("erase", erase.run_erase, "erase concepts from a model"))
 
-    what = "suggest anchors for a concept, which decide most of what an erasure does"
+    what = "suggest anchors for a concept, best first"
     suggest.add_suggest(command("suggest", suggest.run_suggest, what))
 
     sub = command("apply", run_apply, "write an erased checkpoint, or a LoRA, from an erasure")
