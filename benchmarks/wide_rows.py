@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks.ablation import RESULTS
-from benchmarks.constant_rows import CONCEPTS, SmolLM2, measure
+from benchmarks.constant_rows import CONCEPTS, ThreeLayers, measure
 from benchmarks.large_files import peak
 from benchmarks.tables import markdown_table
 from realera.edit import erasure
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.cost:
         print(json.dumps(cost(options.cost)))
         return
-    text, found = SmolLM2(), []
+    text, found = ThreeLayers(), []
     for way, how in ((FULL, solve), (IN_BLOCKS, solve_blocks)):
         command = [sys.executable, "-m", "benchmarks.wide_rows", "--cost", way]
         spent = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])

@@ -308,7 +308,12 @@ def test_the_closed_form_loads_no_network(tmp_path, monkeypatch, capsys):
     arguments = ["erase", "miniature", "-c", "airplane -> tree", *QUICK, "--steps", "0"]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
     pictures = {"neighbourhood.png", "scope.png"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, *TEXTS, *pictures}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *FILES,
+        *TEXTS,
+        *pictures,
+        "README.md",
+    }
 
 
 @pytest.mark.parametrize("late", ["write_checkpoint", "write_lora", "writing"])
