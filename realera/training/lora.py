@@ -42,7 +42,7 @@ def with_lora(network: nn.Module, rank: int, seed: int) -> Iterator[Lora]:
     required = {name: p.requires_grad for name, p in network.named_parameters()}
     had_config = hasattr(network, "peft_config")
     # A list of names would also match those that end alike, as in Anima's llm_adapter.
-    exactly = "|".join(map(re.escape, paths.values()))
+    exactly = rf"(_orig_mod\.)?({'|'.join(map(re.escape, paths.values()))})"  # torch.compile's
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
     # ComfyUI's quantised layers are linear layers that peft does not know.
     unknown = {type(t.layer) for t in trained.values() if not isinstance(t.layer, nn.Linear)}
