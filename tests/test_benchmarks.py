@@ -559,4 +559,4 @@ def test_a_template_is_of_the_family_that_has_one_of_its_models():
         {**made, "models": ["Krea 2"], "tags": ["Text to Image", "API"]},
         {**made, "models": ["Krea 2"], "tags": ["Image Edit"]},
     ]
-    assert coverage.usage([{"templates": templates}]) == {"flux2_klein": 3, "FLUX.2 Dev": 3}
+    assert coverage.usage([{"templates": templates}]) == {"flux2_klein": 3, "flux2_dev": 3}

@@ -511,6 +511,8 @@ def output_folder_path(
         )
     if not path.is_dir():
         raise FileExistsError(f"{destination} is no folder: choose another name")
+    for left in abandoned_paths(path / CARD, "tmp"):
+        left.unlink(missing_ok=True)
     inside = (part for part in path.rglob("*") if part.is_symlink() or not part.is_dir())
     others = (name for part in inside if (name := part.relative_to(path)) not in written)
     if named := list(islice(others, 4)):
