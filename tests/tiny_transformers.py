@@ -1,5 +1,6 @@
 """Tiny random pipelines of every transformer family, in the true layouts."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -92,9 +93,13 @@ def sentence_pieces(bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-@cache
 def chat_tokens() -> PreTrainedTokenizerFast:
-    """Byte-level pairs with the marks of a chat, as Qwen's."""
+    """Byte-level pairs with the marks of a chat, as Qwen's; pipelines set the side of padding."""
+    return copy.deepcopy(_chat_tokens())
+
+
+@cache
+def _chat_tokens() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
