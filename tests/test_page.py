@@ -1008,6 +1008,7 @@ def test_the_hints_of_empty_boxes_are_in_the_language_of_the_page(sheet):
         assert message == (
             "第 2 行 'cat -> cat'：'cat' 的锚点就是它自己：请写出应画的事物，例如 airplane -> tree"
         )
+        sheet.page.keyboard.press("Escape")  # the frontend's dialog
         sheet.do("() => app.api.dispatchCustomEvent('execution_start', {})")
     finally:
         sheet.speak("en")
