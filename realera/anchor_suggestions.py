@@ -28,7 +28,7 @@ from .concepts import (
     names_without_anchor,
     with_anchors,
 )
-from .edit.closed_form import solve
+from .edit.closed_form import Edit, solve
 from .evaluation.coarse_samples import coarse_samples
 from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .mining.vocabulary import vocabulary_rows, word_rows
@@ -201,7 +201,7 @@ class _Effect:
     """T of the erasure of a concept, for any one shift of its rows: T x = x + s (u·x) + D x."""
 
     u: Tensor
-    unshifted: Tensor
+    unshifted: Edit
 
     @staticmethod
     def of(mining: MiningResult, settings: SolveSettings, progress: Progress) -> "_Effect":
@@ -214,16 +214,16 @@ class _Effect:
             erased = rows.e.weighed(CONTEXT)[rows.span[CONTEXT]]
             total += weight * erased.cpu().double().sum(0)
 
-        def solved(shift: Tensor) -> Tensor:
+        def solved(shift: Tensor) -> Edit:
             shifted = replace(sums, shift_cov=torch.outer(shift, total))
-            weights = settings.lambda1, settings.lambda2, settings.suppression
-            return solve(shifted, kept, *weights).matrix
+            return solve(shifted, kept, settings.lambda1, settings.lambda2, settings.suppression)
 
         unit = torch.zeros(sums.dim, dtype=torch.float64)
         unshifted = solved(unit)
         unit[0] = 1
-        return _Effect((solved(unit) - unshifted)[0], unshifted)
+        with_unit, without = (edit.up[0] @ edit.down for edit in (solved(unit), unshifted))
+        return _Effect(with_unit - without, unshifted)
 
     def __call__(self, rows: Tensor, shift: Tensor) -> Tensor:
         """T x of rows [n, dim], where e* - e is `shift` [dim]."""
-        return rows @ self.unshifted.T + (rows @ self.u)[:, None] * shift
+        return self.unshifted(rows) + (rows @ self.u)[:, None] * shift
