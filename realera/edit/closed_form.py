@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .triangles import unpack
+from .triangles import cholesky_, unpack
 
 # Relative error (Frobenius) of the factors of T - I: the rounding error of a dense T in float32,
 # whose diagonal is near 1.
@@ -294,7 +294,8 @@ def solve(
     system, bank_shift = _system(
         sums.gram, sums.representatives, bank, lambda1, lambda2, suppression
     )
-    return _low_rank(sums.shift_cov, torch.linalg.cholesky(system, out=system), bank_shift)
+    cholesky_(system)
+    return _low_rank(sums.shift_cov, system, bank_shift)
 
 
 def shift_cov_of(
@@ -366,7 +367,7 @@ def _low_rank(
     while basis.shape[1] < dim:
         count = min(PROBES, dim - basis.shape[1])
         probes = torch.randn(dim, count, generator=generator, dtype=torch.float64)
-        solved = torch.cholesky_solve(probes, cholesky)
+        solved = _solved(cholesky, probes)
         images = numerator @ solved + left @ (right @ solved)
         size = size or float(images.square().mean())
         images = images - basis @ (basis.T @ images)
@@ -377,8 +378,14 @@ def _low_rank(
         images = torch.linalg.qr(images).Q
         images = torch.linalg.qr(images - basis @ (basis.T @ images)).Q
         basis = torch.cat([basis, images], dim=1)
-    down = torch.cholesky_solve(numerator.T @ basis + right.T @ (left.T @ basis), cholesky).T
+    down = _solved(cholesky, numerator.T @ basis + right.T @ (left.T @ basis)).T
     return _split(basis, down, RANK_TOLERANCE)[0]
+
+
+def _solved(cholesky: Tensor, columns: Tensor) -> Tensor:
+    """system⁻¹ @ columns; `torch.cholesky_solve` would copy the factor, a lower one."""
+    half = torch.linalg.solve_triangular(cholesky, columns, upper=False)
+    return torch.linalg.solve_triangular(cholesky.mT, half, upper=True)
 
 
 def _split(left: Tensor, right: Tensor, tolerance: float) -> tuple[Edit, Edit]:

@@ -18,7 +18,7 @@ def pack(gram: Tensor) -> Tensor:
     """The triangle of a Gram matrix [dim, dim], row by row: float32 [dim (dim + 1) / 2]."""
     factor = gram.double().clone()
     factor.diagonal().add_(JITTER * factor.diagonal().mean())
-    torch.linalg.cholesky(factor, out=factor)
+    cholesky_(factor)
     triangle = torch.empty(len(gram) * (len(gram) + 1) // 2)
     for row, part in enumerate(_rows(triangle)):
         part.copy_(factor[row, : row + 1])
@@ -37,6 +37,15 @@ def unpack(triangle: Tensor) -> Tensor:
         gram[start:stop, :stop], gram[:stop, start:stop] = rows, rows.T
     gram.diagonal().sub_(JITTER / (1 + JITTER) * gram.diagonal().mean())
     return gram
+
+
+def cholesky_(matrix: Tensor) -> None:
+    """Replaces a symmetric matrix, row by row in memory, by its lower Cholesky factor.
+
+    LAPACK reads columns: given the transpose, which is the same matrix, it makes no copy. It gives
+    the transpose of the upper factor then, which is the lower one.
+    """
+    torch.linalg.cholesky(matrix.mT, upper=True, out=matrix.mT)
 
 
 def side(size: int) -> int:
