@@ -1,7 +1,7 @@
-"""The part of a MODEL that makes the rows of what the encoders of a CLIP give, where it has one.
+"""The part of some MODELs that turns the rows of text encoders into the rows that layers read.
 
-Krea 2's `txtfusion` makes a row of the rows of twelve layers, Anima's `llm_adapter` one for each
-token of T5. The layers that an erasure changes read what it makes.
+Krea 2's `txtfusion` combines the rows of twelve encoder layers into one, Anima's `llm_adapter`
+returns a row for each token of T5. The layers that an erasure changes read these rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,15 +75,15 @@ class Front:
         return rows
 
     def inputs(self, rows: Tensor) -> Tensor:
-        """What the network is given, within `bypassed`, for rows [prompts, rows, dim]."""
+        """Input of the network, within `bypassed`, for rows [prompts, rows, dim] of the context."""
         if self.layers is not None:
             rows = rows.repeat(1, 1, self.layers)
         return torch.nn.functional.pad(rows, (0, 0, 0, max(0, self.least - rows.shape[1])))
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Within it the part gives the rows that `inputs` was given."""
-        if self.layers is None:  # the network leaves it out where it is given no tokens
+        """Context in which the part returns the rows that `inputs` got, unchanged."""
+        if self.layers is None:  # the network skips the part when it gets no tokens
             yield
             return
         self.module.forward = lambda rows, *_, **__: rows[:, :, 0]
