@@ -431,7 +431,8 @@ def test_parts_that_are_not_edited_travel_as_they_are_and_the_unerased_unet_neve
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (source / "model_index.json").write_text(json.dumps(index))
     shared = files_in(source) - {"unet/diffusion_pytorch_model.safetensors"}
-    harmless = {"README.md", "LICENSE", "samples/cat.png", "unet/notes.txt", ".gitattributes"}
+    harmless = {"unet/README.md", "LICENSE", "samples/cat.png", "unet/notes.txt", ".gitattributes"}
+    original = {"README.md"}  # describes it
     unerased = {
         "v1-5-pruned.ckpt",
         "v1-5-pruned.safetensors",
@@ -450,7 +451,7 @@ def test_parts_that_are_not_edited_travel_as_they_are_and_the_unerased_unet_neve
         ".git/lfs/objects/ab/cd/abcd",
         ".cache/huggingface/blob",
     }
-    for name in harmless | unerased:
+    for name in harmless | unerased | original:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(b"x")
     write_checkpoint(source, make_erasure(), tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 
 from realera.checkpoints.families import Family, family_of
 from realera.checkpoints.writing import write_checkpoint
+from realera.cli import main
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
+from realera.edit.erasure_file import save_erasure
 from realera.edit.text_layers import FAMILIES, TRANSFORMERS
 from realera.report.model_card import (
     FREE_ROWS,
@@ -54,11 +57,46 @@ def test_a_folder_has_the_card_in_place_of_the_readme_of_its_original(tmp_path, 
     width = family_of(source).dim
     for overwrite in (False, True):  # the card is no stranger's file when a copy is replaced
         write_checkpoint(source, erasure_of(width, {"concepts": [CONCEPT]}), out, overwrite)
+        assert not (out / "README.md").exists()
         assert write_card(out, source) == out / "README.md"
         card = ModelCard.load(out / "README.md")
         assert card.data.base_model == "base" and "| fog | sun |" in card.text
         assert len(re.findall(r"safetensors \| `[0-9a-f]{64}`", card.text)) == 1
     assert (source / "README.md").read_text() == "the original"
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_apply_that_was_stopped_before_the_card_writes_the_card_alone(
+    tmp_path, folders, singles, layout, capsys
+):
+    if layout == "file":
+        source = network = tmp_path / "base.safetensors"
+        out, card = tmp_path / "out.safetensors", tmp_path / "out.md"
+        shutil.copy(singles["sd1"], source)
+    else:
+        source, out = tmp_path / "base", tmp_path / "out"
+        shutil.copytree(folders["sd1"], source)
+        network, card = next(source.glob("unet/*.safetensors")), out / "README.md"
+    erasure = tmp_path / "erasure.safetensors"
+    save_erasure(erasure_of(family_of(source).dim, {"concepts": [CONCEPT]}), erasure)
+    apply = ["apply", str(source), str(erasure), str(out)]
+    assert main(apply) == 0
+    text, made = card.read_text("utf-8"), out.stat()
+    card.unlink()
+    capsys.readouterr()
+
+    assert main([*apply, "--edit-strength", "0.5"]) == 1
+    content = bytearray(network.read_bytes())
+    content[-4] ^= 1
+    original = network.read_bytes()
+    network.write_bytes(content)
+    assert main(apply) == 1
+    network.write_bytes(original)
+    assert capsys.readouterr().err.count("exists") == 2 and not card.exists()
+
+    assert main(apply) == 0
+    assert card.read_text("utf-8") == text and out.stat().st_ino == made.st_ino
+    assert main(apply) == 1
 
 
 def test_a_network_alone_is_used_where_networks_are(tmp_path):

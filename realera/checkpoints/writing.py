@@ -37,6 +37,7 @@ from ..storage.safetensors_file import (
     header_bytes,
     is_finite,
     make_writable,
+    open_tensors,
     output_file_path,
     raw_bytes,
     refuse_pickle_name,
@@ -88,7 +89,8 @@ def write_checkpoint(
     A file gives a file, a diffusers folder gives a folder. Data types, metadata and the order of
     the header are kept; the provenance of the erasure is added to the metadata under "realera". A
     few tensors are in memory at a time. A scaled fp8 weight stays scaled fp8, with a larger scale
-    where the erased weight needs one. The other parts of a folder are copied, pickles unopened.
+    where the erased weight needs one. The other parts of a folder are copied, pickles unopened,
+    without the README.md, which describes the original.
     Files that may hold the original network once more are not copied: other files in its folder,
     and checkpoints outside of the folders of the parts.
 
@@ -106,7 +108,7 @@ def write_checkpoint(
     refuse_source(target, path)
     family, files = open_network(path)
     _check_fit(erasure, family, {name for _, keys in files for name in keys.values()}, path)
-    note = {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
+    note = _note(erasure, edit_strength, lora_strength)
     folders = {file.path.parent for file, _ in files}
     gain = {at: gains(file for file, _ in files if file.path.parent == at) for at in folders}
 
@@ -140,6 +142,40 @@ def write_checkpoint(
                 stream(file, keys, part)
 
 
+def is_erased_copy(
+    source: str | os.PathLike[str],
+    erasure: Erasure,
+    destination: str | os.PathLike[str],
+    edit_strength: float = 1.0,
+    lora_strength: float = 1.0,
+) -> bool:
+    """Whether a file or folder is what `write_checkpoint` writes for these parameters, by the
+    provenance and the hash of the original in its metadata."""
+    path, note = locate(source), _note(erasure, edit_strength, lora_strength)
+    try:
+        for file, _ in open_network(path)[1]:
+            copy = open_tensors(Path(destination) / file.path.relative_to(path))
+            digest = hashlib.sha256()
+            with file.path.open("rb") as original:
+                while data := original.read(CHUNK):
+                    digest.update(data)
+            if copy.metadata.get("realera") != _provenance(file, note, digest.hexdigest()):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _note(erasure: Erasure, edit_strength: float, lora_strength: float) -> dict[str, Any]:
+    return {**erasure.provenance, "edit_strength": edit_strength, "lora_strength": lora_strength}
+
+
+def _provenance(file: TensorFile, note: Mapping[str, Any], sha256: str) -> str:
+    """The text under "realera" in the metadata of the erased copy of a file."""
+    source = {"file": file.path.name, "sha256": sha256}
+    return json.dumps([*erasure_notes(file), {**note, "from": source}])
+
+
 def refuse_destination_folder(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], overwrite: bool = False
 ) -> None:
@@ -162,7 +198,8 @@ def _copied(path: Path) -> list[Path]:
 
     All files of the parts that model_index.json names, but for the networks and ControlNets;
     elsewhere only files that cannot hold weights, since any other may hold the original network
-    once more. Raises ValueError when a part that model_index.json names is missing.
+    once more; not the README.md, which describes the original. Raises ValueError when a part that
+    model_index.json names is missing.
     """
     index = path / "model_index.json"
     if not index.is_file():
@@ -185,6 +222,8 @@ def _copied(path: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]  # .git, .cache
         inside = Path(folder).relative_to(path).parts
         for name in names:
+            if not inside and name.casefold() == CARD.casefold():
+                continue
             weightless = Path(name).suffix.lower() in WEIGHTLESS and ".bin.index" not in name
             if weightless or (inside and inside[0] in named):
                 copied.append(Path(folder, name))
@@ -380,10 +419,9 @@ def _stream(
     digest = hashlib.sha256()
 
     def header() -> bytes:
-        source = {"file": file.path.name, "sha256": digest.hexdigest()}
-        notes = [*erasure_notes(file), {**note, "from": source}]
         metadata = {k: v for k, v in file.metadata.items() if k not in HASHES}
-        return header_bytes({**metadata, "realera": json.dumps(notes)}, file.entries)
+        provenance = _provenance(file, note, digest.hexdigest())
+        return header_bytes({**metadata, "realera": provenance}, file.entries)
 
     def erase(key: str) -> dict[str, Tensor]:
         return stored_tensors(file, key, erased(erasable[key], weight_of(file, key).float()))

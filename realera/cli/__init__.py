@@ -71,7 +71,12 @@ def _is_message(error: Exception) -> bool:
 
 def run_apply(options: argparse.Namespace) -> None:
     from ..checkpoints.layouts import locate
-    from ..checkpoints.writing import earlier_erasures, write_checkpoint, write_lora
+    from ..checkpoints.writing import (
+        earlier_erasures,
+        is_erased_copy,
+        write_checkpoint,
+        write_lora,
+    )
     from ..edit.erasure_file import load_erasure
     from ..report.model_card import card_path, write_card
     from ..storage.safetensors_file import output_file_path, refuse_source
@@ -92,7 +97,10 @@ def run_apply(options: argparse.Namespace) -> None:
     card = card_path(options.out, locate(options.model).is_dir())
     if not Path(options.out).is_dir():  # a folder that may be replaced is replaced as a whole
         output_file_path(card, options.overwrite)
-    write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
+    # A run that was stopped before the card has left the whole checkpoint.
+    lacks_card = not options.overwrite and not card.exists()
+    if not (lacks_card and is_erased_copy(options.model, erasure, options.out, *strengths)):
+        write_checkpoint(options.model, erasure, options.out, options.overwrite, *strengths)
     print(options.out)
     print(f"open {write_card(options.out, options.model, options.overwrite)}: how to use it")
 

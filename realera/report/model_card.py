@@ -46,12 +46,10 @@ def write_card(
 ) -> Path:
     """Writes the card of an erased checkpoint that stands alone. Returns the path of the card.
 
-    The README.md that an erased folder has from its original is replaced. Parameters as for
-    `model_card`; raises FileExistsError as `output_file_path`.
+    Parameters as for `model_card`; raises FileExistsError as `output_file_path`.
     """
-    is_folder = Path(checkpoint).is_dir()
-    path = card_path(checkpoint, is_folder)
-    with writing(path, overwrite or is_folder) as part:
+    path = card_path(checkpoint, Path(checkpoint).is_dir())
+    with writing(path, overwrite) as part:
         part.write_text(model_card(checkpoint, source), "utf-8")
     return path
 
