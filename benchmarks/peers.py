@@ -4,6 +4,8 @@
 - MACE, "Mass Concept Erasure in Diffusion Models" (Lu et al., 2024), Sec. 3.1: the closed form
 - RECE, "Reliable and Efficient Concept Erasure" (Gong et al., 2024), Sec. 4
 - SPEED, "Scalable, Precise, and Efficient Concept Erasure" (Li et al., 2025), Sec. 3
+- OCE, "Orthogonal Concept Erasure for Diffusion Models" (Sun et al., 2026)
+- DP, "Closed-Form Concept Erasure via Double Projections" (Zhang et al., 2026), Eq. 2-5
 - ESD-x, "Erasing Concepts from Diffusion Models" (Gandikota et al., 2023), Eq. 7
 
 Each is given what its authors give it, our anchors apart. The closed forms return new weights; how
@@ -12,16 +14,17 @@ far they agree with the authors' own functions is in results/peers.md.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, normalize
 
 from realera.concepts import Concept, holds_name
 from realera.edit.text_layers import family_in, text_layers, trained_layers
 from realera.pipelines.interface import Diffusion
-from realera.text.encoding import CONTEXT, TextEncoder
+from realera.text.encoding import BATCH, CONTEXT, EncoderPart, TextEncoder
 
 Weights = dict[str, Tensor]  # canonical name of a K or V projection -> its weight [out, dim]
 
@@ -63,16 +66,45 @@ def contexts(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
     return text.encode(prompts)[CONTEXT].cpu().double()
 
 
+def word_places(part: EncoderPart, prompts: Sequence[str]) -> list[range]:
+    """The places of every prompt's own tokens among the rows: not those of the empty prompt."""
+    (empty,) = part.tokenize([""])
+    places = []
+    for ids in part.tokenize(prompts):
+        most = min(len(ids), len(empty))
+        before = next((k for k in range(most) if ids[k] != empty[k]), most)
+        after = next(
+            (k for k in range(most - before) if ids[-1 - k] != empty[-1 - k]), most - before
+        )
+        places.append(range(part.first + before, part.first + min(len(ids), part.length) - after))
+    return places
+
+
 def last_words(text: TextEncoder, prompts: Sequence[str]) -> list[int]:
     """The place of every prompt's last word token."""
-    return [
-        max(1, min(len(ids), text.parts[0].length) - 2) for ids in text.parts[0].tokenize(prompts)
-    ]
+    return [places[-1] for places in word_places(text.parts[0], prompts)]
 
 
-def last_rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
-    """The last word token's row of every prompt, float64 [prompts, dim]."""
-    return contexts(text, prompts)[torch.arange(len(prompts)), last_words(text, prompts)]
+def last_rows(text: TextEncoder, prompts: Sequence[str], stream: str = CONTEXT) -> Tensor:
+    """The last word token's row of every prompt, float64 [prompts * encoder parts, dim]."""
+    return _rows_at(text, prompts, stream, lambda places: places[-1:])
+
+
+def word_rows(text: TextEncoder, prompts: Sequence[str], stream: str = CONTEXT) -> Tensor:
+    """The rows of all word tokens of every prompt, float64 [rows, dim]."""
+    return _rows_at(text, prompts, stream, lambda places: places)
+
+
+def _rows_at(
+    text: TextEncoder, prompts: Sequence[str], stream: str, chosen: Callable[[range], range]
+) -> Tensor:
+    rows = text.encode(prompts)[stream].cpu().double()
+    if rows.shape[1] == 1:  # a pooled embedding
+        return rows[:, 0]
+    places = [word_places(part, prompts) for part in text.parts]
+    return torch.cat(
+        [row[[*chosen(at)]] for of in places for row, at in zip(rows, of, strict=True)]
+    )
 
 
 def filled(concepts: Sequence[Concept], wordings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -81,6 +113,11 @@ def filled(concepts: Sequence[Concept], wordings: Sequence[str]) -> tuple[list[s
         (w.replace("{}", c.name), w.replace("{}", c.anchor)) for c in concepts for w in wordings
     ]
     return [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
+
+
+def without(retained: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Those of the retained names or prompts that hold no concept."""
+    return [text for text in retained if not any(holds_name(text, c.name) for c in concepts)]
 
 
 def solved(
@@ -119,23 +156,9 @@ def _uce_transformer(
     which costs them one bias an edited row; here they do not."""
     weights = {}
     for name, reader in text_layers(model.network).items():
-        e, target = (_word_rows(model.text, p, reader.kind.stream) for p in (prompts, anchors))
+        e, target = (last_rows(model.text, p, reader.kind.stream) for p in (prompts, anchors))
         weights[name] = reader.layer.weight.detach().double().cpu() @ solved(e, target, ridge)
     return weights
-
-
-def _word_rows(text: TextEncoder, prompts: Sequence[str], stream: str) -> Tensor:
-    """float64 [rows, dim]: in the context, the row of the last word in every encoder."""
-    rows = text.encode(prompts)[stream].cpu().double()
-    if rows.shape[1] == 1:
-        return rows[:, 0]
-    at = torch.arange(len(prompts))
-    return torch.cat(
-        [
-            rows[at, torch.tensor([part.first + len(ids) - 2 for ids in part.tokenize(prompts)])]
-            for part in text.parts
-        ]
-    )
 
 
 def mace(
@@ -212,7 +235,7 @@ def speed(
     average one (IPF), and noisy copies of them along the direction that W sees least (DPA). The
     empty prompt's start row and three centres of its others are kept exactly (IEC).
     """
-    free_of = [text for text in retained if not any(holds_name(text, c.name) for c in concepts)]
+    free_of = without(retained, concepts)
     prompts, anchors = filled(concepts, ("{}",))
     share = len(concepts) ** -0.5  # concepts are averaged, not summed
     e, target = share * last_rows(model.text, prompts), share * last_rows(model.text, anchors)
@@ -260,6 +283,105 @@ def centres(rows: Tensor, count: int, rounds: int = 100) -> Tensor:
             break
         found = new
     return found
+
+
+def oce(
+    model: Diffusion,
+    concepts: Sequence[Concept],
+    wordings: Sequence[str],
+    prior: Sequence[str],
+    retained: Sequence[str] = (),
+    erase: float = 2000.0,
+    general: float = 10.0,
+    retain: float = 0.0,
+    ridge: float = 10.0,
+) -> Weights:
+    """W = Q W_org with Q orthogonal; of U-Nets V only, as in the authors' settings.
+
+    Q maximises tr QᵀM (Procrustes), M = W_org (general C + retain Σ k kᵀ + ridge I) W_orgᵀ
+    - erase G (I - G*): G and G* project onto the span of what W_org reads of the last words of the
+    concepts and of the anchors, C is the second moment of all rows of the prompts of `prior`, k are
+    the last words of `retained`.
+    """
+    text: Any = model.text
+    prompts, anchors = filled(concepts, wordings)
+    kept = without(retained, concepts)
+    edited = {}
+    for name, reader in text_layers(model.network).items():
+        if name.endswith("to_k"):
+            continue
+        stream, w = reader.kind.stream, reader.layer.weight.detach().double().cpu()
+        rows = last_rows(text, prompts, stream)
+        anchor_rows = last_rows(text, [*dict.fromkeys(anchors)], stream)
+        span, guide = (torch.linalg.qr(normalize(w @ of.T, dim=0)).Q for of in (rows, anchor_rows))
+        held = general * second_moment(text, tuple(prior), stream)
+        held = held + ridge * torch.eye(w.shape[1], dtype=w.dtype)
+        if kept:
+            k = last_rows(text, kept, stream)
+            held = held + retain * k.T @ k
+        erased = span @ (span.T - span.T @ guide @ guide.T)
+        u, _, vh = torch.linalg.svd(w @ held @ w.T - erase * erased)
+        turn = u @ vh
+        if torch.linalg.det(turn) < 0:
+            turn[:, -1] *= -1
+        edited[name] = turn @ w
+    return edited
+
+
+@cache
+def second_moment(text: Any, prompts: tuple[str, ...], stream: str) -> Tensor:
+    """Mean of e eᵀ over all rows of the prompts except padding, float64 [dim, dim]."""
+    rows = []
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
+        encoded = text.encode(some)[stream].cpu().double()
+        if encoded.shape[1] == 1:  # a pooled embedding
+            rows.append(encoded[:, 0])
+            continue
+        for part in text.parts:
+            counts = [len(ids) for ids in part.tokenize(some)]
+            pairs = zip(encoded[:, part.first :], counts, strict=True)
+            rows += [of[: min(count, part.length)] for of, count in pairs]
+    found = torch.cat(rows)
+    return found.T @ found / len(found)
+
+
+def double_projections(
+    model: Diffusion,
+    concepts: Sequence[Concept],
+    retained: Sequence[str],
+    directions: int | None = None,
+) -> Weights:
+    """Maps every row of a concept to its projection, and moves nothing that is retained.
+
+    The row goes to its projection onto the span of the rows of all anchors, or to the only such row
+    (Eq. 2); the update lies in the left null space of the rows of `retained` (Eq. 4 and 5), or
+    of their leading singular directions.
+
+    directions: number of these directions; default: all
+    """
+    anchors = [*dict.fromkeys(concept.anchor for concept in concepts)]
+    kept_names, names = without(retained, concepts), [concept.name for concept in concepts]
+    edits: dict[str, Tensor] = {}
+    edited = {}
+    for name, reader in text_layers(model.network).items():
+        stream = reader.kind.stream
+        if stream not in edits:
+            guides, kept, rows = (
+                word_rows(model.text, of, stream) for of in (anchors, kept_names, names)
+            )
+            _, s, vh = torch.linalg.svd(kept, full_matrices=False)
+            held = vh[s > 1e-6][:directions]
+            t = torch.eye(rows.shape[1], dtype=rows.dtype)
+            for row in rows:
+                target = guides[0]
+                if len(guides) > 1:
+                    target = guides.T @ torch.linalg.pinv(guides @ guides.T) @ guides @ row
+                seen = row - held.T @ held @ row
+                t = t + torch.outer(t @ (target - row), seen) / (seen @ seen)
+            edits[stream] = t
+        edited[name] = reader.layer.weight.detach().double().cpu() @ edits[stream]
+    return edited
 
 
 def esd_x(

@@ -170,6 +170,53 @@ def test_centres_are_means_of_what_is_nearest_to_them():
     assert torch.allclose(peers.centres(rows, 3), expected)
 
 
+def test_oce_turns_values_towards_what_its_paper_asks_and_changes_no_length(model):
+    prompts = [wording.replace("{}", "airplane") for wording in peers.EXPANDED]
+    anchors = [wording.replace("{}", "ground") for wording in peers.EXPANDED]
+    new = peers.oce(model, [AIRPLANE], peers.EXPANDED, RETAINED, RETAINED, 5.0, 10.0, 2.0)
+    weights = peers.projections(model)
+    assert new.keys() == {name for name in weights if name.endswith("to_v")}
+    rows = [context(model, prompt) for prompt in RETAINED]
+    rows = [
+        of[: len(model.text.parts[0].tokenize([p])[0])]
+        for of, p in zip(rows, RETAINED, strict=True)
+    ]
+    every, kept = torch.cat(rows), peers.last_rows(model.text, RETAINED)
+    for name, turned in new.items():
+        w = weights[name]
+        assert torch.allclose(turned.T @ turned, w.T @ w)  # lengths and angles of all rows
+        span, guide = (
+            torch.linalg.qr(w @ peers.last_rows(model.text, of).T).Q for of in (prompts, anchors)
+        )
+        outside = span - guide @ guide.T @ span
+
+        def gain(new, w=w, span=span, outside=outside):
+            """tr QᵀM for Q W_org = new, without M."""
+            q = new @ torch.linalg.pinv(w)
+            held = 10 * ((new @ every.T) * (w @ every.T)).sum() / len(every)
+            held = held + 2 * ((new @ kept.T) * (w @ kept.T)).sum() + 10 * (new * w).sum()
+            return held - 5 * ((q @ outside) * span).sum()
+
+        noise = torch.randn(len(w), len(w), generator=torch.Generator().manual_seed(0)).double()
+        for step in (1e-3, -1e-3):
+            other = torch.linalg.matrix_exp(step * (noise - noise.T)) @ turned
+            assert gain(other) < gain(turned)
+
+
+@pytest.mark.parametrize("anchor", ["ground", "wide green meadow"])
+def test_double_projections_moves_the_concept_into_the_anchors_span_and_nothing_retained(
+    model, anchor
+):
+    new = peers.double_projections(model, [Concept("airplane", anchor)], RETAINED)
+    e, guides = (peers.word_rows(model.text, [prompt]) for prompt in ("airplane", anchor))
+    kept = peers.word_rows(model.text, RETAINED)
+    assert len(e) == 1 or anchor == "ground"
+    target = guides if len(guides) == 1 else (torch.linalg.lstsq(guides.T, e.T).solution.T @ guides)
+    for name, w in peers.projections(model).items():
+        assert torch.allclose(new[name] @ e.T, w @ target.T, atol=1e-6)
+        assert torch.allclose(new[name] @ kept.T, w @ kept.T, atol=1e-6)
+
+
 def test_esd_trains_cross_attention_and_nothing_else(model):
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     losses = []
