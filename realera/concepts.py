@@ -4,8 +4,8 @@ import csv
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,8 +25,9 @@ STYLE_TEMPLATES = (
     "art by {}",
     "{}",
 )
-COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV; the last two are optional
+COLUMNS = ("concept", "anchor", "templates", "leave out")  # of a CSV; the first is needed
 ARROW = "->|→|=>|－>"
+NO_ANCHOR = "anything but {}"  # stands for an anchor until one is suggested
 NAMED = 3  # names that a sentence lists at most
 COMMAS = "[,;，、；،]"  # of any script
 # Invisible characters: soft hyphens, zero-width characters, direction overrides. Joiners between
@@ -40,6 +41,10 @@ UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
     r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
+
+
+# (name -> templates of the concepts without an anchor, names of all concepts) -> name -> anchor
+Suggest = Callable[[Mapping[str, Sequence[str]], Sequence[str]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ def names_without_anchor(written: Sequence[str], templates: Sequence[str] = TEMP
                 "concept alone, which gets a suggested anchor"
             )
     names = [line.strip() for line in written if line.strip() and not re.search(ARROW, line)]
-    concepts_in(with_anchors(written, {name: f"anything but {name}" for name in names}), templates)
+    concepts_in(with_anchors(written, {name: NO_ANCHOR.format(name) for name in names}), templates)
     return names
 
 
@@ -261,7 +266,9 @@ def _refuse_clashes(found: Sequence[tuple[int, Concept]]) -> tuple[Concept, ...]
 
 
 def read_concepts(
-    path: str, templates: Sequence[str] = TEMPLATES
+    path: str,
+    templates: Sequence[str] = TEMPLATES,
+    suggest: Suggest | None = None,
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     """The concepts of a CSV file with the columns COLUMNS, and the words to leave out of all rings.
 
@@ -269,14 +276,16 @@ def read_concepts(
     and words to leave out within a cell by bars, "a photo of {}|{}".
 
     templates: templates of rows that have none
+    suggest: callback that gives an anchor to the rows that have none; None: every row needs one
 
     Raises ValueError with the line of an unknown column, of a concept that is named twice, of an
-    anchor that is to be erased and of a word to leave out that names a concept.
+    anchor that is to be erased and of a word to leave out that names a concept, before `suggest` is
+    called.
     """
     templates = texts("templates", templates)
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            return _read_csv(file, templates)
+            return _read_csv(file, templates, suggest)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
     except ValueError as error:
@@ -284,7 +293,9 @@ def read_concepts(
 
 
 def _read_csv(
-    file: TextIO, templates: tuple[str, ...]
+    file: TextIO,
+    templates: tuple[str, ...],
+    suggest: Suggest | None,
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     first = file.readline()
     named = re.fullmatch(r"sep=([,;\t|])\s*", first)
@@ -296,14 +307,14 @@ def _read_csv(
     while head and not head[-1]:  # spreadsheets add empty columns
         head.pop()
     wrong = [name for name in head if name not in COLUMNS]
-    if wrong or not {"concept", "anchor"} <= set(head):
-        what = f"the column {wrong[0]!r} is unknown" if wrong else "a column is missing"
+    if wrong or "concept" not in head:
+        what = f"the column {wrong[0]!r} is unknown" if wrong else "the column 'concept' is missing"
         raise ValueError(
-            f"line {skipped + 1}: {what}: the first line names the columns, {', '.join(COLUMNS)}; "
-            "concept and anchor are needed"
+            f"line {skipped + 1}: {what}: the first line names the columns, {', '.join(COLUMNS)}"
         )
     rows.fieldnames = head
     found: list[tuple[int, Concept]] = []
+    missing: dict[str, tuple[str, ...]] = {}  # name -> templates of concepts without an anchor
     left_out: dict[str, int] = {}  # word -> line
     for row in rows:
         line = rows.line_num + skipped
@@ -316,7 +327,12 @@ def _read_csv(
             continue
         try:
             of_row = tuple(lines(row.get("templates", "").replace("|", "\n"))) or templates
-            found.append((line, Concept(row["concept"].strip(), row["anchor"].strip(), of_row)))
+            name, anchor = row["concept"].strip(), row.get("anchor", "").strip()
+            unnamed = bool(suggest and name and not anchor)
+            concept = Concept(name, NO_ANCHOR.format(name) if unnamed else anchor, of_row)
+            found.append((line, concept))
+            if unnamed:
+                missing[concept.name] = of_row
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from error
         for word in lines(row.get("leave out", "").replace("|", "\n")):
@@ -331,4 +347,9 @@ def _read_csv(
                     f"line {line}: the word to leave out {word!r} names the concept of line "
                     f"{other}: take it from one of the two"
                 )
+    if suggest and missing:
+        anchors = suggest(missing, [concept.name for concept in concepts])
+        concepts = _refuse_clashes(
+            [(line, replace(c, anchor=anchors.get(c.name, c.anchor))) for line, c in found]
+        )
     return concepts, tuple(left_out)

@@ -1,13 +1,21 @@
 """`realera demo` and `realera evaluate`: the files that they write, and their output."""
 
 import json
+import pkgutil
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from realera.cli import main
+from realera.evaluation.scorers import Recognised, miniature_classifier
 from realera.pipelines.sampling import Sampling
 
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "docs/recipes.md"
 EVALUATION = {"evaluation.json", "evaluation.txt", "evaluation.png"}
 
 
@@ -168,3 +176,77 @@ def test_an_evaluation_is_not_overwritten(tmp_path, prompts, capsys):
     assert main(arguments) == 1
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "evaluation.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------ the technique of eval-unlearn
+
+
+def images_of(pictures):
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+
+
+def technique_of(demo, **config):
+    """Made as eval-unlearn does it: the entry point of pyproject.toml, the config of a recipe."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    [entry] = re.findall(r'techniques"\]\nrealera = "(.+)"', project)
+    named = pkgutil.resolve_name(entry)
+    [recipe] = re.findall(r"```json\n(.+?)```", RECIPES.read_text("utf-8"), re.DOTALL)
+    given = json.loads(recipe)["technique"]["config"]
+    given |= {"model": "miniature", "erasure": str(demo / "erasure.safetensors"), "device": "cpu"}
+    return named(**{**given, "erase_concept": "Airplane", "num_inference_steps": 8, **config})
+
+
+def test_the_technique_draws_with_the_erasure_from_the_given_seeds(demo):
+    technique, classify = technique_of(demo), miniature_classifier()
+    prompts = ["a photo of the airplane", "a photo of the dog"]
+    first = technique.generate(prompts=prompts, seed=None)
+    assert classify(images_of(first), ["tree", "dog"])[:, 0].tolist() == [100, 100]
+    [again] = technique.generate(prompts[1:], seed=1)
+    assert again == first[1]
+    assert technique.generate(prompts[1:])[0] != again  # images go on after the three before
+    assert technique.drawn == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "reason"),
+    [
+        ({"erase_concept": "ship"}, ValueError, "does not erase 'ship'.*one of its concepts, air"),
+        ({"erasure": "none"}, OSError, "none"),
+        ({"model": "miniature-dit"}, ValueError, "made for|does not fit"),
+        ({"num_inference_steps": 0}, ValueError, "steps"),
+        ({"use_fp16": True}, TypeError, "use_fp16"),
+    ],
+)
+def test_a_technique_that_would_be_reported_wrongly_is_refused(config, error, reason, demo):
+    with pytest.raises(error, match=reason):
+        technique_of(demo, **config)
+
+
+@pytest.mark.filterwarnings("default")
+def test_eval_unlearn_finds_the_technique_and_scores_it(demo, tmp_path, monkeypatch):
+    extra = "eval-unlearn is an optional extra: pip install 'realera[eval-unlearn]'"
+    runners = pytest.importorskip("eval_unlearn.runners", reason=extra)
+    from eval_unlearn.registry import register_metric
+    from eval_unlearn.types import Dataset, MetricResult
+
+    @register_metric("planes")
+    class Planes:
+        def load_dataset(self):
+            return [Dataset(["a photo of the airplane"] * 2, {"source": "here"}) for _ in range(2)]
+
+        def update(self, images, prompts, metadata):
+            scorer = Recognised(miniature_classifier(), "airplane")
+            self.found = getattr(self, "found", []) + scorer(images_of(images), prompts).tolist()
+
+        def compute(self):
+            return MetricResult("planes", sum(map(sum, self.found)), {"images": len(self.found)})
+
+    config = {"model": "miniature", "erasure": str(demo / "erasure.safetensors"), "device": "cpu"}
+    config |= {"erase_concept": "airplane", "num_inference_steps": 8}
+    run = runners.MultiBenchmarkRunner("realera", ["planes"], config, output_dir=str(tmp_path))
+    report = run.run()
+    assert report["erase_concept"] == "airplane"
+    assert report["metric_results"]["planes"]["value"] == 0
+    assert report["metric_results"]["planes"]["details"] == {"images": 4}
+    assert len(list(tmp_path.rglob("*.png"))) == 4

@@ -1,6 +1,7 @@
 """Many concepts in parts, in one process or several, give the joint fit."""
 
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from realera.algorithm import add_sums, erase, fit, mine, plan_mining, realise, 
 from realera.checkpoints.loading import load_text
 from realera.cli import main
 from realera.concepts import Concept, read_concepts
+from realera.edit.erasure import concepts_of
 from realera.edit.erasure_file import load_erasure
 from realera.parallel import FOLDER, Job, aligned, sum_part, summed
 from realera.settings import BeyondSettings, NeighborSettings, SolveSettings, Training
@@ -220,7 +222,8 @@ def test_csv_files_of_spreadsheets_are_read(tmp_path, text):
         ("sep=;\nconcept;anchor\ncat\n", "line 3: it does not have the 2 columns.*contains ';'"),
         ("concept,anchor,\ncat,tree,house\n", "line 2: it does not have the 2 columns"),
         ("concept,anker\ncat,tree\n", r"line 1: the column 'anker' is unknown.*concept, anchor"),
-        ("concept\ncat\n", "line 1: a column is missing"),
+        ("anchor\ncat\n", "line 1: the column 'concept' is missing"),
+        ("concept\ncat\n", "line 2: a concept and its anchor need"),
         ("concept,anchor\ncat,tree\nCat,house\n", "line 3: 'Cat' is in line 2 already"),
         ("concept,anchor\ncat,dog\ndog,tree\n", "line 2: the anchor 'dog' of .*itself.*line 3"),
         ("concept,anchor\ncat\n", "line 2: it does not have the 2 columns"),
@@ -238,6 +241,30 @@ def test_csv_files_of_spreadsheets_are_read(tmp_path, text):
 def test_an_error_in_a_csv_file_names_the_line(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):
         read_concepts(csv_of(tmp_path, text))
+
+
+def test_rows_without_an_anchor_get_one_after_the_whole_file_was_checked(tmp_path):
+    wanted = []
+
+    def suggest(missing, names):
+        wanted.append((dict(missing), list(names)))
+        return {"Dali": "painting", "cat": "house"}
+
+    text = "concept,anchor,templates\nDali,,art by {}\ndog,tree,\ncat,,\n"
+    concepts, _ = read_concepts(csv_of(tmp_path, text), ("a {}",), suggest)
+    assert [concept.anchor for concept in concepts] == ["painting", "tree", "house"]
+    assert wanted == [({"Dali": ("art by {}",), "cat": ("a {}",)}, ["Dali", "dog", "cat"])]
+    for text, reason in (
+        ("concept\nDali\ndali\n", "line 3: 'dali' is in line 2 already"),
+        ("concept,anchor,templates\nDali,,art\n", "line 2: template 'art'"),
+        ("concept,leave out\nDali,\ncat,by Dali\n", "line 3: the word to leave out 'by Dali'"),
+        ("concept,anchor\n,tree\n", "line 2: a concept and its anchor need"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_concepts(csv_of(tmp_path, text), ("a {}",), suggest)
+    assert len(wanted) == 1
+    with pytest.raises(ValueError, match=r"line 3: the anchor 'house' .* erased in line 2"):
+        read_concepts(csv_of(tmp_path, "concept,anchor\nhouse,tree\ncat,\n"), ("a {}",), suggest)
 
 
 # ---------------------------------------------------------------- the command, and Ray
@@ -332,7 +359,7 @@ def test_the_text_encoder_alone_has_the_precision_that_it_has_in_the_model(sourc
 
 
 def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, capsys):
-    path = csv_of(tmp_path, "concept,anchor,leave out\nairplane,tree,rocket\ndog,flower,\n")
+    path = csv_of(tmp_path, "concept,anchor,leave out\nairplane,tree,rocket\ndog,,\n")
     quick = ["--source", "isotropic", "--neighbors", "1", "--beyond", "1", "--check", "1"]
     out = [
         "--steps",
@@ -348,7 +375,11 @@ def test_a_file_of_concepts_takes_any_source_and_its_scope_is_checked(tmp_path, 
     assert main(["erase", "miniature", "--concepts", path, *quick, *out]) == 0
     assert "in 8 steps" in (tmp_path / "out" / "scope.txt").read_text("utf-8")
     assert "left out and preserved: rocket" in (tmp_path / "out" / "words.txt").read_text("utf-8")
-    assert "was not trained to draw the anchor" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "was not trained to draw the anchor 'tree'" not in said.err
+    [suggested] = re.findall(r"no anchor was named: dog -> (\w+); also suggested: ", said.out)
+    made = load_erasure(tmp_path / "out" / "erasure.safetensors")
+    assert [concept.anchor for concept in concepts_of(made)] == ["tree", suggested]
 
 
 def test_without_ray_the_error_says_how_to_install_it_before_any_work(

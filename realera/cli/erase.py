@@ -2,8 +2,9 @@
 
 import argparse
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,25 @@ def _with_anchors(options: argparse.Namespace) -> list[str]:
     return completed
 
 
+def _suggest(
+    options: argparse.Namespace, missing: Mapping[str, Sequence[str]], names: Sequence[str]
+) -> dict[str, str]:
+    """Name -> best suggested anchor, which is printed.
+
+    missing: name -> templates of the concepts without an anchor
+    names: names of all concepts to erase
+    """
+    from ..anchor_suggestions import choice_sentence, suggest_anchors
+
+    text, anchors = load_encoder(options), {}
+    for name, templates in missing.items():
+        with progress_bar("anchors") as progress:
+            suggested = suggest_anchors(text, name, templates, erased=names, progress=progress)
+        print(choice_sentence(name, suggested))
+        anchors[name] = suggested[0].anchor
+    return anchors
+
+
 def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
     """The concepts of the options or of a CSV file.
 
@@ -124,7 +144,8 @@ def _read(options: argparse.Namespace) -> tuple[Concept, ...]:
         lines, left_out = "\n".join(options.concept).splitlines(), tuple[str, ...]()
         concepts = concepts_in(lines, templates)
     else:
-        concepts, left_out = read_concepts(options.concepts, templates)
+        suggest = partial(_suggest, options)
+        concepts, left_out = read_concepts(options.concepts, templates, suggest)
     options.read = [path for path in (options.concepts, options.words) if path]
     options.words = read_lines(options.words) if options.words else None
     options.exclude = [*(options.exclude or ()), *left_out]
@@ -254,8 +275,9 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--concepts", metavar="FILE",
-        help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}; separate several "
-        "templates or words with |",
+        help=f"CSV file of concepts with the columns {', '.join(COLUMNS)}, of which only the first "
+        "is needed: a concept without an anchor gets the first of `realera suggest`; separate "
+        "several templates or words with |",
     )  # fmt: skip
     prompt = "prompt to draw before and after; repeat for several"
     sub.add_argument("--prompt", action="append", help=prompt)
