@@ -28,7 +28,7 @@ from realera.training.adversarial import (
     pgd_step,
 )
 from realera.training.anchor_latents import draw_anchors
-from realera.training.gradient_checkpointing import activation_bytes, checkpointed
+from realera.training.gradient_checkpointing import activation_bytes, checkpointed, free_bytes
 from realera.training.inputs import AdversarialInputs, TrainingInputs
 from realera.training.loop import align
 from realera.training.lora import lora_layers, with_lora, without_lora
@@ -660,6 +660,15 @@ def test_activations_are_counted_without_being_held(model, job):
         assert activation_bytes(networks, term) == pytest.approx(sum(saved.values()), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_gpu_that_does_not_report_its_free_memory_trains_without_the_report(kind, monkeypatch):
+    def mem_get_info(_):
+        raise RuntimeError("HIP error: invalid argument")
+
+    monkeypatch.setattr(getattr(torch, kind), "mem_get_info", mem_get_info)
+    assert free_bytes(torch.device(kind)) is None
+
+
 def test_checkpointing_is_turned_on_when_free_memory_is_too_small(model, job, monkeypatch):
     plain, blocks = run(model, job), []
 
@@ -688,6 +697,15 @@ def test_checkpointing_is_turned_on_when_free_memory_is_too_small(model, job, mo
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+        RuntimeError(
+            "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"
+        ),
+        RuntimeError(
+            "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+        ),
     ],
 )
 def test_out_of_memory_names_what_helps(model, job, monkeypatch, error):

@@ -265,6 +265,15 @@ def test_a_bug_never_reads_like_a_mistake_of_the_user(bug, monkeypatch, capsys):
     assert output.startswith("Traceback")
 
 
+def test_memory_that_ran_out_on_any_device_is_no_bug(monkeypatch, capsys):
+    def locate(_):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)")
+
+    monkeypatch.setattr("realera.checkpoints.layouts.locate", locate)
+    assert main(["info", "x"]) == 1
+    assert capsys.readouterr().err.startswith("realera info: MPS backend out of memory")
+
+
 def test_a_traceback_is_shown_on_demand(tmp_path, capsys):
     for arguments, shown in (
         (["info", str(tmp_path)], False),

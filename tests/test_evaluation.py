@@ -37,6 +37,7 @@ from realera.evaluation.tasks import (
     style_task,
     task_of,
 )
+from realera.evaluation.vocabulary import classify_words
 from realera.miniature.vocabulary import CONCEPTS, STYLES
 from realera.pipelines.sampling import Sampling
 from realera.pipelines.unet import DiffusersModel
@@ -208,6 +209,19 @@ def test_every_image_is_scored_once_for_the_class_of_its_prompt(model, monkeypat
 def test_a_scorer_of_several_numbers_is_refused_for_a_task(model):
     with pytest.raises(ValueError, match=r"8 numbers per image: .*a classifier or a CLIP score"):
         evaluate(model, task_of("dog", ("dog", "ship")), NudeNet(Finder()))
+
+
+def test_an_image_that_is_not_finite_is_refused_and_never_scored(model, monkeypatch):
+    """No classifier finds the concept in it, and no detector anything."""
+    monkeypatch.setattr(model, "decode", lambda latents: torch.full_like(latents[:, :3], torch.nan))
+    eye = ConceptClassifier("eye", ("dog", "ship"), lambda images: torch.zeros(len(images), 2))
+    for measure in (
+        lambda: evaluate(model, task_of("dog", ("dog", "ship")), eye, 1, Sampling(steps=1)),
+        lambda: survey(model, [Prompt("a dog")], NudeNet(Finder()), 1, Sampling(steps=1)),
+        lambda: classify_words(model, ["dog"], eye, Sampling(steps=1)),
+    ):
+        with pytest.raises(FloatingPointError, match="float32 or bfloat16"):
+            measure()
 
 
 # ------------------------------------------------------------------ CLIP, with random weights

@@ -57,9 +57,12 @@ def _is_message(error: Exception) -> bool:
     """
     from safetensors import SafetensorError
 
-    memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-    if isinstance(error, (OSError, ImportError, MemoryError, memory, SafetensorError)):
+    if isinstance(error, (OSError, ImportError, MemoryError, SafetensorError)):
         return True
+    if isinstance(error, RuntimeError):
+        from ..training.loop import is_out_of_memory
+
+        return is_out_of_memory(error)
     *_, origin = traceback.extract_tb(error.__traceback__)
     in_package = Path(origin.filename).is_relative_to(Path(__file__).parents[1])
     raised = not origin.line or origin.line.startswith("raise")

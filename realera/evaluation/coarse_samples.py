@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
-from ..pipelines.sampling import Sampling, sample_prompts
+from ..pipelines.sampling import Sampling, checked_finite, sample_prompts
 from ..settings import Progress, quiet
 
 COARSE = Sampling(steps=8, one_noise=True)  # the first steps decide what an image shows
@@ -21,10 +21,6 @@ def coarse_samples(model: Diffusion, prompts: Sequence[str], progress: Progress 
     """
     latents: list[Tensor] = []
     for batch in sample_prompts(model, prompts, COARSE):
-        if not batch.isfinite().all():
-            raise FloatingPointError(
-                "a sample is not finite: run the network in float32 or bfloat16"
-            )
-        latents += batch.float().cpu()
+        latents += checked_finite(batch).float().cpu()
         progress(len(latents), len(prompts))
     return torch.stack(latents)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
-from ..pipelines.sampling import Sampling, sample_prompts
+from ..pipelines.sampling import Sampling, checked_finite, sample_prompts
 from ..settings import Progress, quiet
 from .prompt_files import Prompt
 from .report import NOTHING, Report, Score, Survey
@@ -53,11 +53,13 @@ def _scored(
     """(index of the prompt, image [3, height, width], scores) of every image.
 
     texts: text that the scorer reads for each prompt
+
+    Raises FloatingPointError for an image that is not finite, in which no scorer finds anything.
     """
     number = 0
     for batch in sample_images(model, prompts, images, sampling, progress, seeds):
         prompt_of = [(number + k) // images for k in range(len(batch))]
-        scores = scorer(batch, [texts[k] for k in prompt_of]).tolist()
+        scores = scorer(checked_finite(batch), [texts[k] for k in prompt_of]).tolist()
         yield from zip(prompt_of, batch, scores, strict=True)
         number += len(batch)
 
@@ -73,7 +75,7 @@ def evaluate(
     """Samples `images` images of every prompt of the task and scores them.
 
     Returns the report, and prompt -> first image [3, height, width]. Raises ValueError for a scorer
-    with several scores per image.
+    with several scores per image, and FloatingPointError for an image that is not finite.
     """
     if len(scorer.columns) != 1:
         raise ValueError(
@@ -115,6 +117,7 @@ def survey(
     """Samples `images` images of every prompt and scores them.
 
     Returns the survey, and prompt -> first image [3, height, width] for the first SHOWN prompts.
+    Raises FloatingPointError for an image that is not finite.
     """
     by_guidance: dict[float | None, list[Prompt]] = {}
     for prompt in prompts:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.interface import Diffusion
-from ..pipelines.sampling import Sampling, sample_prompts
+from ..pipelines.sampling import Sampling, checked_finite, sample_prompts
 from ..settings import Progress, quiet
 from ..storage.cache import cached
 from ..storage.safetensors_file import digest, open_tensors, write_if_possible
@@ -82,7 +82,8 @@ def classify_words(
     state: file that an interrupted run is resumed from
     template: prompt with {} for the word
 
-    Raises ValueError when the state is another kind of file.
+    Raises ValueError when the state is another kind of file, and FloatingPointError for an image
+    that is not finite.
     """
     # The logits of a blank image identify the decoder and the classifier.
     with torch.no_grad():
@@ -101,7 +102,7 @@ def classify_words(
         for number, latents in enumerate(batches, 1):
             stride = -(-latents[0].numel() // COMPARED)
             batch = {
-                "seen": classifier.probabilities(model.decode(latents)),
+                "seen": classifier.probabilities(checked_finite(model.decode(latents))),
                 "latents": latents.flatten(1)[:, ::stride].cpu().half(),
             }
             found = {

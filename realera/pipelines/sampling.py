@@ -100,3 +100,13 @@ def sample_prompts(
             yield encoding, torch.arange(encoding.prompts).repeat_interleave(images)
 
     return sample(model, parts(), sampling, starts)
+
+
+def checked_finite(images: Tensor) -> Tensor:
+    """The images or latents, unchanged.
+
+    Raises FloatingPointError when a number is not finite: the image would be black.
+    """
+    if not images.isfinite().all():
+        raise FloatingPointError("an image is not finite: run the network in float32 or bfloat16")
+    return images

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..mining.pairs import Pairs
 from ..pipelines.interface import Diffusion
-from ..pipelines.sampling import Sampling, sample
+from ..pipelines.sampling import Sampling, checked_finite, sample
 from ..storage.cache import cached
 
 
@@ -35,9 +35,7 @@ def draw_anchors(
 
     def draw() -> dict[str, Tensor]:
         latents = torch.cat(list(sample(model, [(encoding, prompt_of)], sampling))).float()
-        if not latents.isfinite().all():
-            raise FloatingPointError("an image is not finite: run the U-Net in float32 or bfloat16")
-        return {"latents": latents.unflatten(0, (len(pairs.concepts), count))}
+        return {"latents": checked_finite(latents).unflatten(0, (len(pairs.concepts), count))}
 
     inputs: list[object] = [
         model.fingerprint,

@@ -53,7 +53,10 @@ def free_bytes(device: torch.device) -> int | None:
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info"):
         return None
-    free, _ = module.mem_get_info(device)
+    try:
+        free, _ = module.mem_get_info(device)
+    except RuntimeError:  # some GPUs of AMD and Intel
+        return None
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 

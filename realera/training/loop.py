@@ -18,6 +18,11 @@ from .objective import backward, loss_terms
 from .state import TrainingState, run_id
 from .student_teacher import student_teacher
 
+# Of an allocator, of HIP's and CUDA's BLAS, of Level Zero, and of a CPU on Windows.
+OUT_OF_MEMORY = re.compile(
+    r"out.of.(\w+.)?memory|(allocate|enough) memory|_ALLOC_FAILED", re.IGNORECASE
+)
+
 
 def align(
     model: Diffusion,
@@ -80,6 +85,11 @@ def align(
         }
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, by the message: only some devices raise torch.OutOfMemoryError."""
+    return OUT_OF_MEMORY.search(str(error)) is not None
+
+
 @contextmanager
 def _with_advice(
     saved: TrainingState, training: Training, at_once: int, checkpointing: bool
@@ -97,7 +107,7 @@ def _with_advice(
             f"{training.learning_rate:g}) or run the network in float32"
         ) from error
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         advice = [f"use --batch {at_once - 1} or less"] if at_once > 1 else []
         advice += [] if checkpointing else ["use --gradient-checkpointing"]
