@@ -24,9 +24,11 @@ def claims_inside():
 
 
 @pytest.fixture(scope="module")
-def inside():
-    """What became of every claim, by name."""
+def inside(request):
+    """What became of every claim that is tested in this session, by name."""
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), ROOT / "tests/comfyui_inside.py"]
+    items = (item for item in request.session.items if item.path == request.path)
+    command += [item.callspec.params["name"] for item in items]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("CLAIM ")]
     results = {entry["name"]: entry for entry in map(json.loads, (line[6:] for line in lines))}

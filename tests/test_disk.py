@@ -207,6 +207,7 @@ def test_a_run_of_concepts_from_a_file_leaves_other_files_of_a_folder_alone(
     left = out / ".realera-groups" / f".group-00000.safetensors.{HOST}-{ended()}.realera-tmp"
     left.write_bytes(b"half")
     arguments = ["erase", "miniature", "--concepts", str(names), "--group", "1", *QUICK]
+    arguments += ["--no-bank"]
     assert main([*arguments, "-o", str(out)]) == 0
     assert [path.name for path in (out / "groups").iterdir()] == ["thesis.txt"]
     assert [path.name for path in (out / ".realera-groups").iterdir()] == ["notes.txt"]
@@ -222,7 +223,8 @@ def test_a_full_disk_under_a_group_is_a_warning(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(parallel, "sum_part", on_full_disk)
     out = tmp_path / "out"
-    assert main(["erase", "miniature", "--concepts", str(names), *QUICK, "-o", str(out)]) == 0
+    arguments = ["erase", "miniature", "--concepts", str(names), *QUICK, "--no-bank"]
+    assert main([*arguments, "-o", str(out)]) == 0
     assert (out / "lora.safetensors").exists() and not (out / ".realera-groups").exists()
 
 

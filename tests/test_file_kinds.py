@@ -31,7 +31,7 @@ def metadata_of(path):
 
 def edit(dim):
     g = torch.Generator().manual_seed(3)
-    return Edit.from_matrix(torch.eye(dim) + torch.randn(dim, dim, generator=g) / dim)
+    return Edit(torch.randn(dim, 8, generator=g) / dim, torch.randn(8, dim, generator=g))
 
 
 def prefixed(prefix, state):
