@@ -267,8 +267,8 @@ LLM = {
     "hidden_size": WIDTH,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
 }
 
 LLMS = ("qwen25_7b", "qwen25_3b", "qwen3_4b", "qwen3_06b", "qwen3vl_4b", "qwen3vl_8b", "gemma2_2b")

@@ -60,6 +60,9 @@ QUICK = {
     "test_token_alignment.py",
 }
 
+# Files that take minutes: the first that xdist gives out, so that no worker ends long after others.
+LONG = ["test_page.py", "test_comfyui_inside.py", "test_comfyui.py", "test_comfyui_families.py"]
+
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},
     "sd2": {
@@ -81,6 +84,7 @@ TEXTS = {"sd1": [32], "sd2": [64], "sdxl": [32, 64]}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if item.path.name in QUICK:
             item.add_marker("quick")

@@ -392,7 +392,7 @@ def test_a_network_predicts_where_it_is_wherever_its_encoders_are(name):
     assert torch.equal(prediction(model, encoding), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["sd3", "flux1", "z_image", "qwen_image21"])
 def test_an_adversary_seeks_the_context_of_a_transformer(name, monkeypatch):
     model, mining, erasure = model_of(name), mined(name), erasure_of(name)
     calls, predict = [], model.predict
