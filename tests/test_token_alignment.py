@@ -77,6 +77,7 @@ def test_tokens_beyond_a_short_anchor_are_mapped_to_its_last_token():
     stay = [-1, -1, -1]
     assert mapped(CAUSAL, "tiger", "cat", "a {} b", 13) == [*stay, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10]
     assert mapped(OTHER, "tiger", "x", "{}", 8) == [0, 0, 0, 0, 0, 1, 2, 3]
+    assert mapped(OTHER, "x", "y", "{}", 2) == [0, 1]  # a context of two rows is no single row
 
 
 def test_the_span_of_a_merged_phrase_starts_where_the_tokens_diverge():
@@ -98,6 +99,9 @@ def test_the_rows_of_a_part_stay_among_themselves():
     # start, a, b, end; the last rows of the anchor have nothing behind them
     assert row[:7] == [-1, 1, 2, 4, 5, 6, 6] and row[7:14] == [-1, 8, 9, 11, 12, 13, 13]
     assert row[14:] == [-1, -1]  # of no part
+    other = replace(OTHER, first=7, rows=7)  # a, b, end; its first row changes as well
+    place = map_rows(Text((first, other)), [("ab", "abc", "{}")], encoded(1, 14))
+    assert place.streams[CONTEXT][0, 7:].tolist() == [7, 8, 10, 11, 12, 13, 13]
 
 
 def test_rows_that_are_not_there_stay_and_a_stream_of_one_row_becomes_the_anchors():
@@ -120,6 +124,8 @@ def test_rows_that_are_not_there_stay_and_a_stream_of_one_row_becomes_the_anchor
 def test_a_phrase_without_a_token_is_refused():
     with pytest.raises(ValueError, match="'~' has no token in 'a ~ b'"):
         mapped(CAUSAL, "cat", "~", "a {} b")
+    with pytest.raises(ValueError, match="'~' has no token in 'ab~'"):
+        mapped(CAUSAL, "~", "cat", "ab{}")
     assert mapped(CAUSAL, "c", "d", "~{}~", 3) == [-1, 1, 2]
 
 
@@ -160,6 +166,12 @@ def test_padding_of_an_encoder_that_is_not_causal_weighs_as_one_row():
     assert weights[0].tolist() == [1.0] * 6 + [0.25] * 4
     torch.testing.assert_close(weights[1], torch.tensor([1.0] * 5 + [1 / 3] * 3 + [0.0] * 2))
     assert weights[2].tolist() == [1.0] * 10
+    (one,) = row_weights((OTHER,), ["eight of"], there[:1]).tolist()
+    assert one == [1.0] * 10  # of one row of padding, the weight of all is its weight
+    (causal,) = row_weights((CAUSAL,), ["ab"], there[:1]).tolist()
+    assert causal == [1.0] * 10
+    padded = row_weights((replace(CAUSAL, padded=True),), ["ab"], there[:1])
+    torch.testing.assert_close(padded[0], torch.tensor([1.0] * 4 + [1 / 6] * 6))
     within = row_weights((replace(OTHER, rows=6),), ["ab"], there[:1])
     torch.testing.assert_close(within[0], torch.tensor([1.0] * 3 + [1 / 3] * 3 + [1.0] * 4))
 
@@ -168,4 +180,5 @@ def test_unit_rows_have_a_mean_square_of_one_and_nothing_stays_nothing():
     rows = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
     due = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]) * 2**0.5
     torch.testing.assert_close(unit(rows), due)
+    torch.testing.assert_close(unit(rows[None]), due[None])
     torch.testing.assert_close(unit(rows * 1e-5)[0], due[0] * (1.25e-9 / (1.25e-9 + 1e-6)) ** 0.5)
