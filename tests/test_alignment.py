@@ -32,7 +32,7 @@ from realera.training.gradient_checkpointing import activation_bytes, checkpoint
 from realera.training.inputs import AdversarialInputs, TrainingInputs
 from realera.training.loop import align
 from realera.training.lora import lora_layers, with_lora, without_lora
-from realera.training.objective import loss_terms
+from realera.training.objective import LOSS_SCALES, backward, loss_terms
 from realera.training.student_teacher import StudentTeacher, student_mode, student_teacher
 
 NEAR, FAR = NeighborSettings(source="isotropic", neighbors=2), BeyondSettings(beyond=1)
@@ -128,11 +128,13 @@ def test_the_unet_is_unchanged_after_success_error_and_cancel(model, job):
 
 
 def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, job, monkeypatch):
+    short = replace(SHORT, steps=2)
     monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1.0,))
-    plain = run(model, job)
-    monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40, 1.0))
-    again = run(model, job)
-    assert all(torch.equal(a, again[name][0]) for name, (a, _) in plain.items())
+    plain = run(model, job, short)
+    for scales in ((1e40, 1.0), *((scale,) for scale in LOSS_SCALES)):  # each of them is exact
+        monkeypatch.setattr("realera.training.objective.LOSS_SCALES", scales)
+        again = run(model, job, short)
+        assert all(torch.equal(a, again[name][0]) for name, (a, _) in plain.items())
     monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40,))
     with pytest.raises(FloatingPointError, match="gradient at step 1 is not finite"):
         run(model, job)
@@ -633,6 +635,24 @@ def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
     for name, pair in loras[0].items():
         for one, other in zip(pair, loras[1][name], strict=True):
             assert (one - other).norm() < 0.01 * one.norm()  # Adam's first steps are all signs
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_loss_is_the_mean_square_between_student_and_teacher(model, job, step):
+    with with_lora(model.network, 2, 0) as lora:
+        weights = [b for _, b in lora.values()]
+        networks = student_teacher(model, job.erasure)
+        terms = loss_terms(model, job, SHORT, step)
+        due = torch.zeros(())
+        for term in terms:
+            with torch.no_grad(), networks.teacher():
+                eps = model.predict(term.z_t, term.t, term.p_star)
+            with networks.student():
+                due = due + (model.predict(term.z_t, term.t, term.p) - eps).square().mean()
+        gradients = torch.autograd.grad(due, weights)
+        assert backward(networks, terms, weights) == pytest.approx(due.item())
+        for weight, gradient in zip(weights, gradients, strict=True):
+            assert torch.allclose(weight.grad, gradient, rtol=1e-3, atol=1e-9)
 
 
 def test_every_step_and_every_seed_trains_on_other_noise(model, job):
