@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from realera.edit import closed_form
 from realera.edit.closed_form import (
     BankGram,
     Edit,
@@ -112,6 +113,14 @@ def test_one_row_alone_gives_a_finite_edit_that_leaves_orthogonal_rows():
     other = other - (other @ e.T) / (e @ e.T) * e
     assert torch.allclose(edit(e.float()), target.float(), atol=1e-3)
     assert torch.allclose(edit(other.float()), other.float(), atol=1e-3)
+
+
+def test_the_probes_of_a_wide_encoder_stop_at_the_rank_of_a_narrow_edit(monkeypatch):
+    solved, solves = closed_form._solved, []
+    monkeypatch.setattr(closed_form, "_solved", lambda *two: solves.append(two) or solved(*two))
+    sums = Sums.zeros(320).add_erased(rows_of(0, 320, 3), rows_of(1, 320, 3))
+    assert solve(sums, None, 0.1, 1e-3).rank == 3
+    assert len(solves) == 3  # the probes that find the range, those that find no more, the factor
 
 
 @QUICK
