@@ -190,10 +190,24 @@ def test_families_of_the_same_layers_are_told_by_what_the_layers_read():
         text_layers(Reader(names, 132))
 
 
-@pytest.mark.parametrize("layer", ["lin", "linear"])
-def test_flux3_is_refused_by_its_name_in_either_layout(layer):
-    with pytest.raises(ValueError, match=r"is FLUX\.3: ComfyUI 0\.33 does not have it"):
-        text_layers(Reader((f"early_stream_modulations.image.{layer}", "context_embedder"), 4))
+def test_the_reader_of_a_quantised_file_is_erased_where_it_is_not_quantised_itself(tmp_path):
+    """FLUX.3 klein as ComfyUI has it, int8 with a rotation in other layers."""
+    state = {
+        "early_stream_modulations.image.lin.weight": torch.ones(6, 4, dtype=torch.int8),
+        "early_stream_modulations.image.lin.weight_scale": torch.ones(6, 1),
+        "early_stream_modulations.image.lin.comfy_quant": torch.ones(9, dtype=torch.uint8),
+        "txt_in.weight": torch.ones(4, 8, dtype=torch.bfloat16),
+    }
+    path, out = tmp_path / "model.safetensors", tmp_path / "erased.safetensors"
+    save_file(state, path)
+    assert family_of(path).name == "flux3_klein"
+    write_checkpoint(path, erasure_for(8, "flux3_klein"), out)
+    erased = load_file(out)
+    assert [key for key in state if not torch.equal(state[key], erased[key])] == ["txt_in.weight"]
+    assert all(erased[key].dtype == state[key].dtype for key in state)
+    save_file({**state, "txt_in.weight": torch.ones(4, 8, dtype=torch.int8)}, path)
+    with pytest.raises(ValueError, match=r"'txt_in.weight' .* is I8 .*: quantised"):
+        write_checkpoint(path, erasure_for(8, "flux3_klein"), out, overwrite=True)
 
 
 @pytest.mark.parametrize("dim", [12288, 15360, 20480])

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from diffusers.modular_pipelines import PipelineState
 from safetensors.torch import load_file, save_file
 
 from realera.algorithm import align_erasure, collect, erase, mine
@@ -31,7 +32,7 @@ from realera.text.token_alignment import (
     unit,
 )
 from realera.training.student_teacher import student_mode
-from tests.tiny_transformers import FAMILIES, tiny
+from tests.tiny_transformers import FAMILIES, WIDTH, flux3_klein, tiny
 
 CAT = (Concept("black cat", "dog", ("a photo of the {}", "{} in the park")),)
 ASKED = ["a photo of the black cat", "black cat in the park", "a photo of the house"]
@@ -134,9 +135,9 @@ def test_rows_are_what_the_readers_read(name):
         torch.testing.assert_close(own, rows, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flux2_klein", "flux2_dev"])
+@pytest.mark.parametrize("name", ["flux2_klein", "flux2_dev", "flux3_klein"])
 def test_padding_is_predicted_with_where_the_pipeline_puts_it(name):
-    """Behind the prompt in FLUX.2 klein, in front of it in FLUX.2 dev."""
+    """In front of the prompt in FLUX.2 dev, behind it in the others."""
     model, read, theirs = model_of(name), [], []
     (reader,) = text_layers(model.network).values()
     handle = reader.layer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
@@ -185,7 +186,7 @@ def test_the_text_side(name):
     assert text.summary(["cat", "dog"]).shape == (2, encoding[CONTEXT].shape[-1])
     refuse_long_prompts(text, ASKED)
     with pytest.raises(ValueError, match="shorten"):
-        refuse_long_prompts(text, ["word " * 2000])
+        refuse_long_prompts(text, ["word " * 10_000])
     words = text.words()
     assert words == sorted(set(words)) and "art" in words
 
@@ -280,6 +281,39 @@ def test_a_half_precision_network_is_told_the_time_that_its_own_pipeline_tells(n
         assert given_times[0] == their[0]
 
 
+def test_padding_that_an_anchor_lacks_is_met_by_its_last_row():
+    """FLUX.3 pads to a multiple of 80 tokens: 160 rows of a phrase, 80 of one of its anchors."""
+    text, template = model_of("flux3_klein").text, "a photo of the {}"
+    long = "black cat " * 30
+    phrases, anchors = [long] * 2, ["dog", "house " * 60]
+    own, theirs = (
+        text.encode([template.replace("{}", one) for one in some]) for some in (phrases, anchors)
+    )
+    assert theirs.there(CONTEXT).sum(1).tolist() == [80, 160] and own[CONTEXT].shape[1] == 160
+    triples = [(one, anchor, template) for one, anchor in zip(phrases, anchors, strict=True)]
+    target = map_rows(text, triples, own).target(own, theirs)
+    assert torch.equal(target[CONTEXT][0, 150:], theirs[CONTEXT][0, 79:80].expand(10, -1))
+    assert torch.equal(target[CONTEXT][1, 159], theirs[CONTEXT][1, 159])
+
+
+def test_a_flow_map_predicts_the_velocity_at_a_time_and_is_loaded_as_one(tmp_path):
+    """And not the jump from there to an image, for which its pipeline makes its last step."""
+    pipeline, seen = flux3_klein(flow_map=True), []
+    pipeline.save_pretrained(str(tmp_path))
+    model = load_model(tmp_path)
+    model.network.register_forward_hook(
+        lambda _, given, options, __: seen.append(
+            (options["timestep"], options["target_timestep"])
+        ),
+        with_kwargs=True,
+    )
+    rows = torch.zeros(2, 80, 8 * WIDTH, requires_grad=True)
+    model.predict(torch.zeros(2, 4, 4, 4), torch.tensor([0.25, 0.5]), Encoding({CONTEXT: rows}))
+    ((start, end),) = seen
+    assert torch.equal(start, torch.tensor([0.25, 0.5])) and torch.equal(start, end)
+    assert type(model.pipeline).__name__ == "Flux3DistilledModularPipeline"
+
+
 def test_a_transformers_vae_is_given_latents_by_their_area(monkeypatch):
     for name in ("flux1", "qwen_image"):
         model, sizes = model_of(name), []
@@ -328,7 +362,8 @@ def test_text_enters_by_the_layers_that_are_edited_and_no_other_way(name):
         handles = [layer.register_forward_hook(hook) for layer in layers]
         options = {"num_inference_steps": 1, "output_type": "latent", "generator": generator}
         try:
-            return model.pipeline(prompt=prompt, height=64, width=64, **options)[0]
+            drawn = model.pipeline(prompt=prompt, height=64, width=64, **options)
+            return drawn.get("latents") if isinstance(drawn, PipelineState) else drawn[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -430,7 +465,7 @@ def folders(tmp_path_factory):
     def folder(name):
         if name not in made:
             made[name] = home / name
-            model_of(name).pipeline.save_pretrained(made[name])
+            model_of(name).pipeline.save_pretrained(str(made[name]))
         return made[name]
 
     return folder

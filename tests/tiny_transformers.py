@@ -16,6 +16,9 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
@@ -34,6 +37,7 @@ from diffusers import (
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
+    AutoProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -42,6 +46,7 @@ from transformers import (
     Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -347,6 +352,9 @@ class TextProcessor(ProcessorMixin):
         return self.tokenizer([text] if isinstance(text, str) else text, **options)
 
 
+AutoProcessor.register(type("TextConfig", (PretrainedConfig,), {}), TextProcessor)
+
+
 def qwen_image21() -> QwenImage21Pipeline:
     return QwenImage21Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -400,17 +408,21 @@ def krea2() -> Krea2Pipeline:
     )
 
 
+def flux2_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=1,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+
+
 def flux2_klein() -> Flux2KleinPipeline:
     text = Qwen3Config(**{**LLM, "num_hidden_layers": 27}, head_dim=8)  # rows of layers 9, 18, 27
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKLFlux2(
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=1,
-            norm_num_groups=4,
-            sample_size=64,
-        ),
+        vae=flux2_vae(),
         text_encoder=Qwen3ForCausalLM(text).eval(),
         tokenizer=chat_tokens(),
         transformer=Flux2Transformer2DModel(
@@ -480,6 +492,35 @@ def flux2_dev() -> Flux2Pipeline:
     )
 
 
+def flux3_klein(flow_map: bool = False) -> Flux3ModularPipeline:
+    text = qwen3_vl()
+    text.text_config.num_hidden_layers = 33  # rows of layers 4, 8, ..., 32
+    tokenizer = chat_tokens()
+    tokenizer.padding_side = "left"  # which the pipeline does not heed
+    kind = Flux3DistilledModularPipeline if flow_map else Flux3ModularPipeline
+    blocks = kind().blocks
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = kind(blocks)
+    pipeline.update_components(
+        text_encoder=Qwen3VLForConditionalGeneration(text).eval(),
+        tokenizer=TextProcessor(tokenizer, CHAT),
+        vae=flux2_vae(),
+        transformer=Flux3Transformer2DModel(
+            in_channels=4,
+            cond_in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8 * WIDTH,
+            timestep_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            flow_map=flow_map,
+        ),
+    )
+    return pipeline
+
+
 FAMILIES = {
     "sd3": sd3,
     "flux1": flux1,
@@ -491,6 +532,7 @@ FAMILIES = {
     "krea2": krea2,
     "flux2_klein": flux2_klein,
     "flux2_dev": flux2_dev,
+    "flux3_klein": flux3_klein,
 }
 
 

@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    ModularPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -45,6 +46,7 @@ from ..miniature import T5
 from ..miniature.language import LOADERS, LanguageText
 from ..miniature.transformer_text import MiniatureTransformerText, load_t5
 from ..pipelines.interface import Diffusion
+from ..pipelines.modular import BLOCKS
 from ..pipelines.transformer import TransformerModel, TransformerText
 from ..pipelines.unet import DiffusersModel, DiffusersText
 from ..storage.safetensors_file import TensorFile, open_tensors
@@ -245,6 +247,9 @@ def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **part
 
     parts: name -> part that is there already, or None to leave it out
     """
+    pipeline_class = getattr(diffusers, family.pipeline["class"])
+    if issubclass(pipeline_class, ModularPipeline):
+        return _modular_pipeline(path, pipeline_class, dtype, parts)
     index = read_json((path / "model_index.json").read_bytes(), path / "model_index.json")
     for name, entry in index.items():
         if name not in parts and name.startswith(("text_encoder", "transformer", "vae")):
@@ -257,9 +262,36 @@ def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **part
                         f"{library}"
                     )
                 parts[name] = _folder_part(part_class, path / name, dtype)
-    return getattr(diffusers, family.pipeline["class"]).from_pretrained(
-        path, torch_dtype=dtype, local_files_only=True, **parts
-    )
+    return pipeline_class.from_pretrained(path, torch_dtype=dtype, local_files_only=True, **parts)
+
+
+def _modular_pipeline(
+    path: Path, pipeline_class: Any, dtype: torch.dtype, parts: dict[str, Any]
+) -> Any:
+    """The pipeline of a folder, of the blocks that RealEra runs.
+
+    pipeline_class: class of the family; a subclass that the folder names takes precedence
+    parts: as in `_transformer_pipeline`
+    """
+    index = path / pipeline_class.config_name
+    named = getattr(diffusers, str(read_json(index.read_bytes(), index).get("_class_name")), None)
+    if isinstance(named, type) and issubclass(named, pipeline_class):
+        pipeline_class = named
+    blocks = pipeline_class().blocks
+    for name in blocks.sub_blocks.keys() - BLOCKS:
+        del blocks.sub_blocks[name]
+    pipeline = pipeline_class(blocks)
+    for name in pipeline.component_names:
+        spec = pipeline.get_component_spec(name)
+        created = spec.default_creation_method == "from_config" and not (path / name).is_dir()
+        if name not in parts and not created:
+            parts[name] = (
+                _folder_part(spec.type_hint, path / name, dtype)
+                if issubclass(spec.type_hint, nn.Module)
+                else spec.type_hint.from_pretrained(path / name, local_files_only=True)
+            )
+    pipeline.update_components(**{name: part for name, part in parts.items() if part is not None})
+    return pipeline
 
 
 def _file_part(

@@ -59,6 +59,7 @@ AHEAD = 2  # erased tensors in memory that are not written yet
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 NETWORKS = ("unet", "transformer")
 CARD = "README.md"  # the model card of a folder
+INDICES = ("model_index.json", "modular_model_index.json")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
@@ -201,15 +202,15 @@ def _copied(path: Path) -> list[Path]:
     once more; not the README.md, which describes the original. Raises ValueError when a part that
     model_index.json names is missing.
     """
-    index = path / "model_index.json"
-    if not index.is_file():
+    index = next((path / name for name in INDICES if (path / name).is_file()), None)
+    if index is None:
         raise ValueError(f"{path} is no whole pipeline folder: it lacks model_index.json")
     named = {
         name: kind
         for name, kind in read_json(index.read_bytes(), index).items()
         if isinstance(kind, list)
-        and len(kind) == 2
-        and all(part is None or isinstance(part, str) for part in kind)  # others are settings
+        and (len(kind) == 2 or isinstance(kind[-1], dict))  # of a modular pipeline: its source
+        and all(part is None or isinstance(part, str) for part in kind[:2])  # others are settings
         and name not in NETWORKS
         and "UNet" not in str(kind)
         and "ControlNet" not in str(kind)

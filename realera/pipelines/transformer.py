@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
 
 from ..edit.text_layers import FAMILIES, family_in, text_layers
 from ..text.encoding import (
@@ -32,6 +33,7 @@ from ..text.encoding import (
 from ..text.token_alignment import prompt_summaries, row_weights, unit
 from .fingerprint import Fingerprint, described
 from .interface import latents_at_once
+from .modular import with_methods
 
 DEFAULT_SIDE = 128  # default side of a latent: images of 1,024 pixels
 EMBEDDED_GUIDANCE = 3.5  # guidance scale for networks that read it as an input (FLUX.1 dev)
@@ -46,7 +48,7 @@ class TransformerText:
     """
 
     def __init__(self, pipeline: Any, family: str, front: nn.Module | None = None):
-        self.pipeline, self.family, self.front = pipeline, family, front
+        self.pipeline, self.family, self.front = with_methods(pipeline), family, front
         self._fingerprint = Fingerprint()
         self.spec = FAMILIES[family]["pipeline"]
 
@@ -141,7 +143,8 @@ def _left_padded(pipeline: Any, spec: Mapping[str, Any]) -> bool:
     spec: of the pipeline in the family's file
     """
     *_, (name, last) = spec["tokenizers"].items()
-    return last.get("padded", False) and attrgetter(name)(pipeline).padding_side == "left"
+    side = last.get("padding_side") or attrgetter(name)(pipeline).padding_side
+    return last.get("padded", False) and side == "left"
 
 
 def _tokenize(tokenizer: Any, spec: Mapping[str, Any]) -> Callable[[Sequence[str]], Any]:
@@ -207,8 +210,9 @@ class TransformerModel:
     """
 
     def __init__(self, pipeline: Any, text: TextEncoder | None = None):
-        self.pipeline, self.network = pipeline, pipeline.transformer.train(False)
-        self.vae, self._fingerprint = pipeline.vae.train(False), Fingerprint()
+        self.pipeline = pipeline = with_methods(pipeline)
+        self.network, self.vae = pipeline.transformer.train(False), pipeline.vae.train(False)
+        self._fingerprint = Fingerprint()
         text_layers(self.network)  # raises where no layer reads a context
         family = family_in(self.network)
         if family is None:
@@ -295,7 +299,7 @@ class TransformerModel:
                 for value in (vae.bn.running_mean, vae.bn.running_var)
             )
             latents = latents * (variance + config.batch_norm_eps).sqrt() + mean
-            return vae.decode(self.pipeline._unpatchify_latents(latents)).sample
+            return vae.decode(pixel_shuffle(latents, self.patch)).sample
         shift = config.get("shift_factor") or 0.0
         return vae.decode(latents / config.scaling_factor + shift).sample
 
@@ -326,7 +330,8 @@ class TransformerModel:
             options[names[POOLED]] = rows[POOLED][:, 0]
         if "mask" in names:
             options[names["mask"]] = torch.ones_like(rows[CONTEXT][..., 0], dtype=torch.bool)
-        call = type(pipeline).__call__
+        # Unwrapped, since `__call__` disables gradients.
+        call = inspect.unwrap(getattr(type(pipeline), "denoise", type(pipeline).__call__))
         if self.network.config.get("guidance_embeds"):
             options["guidance_scale"] = EMBEDDED_GUIDANCE
         elif "true_cfg_scale" in inspect.signature(call).parameters:
@@ -336,9 +341,12 @@ class TransformerModel:
         packs, scale = hasattr(pipeline, "_unpack_latents"), pipeline.vae_scale_factor * self.patch
         if packs:
             latents = pipeline._pack_latents(latents, n, channels, height, width)
-        with self._one_step(times) as step, self._rows_of_front(rows[CONTEXT]):
-            # Unwrapped, since `__call__` disables gradients.
-            inspect.unwrap(call)(
+        with (
+            self._one_step(times) as step,
+            self._rows_of_front(rows[CONTEXT]),
+            self._velocity(),
+        ):
+            call(
                 pipeline,
                 latents=latents,
                 height=height * scale,
@@ -379,6 +387,22 @@ class TransformerModel:
             yield
         finally:
             del self.front.forward
+
+    @contextmanager
+    def _velocity(self) -> Iterator[None]:
+        """A flow map, which jumps from one time to another, predicts the velocity at the first."""
+        if not self.network.config.get("flow_map"):
+            yield
+            return
+
+        def stay(_: nn.Module, given: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return given, {**options, "target_timestep": options["timestep"]}
+
+        handle = self.network.register_forward_pre_hook(stay, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _one_step(self, times: Tensor) -> Iterator[_OneStep]:

@@ -31,11 +31,15 @@ class RowMap:
         return {stream: index >= 0 for stream, index in self.streams.items()}
 
     def target(self, e: Encoding, anchor: Encoding) -> Encoding:
-        """e*: the anchor rows inside the span and the rows of `e` outside."""
+        """e*: the anchor rows inside the span and the rows of `e` outside.
+
+        Padding that an anchor prompt lacks is mapped to its last row.
+        """
         target = {}
         for stream, index in self.streams.items():
             rows = anchor[stream]
-            at = index.clamp(0, rows.shape[1] - 1)[..., None].expand(-1, -1, rows.shape[2])
+            last = anchor.there(stream).sum(1, keepdim=True) - 1
+            at = index.clamp(min=0).minimum(last)[..., None].expand(-1, -1, rows.shape[2])
             target[stream] = torch.where((index >= 0)[..., None], rows.gather(1, at), e[stream])
         return Encoding(target, e.weights)
 
