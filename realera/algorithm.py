@@ -21,7 +21,14 @@ from torch import Tensor
 
 from .concepts import Concept, refuse_named
 from .edit.closed_form import Sums
-from .edit.erasure import UNET, Erasure, concepts_of, notes_of
+from .edit.erasure import (
+    UNET,
+    Erasure,
+    affected_layers,
+    concepts_of,
+    notes_of,
+    refuse_misfit,
+)
 from .mining import noise, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
 from .mining.pairs import MinedRows, Pairs, encode_pairs
@@ -333,7 +340,12 @@ def training_inputs(
     """Encodes and draws the inputs of the alignment; parameters as in `align_erasure`.
 
     erasure: erasure that includes the concepts of `mining`, and possibly more
+
+    Raises ValueError when the model is of another family or size than the text encoder of `mining`.
     """
+    for name, layer in affected_layers(erasure, model.network).items():
+        shape = layer.layer.out_features, layer.layer.in_features
+        refuse_misfit(name, shape, erasure.edits[layer.kind.stream], erasure.lora.get(name))
     neighbourhood, plan, seed = mining.neighbourhood, mining.plan, training.seed
     if anchors is None:
         anchors = draw_anchors(model, mining.pairs, images, Sampling(seed=seed))

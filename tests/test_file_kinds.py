@@ -68,6 +68,13 @@ OTHERS = {  # name -> what the file is, tensors that make it that
         "a LoRA",
         ["transformer.txt_in.lora_A.weight", "transformer.txt_in.lora_B.weight"],
     ),
+    "Nunchaku": (
+        "a network quantised by Nunchaku (SVDQuant)",
+        [
+            *FLUX_IN_DIFFUSERS,
+            *(f"transformer_blocks.0.mlp_fc1.{n}" for n in ("wscales", "lora_down")),
+        ],
+    ),
     "OFT": ("an OFT", ["lora_unet_mid_block_attn2_to_k.oft_blocks"]),
     "ControlNet of FLUX": ("a ControlNet", [*FLUX_IN_DIFFUSERS, "controlnet_blocks.0.weight"]),
     "union ControlNet": ("a ControlNet", [*FLUX, "controlnet_mode_embedder.weight"]),

@@ -132,6 +132,48 @@ def test_an_erasure_is_applied_to_its_own_family_alone(tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+KLEIN = "double_stream_modulation_img.lin"
+WRONG = {  # layers of a file, made for, width of the erasure -> what is wrong
+    "klein erasure on dev": (
+        [KLEIN, "txt_in", "guidance_in.in_layer"],
+        ("flux2_klein", 8),
+        r"made for FLUX\.2 klein and the model is FLUX\.2 dev",
+    ),
+    "klein 4B erasure on 9B": (
+        [KLEIN, "txt_in"],
+        ("flux2_klein", 4),
+        r"embeddings of 4 numbers and txt_in reads 8: .* the size that its text encoder is for",
+    ),
+    "Krea 2 without its fusion": (
+        ["txtmlp.0", "txtmlp.1"],
+        ("krea2", 8),
+        r"is a Krea 2 without its text fusion: it lacks txtfusion .*: get the whole checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_file_that_an_erasure_is_not_for_is_refused_and_nothing_written(case, tmp_path):
+    layers, (made_for, dim), match = WRONG[case]
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(sample((name, 8) for name in layers), path)
+    for write in (write_checkpoint, write_lora):
+        with pytest.raises(ValueError, match=match):
+            write(path, erasure_for(dim, made_for), out)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_no_erasure_is_made_of_prompts_that_hold_the_tokens_of_an_image(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    layers = ["transformer_blocks.0.img_mod.1", "txt_norm", "txt_in", "img_in"]
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(sample((name, 64) for name in layers), weights)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    for load in (load_model, load_text):
+        with pytest.raises(ValueError, match=r"tokens of an image: .* QwenImagePipeline of Qwen"):
+            load(tmp_path)
+
+
 ANIMA = [f"blocks.{n}.cross_attn.{part}_proj" for n in (0, 1, 10) for part in "kv"]
 
 

@@ -10,11 +10,12 @@ import torch
 from diffusers.modular_pipelines import PipelineState
 from safetensors.torch import load_file, save_file
 
-from realera.algorithm import align_erasure, collect, erase, mine
+from realera.algorithm import align_erasure, collect, erase, mine, training_inputs
 from realera.checkpoints.families import family_of
 from realera.checkpoints.loading import load_model, load_text
 from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.concepts import Concept
+from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure, temporarily_erased
 from realera.edit.erasure_file import load_erasure, save_erasure
 from realera.edit.text_layers import TRANSFORMERS, family_in, guidance_of, text_layers
@@ -312,6 +313,23 @@ def test_a_flow_map_predicts_the_velocity_at_a_time_and_is_loaded_as_one(tmp_pat
     ((start, end),) = seen
     assert torch.equal(start, torch.tensor([0.25, 0.5])) and torch.equal(start, end)
     assert type(model.pipeline).__name__ == "Flux3DistilledModularPipeline"
+
+
+def test_a_distilled_model_is_refused_classifier_free_guidance(monkeypatch):
+    for name, config in (("flux3_klein", "flow_map"), ("krea2", "is_distilled")):
+        model = model_of(name)
+        part = model.network if config == "flow_map" else model.pipeline
+        with monkeypatch.context() as patch:
+            patch.setattr(type(part), "config", {**part.config, config: True})
+            with pytest.raises(ValueError, match=r"distilled .* a guidance scale of 5 was given"):
+                model.sample(Encoding({}), Encoding({}), noise()[0], 1, 5.0)
+
+
+def test_an_alignment_refuses_an_encoder_of_another_size():
+    """Before anything is drawn or encoded."""
+    wrong = Erasure({CONTEXT: Edit(torch.ones(16, 1), torch.ones(1, 16))})
+    with pytest.raises(ValueError, match="embeddings of 16 numbers and txt_in reads 256"):
+        training_inputs(model_of("flux3_klein"), None, wrong, Training())
 
 
 def test_a_transformers_vae_is_given_latents_by_their_area(monkeypatch):

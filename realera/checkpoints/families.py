@@ -108,7 +108,9 @@ def open_network(source: str | os.PathLike[str]) -> tuple[Family, Files]:
                 f"{path} is one of {shards} shards of a model: give the folder of the pipeline"
             )
     if kind := kind_of(files[0]):
-        raise ValueError(f"{path} holds {kind} and no model: give the checkpoint that it is for")
+        raise ValueError(
+            f"{path} holds {kind} and no model: give the checkpoint that it was made for or from"
+        )
     if refusal := refusal_of(_columns(files)):
         raise ValueError(f"{path} {refusal}")
     erasable = _erasable_keys(path, files)

@@ -18,8 +18,10 @@ _ADAPTERS = {
     "difference of weights": r"\.(?:diff|w_norm)",
 }
 _RANKED = rf".+(?:{_ADAPTERS['LoRA']}|{_ADAPTERS['LoHa']}|\.lokr_w2_b)"
+_NUNCHAKU = r".+\.wscales"
 # What else is no model -> names that a tensor of it has and no tensor of a model.
 _OTHERS = {
+    "a network quantised by Nunchaku (SVDQuant)": _NUNCHAKU,
     "a ControlNet": (
         r"(?:controlnet_\w+|control_(?:add_embedding|layers|all_x_embedder)|input_hint_block|"
         r"zero_convs|lllite_\w+)\..+"
@@ -52,7 +54,10 @@ def adapter_of(file: TensorFile) -> Adapter | None:
     """The adapter in a file, or None.
 
     Names of tensors decide alone: no model has those of an adapter, and metadata may be missing.
+    A network that Nunchaku quantised has a LoRA in every layer.
     """
+    if any(re.fullmatch(_NUNCHAKU, key) for key in file.entries):
+        return None
     keys = {
         kind: [key for key in file.entries if re.fullmatch(f".+{ending}", key)]
         for kind, ending in _ADAPTERS.items()

@@ -251,6 +251,13 @@ def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **part
     if issubclass(pipeline_class, ModularPipeline):
         return _modular_pipeline(path, pipeline_class, dtype, parts)
     index = read_json((path / "model_index.json").read_bytes(), path / "model_index.json")
+    named = str(index.get("_class_name"))
+    if _reads_images(getattr(diffusers, named, None)) and not _reads_images(pipeline_class):
+        raise ValueError(
+            f"{path} is a {named}, whose prompts hold the tokens of an image: make the erasure "
+            f"from the {pipeline_class.__name__} of {family.title}; `realera apply` writes it into "
+            "this folder, where it erases the words of a prompt and nothing that an image shows"
+        )
     for name, entry in index.items():
         if name not in parts and name.startswith(("text_encoder", "transformer", "vae")):
             library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -263,6 +270,12 @@ def _transformer_pipeline(path: Path, family: Family, dtype: torch.dtype, **part
                     )
                 parts[name] = _folder_part(part_class, path / name, dtype)
     return pipeline_class.from_pretrained(path, torch_dtype=dtype, local_files_only=True, **parts)
+
+
+def _reads_images(pipeline_class: Any) -> bool:
+    """Whether a pipeline encodes an image with the prompt."""
+    encode = getattr(pipeline_class, "encode_prompt", None)
+    return encode is not None and "image" in inspect.signature(encode).parameters
 
 
 def _modular_pipeline(

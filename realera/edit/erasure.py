@@ -217,7 +217,7 @@ def refuse_misfit(
     if kind is not None and edit is not None and not kind.fits(shape[1], edit.dim):
         raise ValueError(
             f"the erasure was made for text embeddings of {edit.dim} numbers and {name} reads "
-            f"{shape[1]}: use a checkpoint of the erasure's family"
+            f"{shape[1]}: use a model of the family and the size that its text encoder is for"
         )
     if lora is not None and (len(lora[1]), lora[0].shape[1]) != tuple(shape):
         raise ValueError(

@@ -265,6 +265,12 @@ class TransformerModel:
     def sample(
         self, encoding: Encoding, negative: Encoding, noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
+        distilled = self.network.config.get("flow_map") or self.pipeline.config.get("is_distilled")
+        if distilled and guidance != 1:
+            raise ValueError(
+                f"the model was distilled to draw without classifier-free guidance, and a guidance "
+                f"scale of {guidance:g} was given: leave it out, or give 1"
+            )
         n, z = encoding.prompts, noise.to(self.network.device)
         sigmas = [*self._shifted(torch.linspace(1, 0, steps + 1)[:-1]).tolist(), 0.0]
         both = encoding if guidance == 1 else Encoding.cat([negative.like(encoding), encoding])
