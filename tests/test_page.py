@@ -639,6 +639,9 @@ def boxes(sheet):
     )
 
 
+SHOWN_BELOW = {"RealEraCompare": 240, "RealEraLoraAlign": 224}  # pixels that a run adds to a node
+
+
 @pytest.mark.parametrize(
     "path", [p for p in WORKFLOWS if p.name[0] in "1467"], ids=lambda p: p.stem
 )
@@ -662,7 +665,7 @@ def test_the_nodes_of_an_example_stay_in_their_groups_and_off_each_other(sheet, 
     for number, (kind, left, top, right, bottom) in enumerate(found):
         for other, a, b, c, d in found[number + 1 :]:
             assert right <= a or c <= left or bottom <= b or d <= top, (kind, other)
-        grid = 240 * 0.4 if kind == "RealEraCompare" else 0  # what a run shows below
+        grid = 0.4 * SHOWN_BELOW.get(kind, 0)
         for a, b, c, d in groups:
             if a <= left <= c and b <= top <= d:
                 assert right <= c + 1 and bottom + grid <= d + 1, kind
@@ -713,6 +716,25 @@ def test_no_label_of_the_neighbourhood_stands_on_another_text(sheet):
                 (a, b, c, d), (e, f, g, h) = label["box"], other["box"]
                 apart = c <= e or g <= a or d <= f or h <= b
                 assert apart or other == label, (label, other)
+
+
+def test_words_of_a_crowded_neighbourhood_stay_above_what_the_node_says(sheet):
+    sheet.add()
+    words = [[f"word {k}", 0.98 - 0.01 * k, True] for k in range(60)]
+    sheet.do(
+        """sent => {
+            const node = app.graph._nodes.find((n) => n.comfyClass === 'RealEraBeyondSampler');
+            node.setSize([node.size[0], node.computeSize()[1]]);
+            node.onExecuted(sent);
+        }""",
+        {"realera_geometry": [RING | {"words": words}], "text": ["60 words"]},
+    )
+    sheet.settle()
+    texts = sheet.texts("RealEraBeyondSampler")
+    [below] = [one["box"][1] for one in texts if one["text"] == "60 words"]
+    drawn = [one["box"] for one in texts if one["text"].startswith("word ")]
+    assert len(drawn) > 30
+    assert [box for box in drawn if box[1] < 0 or box[3] > below] == []
 
 
 def test_a_doubt_about_an_anchor_stands_whole_below_the_neighbourhood(sheet):
@@ -998,6 +1020,12 @@ def test_the_hints_of_empty_boxes_are_in_the_language_of_the_page(sheet):
         assert len(hints) >= 2
         # Nodes 2.0 has a box's name above it, and shows no hint.
         assert [hint for hint in hints if hint and not re.search("[\u4e00-\u9fff]", hint)] == []
+        labels = sheet.do(
+            """() => app.graph._nodes.flatMap((n) => n.widgets ?? [])
+                .filter(({ name }) => name === 'source' || name === 'precision')
+                .map(({ options, value }) => [options.getOptionLabel(value), value])"""
+        )  # shown by frontends that know this option, 1.27 not among them
+        assert labels == [["词表 (vocabulary)", "vocabulary"], ["自动 (auto)", "auto"]]
         sheet.do(
             """message => app.api.dispatchCustomEvent('execution_error',
                 { node_id: String(app.graph._nodes[0].id), exception_message: message,

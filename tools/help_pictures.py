@@ -1,7 +1,7 @@
-"""Takes the pictures of the help pages and examples in a real ComfyUI.
+"""Takes the pictures of the help pages, the README and the examples in a real ComfyUI.
 
 COMFYUI_DIR, COMFYUI_PYTHON and COMFYUI_FRONTEND as for the tests; a Chromium as Playwright finds
-one. The nodes of workflow 1 are shown after a run of it, in classic rendering, the others as they
+one. Workflow 1 and its nodes are shown after a run of it, in classic rendering, other nodes as they
 are added.
 """
 
@@ -24,6 +24,8 @@ ALONE = {"LoadErasure": 290, "MergeErasures": 240, "ClipClassifier": 360, "NudeN
 SIDE = 512  # pixels of an example's picture
 EDGE = 14  # pixels around a node
 TITLE = 60  # pixels above a node: its title and its badge
+SCALE = 0.75  # of the whole graph
+BESIDE = (120, 140)  # pixels of the page's bars, left of the graph and above
 
 SHOW = """([kind, width]) => {
     const { canvas, graph } = app;
@@ -42,11 +44,38 @@ SHOW = """([kind, width]) => {
     const { x, y } = canvas.canvas.getBoundingClientRect();
     return [x + 200, y + 200, ...node.size];
 }"""
+FIT = """([left, top, scale]) => {
+    const { canvas, graph } = app;
+    const boxes = [...graph._groups, ...graph._nodes].map(({ pos, size }) => [...pos, ...size]);
+    const x = Math.min(...boxes.map((box) => box[0])), y = Math.min(...boxes.map((box) => box[1]));
+    const right = Math.max(...boxes.map((box) => box[0] + box[2]));
+    const low = Math.max(...boxes.map((box) => box[1] + box[3]));
+    const corner = canvas.canvas.getBoundingClientRect();
+    canvas.deselectAll?.();
+    canvas.ds.scale = scale;
+    canvas.ds.offset = [(left - corner.x) / scale - x, (top - corner.y) / scale - y];
+    canvas.setDirty(true, true);
+    return [(right - x) * scale, (low - y) * scale];
+}"""
 RUN = """() => new Promise((resolve, reject) => {
     app.api.addEventListener('execution_success', () => resolve());
     app.api.addEventListener('execution_error', ({ detail }) => reject(detail.exception_message));
     app.queuePrompt(0);
 })"""
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path.name, picture.size, path.stat().st_size, flush=True)
+
+
+def take_graph(page: Any) -> Image.Image:
+    """The whole graph, below and beside what the page lays over the canvas."""
+    wide, high = page.evaluate(FIT, [*BESIDE, SCALE])
+    page.wait_for_timeout(3000)  # elements follow the canvas later
+    clip = {"x": BESIDE[0] - EDGE, "y": BESIDE[1] - EDGE}
+    shot = page.screenshot(clip={**clip, "width": wide + 2 * EDGE, "height": high + 2 * EDGE})
+    return Image.open(io.BytesIO(shot))
 
 
 def take(page: Any, kind: str, width: int) -> Image.Image:
@@ -60,7 +89,7 @@ def take(page: Any, kind: str, width: int) -> Image.Image:
 
 def take_all(server: Server, browser: Any) -> None:
     server.post("/settings/Comfy.TutorialCompleted", True)
-    page = browser.new_page(viewport={"width": 1400, "height": 1500})
+    page = browser.new_page(viewport={"width": 1600, "height": 1500})
     page.goto(server.address)
     page.wait_for_function("() => window.app?.graph && app.extensionManager?.command")
     for setting in ("Comfy.VueNodes.Enabled", "Comfy.Minimap.Visible"):
@@ -70,13 +99,12 @@ def take_all(server: Server, browser: Any) -> None:
     page.evaluate(RUN)
     page.evaluate("() => app.refreshComboInNodes()")  # what was saved can be loaded
     page.wait_for_timeout(2000)
+    save(take_graph(page), ROOT / "docs/pictures/graph.png")
     shown = page.evaluate("() => app.graph._nodes.map((n) => n.comfyClass)")
     ours = [kind for kind in shown if kind and kind.startswith("RealEra")]
     for kind in [*ours, *(f"RealEra{name}" for name in ALONE)]:
         picture = take(page, kind, ALONE.get(kind.removeprefix("RealEra"), 0))
-        path = ROOT / "web/docs" / f"{kind}.png"
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        print(path.name, picture.size, path.stat().st_size)
+        save(picture, ROOT / "web/docs" / f"{kind}.png")
 
 
 def square(picture: Image.Image) -> Image.Image:

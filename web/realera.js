@@ -69,6 +69,18 @@ const PLACEHOLDERS = {
   },
 };
 
+/** Values of a combo as a user reads them; graphs keep the English ones. */
+const OPTIONS = {
+  zh: {
+    source: {
+      vocabulary: "词表 (vocabulary)",
+      bank: "保留库 (bank)",
+      isotropic: "随机方向 (isotropic)",
+    },
+    precision: { auto: "自动 (auto)" },
+  },
+};
+
 function locale() {
   return app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 }
@@ -537,7 +549,10 @@ function drawWords(pen, width, height, colors, taken, geometry, ring) {
   const golden = Math.PI * (3 - Math.sqrt(5));
   const sides = (word) => {
     const half = pen.measureText(word).width / 2 + 3;
-    return ([x, y]) => [Math.max(half, Math.min(width - half, x)), y];
+    return ([x, y]) => [
+      Math.max(half, Math.min(width - half, x)),
+      Math.max(10, Math.min(height - 4, y)),
+    ];
   };
   shown.forEach((entry, k) => {
     const [word, cosine] = entry;
@@ -614,6 +629,7 @@ function addSuggestions(node) {
   const alone = (written) => eachConcept(written, (name) => name);
   const ask = button(text("suggest"), () => runAlone(node, { concepts: alone }));
   ask.title = text("suggesting");
+  node.realeraSuggest = ask;
   box.append(ask);
   view.append(box);
   const choose = (concept, anchor) => {
@@ -646,7 +662,8 @@ function addNeighborhood(node, height) {
     pen.textAlign = "left";
     pen.fillStyle = colors.text;
     lines.forEach((line, k) => pen.fillText(line, 6, height + 14 * k + 8));
-    const taken = [];
+    const button = node.realeraSuggest;
+    const taken = button ? [[width - button.offsetWidth - 8, 0, width, button.offsetHeight + 6]] : [];
     pen.textAlign = "left";
     [[colors.near, text("near")], [colors.far, text("far")]].forEach(([color, label], k) => {
       const legend = `● ${label}`;
@@ -832,7 +849,8 @@ function addScope(node) {
 function addSaved(node) {
   const view = addView(node, "realera_saved", 36, () => colorsOf(view));
   const lines = element("div", { color: "var(--realera-grey)", padding: "4px 6px" }, text("unsaved"));
-  Object.assign(lines.style, { whiteSpace: "pre", lineHeight: "14px", userSelect: "text" });
+  Object.assign(lines.style, { whiteSpace: "pre-wrap", overflowWrap: "anywhere" });
+  Object.assign(lines.style, { lineHeight: "14px", userSelect: "text" });
   view.append(lines);
   return (output) => {
     if (!output.text) return;
@@ -1060,8 +1078,12 @@ const VIEWS = {
   RealEraSaveErasedCheckpoint: addSaved,
 };
 
-/** Gives a node's empty widgets their hints in the user's language. */
-function translatePlaceholders(node) {
+/** Gives a node's empty widgets their hints, and combos their values, in the user's language. */
+function translateWidgets(node) {
+  for (const [name, labels] of Object.entries(OPTIONS[locale()] ?? {})) {
+    const widget = node.widgets?.find((one) => one.name === name);
+    if (widget) widget.options.getOptionLabel = (value) => labels[value] ?? value ?? "";
+  }
   for (const [name, hint] of Object.entries(PLACEHOLDERS[locale()] ?? {})) {
     const widget = node.widgets?.find((one) => one.name === name);
     if (!widget) continue;
@@ -1115,7 +1137,7 @@ app.registerExtension({
   ],
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("RealEra")) return;
-    translatePlaceholders(node);
+    translateWidgets(node);
     const add = VIEWS[node.comfyClass];
     if (node.widgets?.some(({ name }) => name in AUTOMATIC)) addAutomatic(node);
     foldInputs(node);
