@@ -174,6 +174,22 @@ def test_no_erasure_is_made_of_prompts_that_hold_the_tokens_of_an_image(tmp_path
             load(tmp_path)
 
 
+def test_the_index_of_an_erased_folder_does_not_lead_to_the_network_that_was_not_erased(tmp_path):
+    """That of a modular pipeline says where every part was loaded from."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "transformer").mkdir(parents=True)
+    weights = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    layers = ("early_stream_modulations.image.linear", "context_embedder")
+    save_file(sample((name, 8) for name in layers), weights)
+    place = {"pretrained_model_name_or_path": "someone/original", "subfolder": ""}
+    index = {name: [None, None, place] for name in ("transformer", "vae")}
+    (source / "modular_model_index.json").write_text(json.dumps(index))
+    write_checkpoint(source, erasure_for(8, "flux3_klein"), out)
+    copied = json.loads((out / "modular_model_index.json").read_text())
+    here = {"pretrained_model_name_or_path": None, "subfolder": "transformer"}
+    assert copied == {**index, "transformer": [None, None, here]}
+
+
 ANIMA = [f"blocks.{n}.cross_attn.{part}_proj" for n in (0, 1, 10) for part in "kv"]
 
 

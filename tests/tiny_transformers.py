@@ -37,7 +37,6 @@ from diffusers import (
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
-    AutoProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -46,7 +45,6 @@ from transformers import (
     Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PretrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -350,9 +348,6 @@ class TextProcessor(ProcessorMixin):
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         return self.tokenizer([text] if isinstance(text, str) else text, **options)
-
-
-AutoProcessor.register(type("TextConfig", (PretrainedConfig,), {}), TextProcessor)
 
 
 def qwen_image21() -> QwenImage21Pipeline:

@@ -35,6 +35,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor, nn
 from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -301,10 +303,19 @@ def _modular_pipeline(
             parts[name] = (
                 _folder_part(spec.type_hint, path / name, dtype)
                 if issubclass(spec.type_hint, nn.Module)
+                else _text_processor(path / name)
+                if spec.type_hint is AutoProcessor
                 else spec.type_hint.from_pretrained(path / name, local_files_only=True)
             )
     pipeline.update_components(**{name: part for name, part in parts.items() if part is not None})
     return pipeline
+
+
+def _text_processor(folder: Path) -> Any:
+    """The tokenizer of a processor in place of it: a processor of images needs torchvision."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.tokenizer = tokenizer
+    return tokenizer
 
 
 def _file_part(

@@ -59,7 +59,8 @@ AHEAD = 2  # erased tensors in memory that are not written yet
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 NETWORKS = ("unet", "transformer")
 CARD = "README.md"  # the model card of a folder
-INDICES = ("model_index.json", "modular_model_index.json")
+MODULAR_INDEX = "modular_model_index.json"
+INDICES = ("model_index.json", MODULAR_INDEX)
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTLESS = ("", ".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gif")
 
@@ -138,6 +139,7 @@ def write_checkpoint(
             copy = temporary / part.relative_to(path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(part, copy)
+        _forget_source(temporary / MODULAR_INDEX)
         for file, keys in files:
             with writing(temporary / file.path.relative_to(path)) as part:
                 stream(file, keys, part)
@@ -229,6 +231,18 @@ def _copied(path: Path) -> list[Path]:
             if weightless or (inside and inside[0] in named):
                 copied.append(Path(folder, name))
     return copied
+
+
+def _forget_source(index: Path) -> None:
+    """Removes from the index of a modular pipeline, if there is one, where diffusers would load
+    the network from where the folder is not local: that one is not erased."""
+    if not index.is_file():
+        return
+    content = read_json(index.read_bytes(), index)
+    for name, entry in content.items():
+        if name in NETWORKS and isinstance(entry, list) and isinstance(entry[-1], dict):
+            entry[-1] |= {"pretrained_model_name_or_path": None, "subfolder": name}
+    index.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def write_lora(
