@@ -41,12 +41,26 @@ NAMES = list(FAMILIES)
 NORMED = [n for n in NAMES if any("norm" in reader for reader in TRANSFORMERS[n]["readers"])]
 
 
+ROWS = {"flux2_klein": 72, "flux2_dev": 136}  # with padding, in place of 512
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small_bank():
-    """Sixty prompts of the bank are enough for random weights."""
+def small_prompts():
+    """Sixty prompts of the bank are enough for random weights, and little padding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: bank_prompts()[:60])
+        for name, rows in ROWS.items():
+            (tokenizer,) = TRANSFORMERS[name]["pipeline"]["tokenizers"].values()
+            patch.setitem(tokenizer, "rows", rows)
         yield
+
+
+def draw(model, prompt, steps=1, **options):
+    """What the pipeline of a model returns for a prompt."""
+    if rows := ROWS.get(model.text.family):
+        options["max_sequence_length"] = rows
+    sizes = {"height": 64, "width": 64, "num_inference_steps": steps}
+    return model.pipeline(prompt=prompt, output_type="latent", **sizes, **options)
 
 
 @cache
@@ -111,9 +125,7 @@ def test_rows_are_what_the_readers_read(name):
         for reader in text_layers(model.network).values()
     ]
     try:
-        model.pipeline(
-            prompt=ASKED[0], height=64, width=64, num_inference_steps=1, output_type="latent"
-        )
+        draw(model, ASKED[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -144,9 +156,7 @@ def test_padding_is_predicted_with_where_the_pipeline_puts_it(name):
     handle = reader.layer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     try:
         for prompt in ASKED:
-            model.pipeline(
-                prompt=prompt, height=64, width=64, num_inference_steps=1, output_type="latent"
-            )
+            draw(model, prompt)
             theirs.append(read[0])
             read.clear()
         prediction(model)
@@ -266,9 +276,7 @@ def test_a_half_precision_network_is_told_the_time_that_its_own_pipeline_tells(n
 
     handle = model.network.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        model.pipeline(
-            prompt=ASKED[0], height=64, width=64, num_inference_steps=3, output_type="latent"
-        )
+        draw(model, ASKED[0], steps=3)
         theirs, sigmas = list(calls), model.scheduler.sigmas[:3]
         calls.clear()
         rows = model.text.encode(ASKED[:1])
@@ -378,9 +386,8 @@ def test_text_enters_by_the_layers_that_are_edited_and_no_other_way(name):
         generator = torch.Generator().manual_seed(0)
         layers = [reader.layer for reader in text_layers(model.network).values()]
         handles = [layer.register_forward_hook(hook) for layer in layers]
-        options = {"num_inference_steps": 1, "output_type": "latent", "generator": generator}
         try:
-            drawn = model.pipeline(prompt=prompt, height=64, width=64, **options)
+            drawn = draw(model, prompt, generator=generator)
             return drawn.get("latents") if isinstance(drawn, PipelineState) else drawn[0]
         finally:
             for handle in handles:
