@@ -1,6 +1,7 @@
 """Erasing from transformers: every family with random weights, and the bundled
 transformer, which was trained."""
 
+import inspect
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -41,7 +42,11 @@ NAMES = list(FAMILIES)
 NORMED = [n for n in NAMES if any("norm" in reader for reader in TRANSFORMERS[n]["readers"])]
 
 
-ROWS = {"flux2_klein": 72, "flux2_dev": 136}  # with padding, in place of 512
+ROWS = {"flux2_klein": 72, "flux2_dev": 136}  # with padding, in place of FULL
+FULL = {
+    name: [part["rows"] for part in TRANSFORMERS[name]["pipeline"]["tokenizers"].values()]
+    for name in ROWS
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +104,12 @@ def test_a_network_with_embedded_guidance_is_sampled_without_classifier_free_gui
 
 def test_every_family_that_diffusers_runs_has_a_tiny_model():
     assert {name for name, family in TRANSFORMERS.items() if "pipeline" in family} == set(NAMES)
+
+
+def test_the_padding_that_is_read_is_as_long_as_that_of_the_pipeline():
+    for name, rows in FULL.items():
+        call = inspect.signature(type(model_of(name).pipeline).__call__)
+        assert rows == [call.parameters["max_sequence_length"].default]
 
 
 @pytest.mark.parametrize("name", NAMES)
