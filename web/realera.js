@@ -327,13 +327,16 @@ function wrapped(pen, message, width) {
   return lines;
 }
 
-/** Writes at the first of some places, [x, y] of its middle, where nothing in `taken` stands. */
-function write(pen, taken, message, places) {
+/** Writes at the first of some places, [x, y] of its middle, where nothing in `taken` stands; what is
+ * optional, only there. */
+function write(pen, taken, message, places, optional = false) {
   const width = pen.measureText(message).width + 4;
   const boxes = places.map(([x, y]) => [x - width / 2, y - 11, x + width / 2, y + 3]);
   const free = ([left, top, right, bottom]) =>
     !taken.some(([l, t, r, b]) => left < r && l < right && top < b && t < bottom);
-  const at = Math.max(0, boxes.findIndex(free));
+  let at = boxes.findIndex(free);
+  if (at < 0 && optional) return;
+  at = Math.max(0, at);
   taken.push(boxes[at]);
   pen.textAlign = "center";
   pen.fillText(message, ...places[at]);
@@ -561,7 +564,7 @@ function drawWords(pen, width, height, colors, taken, geometry, ring) {
       turns.map((angle) => place(cosine, angle, more / Math.min(reachX, reachY))),
     );
     pen.fillStyle = colorOf(entry);
-    write(pen, taken, word, places.map(sides(word)));
+    write(pen, taken, word, places.map(sides(word)), true);
   });
 }
 
