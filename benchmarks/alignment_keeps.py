@@ -1,23 +1,32 @@
-"""Alignment that puts everything else back, against Eq. 8-9 and against a weaker wide edit.
+"""Alignment that puts everything else back, against a weaker suppression without training.
 
-    python -m benchmarks.alignment_keeps airplane ship cat       # half an hour of one core
+    python -m benchmarks.alignment_keeps airplane cat            # with --variants for a part
 
-Eq. 9 asks the student to keep the original's prediction on beyond points alone, on latents of the
-anchor. This trains the LoRA to keep it on everyday prompts instead: half of the preservation bank
-and WORDS words of the vocabulary, without those related to the concept, and the empty prompt. Each
-is trained on latents that the original drew of that prompt, noised to a random time. Pairs and
+Eq. 9 keeps the original's prediction on beyond points alone, on latents of the anchor. Here, the
+LoRA keeps it on everyday prompts: half of the preservation bank and "a photo of the {}" of 200
+words of the vocabulary, without those related to the concept, and the empty prompt. Each prompt is
+trained on latents that the original drew of that prompt, noised to a random time. Pairs and
 neighbours go to the anchor's prediction as in Eq. 8-9. The loss is the sum of both mean squared
-errors; each step has KEPT and ERASED samples. LoRAs have rank 16 and a
-learning rate of 1e-3, which falls in the last third of the steps.
+errors, of 10 and 5 samples per step. LoRAs have rank 16 and a learning rate of 1e-3, which falls in
+the last third of the steps. They are on the keys and values (*K, V*), on all of cross-attention or
+on all of attention. *judged*: prompts in whose image the classifier sees the
+concept with a probability of at least 0.1 are not kept, which no method may know.
 
-The LoRA is on the keys and values (*K, V*), on all of cross-attention or on all of attention.
+Residue, kept and drift are those of the vocabulary benchmark, on 60 words that draw the concept and
+80 that surely draw something else, none of which is trained on, drawn by `frontier.Pen`. *median*
+is the drift of the median word; the few words that draw another class make up most of the RMS.
+*error* is the change of the noise prediction for 40 of the 80, on their images noised to a random
+time, RMS in percent. The standard error of residue is up to 6 points, of kept 3.
 
-Every variant has a residue, a kept and a drift as in the vocabulary benchmark, on up to DREW words
-that draw the concept and OTHERS that surely draw something else, none of which is trained on, drawn
-by `frontier.Pen`. *median* is the drift of the median word; the few that draw another class make up
-most of the RMS. *error* is the change of the noise prediction for OTHERS // 2 of the latter, on
-their images noised to a random time, RMS in percent. What is drawn and trained is kept in
-.state/alignment_keeps.
+No variant is better than suppression 0.8 without training. Trained on top of 1.6, drift and error
+fall to those of 0.8, and residue rises above: words that draw a concept are unlike it, and what
+restores everyday prompts restores these words as well. 1,000 steps change nothing, and all of
+attention in a first run of the same sizes gave 13.3 / 96.2 / 44.0 (airplane, residue / kept /
+drift, 200 steps). Cross-attention was not run. Without the kept prompts that draw the concept,
+residue of airplane is that of 0.8, and that of cat is not. An error of 1.5 % is a median drift of
+15 %: guided sampling multiplies errors by six to ten.
+
+What is drawn and trained is kept in .state/alignment_keeps.
 """
 
 import argparse
@@ -36,7 +45,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear, mse_loss
 
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
-from benchmarks.frontier import Pen, Weights, aligned, ours, weights_of
+from benchmarks.frontier import Pen, Weights, ours, weights_of
 from benchmarks.tables import markdown_table
 from realera.algorithm import MiningResult, erase, mine, training_inputs
 from realera.checkpoints.loading import load_model
@@ -54,6 +63,7 @@ STATE = Path(".state/alignment_keeps")
 COMPARED, WORDS = 2000, 200  # words to compare before and after, and to train on
 DREW, OTHERS = 60, 80
 TIMES = 4  # noised latents of each prompt
+DRAWS = 0.1  # probability of the concept from which an image counts as one of it
 KEPT, ERASED, POOL = 10, 5, 200  # samples per step, and batches of ERASED samples
 RANK, RATE = 16, 1e-3
 CROSS = ("attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0")
@@ -68,16 +78,19 @@ LAYERS = {
 class Variant:
     """A closed form and what is trained on top of it.
 
-    layers: key of LAYERS; "Eq. 8-9": the package's alignment; "": nothing
+    layers: key of LAYERS; "" without training
+    judged: whether prompts that draw the concept are left out
     """
 
     suppression: float
     layers: str = ""
     steps: int = 200
+    judged: bool = False
 
     @property
     def name(self) -> str:
         trained = f" + {self.layers}, {self.steps} steps" if self.layers else ""
+        trained += ", judged" if self.judged else ""
         return f"closed form, suppression {self.suppression:g}{trained}"
 
 
@@ -85,9 +98,9 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         *(Variant(suppression) for suppression in (0, 0.8, 1.6)),
-        Variant(1.6, "Eq. 8-9"),
         *(Variant(1.6, layers) for layers in LAYERS),
         Variant(1.6, "K, V", 1000),
+        Variant(1.6, "K, V", judged=True),
     )
 }
 
@@ -167,17 +180,29 @@ class Trial:
         return torch.cat([functional_call(self.model.network, changed, p)[0] for p in parts])
 
     @cached_property
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """Latents and probabilities of `prompts`, by the original, from many noises."""
+
+        def draw() -> tuple[Tensor, Tensor]:
+            parts = [self.prompts[n : n + 32] for n in range(0, len(self.prompts), 32)]
+            latents = torch.cat(
+                [
+                    self.pen.latents(part, {}, 6, seed=1000 + k, template="{}")[:, -1]
+                    for k, part in enumerate(parts)
+                ]
+            )
+            return latents, self.pen.classify(latents)
+
+        found: tuple[Tensor, Tensor] = kept(STATE / "drawn.pt", draw)
+        return found
+
+    @cached_property
     def keep(self) -> tuple[Samples, Tensor]:
         """Samples of `prompts` and the index of the prompt of each; of the empty prompt, -1,
         one in 17, on latents of the others."""
 
         def make() -> tuple[Tensor, ...]:
-            parts = [self.prompts[n : n + 32] for n in range(0, len(self.prompts), 32)]
-            drawn = [
-                self.pen.latents(part, {}, 6, seed=1000 + k, template="{}")[:, -1]
-                for k, part in enumerate(parts)
-            ]
-            latents, generator = torch.cat(drawn), torch.Generator().manual_seed(3)
+            latents, generator = self.drawn[0], torch.Generator().manual_seed(3)
             n = len(latents)
             every = torch.arange(n).repeat(TIMES)
             some = torch.randperm(n, generator=generator)[: n // 4]
@@ -225,16 +250,18 @@ class Trial:
         """All weights of the variant, as a `Pen` takes them."""
         if not variant.layers:
             return ours(self.model, concept_of(name, "drawn"), suppression=variant.suppression)
-        if variant.layers not in LAYERS:
-            return aligned(self.model, concept_of(name, "drawn"), variant.steps)
         path = STATE / f"{re.sub(r'[^a-z0-9.]+', '-', f'{name} {variant.name}'.lower())}.pt"
         found: Weights = kept(path, lambda: self.trained(name, variant))
         return found
 
     def trained(self, name: str, variant: Variant) -> dict[str, Tensor]:
         mining = mine(self.model.text, [concept_of(name, "drawn")])
-        (keep, _), erased = self.keep, self.erased(name, mining)
-        keep = keep.take(self.unrelated(name))
+        (keep, prompt), erased = self.keep, self.erased(name, mining)
+        stays = self.unrelated(name)
+        if variant.judged:
+            draws = self.drawn[1][:, self.pen.classifier.classes.index(name)]
+            stays &= torch.cat([draws, draws.new_zeros(1)])[prompt] < DRAWS
+        keep = keep.take(stays)
         network = copy.deepcopy(self.model.network)
         erase_in_place(erase(mining, SolveSettings(suppression=variant.suppression)), network)
         network.requires_grad_(False)
