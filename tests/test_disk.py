@@ -396,6 +396,9 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
     [
         (0, "0 bytes"),
         (999, "999 bytes"),
+        (1_000, "1.00 kB"),
+        (1_000_000, "1.00 MB"),
+        (1_000_000_000, "1.00 GB"),
         (3400, "3.40 kB"),
         (1.7e7, "17.00 MB"),
         (2e12, "2000.00 GB"),

@@ -10,7 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from realera.checkpoints.file_kinds import adapter_of
-from realera.storage.safetensors_file import BITS, DTYPES, open_tensors, write_tensors
+from realera.storage.safetensors_file import (
+    BITS,
+    DTYPES,
+    digest,
+    is_finite,
+    open_tensors,
+    write_tensors,
+    writing,
+)
 
 
 def hand_made(path, dtype, shape, size):
@@ -65,15 +73,16 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
     ("content", "reason"),
     [
         (b"", "is empty: .* get it again"),
-        (bytes(4096), "begins with zeros: .* never filled"),
+        (bytes(4096), "begins with zeros: .* never filled, get it again$"),
         (PAGE.encode(), "is a web page, not a model: .* Log in and download it again"),
         (POINTER.encode(), "is a Git LFS pointer, .* `git lfs pull`"),
         (b'{"error": "Access to this model is restricted"}', "is text, .*Access to this model"),
         (b"Entry not found", "is text, .*'Entry not found'. Get it again"),
         (b"GGUF\x03\x00\x00\x00" + bytes(40), "is quantised in blocks .GGUF."),
         (b"PK\x03\x04" + bytes(40), "is a pickle"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no model but an image"),
-        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is no model but an archive: unpack it first"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no model but an image$"),
+        (b"\xff\xd8\xff\xe0" + bytes(40), "is no model but an image$"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is no model but an archive: unpack it first$"),
         (b"\xff\xfe\x00\x99" * 20, "first 8 bytes announce a header of"),
     ],
     ids=[
@@ -86,6 +95,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
         "gguf",
         "pickle",
         "png",
+        "jpeg",
         "7z",
         "unknown",
     ],
@@ -101,6 +111,58 @@ def test_a_web_page_under_a_pickles_name_is_a_web_page(tmp_path):
     (tmp_path / "x.ckpt").write_text(PAGE)
     with pytest.raises(ValueError, match="is a web page"):
         open_tensors(tmp_path / "x.ckpt")
+
+
+X = '"x":{"dtype":"F32","shape":%s,"data_offsets":[%d,%d]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "reason"),
+    [
+        (X % ([1], 0, 4) + "," + X % ([1], 0, 4), 4, "a key occurs twice"),
+        (X % ([1], 0, 4) + ',"__metadata__":{"n":1}', 4, "metadata is not text"),
+        (X % ([-1], 0, 4), 4, r"'x' has the shape .-1,. at bytes 0 to 4"),
+        (X % ("[true]", 0, 4), 4, r"'x' has the shape .True"),
+        (X % ([1] * 9, 0, 4), 4, "'x' has the shape"),
+        (X % ([2], 0, 4), 4, r"'x', F32 \[2\], does not fit bytes 0 to 4"),
+        (X % ([1], 4, 8), 8, "'x' begins at byte 4"),
+        (X % ([1], 0, 4), 3, "is cut off: its header"),
+        (X % ([1], 0, 4), 5, "is corrupt: its header"),
+    ],
+)
+def test_a_header_that_does_not_describe_the_file_is_refused(tmp_path, header, data, reason):
+    text = f"{{{header}}}".encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    with pytest.raises(ValueError, match=reason):
+        open_tensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["x", "x.ckpt"])
+def test_a_file_without_tensors_opens_under_any_name(tmp_path, name):
+    (tmp_path / name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert open_tensors(tmp_path / name).entries == {}
+
+
+def test_a_digest_tells_values_types_shapes_and_nesting_apart():
+    zeros = [torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2), torch.ones(4)]
+    lists = [[1, 2], [[1], 2], [1, [2]], [[1, 2]], [2, 1], (), [()], {"a": 1}, {"a": 2}, {"b": 1}]
+    values = [*zeros, *lists, "a", 1, None]
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest(1, 2) != digest([1, 2]) and digest(zeros[2].T) == digest(zeros[2])
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES.values() if dtype.is_floating_point])
+def test_a_number_that_is_not_finite_is_found_in_every_type(dtype):
+    values = torch.tensor([1.0, torch.nan, -1.0]).to(dtype)
+    assert not is_finite(values) and is_finite(values[::2]) and is_finite(values[:0])
+
+
+def test_a_file_is_written_into_folders_that_are_made_for_it(tmp_path):
+    for overwrite in (False, True):
+        with writing(tmp_path / "a" / "b" / "x", overwrite) as part:
+            part.write_text(f"{overwrite}")
+        assert (tmp_path / "a" / "b" / "x").read_text() == f"{overwrite}"
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 1
 
 
 K = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -115,6 +115,8 @@ def _kept(tree: ast.Module) -> Iterator[ast.AST]:
             yield from filter(None, (node.returns,))
         elif isinstance(node, ast.arg | ast.AnnAssign):
             yield from filter(None, (node.annotation,))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "os.kill":
+            yield from node.args  # another number would stop a process that belongs to others
         elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or (
             isinstance(node, ast.keyword) and node.arg in ("frozen", "strict", "repr")
         ):
