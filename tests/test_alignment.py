@@ -32,7 +32,7 @@ from realera.training.gradient_checkpointing import activation_bytes, checkpoint
 from realera.training.inputs import AdversarialInputs, TrainingInputs
 from realera.training.loop import align
 from realera.training.lora import lora_layers, with_lora, without_lora
-from realera.training.objective import LOSS_SCALES, backward, loss_terms
+from realera.training.objective import LOSS_SCALES, LossTerm, backward, loss_terms
 from realera.training.student_teacher import StudentTeacher, student_mode, student_teacher
 
 NEAR, FAR = NeighborSettings(source="isotropic", neighbors=2), BeyondSettings(beyond=1)
@@ -117,7 +117,7 @@ def test_the_unet_is_unchanged_after_success_error_and_cancel(model, job):
     run(model, job)
     with pytest.raises(KeyboardInterrupt):
         run(model, job, on_step=cancel)
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss at step 1 .*lower the learning rate"):
         run(model, with_edit(job, endless(job)))
     assert same(before, state_of(model.network))
     assert modules == [name for name, _ in model.network.named_modules()]
@@ -138,6 +138,24 @@ def test_a_gradient_that_overflows_is_computed_again_at_a_smaller_scale(model, j
     monkeypatch.setattr("realera.training.objective.LOSS_SCALES", (1e40,))
     with pytest.raises(FloatingPointError, match="gradient at step 1 is not finite"):
         run(model, job)
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(2.0**14, 1), (2.0**7, 2), (1.0, 3)])
+def test_the_largest_scale_that_a_gradient_allows_is_taken(scale, passes):
+    gradient = 1.5 * 2.0**127 / scale  # float32 ends at 2**128
+    weight, calls = torch.ones(1, requires_grad=True), []
+
+    def predict(z_t, t, p):
+        calls.append(p)
+        return weight * p
+
+    networks = SimpleNamespace(
+        model=SimpleNamespace(predict=predict), teacher=nullcontext, student=nullcontext
+    )
+    p = torch.tensor([(gradient / 2) ** 0.5])
+    term = LossTerm(torch.zeros(1, 4, 8, 8), torch.zeros(1), p, 0 * p)
+    assert backward(networks, [term], [weight]) == pytest.approx(gradient / 2)
+    assert weight.grad.item() == pytest.approx(gradient) and len(calls) == 2 * passes
 
 
 def test_a_cancelled_run_resumes_to_the_result_of_one_that_was_not(model, job, tmp_path):
@@ -617,7 +635,7 @@ def test_a_compiled_network_trains_and_previews_as_an_uncompiled_one(model, job,
 
 
 def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
-    """Eq. 9 asks for as many samples at once as Eq. 8, and a wide image for one."""
+    """Eq. 9 asks for as many samples at once as Eq. 8, and wide images for fewer."""
     calls, predict = [], model.predict
 
     def note(latents, times, encoding):
@@ -626,7 +644,7 @@ def test_memory_holds_one_term_of_the_loss_at_a_time(model, job, monkeypatch):
 
     monkeypatch.setattr(model, "predict", note)
     losses, loras, training = [], [], replace(SHORT, steps=2, batch=3)
-    for area, sizes in ((4 * 64**2, [3] * 6), (64, [1] * 18)):
+    for area, sizes in ((4 * 64**2, [3] * 6), (2 * 64, [2, 2, 1, 1] * 3)):
         monkeypatch.setattr("realera.pipelines.interface.LATENT_AREA", area)
         calls.clear()
         loras.append(run(model, job, training, on_step=lambda _, loss: losses.append(loss)))
@@ -650,7 +668,8 @@ def test_the_loss_is_the_mean_square_between_student_and_teacher(model, job, ste
             with networks.student():
                 due = due + (model.predict(term.z_t, term.t, term.p) - eps).square().mean()
         gradients = torch.autograd.grad(due, weights)
-        assert backward(networks, terms, weights) == pytest.approx(due.item())
+        unread = torch.zeros(1, requires_grad=True)  # has no gradient
+        assert backward(networks, terms, [*weights, unread]) == pytest.approx(due.item())
         for weight, gradient in zip(weights, gradients, strict=True):
             assert torch.allclose(weight.grad, gradient, rtol=1e-3, atol=1e-9)
 
