@@ -111,11 +111,27 @@ class Pen:
         for start in range(0, len(words), BATCH):
             some = words[start : start + BATCH]
             rows = self.model.text.encode([template.replace("{}", word) for word in some])[CONTEXT]
-            rows = torch.cat([self.empty.expand_as(rows), rows])
-            parts.append(torch.stack([*self._steps(rows, weights, noise, steps)], 1))
+            z = noise.expand(len(some), *noise.shape[1:])
+            parts.append(torch.stack([*self.steps(rows, weights, z, steps)], 1))
         return torch.cat(parts)
 
-    def _steps(self, rows: Tensor, weights: Weights, noise: Tensor, steps: int) -> Iterator[Tensor]:
+    def steps(
+        self,
+        rows: Tensor,
+        weights: Weights,
+        z: Tensor,
+        count: int,
+        skipped: int = 0,
+        painted: Callable[[Tensor, int], Tensor] = lambda z, step: z,
+    ) -> Iterator[Tensor]:
+        """The latents after every step.
+
+        rows: encoded prompts, [n, tokens, dim]
+        z: noised latents that the first step reads, [n, channels, height, width]
+        count: number of steps of the whole schedule; the first `skipped` are left out
+        painted: function from the latents after a step, and its number, to those that go on
+        """
+        rows = torch.cat([self.empty.expand_as(rows), rows])
         others = {name: w.bfloat16() for name, w in weights.items() if name not in self.readers}
         for name, reader in self.readers.items():
             where, _, kind = reader.path.rpartition(".")
@@ -126,13 +142,13 @@ class Pen:
             else:
                 given.values = read
         scheduler = copy.deepcopy(self.model.scheduler)
-        scheduler.set_timesteps(steps)
-        z = noise.repeat(len(rows) // 2, 1, 1, 1)
-        for t in scheduler.timesteps:
+        scheduler.set_timesteps(count)
+        for step, t in enumerate(scheduler.timesteps[skipped:], skipped):
             both = torch.cat([z, z]).bfloat16()
             inputs = (both, t, rows[:, :1].bfloat16())
             plain, towards = functional_call(self.network, others, inputs)[0].float().chunk(2)
             z = scheduler.step(torch.lerp(plain, towards, GUIDANCE), t, z).prev_sample
+            z = painted(z, step)
             yield z
 
     @torch.no_grad()
@@ -141,9 +157,14 @@ class Pen:
         return torch.cat([self._classify(part) for part in latents.split(BATCH)])
 
     def _classify(self, z: Tensor) -> Tensor:
+        return self.classifier.logits(self.images(z)).softmax(-1)
+
+    @torch.no_grad()
+    def images(self, z: Tensor) -> Tensor:
+        """Images of latents, float32 in [0, 1], [n, 3, height, width]."""
         scaled = (z / self.model.vae.config.scaling_factor).bfloat16()
         images = torch.cat([self.decoder.decode(part).sample.float() for part in scaled.split(8)])
-        return self.classifier.logits((images / 2 + 0.5).clamp(0, 1)).softmax(-1)
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- the methods

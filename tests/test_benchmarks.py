@@ -24,6 +24,7 @@ from benchmarks import (
     memory,
     peers,
     peers_speed,
+    retention,
     scope_correlation,
     second_concept,
     speed,
@@ -168,6 +169,24 @@ def test_centres_are_means_of_what_is_nearest_to_them():
     rows = (around[:, None] + noise).flatten(0, 1)
     expected = rows.view(3, 20, 2).mean(1)
     assert torch.allclose(peers.centres(rows, 3), expected)
+
+
+def test_the_inpainted_square_is_half_of_the_picture():
+    assert abs(float(retention.central(torch.zeros(4, 64, 64)).mean()) - 0.5) < 0.02
+
+
+def test_in_a_row_every_erasure_reads_what_the_one_before_left(model, monkeypatch):
+    monkeypatch.setattr(retention, "TWELVE", (AIRPLANE, Concept("dog", "sky")))
+    before, read = peers.projections(model), []
+
+    def halved(model, concepts, names):
+        read.append((concepts[0].name, "airplane" in names, "dog" in names))
+        return {name: w / 2 for name, w in peers.projections(model).items()}
+
+    after = retention.in_a_row(model, halved)
+    assert read == [("airplane", False, True), ("dog", False, False)]
+    for name, w in peers.projections(model).items():
+        assert torch.equal(w, before[name]) and torch.equal(after[name], w / 4)
 
 
 def test_oce_turns_values_towards_what_its_paper_asks_and_changes_no_length(model):
