@@ -291,6 +291,26 @@ def test_words_in_the_ring_are_neighbours_and_struck_out_words_are_preserved(tex
     assert set(others) <= set(mining.neighbors.words)
 
 
+def test_the_words_in_the_rings_of_several_concepts_are_contested(text, two, monkeypatch):
+    monkeypatch.setattr("realera.mining.vocabulary.NEAR_WORDS", 10_000)
+    alone = [
+        {word for _, word in words_around(text, encode_pairs(text, [c]), s2=0.1).plan.near}
+        for c in two.concepts
+    ]
+    contested = set(words_around(text, two, s2=0.1).plan.contested)
+    assert contested == (alone[0] & alone[1]) - {c.name for c in two.concepts} != set()
+
+
+def test_a_seed_of_the_beyond_points_draws_other_beyond_words_and_the_same_neighbours(text, two):
+    near = NeighborSettings(s2=0.4, neighbors=3)
+    plans = [
+        mine(text, two.concepts, near, BeyondSettings(beyond=3, beyond_seed=seed)).plan
+        for seed in (1, 1, 2)
+    ]
+    assert len({plan.drawn_near for plan in plans}) == 1
+    assert plans[0].drawn_far == plans[1].drawn_far != plans[2].drawn_far
+
+
 def test_a_mined_word_is_moved_like_its_concept(text, two, words):
     near, far = words.neighbors(3, drawn()), words.beyond(3, drawn())
     first = two.first.tolist()
