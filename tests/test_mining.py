@@ -37,6 +37,7 @@ from realera.pipelines.unet import DiffusersText
 from realera.report.scope import scope
 from realera.settings import BeyondSettings, NeighborSettings, Settings, SolveSettings
 from realera.text.encoding import CONTEXT, Encoding
+from realera.text.token_alignment import prompt_embeddings
 
 DIM = 64
 
@@ -309,6 +310,17 @@ def test_a_seed_of_the_beyond_points_draws_other_beyond_words_and_the_same_neigh
     ]
     assert len({plan.drawn_near for plan in plans}) == 1
     assert plans[0].drawn_far == plans[1].drawn_far != plans[2].drawn_far
+
+
+def test_the_mean_of_a_ring_is_that_of_all_its_words_drawn_or_not(text, two, words):
+    one_drawn = replace(words, plan=replace(words.plan, drawn_near=(0,)))
+    means = one_drawn.representatives()
+    for number, concept in enumerate(two.concepts):
+        ring = [concept.templates[0].replace("{}", w) for k, w in words.plan.near if k == number]
+        due = prompt_embeddings(text, ring, text.encode(ring))[CONTEXT].mean(0)
+        assert torch.allclose(means[CONTEXT][number], due[0], atol=1e-5)
+    nothing = words.near.take(torch.empty(0, dtype=torch.int64))
+    assert nothing.e.prompts == nothing.target.prompts == len(nothing.pair) == 0
 
 
 def test_a_mined_word_is_moved_like_its_concept(text, two, words):
