@@ -183,6 +183,7 @@ def test_a_file_of_words_that_cannot_be_read_is_named(tmp_path, capsys):
         (["erase", "miniature", "-c", "cat -> dog", "--s1", "0.1", *QUICK], "S2 must be smaller"),
         (["erase", "miniature", "-c", "cat -> dog", "--exclude", "cat", *QUICK], "to be erased"),
         (["erase", "miniature", "-c", "cat -> dog", "--rank", "0"], "rank = 0"),
+        (["erase", "miniature", "-c", "cat -> dog", "--batch", "2"], "give --steps as well"),
         (
             ["erase", "miniature", "-c", "cat -> dog", "--adversarial", "-1"],
             "adversarial = -1",

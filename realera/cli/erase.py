@@ -250,9 +250,21 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _training(options: argparse.Namespace) -> Training | None:
-    """Training from the options of the same names; None with `--steps 0`."""
-    names = [parameter.name for parameter in fields(Training) if parameter.name in options]
-    return Training(**{name: getattr(options, name) for name in names}) if options.steps else None
+    """Training from the options of the same names; None with `--steps 0`.
+
+    Raises ValueError for another option of the alignment beside `--steps 0`.
+    """
+    given = {p.name: getattr(options, p.name) for p in fields(Training) if p.name in options}
+    training = Training(**{**given, "steps": options.steps or Training().steps})
+    if options.steps:
+        return training
+    for name in given.keys() - {"steps", "seed"}:
+        if given[name] != getattr(Training(), name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of the alignment, which --steps 0 leaves "
+                "out: give --steps as well, 200 in the paper"
+            )
+    return None
 
 
 # ---------------------------------------------------------------- options
@@ -281,7 +293,7 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     prompt = "prompt to draw before and after; repeat for several"
     sub.add_argument("--prompt", action="append", help=prompt)
-    _erase_options(sub, out="realera-out", steps=200)
+    _erase_options(sub, out="realera-out", steps=0)
 
 
 def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
@@ -333,7 +345,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
         help="do not preserve everyday prompts (the preservation bank)",
     )  # fmt: skip
     training = sub.add_argument_group("alignment (Eq. 8-9)")
-    count = "number of training steps; 0: closed form only"
+    count = "number of training steps, 200 in the paper; 0: closed form only"
     training.add_argument("--steps", type=int, default=steps, help=count)
     _number_options(
         training,
