@@ -202,9 +202,11 @@ def test_the_technique_draws_with_the_erasure_from_the_given_seeds(demo):
     prompts = ["a photo of the airplane", "a photo of the dog"]
     first = technique.generate(prompts=prompts, seed=None)
     assert classify(images_of(first), ["tree", "dog"])[:, 0].tolist() == [100, 100]
-    [again] = technique.generate(prompts[1:], seed=1)
-    assert again == first[1]
-    assert technique.generate(prompts[1:])[0] != again  # images go on after the three before
+    again = technique.generate(prompts[1:], seed=1)
+    level = {"atol": 2 / 255, "rtol": 0}  # a batch of another size rounds otherwise
+    torch.testing.assert_close(images_of(again), images_of(first[1:]), **level)
+    other = technique.generate(prompts[1:])  # seed 3: images go on after the three before
+    assert not torch.allclose(images_of(again), images_of(other), **level)
     assert technique.drawn == 4
 
 

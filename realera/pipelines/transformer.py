@@ -143,8 +143,10 @@ def _left_padded(pipeline: Any, spec: Mapping[str, Any]) -> bool:
     spec: of the pipeline in the family's file
     """
     *_, (name, last) = spec["tokenizers"].items()
+    if not last.get("padded"):
+        return False
     side = last.get("padding_side") or attrgetter(name)(pipeline).padding_side
-    return last.get("padded", False) and side == "left"
+    return bool(side == "left")
 
 
 def _tokenize(tokenizer: Any, spec: Mapping[str, Any]) -> Callable[[Sequence[str]], Any]:
