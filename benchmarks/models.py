@@ -1,6 +1,7 @@
 """Residue, kept and drift on the bundled models: ours and the closed forms of the field.
 
-    python -m benchmarks.models miniature miniature-language
+    python -m benchmarks.models miniature miniature-language miniature-llm
+    python -m benchmarks.models miniature-dit miniature-dit-t5
     python -m benchmarks.models miniature --concepts airplane ship --methods SWEEP
     python -m benchmarks.models miniature --methods "OCE, erase 100" "DP, 4 directions"
 
@@ -9,8 +10,7 @@ each vocabulary: all that draw the concept, and 30 that surely draw something el
 is the residue of the concept's associated prompts (those with words that no caption held among
 them). U-Nets are drawn as in `benchmarks.frontier`, transformers as by `realera evaluate`. Peers
 have their authors' settings (peers.md) and our anchors. What is drawn is kept in .state/models by
-model, method and concept: empty it when a method changes. Transformers were not measured, nor was
-miniature-llm, of which the source of neighbours first encodes 4,000 words.
+model, method and concept: empty it when a method changes.
 """
 
 import argparse
