@@ -250,21 +250,20 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _training(options: argparse.Namespace) -> Training | None:
-    """Training from the options of the same names; None with `--steps 0`.
+    """Training from the options of the same names; None without `--steps`, or with `--steps 0`.
 
-    Raises ValueError for another option of the alignment beside `--steps 0`.
+    Raises ValueError for another option of the alignment without `--steps`.
     """
     given = {p.name: getattr(options, p.name) for p in fields(Training) if p.name in options}
     training = Training(**{**given, "steps": options.steps or Training().steps})
-    if options.steps:
-        return training
-    for name in given.keys() - {"steps", "seed"}:
-        if given[name] != getattr(Training(), name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is an option of the alignment, which --steps 0 leaves "
-                "out: give --steps as well, 200 in the paper"
-            )
-    return None
+    if options.steps is None:
+        for name in given.keys() - {"steps", "seed"}:
+            if given[name] != getattr(Training(), name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is an option of the alignment, which is left out "
+                    "unless --steps is given: give --steps as well, 200 in the paper"
+                )
+    return training if options.steps else None
 
 
 # ---------------------------------------------------------------- options
@@ -293,10 +292,10 @@ def add_erase(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     prompt = "prompt to draw before and after; repeat for several"
     sub.add_argument("--prompt", action="append", help=prompt)
-    _erase_options(sub, out="realera-out", steps=0)
+    _erase_options(sub, out="realera-out", steps=None)
 
 
-def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
+def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) -> None:
     sub.add_argument("-o", "--out", default=out, help="folder to write to")
     template_options(sub)
     mining = sub.add_argument_group("mining (Sec. 4.1-4.2)")
@@ -346,6 +345,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int) -> None:
     )  # fmt: skip
     training = sub.add_argument_group("alignment (Eq. 8-9)")
     count = "number of training steps, 200 in the paper; 0: closed form only"
+    count += "" if steps else ", the default"
     training.add_argument("--steps", type=int, default=steps, help=count)
     _number_options(
         training,
