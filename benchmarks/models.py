@@ -134,9 +134,9 @@ def measure(
             file = re.sub(r"\W+", "-", f"{name} {concept} {method}")
             now, after = kept(STATE / f"{file}.pt", draw)
             sizes = [len(drew), len(stays), len(implied)]
-            own, others, rest = after.argmax(-1).split(sizes)
+            erased, others, implied_now = after.argmax(-1).split(sizes)
             was, change = latents[stays], now.split(sizes)[1] - latents[stays]
-            residue = 100 * float((own == k).float().mean()) if len(drew) else 0.0
+            residue = 100 * float((erased == k).float().mean()) if len(drew) else 0.0
             keeps = 100 * float((others == shown[stays]).float().mean())
             did = implied_before.argmax(-1) == k
             found.setdefault(method, {})[concept] = {
@@ -144,7 +144,7 @@ def measure(
                 "kept": keeps,
                 "H_v": 2 * (100 - residue) * keeps / max(1e-9, 100 - residue + keeps),
                 "drift": 100 * float((change.square().mean() / was.square().mean()).sqrt()),
-                "associated": 100 * float((rest[did] == k).float().mean()),
+                "associated": 100 * float((implied_now[did] == k).float().mean()),
                 "words": len(drew),
                 "others": len(stays),
                 "prompts": int(did.sum()),

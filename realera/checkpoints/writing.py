@@ -152,17 +152,19 @@ def is_erased_copy(
     edit_strength: float = 1.0,
     lora_strength: float = 1.0,
 ) -> bool:
-    """Whether a file or folder is what `write_checkpoint` writes for these parameters, by the
-    provenance and the hash of the original in its metadata."""
+    """Whether a file or folder is what `write_checkpoint` writes for these parameters: the metadata
+    hold the provenance and the hash of the original."""
     path, note = locate(source), _note(erasure, edit_strength, lora_strength)
     try:
         for file, _ in open_network(path)[1]:
             copy = open_tensors(Path(destination) / file.path.relative_to(path))
+            if "realera" not in copy.metadata:  # before the whole original is read
+                return False
             digest = hashlib.sha256()
             with file.path.open("rb") as original:
                 while data := original.read(CHUNK):
                     digest.update(data)
-            if copy.metadata.get("realera") != _provenance(file, note, digest.hexdigest()):
+            if copy.metadata["realera"] != _provenance(file, note, digest.hexdigest()):
                 return False
     except (OSError, ValueError):
         return False

@@ -13,10 +13,12 @@ from ..concepts import (
     COLUMNS,
     Concept,
     concepts_in,
+    names_in,
     names_without_anchor,
     read_concepts,
     read_lines,
     refuse_named,
+    with_anchors,
 )
 from ..settings import (
     BUNDLED,
@@ -102,16 +104,10 @@ def run_erase(options: argparse.Namespace) -> None:
 def _with_anchors(options: argparse.Namespace) -> list[str]:
     """The lines of -c, with the best suggestion where they name no anchor."""
     written, templates = "\n".join(options.concept).splitlines(), templates_of(options)
-    if not names_without_anchor(written, templates):
+    missing = dict.fromkeys(names_without_anchor(written, templates), templates)
+    if not missing:
         return written
-
-    from ..anchor_suggestions import choice_sentence, choose_anchors
-
-    with progress_bar("anchors") as progress:
-        completed, suggestions = choose_anchors(load_encoder(options), written, templates, progress)
-    for name, suggested in suggestions.items():
-        print(choice_sentence(name, suggested))
-    return completed
+    return with_anchors(written, _suggest(options, missing, names_in(written)))
 
 
 def _suggest(
@@ -254,11 +250,12 @@ def _training(options: argparse.Namespace) -> Training | None:
 
     Raises ValueError for another option of the alignment without `--steps`.
     """
-    given = {p.name: getattr(options, p.name) for p in fields(Training) if p.name in options}
-    training = Training(**{**given, "steps": options.steps or Training().steps})
+    values = {p.name: getattr(options, p.name) for p in fields(Training) if p.name in options}
+    defaults = Training()
+    training = Training(**{**values, "steps": options.steps or defaults.steps})
     if options.steps is None:
-        for name in given.keys() - {"steps", "seed"}:
-            if given[name] != getattr(Training(), name):
+        for name in values.keys() - {"steps", "seed"}:
+            if values[name] != getattr(defaults, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is an option of the alignment, which is left out "
                     "unless --steps is given: give --steps as well, 200 in the paper"

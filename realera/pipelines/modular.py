@@ -78,20 +78,20 @@ class _Methods:
         def read(**given: Any) -> None:
             raise _Read(given)
 
-        given: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
         for text in prompt:
             try:
                 rows(text, read)
             except _Read as call:
-                given.append(call.args[0])
-        lengths = [arguments["input_ids"].shape[1] for arguments in given]
+                calls.append(call.args[0])
+        lengths = [arguments["input_ids"].shape[1] for arguments in calls]
         found: dict[int, Tensor] = {}
         for length in set(lengths):
-            places = [n for n, own in enumerate(lengths) if own == length]
-            together = dict(given[places[0]])
+            places = [n for n, other in enumerate(lengths) if other == length]
+            together = dict(calls[places[0]])
             for name, value in together.items():
                 if isinstance(value, Tensor):
-                    together[name] = torch.cat([given[n][name] for n in places])
+                    together[name] = torch.cat([calls[n][name] for n in places])
             states = encoder(**together).hidden_states
             for i, n in enumerate(places):
                 output = SimpleNamespace(hidden_states=[state[i : i + 1] for state in states])
