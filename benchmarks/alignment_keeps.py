@@ -47,7 +47,7 @@ from torch.nn.functional import linear, mse_loss
 
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.frontier import Pen, Weights, aligned, ours, weights_of
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import MiningResult, erase, mine, training_inputs
 from realera.checkpoints.loading import load_model
 from realera.edit.erasure import erase_in_place
@@ -347,11 +347,8 @@ def write(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
             " / ".join(f"{by[c][x]:.1f}" for x in numbers) if c in by else "" for c in concepts
         ]
         table.append([name, *cells])
-    path = RESULTS / "alignment_keeps.json"
-    with writing(path, overwrite=True) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
-    with writing(path.with_suffix(".md"), overwrite=True) as part:
-        part.write_text(f"# What the alignment keeps\n\n{__doc__}\n{markdown_table(table)}\n")
+    text = f"# What the alignment keeps\n\n{__doc__}\n{markdown_table(table)}"
+    write_results(RESULTS / "alignment_keeps", found, text)
 
 
 def main() -> None:

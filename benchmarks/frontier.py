@@ -13,7 +13,6 @@ kept in .state/frontier by method, parameter and concept: empty it when a method
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import ablation, peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.plots import new_figure, save
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import align_erasure, erase, mine
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
@@ -373,8 +372,6 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
             "Each method at the value that was best above.",
             markdown_table(lines(found, reported, chosen)),
         ]
-    with writing(RESULTS / "frontier.md", overwrite=True) as part:
-        part.write_text("\n\n".join(parts) + "\n")
     numbers = {
         name: {
             f"{value:g}": {c: point.numbers for c, point in points.items()}
@@ -382,8 +379,8 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
         }
         for name, values in found.items()
     }
-    with writing(RESULTS / "frontier.json", overwrite=True) as part:
-        part.write_text(json.dumps({"command": command, "points": numbers}, indent=1) + "\n")
+    stored = {"command": command, "points": numbers}
+    write_results(RESULTS / "frontier", stored, "\n\n".join(parts))
     save(picture(found, tuning), RESULTS / "frontier.png")
 
 

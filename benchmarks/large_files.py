@@ -20,7 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.checkpoints.families import open_network
 from realera.checkpoints.writing import write_checkpoint, write_lora
 from realera.edit.closed_form import Edit
@@ -32,7 +32,6 @@ from realera.storage.safetensors_file import (
     header_bytes,
     open_tensors,
     raw_bytes,
-    writing,
 )
 from realera.text.encoding import CONTEXT
 
@@ -170,11 +169,9 @@ def main() -> None:
     text = (
         "# Transformers' files at their true size\n\n`python -m benchmarks.large_files`: true "
         "shapes, random numbers in the layers that read the text, holes elsewhere; the erased copy "
-        "hashes its source as it goes, the plain one is `cp`.\n\n" + markdown_table(lines) + "\n"
+        "hashes its source as it goes, the plain one is `cp`.\n\n" + markdown_table(lines)
     )
-    for name, content in (("json", json.dumps(found, indent=1) + "\n"), ("md", text)):
-        with writing(RESULTS / f"large_files.{name}", overwrite=True) as part:
-            part.write_text(content)
+    write_results(RESULTS / "large_files", found, text)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import ablation, peers
 from benchmarks.ablation import RESULTS, concept_of, restored
 from benchmarks.frontier import Pen
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from benchmarks.wide_edit import kept
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
@@ -42,7 +42,6 @@ from realera.mining.preservation_bank import bank_prompts
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.unet import DiffusersModel
 from realera.settings import BUNDLED, SolveSettings
-from realera.storage.safetensors_file import writing
 
 STATE = Path(".state/models")
 WORDS, OTHERS, PART = 240, 30, 60  # words that are drawn, that stay, at once
@@ -179,10 +178,7 @@ def write(stored: Mapping[str, Any]) -> None:
         ]
         parts += [f"## {title}", markdown_table(table)]
         parts.append("Words that drew the concept: " + "; ".join(counts) + ".")
-    with writing(RESULTS / "models.json", overwrite=True) as part:
-        part.write_text(json.dumps(stored, indent=1) + "\n")
-    with writing(RESULTS / "models.md", overwrite=True) as part:
-        part.write_text("\n\n".join(parts) + "\n")
+    write_results(RESULTS / "models", stored, "\n\n".join(parts))
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ Peers have the parameters of `benchmarks.together`; OCE and DP have their author
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from benchmarks import peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, restored
 from benchmarks.frontier import STEPS, Pen, kept
 from benchmarks.models import PRIOR
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
@@ -282,10 +281,7 @@ def main() -> None:
             print(title, method, parts[title][method], flush=True)
         lines = ["# Retention", __doc__]
         lines += [line for t, found in parts.items() for line in (f"## {t}", table(found))]
-        with writing(RESULTS / "retention.md", overwrite=True) as file:
-            file.write_text("\n\n".join(lines) + "\n")
-        with writing(RESULTS / "retention.json", overwrite=True) as file:
-            file.write_text(json.dumps(parts, indent=1) + "\n")
+        write_results(RESULTS / "retention", parts, "\n\n".join(lines))
     images = {name: task.pen.images(torch.cat([*z.values()])) for name, z in task.shown.items()}
     captions = [
         prompt.format(kept=thing, concept=name)

@@ -20,7 +20,6 @@ In brackets how often a word that draws something else now is foretold more than
 (AUC). A look costs two passes of the network a step and word, before and after.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,7 +32,7 @@ from benchmarks import frontier
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.frontier import STEPS, Pen
 from benchmarks.scope_correlation import spearman
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.evaluation.tasks import OBJECT
@@ -41,7 +40,6 @@ from realera.evaluation.vocabulary import SURE
 from realera.pipelines.unet import DiffusersModel
 from realera.report.scope import IMAGE_ERASED, scope
 from realera.storage.cache import cached
-from realera.storage.safetensors_file import writing
 from realera.text.encoding import CONTEXT, TextEncoder
 
 NETWORKS, EPOCHS = 3, 40
@@ -222,10 +220,7 @@ def main() -> None:
         markdown_table(each),
         "\n".join(parted(half, [shares[name] for name in names]) for half, names in halves.items()),
     ]
-    with writing(RESULTS / "scope_vocabulary.md", overwrite=True) as part:
-        part.write_text("\n\n".join(parts) + "\n")
-    with writing(RESULTS / "scope_vocabulary.json", overwrite=True) as part:
-        part.write_text(json.dumps({**found, "mean": means}, indent=1) + "\n")
+    write_results(RESULTS / "scope_vocabulary", {**found, "mean": means}, "\n\n".join(parts))
     print("\n\n".join(parts))
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.ablation import DRAWN, REPORTING, RESULTS, TUNING
 from benchmarks.frontier import Pen, edited
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.anchor_suggestions import suggest_anchors
 from realera.checkpoints.loading import load_model
@@ -178,10 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with writing(path) as part:
                 part.write_text(json.dumps(rows), "utf-8")
     rows = [row for path in sorted(STATE.glob("*.json")) for row in json.loads(path.read_text())]
-    with writing(RESULTS / "suggest.md", overwrite=True) as part:
-        part.write_text(report(rows) + "\n", "utf-8")
-    with writing(RESULTS / "suggest.json", overwrite=True) as part:
-        part.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    write_results(RESULTS / "suggest", rows, report(rows))
     print(report(rows))
 
 

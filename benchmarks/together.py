@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks import peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, pooled, restored
 from benchmarks.frontier import Pen, Weights, drawn_before, edited, esd_x, kept, put
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
@@ -152,10 +152,7 @@ def main() -> None:
             found = {"residue": residue, "kept": keeps, "h_v": h_v, **metrics}
             stored[f"{method}, {len(names)}"] = {k: round(value, 2) for k, value in found.items()}
         parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(lines)]
-    with writing(RESULTS / "together.md", overwrite=True) as part:
-        part.write_text("\n\n".join(parts) + "\n")
-    with writing(RESULTS / "together.json", overwrite=True) as part:
-        part.write_text(json.dumps(stored, indent=1) + "\n")
+    write_results(RESULTS / "together", stored, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation import RESULTS, concept_of
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import collect, mine
 from realera.checkpoints.loading import load_model, load_text
 from realera.edit.closed_form import BankGram, Edit, Sums, _wide_edit, condensed
@@ -287,11 +287,8 @@ def write(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) 
                 for c in CONCEPTS
             ]
             table.append([model, candidate, *cells])
-    path = RESULTS / "wide_edit.json"
-    with writing(path, overwrite=True) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
-    with writing(path.with_suffix(".md"), overwrite=True) as part:
-        part.write_text(f"# The wide edit, bounded\n\n{__doc__}\n{markdown_table(table)}\n")
+    text = f"# The wide edit, bounded\n\n{__doc__}\n{markdown_table(table)}"
+    write_results(RESULTS / "wide_edit", found, text)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from benchmarks import (
     speed,
     unchanged,
 )
-from benchmarks.tables import markdown_table
+from benchmarks.tables import markdown_table, write_results
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept
 from realera.edit.closed_form import Edit
@@ -626,3 +626,11 @@ def test_a_template_is_of_the_family_that_has_one_of_its_models():
         {**made, "models": ["Krea 2"], "tags": ["Image Edit"]},
     ]
     assert coverage.usage([{"templates": templates}]) == {"flux2_klein": 3, "flux2_dev": 3}
+
+
+def test_results_end_in_one_line_break_and_replace_those_before(tmp_path):
+    for value in (1, 2):
+        write_results(tmp_path / "some", {"value": value}, f"# Some\n\n{value}\n\n")
+    assert json.loads((tmp_path / "some.json").read_text("utf-8")) == {"value": 2}
+    assert (tmp_path / "some.md").read_text("utf-8") == "# Some\n\n2\n"
+    assert len([*tmp_path.iterdir()]) == 2
