@@ -3,6 +3,7 @@ tokenizer."""
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -354,6 +355,13 @@ def test_prompts_of_one_concept_get_different_words(two, words):
     assert set(many.words) == set(inside.words)  # all of them before one comes again
 
 
+def test_a_concept_that_occurs_twice_gets_what_one_draw_of_twice_as_many_gets():
+    concept = torch.tensor([0, 1, 0, 0, 1, 0, 0])
+    twice = vocabulary.drawn(concept, 2, drawn(), [0, 1, 0]).tolist()
+    assert twice[:2] + twice[4:] == vocabulary.drawn(concept, 4, drawn(), [0]).tolist()
+    assert sorted(twice[2:4]) == [1, 4]
+
+
 def test_a_concept_without_words_gets_none():
     concept = torch.tensor([0, 2, 0])
     assert vocabulary.drawn(concept, 5, drawn(), [3, 1]).tolist() == []
@@ -390,6 +398,36 @@ def test_only_the_nearest_words_of_a_wide_ring_are_encoded(text, two, words, mon
             [w for n, w in r.plan.near if two.first[n] == first] for r in (few, words)
         )
         assert kept == all_near[:3] and len(all_near) > 3
+
+
+def words_of(monkeypatch, names, **words):
+    """The plan of these concepts, along the axes, and words in the directions given (and, as
+    "not WORD", away from them, so that the mean is 0)."""
+    around = {**words, **{f"not {word}": [-x for x in row] for word, row in words.items()}}
+    monkeypatch.setattr(
+        vocabulary, "vocabulary_rows", lambda *_: torch.tensor([*around.values()]).float()
+    )
+    settings = NeighborSettings(s1=0.5, s2=0.25), BeyondSettings()
+    plan = Plan(tuple(Concept(name, "ground", ("a {}",)) for name in names), *settings)
+    text = SimpleNamespace(words=lambda: [*around])
+    return choose_words(plan, text, torch.eye(16)[: len(names)])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_words_at_s1_and_s2_are_inside_and_of_two_as_near_concepts_the_first_gets_a_word(
+    monkeypatch, at_once
+):
+    monkeypatch.setattr(vocabulary, "CONCEPTS_AT_ONCE", at_once)
+    at_s1, at_s2 = [1] * 4 + [0] * 12, [1] * 16  # cosines of exactly 0.5 and 0.25 with both
+    plan = words_of(monkeypatch, ("airplane", "dog"), farther=at_s2, nearer=at_s1)
+    assert plan.near == ((0, "airplane"), (0, "nearer"), (0, "farther"), (1, "dog"))
+    assert plan.far == plan.outside == ((0, "not farther"), (0, "not nearer"))
+    assert plan.contested == ("farther", "nearer")
+
+
+def test_a_ring_has_64_words_with_the_name_and_64_are_just_outside(monkeypatch):
+    plan = words_of(monkeypatch, ("airplane",), **{f"word {n}": [1] * 16 for n in range(70)})
+    assert len(plan.near) == len(plan.far) == 64 and len(plan.outside) == 70
 
 
 def test_beyond_words_have_a_cosine_below_beyond_s2(text, two, words):
