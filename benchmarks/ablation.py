@@ -57,6 +57,7 @@ from realera.training.anchor_latents import draw_anchors
 from realera.training.inputs import TrainingInputs
 from realera.training.loop import align
 
+PRIOR = tuple(bank_prompts()[::16])  # prompts of OCE's second moment
 TRAINING = (anchor_latents, inputs, loop, lora, objective, student_teacher)
 STATE, RESULTS = Path(".state/ablation"), Path("benchmarks/results")
 
@@ -156,6 +157,15 @@ def speed(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
 
 def speed_bank(model: Diffusion, concept: Concept) -> peers.Weights:
     return peers.speed(model, [concept], bank_prompts())
+
+
+def oce(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
+    wordings = own_kind(concept, peers.EXPANDED, peers.EXPANDED_STYLES)
+    return peers.oce(model, [concept], wordings, PRIOR, **options)
+
+
+def double_projections(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
+    return peers.double_projections(model, [concept], others(concept), **options)
 
 
 def esd_x(model: Diffusion, concept: Concept, training: Training) -> None:

@@ -1,7 +1,7 @@
 """Residue against kept over the vocabulary: one curve per method, over its trade-off parameter.
 
     python -m benchmarks.frontier                       # hours: tuning half, then the reported one
-    python -m benchmarks.frontier --tuning ship,bird --methods ours UCE
+    python -m benchmarks.frontier --methods OCE DP      # the other methods as they stand
 
 Evaluated as by `realera evaluate --vocabulary`, on up to 160 words that draw the concept and 320
 that surely draw something else, drawn in bfloat16 with keys and values worked out once a prompt:
@@ -13,6 +13,7 @@ kept in .state/frontier by method, parameter and concept: empty it when a method
 
 import argparse
 import copy
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,6 +216,10 @@ def esd_x(model: DiffusersModel, concepts: Sequence[Concept], iterations: int) -
         return weights_of(model.network)
 
 
+def double_projections(model: DiffusersModel, concept: Concept, value: float) -> Weights:
+    return ablation.double_projections(model, concept, directions=int(value))
+
+
 def along(make: Callable[..., Weights], parameter: str) -> Any:
     return lambda model, concept, value: make(model, concept, **{parameter: value})
 
@@ -226,11 +231,16 @@ METHODS = (
     Method("MACE, closed form", "ridge", (10, 1e3, 1e4, 1e5, 1e6), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.0001, 0.001, 0.1, 1), along(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
+    Method("OCE", "erase", (30, 100, 300, 2000), along(ablation.oce, "erase")),
+    Method("DP", "directions", (0, 4, 8, 17), double_projections),
     Method("ESD-x", "iterations", (50, 100, 200), lambda m, c, n: esd_x(m, [c], int(n))),
 )
 
 
 # ---------------------------------------------------------------- the points
+
+
+Numbers = tuple[float, float, float]  # residue, kept and H_v in percent
 
 
 @dataclass(frozen=True)
@@ -243,8 +253,7 @@ class Point:
     sure: int
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        """Residue, kept and H_v in percent."""
+    def numbers(self) -> Numbers:
         residue = 100 * self.still / max(1, self.drew)
         kept = 100 * (1 - self.lost / max(1, self.sure))
         return residue, kept, 2 * (100 - residue) * kept / max(1e-9, 100 - residue + kept)
@@ -299,17 +308,26 @@ def drawn_before(pen: Pen, words: Sequence[str]) -> Tensor:
 # ---------------------------------------------------------------- what is written
 
 
-Found = dict[str, dict[float, dict[str, Point]]]  # method -> value -> concept -> point
+Found = dict[str, dict[float, dict[str, Numbers]]]  # method -> value -> concept -> numbers
 
 
-def mean(points: Mapping[str, Point], concepts: Sequence[str]) -> tuple[float, float, float]:
+def stored() -> tuple[list[str], Found]:
+    """The commands and the numbers of the results."""
+    written = json.loads((RESULTS / "frontier.json").read_text())
+    return written["commands"], {
+        name: {float(value): points for value, points in values.items()}
+        for name, values in written["points"].items()
+    }
+
+
+def mean(points: Mapping[str, Numbers], concepts: Sequence[str]) -> Numbers:
     """Residue, kept and H_v, means over those concepts that were measured."""
-    own = [points[c].numbers for c in concepts if c in points]
+    own = [points[c] for c in concepts if c in points]
     residue, kept, h_v = (sum(column) / len(own) for column in zip(*own, strict=True))
     return residue, kept, h_v
 
 
-def best(values: Mapping[float, Mapping[str, Point]], tuning: Sequence[str]) -> float:
+def best(values: Mapping[float, Mapping[str, Numbers]], tuning: Sequence[str]) -> float:
     """The value of the best H_v among those that were measured on every concept."""
     whole = [v for v, points in values.items() if all(c in points for c in tuning)]
     return max(whole, key=lambda value: mean(values[value], tuning)[2])
@@ -346,23 +364,27 @@ def lines(
             if not own or (chosen is not None and chosen.get(name) != value):
                 continue
             numbers = [f"{number:.1f}" for number in mean(points, own)]
-            each = ", ".join("{} {:.1f}/{:.1f}".format(c, *points[c].numbers[:2]) for c in own)
+            each = ", ".join("{} {:.1f}/{:.1f}".format(c, *points[c][:2]) for c in own)
             rows.append([name, f"{parameters[name]} {value:g}", *numbers, each])
     return rows
 
 
-def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command: str) -> None:
+def write(
+    found: Found, tuning: Sequence[str], reported: Sequence[str], commands: Sequence[str]
+) -> None:
     whole = {
         name: v for name, v in found.items() if any(all(c in p for c in tuning) for p in v.values())
     }
     chosen = {name: best(values, tuning) for name, values in whole.items()}
     parts = [
         "# Residue against kept, over the vocabulary",
-        f"`python -m benchmarks.frontier {command}".rstrip() + "`",
+        ", then ".join(f"`{f'python -m benchmarks.frontier {c}'.rstrip()}`" for c in commands),
         __doc__.split("\n\n")[2].replace("\n", " "),
         "Of one concept, a residue of 2 % has a standard error of 1 point and a kept of 93 % "
         "one of 1.4. Peers are our own small implementations with their authors' inputs "
-        "([peers.md](peers.md)); the anchors are those of the ablation.",
+        "([peers.md](peers.md)); the anchors are those of the ablation. OCE's erase of 2000 and "
+        "DP's 17 directions, all rows of the other classes' names, are those of their authors; "
+        "with 0 directions DP preserves nothing.",
         f"## Tuned on: {', '.join(tuning)}",
         markdown_table(lines(found, tuning, None)),
     ]
@@ -373,14 +395,11 @@ def write(found: Found, tuning: Sequence[str], reported: Sequence[str], command:
             markdown_table(lines(found, reported, chosen)),
         ]
     numbers = {
-        name: {
-            f"{value:g}": {c: point.numbers for c, point in points.items()}
-            for value, points in values.items()
-        }
+        name: {f"{value:g}": points for value, points in values.items()}
         for name, values in found.items()
     }
-    stored = {"command": command, "points": numbers}
-    write_results(RESULTS / "frontier", stored, "\n\n".join(parts))
+    results = {"commands": commands, "points": numbers}
+    write_results(RESULTS / "frontier", results, "\n\n".join(parts))
     save(picture(found, tuning), RESULTS / "frontier.png")
 
 
@@ -393,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--drawn", action="store_true", help="draw nothing, write what there is")
     parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS])
     options = parser.parse_args(arguments)
-    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    commands = [shlex.join(sys.argv[1:] if arguments is None else arguments)]
     tuning, reported = options.tuning.split(","), options.reported.split(",")
     methods = [m for m in METHODS if not options.methods or m.name in options.methods]
 
@@ -401,7 +420,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert isinstance(model, DiffusersModel)
     pen, words = Pen(model), model.text.words()
     before = drawn_before(pen, words)
-    found: Found = {method.name: {} for method in methods}
+    found: Found = {method.name: {} for method in METHODS}
+    if options.methods:
+        earlier, numbers = stored()
+        commands = [*dict.fromkeys([*earlier, *commands])]
+        found |= {name: numbers[name] for name in numbers if name not in options.methods}
 
     def measure(method: Method, value: float, name: str) -> None:
         path, k = state_of(method.name, value, name), pen.classifier.classes.index(name)
@@ -414,18 +437,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if path.exists() or not options.drawn:
             point = counted(before, kept(path, draw), k)
-            found[method.name].setdefault(value, {})[name] = point
+            found[method.name].setdefault(value, {})[name] = point.numbers
 
     for name in tuning:
         for method in methods:
             for value in tqdm(method.values, desc=f"{name}: {method.name}"):
                 measure(method, value, name)
-    write(found, tuning, reported, command)
+    write(found, tuning, reported, commands)
     for name in reported:
         for method in tqdm(methods, desc=name):
             if any(all(c in points for c in tuning) for points in found[method.name].values()):
                 measure(method, best(found[method.name], tuning), name)
-        write(found, tuning, reported, command)
+        write(found, tuning, reported, commands)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from realera.evaluation.scorers import miniature_classifier
 from realera.evaluation.tasks import OBJECT
 from realera.evaluation.vocabulary import SURE, sample_words
 from realera.miniature import CONCEPTS
-from realera.mining.preservation_bank import bank_prompts
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.unet import DiffusersModel
 from realera.settings import BUNDLED, SolveSettings
@@ -47,7 +46,6 @@ STATE = Path(".state/models")
 WORDS, OTHERS, PART = 240, 30, 60  # words that are drawn, that stay, at once
 REPORTED = ("cat", "dog", "truck")
 METRICS = ("residue", "kept", "H_v", "drift", "associated")
-PRIOR = tuple(bank_prompts()[::16])  # prompts of OCE's second moment
 
 
 def ours(model: Diffusion, concept: Concept, **changes: Any) -> peers.Weights:
@@ -59,24 +57,18 @@ def ours(model: Diffusion, concept: Concept, **changes: Any) -> peers.Weights:
     }
 
 
-def oce(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
-    return peers.oce(model, [concept], peers.EXPANDED, PRIOR, **options)
-
-
-def double_projections(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
-    return peers.double_projections(model, [concept], ablation.others(concept), **options)
-
-
 METHODS: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
     "ours": ours,
     "ours, suppression 0": partial(ours, suppression=0.0),
     "UCE": ablation.uce,
-    "OCE": oce,
-    "DP": double_projections,
+    "OCE": ablation.oce,
+    "DP": ablation.double_projections,
 }
 SWEEP: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
-    **{f"OCE, erase {e:g}": partial(oce, erase=e) for e in (100.0, 300.0, 800.0)},
-    **{f"DP, {n} directions": partial(double_projections, directions=n) for n in (0, 4, 8)},
+    **{f"OCE, erase {e:g}": partial(ablation.oce, erase=e) for e in (100.0, 300.0, 800.0)},
+    **{
+        f"DP, {n} directions": partial(ablation.double_projections, directions=n) for n in (0, 4, 8)
+    },
 }
 
 

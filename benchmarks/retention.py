@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, restored
+from benchmarks.ablation import PRIOR, REPORTING, RESULTS, TUNING, concept_of, restored
 from benchmarks.frontier import STEPS, Pen, kept
-from benchmarks.models import PRIOR
 from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model

@@ -496,9 +496,9 @@ def test_a_point_is_in_percent_and_an_empty_count_is_no_division_by_zero():
 
 def test_the_best_value_is_chosen_on_the_tuning_half_alone():
     values = {
-        0.1: {"ship": frontier.Point(0, 10, 1, 10), "dog": frontier.Point(9, 10, 9, 10)},
-        1.0: {"ship": frontier.Point(5, 10, 0, 10), "dog": frontier.Point(0, 10, 0, 10)},
-        9.0: {"dog": frontier.Point(0, 10, 0, 10)},  # not measured on it
+        0.1: {"ship": (0, 90, 95), "dog": (90, 10, 10)},
+        1.0: {"ship": (50, 100, 67), "dog": (0, 100, 100)},
+        9.0: {"dog": (0, 100, 100)},  # not measured on it
     }
     assert frontier.best(values, ["ship"]) == 0.1
 
