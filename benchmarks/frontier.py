@@ -231,8 +231,8 @@ METHODS = (
     Method("MACE, closed form", "ridge", (10, 1e3, 1e4, 1e5, 1e6), along(ablation.mace, "ridge")),
     Method("RECE", "regular", (0.0001, 0.001, 0.1, 1), along(ablation.rece, "regular")),
     Method("SPEED", "threshold", (0.01, 0.1, 1, 10), along(ablation.speed, "threshold")),
-    Method("OCE", "erase", (30, 100, 300, 2000), along(ablation.oce, "erase")),
-    Method("DP", "directions", (0, 4, 8, 17), double_projections),
+    Method("OCE", "erase", (100, 2000), along(ablation.oce, "erase")),
+    Method("DP", "directions", (0, 17), double_projections),
     Method("ESD-x", "iterations", (50, 100, 200), lambda m, c, n: esd_x(m, [c], int(n))),
 )
 

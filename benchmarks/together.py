@@ -1,6 +1,7 @@
 """Several concepts erased at once: residue and kept over the vocabulary, and H_o.
 
     python -m benchmarks.together
+    python -m benchmarks.together --methods OCE DP      # the other methods as they stand
 
 Two, five and nine of the ten CIFAR-10 concepts jointly, evaluated as in `benchmarks.frontier`, on
 up to 40 words that draw each of them and 200 that surely draw a class that stays. *Residue* is the
@@ -20,13 +21,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, pooled, restored
+from benchmarks.ablation import (
+    PRIOR,
+    REPORTING,
+    RESULTS,
+    TUNING,
+    concept_of,
+    pooled,
+    restored,
+)
 from benchmarks.frontier import Pen, Weights, drawn_before, edited, esd_x, kept, put
 from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
@@ -62,6 +72,15 @@ def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
     return peers.speed(model, concepts, bundled_task(concepts[0].name).classes, threshold=10)
 
 
+def oce(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    classes = bundled_task(concepts[0].name).classes
+    return peers.oce(model, concepts, ("{}",), PRIOR, classes, 3500.0, 50.0, 5.0)
+
+
+def double_projections(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
+    return peers.double_projections(model, concepts, bundled_task(concepts[0].name).classes)
+
+
 def mace(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
     return peers.mace(model, concepts, peers.WORDINGS, ridge=100_000)
 
@@ -74,6 +93,8 @@ METHODS: dict[str, Make] = {
     "MACE, closed form": mace,
     "RECE": lambda model, concepts: peers.rece(model, concepts, regular=0.0001),
     "SPEED": speed,
+    "OCE": oce,
+    "DP": double_projections,
     "ESD-x": lambda model, concepts: esd_x(model, concepts, 100 * len(concepts)),
 }
 
@@ -110,28 +131,48 @@ def report(
     return {metric: found[metric] for metric in ("acc_e", "acc_s", "acc_g")}
 
 
+Results = dict[str, dict[str, Any]]  # "METHOD, number of concepts" -> numbers
+
+
+def markdown(results: Results) -> str:
+    parts = [
+        "# Several concepts erased at once: residue and kept over the vocabulary, and H_o",
+        "`python -m benchmarks.together`",
+        __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+    ]
+    head = ["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]
+    head += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]
+    for names in SETS:
+        rows = [head]
+        for method in METHODS:
+            if f"{method}, {len(names)}" in results:
+                *numbers, each = results[f"{method}, {len(names)}"].values()
+                cells = [f"{number:.1f}" for number in numbers]
+                by_concept = " ".join(f"{name} {residue:.0f}" for name, residue in each.items())
+                rows.append([method, *cells[:3], by_concept, *cells[3:]])
+        parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(rows)]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    methods = parser.parse_args().methods
     model = load_model("miniature")
     assert isinstance(model, DiffusersModel)
     pen, words = Pen(model), model.text.words()
     before = drawn_before(pen, words)
-    was, stored = before.argmax(-1), {}
-    parts = [
-        "# Several concepts erased at once: residue and kept over the vocabulary, and H_o",
-        "`python -m benchmarks.together`",
-    ]
-    parts += [__doc__.split("\n\n")[2].replace("\n", " ").strip()]
+    was = before.argmax(-1)
+    path = RESULTS / "together.json"
+    results: Results = json.loads(path.read_text()) if methods else {}
     for names in SETS:
         concepts = [concept_of(name, "drawn") for name in names]
         groups = compared_words(before, [pen.classifier.classes.index(name) for name in names])
         chosen = [words[k] for k in torch.cat(groups).tolist()]
-        lines = [["", "residue ↓", "kept ↑", "H_v ↑", "residue by concept"]]
-        lines[0] += ["Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑"]
-        for method, make in tqdm(METHODS.items(), desc=", ".join(names)):
-            weights = cache(partial(make, model, concepts))
+        for method in tqdm(methods or METHODS, desc=", ".join(names)):
+            weights = cache(partial(METHODS[method], model, concepts))
             path = STATE / f"{method} {len(names)}.pt"
             now = kept(path, partial(drawn, pen, chosen, weights)).argmax(-1)
             same = [
@@ -140,19 +181,18 @@ def main() -> None:
             ]
             residue, keeps = sum(same[:-1]) / len(names), same[-1]
             h_v = 2 * (100 - residue) * keeps / (100 - residue + keeps)
-            each = " ".join(f"{name} {of:.0f}" for name, of in zip(names, same, strict=False))
             path = STATE / f"{method} {len(names)}.json"
             if not path.exists():
                 with writing(path, overwrite=True) as part:
                     part.write_text(json.dumps(report(model, concepts, weights())))
             metrics = json.loads(path.read_text())
             metrics["h_o"] = harmonic_mean(*metrics.values())
-            lines.append([method, f"{residue:.1f}", f"{keeps:.1f}", f"{h_v:.1f}", each])
-            lines[-1] += [f"{value:.1f}" for value in metrics.values()]
-            found = {"residue": residue, "kept": keeps, "h_v": h_v, **metrics}
-            stored[f"{method}, {len(names)}"] = {k: round(value, 2) for k, value in found.items()}
-        parts += [f"## {len(names)}: {', '.join(names)}", markdown_table(lines)]
-    write_results(RESULTS / "together", stored, "\n\n".join(parts))
+            numbers = {"residue": residue, "kept": keeps, "h_v": h_v, **metrics}
+            results[f"{method}, {len(names)}"] = {
+                **{name: round(number, 2) for name, number in numbers.items()},
+                "residue by concept": dict(zip(names, same, strict=False)),
+            }
+        write_results(RESULTS / "together", results, markdown(results))
 
 
 if __name__ == "__main__":

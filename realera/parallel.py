@@ -251,8 +251,11 @@ def _on_ray(
             # The first value is waited for, to report progress without transferring the result.
             return 1, work(job, number, part)
 
+        def combined(one: Any, other: Any) -> Any:  # Ray takes no built-in function
+            return combine(one, other)
+
         remote = ray.remote(num_returns=2, max_retries=RETRIES, num_gpus=gpus)(worked)
-        combining = ray.remote(max_retries=RETRIES)(combine)
+        combining = ray.remote(max_retries=RETRIES)(combined)
         done, level = zip(*(remote.remote(n, part) for n, part in enumerate(parts)), strict=True)
         while len(level) > 1:  # the order of additions is the same in every run
             pairs = zip(level[::2], level[1::2], strict=False)
