@@ -189,7 +189,7 @@ def main() -> None:
             metrics["h_o"] = harmonic_mean(*metrics.values())
             numbers = {"residue": residue, "kept": keeps, "h_v": h_v, **metrics}
             results[f"{method}, {len(names)}"] = {
-                **{name: round(number, 2) for name, number in numbers.items()},
+                **{name: round(number, 4) for name, number in numbers.items()},
                 "residue by concept": dict(zip(names, same, strict=False)),
             }
         write_results(RESULTS / "together", results, markdown(results))
