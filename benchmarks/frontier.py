@@ -384,7 +384,9 @@ def write(
         "one of 1.4. Peers are our own small implementations with their authors' inputs "
         "([peers.md](peers.md)); the anchors are those of the ablation. OCE's erase of 2000 and "
         "DP's 17 directions, all rows of the other classes' names, are those of their authors; "
-        "with 0 directions DP preserves nothing.",
+        "with 0 directions DP preserves nothing. Below 100 OCE was not drawn. "
+        "OCE and DP were drawn two days after the others, and the original anew for them: a word "
+        "more draws a frog and a truck, so their words are a slightly different sample.",
         f"## Tuned on: {', '.join(tuning)}",
         markdown_table(lines(found, tuning, None)),
     ]
