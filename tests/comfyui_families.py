@@ -138,7 +138,7 @@ def tiny_clip(family, embeddings=None):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_hidden_layers": 3}
-    keys = ("clip_l_model_config", "clip_g_model_config", "_model_config")  # SD 2.x has no name
+    keys = [f"clip_{letter}_model_config" for letter in "lgh"]
     target = comfy.supported_models_base.ClipTarget(*TEXTS[family])
     options = {**dict.fromkeys(keys, sizes), "dtype": torch.float32}
     clip = comfy.sd.CLIP(

@@ -40,6 +40,8 @@ except ImportError:  # ComfyUI before 2026
     z_image = None
 
 CPU = torch.device("cpu")
+BANK = Path(__file__).parent.parent / "realera/mining/preservation_bank.txt"
+PROMPTS = BANK.read_text("utf-8").splitlines()
 WIDTH, AXES = 48, [8, 12, 12]  # of the rows of T5, Qwen and Gemma; of the positions in a head
 FLUX = {
     "patch_size": 2,
@@ -284,11 +286,10 @@ class Blind(torch.nn.Module):
 def sentence_pieces():
     """A small sentencepiece model with Gemma's marks: its own does not ship with ComfyUI."""
     import sentencepiece
-    from RealEra.realera.mining.preservation_bank import bank_prompts
 
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(bank_prompts()),
+        sentence_iterator=iter(PROMPTS),
         model_writer=made,
         vocab_size=600,
         pad_id=0,
@@ -303,11 +304,9 @@ def sentence_pieces():
 
 def tekken():
     """A small vocabulary in the form of Mistral's: bytes, and the beginnings of words."""
-    from RealEra.realera.mining.preservation_bank import bank_prompts
-
     marks = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     tokens = dict.fromkeys(bytes([value]) for value in range(256))
-    for word in " ".join(bank_prompts()[:60]).split():
+    for word in " ".join(PROMPTS[:60]).split():
         tokens |= dict.fromkeys(f" {word[:end]}".encode() for end in range(1, len(word) + 1))
     vocabulary = [
         {"rank": rank, "token_bytes": base64.b64encode(token).decode()}
