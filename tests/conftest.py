@@ -60,8 +60,19 @@ QUICK = {
     "test_token_alignment.py",
 }
 
-# Files that take minutes: the first that xdist gives out, so that no worker ends long after others.
-LONG = ["test_page.py", "test_comfyui_inside.py", "test_comfyui.py", "test_comfyui_families.py"]
+# Files that take a minute or more: the first that xdist gives out, so that no worker ends long
+# after the others.
+LONG = {
+    "test_page.py",
+    "test_comfyui_inside.py",
+    "test_comfyui.py",
+    "test_comfyui_families.py",
+    "test_language.py",
+    "test_transformers.py",
+    "test_layouts.py",
+    "test_alignment.py",
+    "test_faults.py",
+}
 
 UNETS = {
     "sd1": {"block_out_channels": [32] * 4, "cross_attention_dim": 32, "attention_head_dim": 4},

@@ -230,7 +230,7 @@ def test_a_graph_and_the_command_line_with_its_settings_erase_alike(server, eras
     command = [sys.executable, "-m", "realera", "erase", "miniature", "-c", "airplane -> tree"]
     command += ["--steps", "0", "-o", str(tmp_path / "made")]
     command += [part for prompt in settings["preserve"] for part in ("--preserve", prompt)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "REALERA_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     other = load_erasure(tmp_path / "made/erasure.safetensors")
     assert other.provenance["concepts"] == whole.provenance["concepts"]

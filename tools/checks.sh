@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What the registry and comfy-test check in a pack. Left out where the tools cannot be installed
-# within a minute.
+# within two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if ! [ -x .venv-checks/bin/comfy-test ]; then
   python3 -m venv .venv-checks
-  if ! timeout 60 .venv-checks/bin/pip install -q comfy-cli comfy-test; then
+  if ! timeout 120 .venv-checks/bin/pip install -q comfy-cli comfy-test; then
     rm -rf .venv-checks
     echo "tools/checks.sh: comfy-cli and comfy-test cannot be installed, nothing is checked"
     exit 0
