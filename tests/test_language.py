@@ -22,6 +22,7 @@ from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
 from realera.miniature import CHECKPOINT, CONCEPTS, FILES, language, load_classifier
 from realera.miniature.language import MINILM, SMOLLM2
+from realera.pipelines.unet import DiffusersText
 from realera.settings import BUNDLED
 from realera.text.token_alignment import prompt_summaries, unit
 from tests.conformance import check_diffusion, check_transformer_text
@@ -158,7 +159,8 @@ def test_a_training_that_is_stopped_at_once_starts_from_what_the_bundled_model_d
 ):
     some = model.text.words()[::40]
     monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
-    for name, count in (("IMAGES", 18), ("SAME", 1), ("WORDS", 1), ("BATCH", 2)):
+    monkeypatch.setattr(DiffusersText, "words", lambda text: some)
+    for name, count in (("IMAGES", 18), ("SAME", 1), ("WORDS", 1), ("PHRASES", 2), ("BATCH", 2)):
         monkeypatch.setattr(teaching, name, count)
     stop = SimpleNamespace(asked=False)
     assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # a step
@@ -191,7 +193,7 @@ def test_a_name_that_the_encoder_cuts_into_pieces_is_erased_and_doubted(
 ):
     some = model.text.words()[::20]
     monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
-    command = ["erase", "miniature-language", "-c", "xqzzvt -> tree", "--steps", "0"]
+    command = ["erase", "miniature-language", "-c", "xqzzvt -> tree", "--steps", "0", "--no-bank"]
     drawn = ["--prompt", "a photo of the xqzzvt", "-o", str(tmp_path)]
     assert main([*command, *drawn]) == 0
     said = capsys.readouterr()
