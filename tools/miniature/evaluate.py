@@ -3,7 +3,7 @@
 The bundled classifier names images drawn from plain names, synonyms, associated prompts, held-out
 words and wordings, and from every style asked for; a grid for the eye is written beside.
 `--transformer` evaluates the bundled transformer, and also each of its channels of text alone;
-`--language` a bundled U-Net that reads a language model.
+`--language` a bundled model that reads a language model.
 """
 
 import argparse
@@ -229,7 +229,7 @@ def main() -> None:
         help="add the rows of a T5; default: the bundled one",
     )
     parser.add_argument(
-        "--language", choices=LOADERS, help="evaluate a U-Net that reads a language model instead"
+        "--language", choices=LOADERS, help="evaluate a model that reads a language model instead"
     )
     arguments = parser.parse_args()
     out: Path = arguments.out

@@ -1,19 +1,21 @@
-"""The bundled U-Net taught to read another text encoder.
+"""A bundled network taught to read another text encoder.
 
     python -m tools.miniature.language [--model miniature-llm]
+    python -m tools.miniature.language_transformer
 
 The student starts from the bundled weights, with keys and values that take each new row for the
 bundled encoder's last row (least squares). It learns to predict by the new rows what the bundled
 U-Net predicts by the rows of its text encoder, on latents that the bundled U-Net drew of the
 captions. Words that MiniLM has near a concept, and phrases, stand for its name in others. No
-picture and no label is needed. `--export` writes what ships, at any time.
+picture and no label is needed. `--export` writes what ships, at any time. `language_transformer`
+does the same with the bundled transformer.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ from torch import Tensor
 
 from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, FILES, STYLES
-from realera.miniature.language import LOADERS, MINILM, load_minilm
+from realera.miniature.language import LOADERS, load_minilm
 from realera.pipelines.interface import Diffusion
 from realera.storage.safetensors_file import open_tensors
-from realera.text.encoding import CONTEXT, TextEncoder
+from realera.text.encoding import CONTEXT, POOLED, TextEncoder
 from tools.layout import ldm_unet
 
 from .captions import TEMPLATES, caption, held_out
@@ -37,6 +39,8 @@ from .optimizers import Average
 from .runs import Stop, keep, long_run
 
 IMAGES, SAME = 640, 6  # latents of captions; captions of each
+STEPS = {None: 6, "sd3": 10}  # of a latent, by the family of the teacher, None for the U-Net
+SPARE = 6  # rows of padding behind the longest caption that the transformer reads
 WORDS, CLOSE, APART, TOLD = 64, 0.33, 0.08, 2  # words of a concept, cosines, captions of each
 PHRASES = 40  # of a concept
 PAIRED = ("{} and {}", "a {} with {}", "{}, {}", "the {} at the {}")
@@ -97,14 +101,14 @@ def _sentences(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def drawn(model: Diffusion, prompts: list[str]) -> Tensor:
-    """Latents [prompts, 4, 8, 8] that the bundled U-Net draws in six steps."""
+def drawn(model: Diffusion, prompts: list[str], steps: int = 6) -> Tensor:
+    """Latents [prompts, 4, 8, 8] that a bundled model draws."""
     generator, out = torch.Generator().manual_seed(1), []
     empty = model.text.encode([""])
     for i in range(0, len(prompts), BATCH):
         encoding = model.text.encode(prompts[i : i + BATCH])
         noise = torch.randn(encoding.prompts, *model.latent_shape, generator=generator)
-        out.append(model.sample(encoding, empty, noise, 6, 5.0))
+        out.append(model.sample(encoding, empty, noise, steps, 5.0))
     return torch.cat(out)
 
 
@@ -112,9 +116,12 @@ def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tenso
     """What the student learns from, made once.
 
     latents: float32 [groups, 4, 8, 8]; captions: of each group, int64 [groups, SAME]; rows,
-    bundled: rows of every caption by either encoder, float16 [captions, rows, dim]; caption 0 is
-    empty. The first IMAGES groups are captions of one drawing, the others of one word or phrase:
-    there the bundled U-Net reads the name of the concept, and the latent is one of its drawings.
+    bundled: rows of every caption by either encoder, float16 [captions, rows, dim]; pooled: pooled
+    embeddings of the bundled encoder, where there are any, [captions, dim]; caption 0 is empty. The
+    first IMAGES groups are captions of one drawing, the others of one word or phrase: there the
+    teacher reads the name of the concept, and the latent is one of its drawings.
+
+    model: teacher
     """
     path = state / "captions.safetensors"
     if not path.exists():
@@ -146,28 +153,48 @@ def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tenso
             read.append(rng.choice(TEMPLATES).format(concept))
             drawing.append(rng.randrange(names.index(concept), IMAGES, len(names)))
         tensors = {
-            "latents": drawn(model, first)[drawing],
+            "latents": drawn(model, first, STEPS[model.text.family])[drawing],
             "captions": torch.tensor(groups),
             "rows": _rows(text, told),
             "bundled": _rows(model.text, read),
         }
+        if model.text.family is not None:
+            longest = max(map(len, model.text.parts[0].tokenize(read)))
+            tensors["bundled"] = tensors["bundled"][:, : longest + SPARE].clone()
+            tensors["pooled"] = _rows(model.text, read, POOLED)[:, 0].clone()
         keep(path, tensors)
     return load_file(path)
 
 
-def _rows(text: TextEncoder, prompts: Sequence[str]) -> Tensor:
+def _rows(text: TextEncoder, prompts: Sequence[str], stream: str = CONTEXT) -> Tensor:
     parts = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]
-    return torch.cat([text.encode(part)[CONTEXT].half() for part in parts])
+    return torch.cat([text.encode(part)[stream].half() for part in parts])
 
 
-def _bundled_row(rows: Tensor, bundled: Tensor) -> Tensor:
+def picked(captions: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Groups, and a caption of each, int64 [count]; 45 in 100 are words and phrases."""
+    pick = torch.randint(IMAGES, (count,), generator=generator)
+    word = torch.randint(IMAGES, len(captions), (count,), generator=generator)
+    pick = torch.where(torch.rand(count, generator=generator) < 0.45, word, pick)
+    return pick, captions[pick, torch.randint(captions.shape[1], (count,), generator=generator)]
+
+
+def jittered(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows moved by 6 % of their length, in any direction."""
+    jitter = torch.randn(rows.shape, generator=generator)
+    return rows + jitter * rows.norm(dim=-1, keepdim=True) * (0.06 / rows.shape[-1] ** 0.5)
+
+
+def bundled_row(rows: Tensor, bundled: Tensor) -> Tensor:
     """The matrix [bundled dim, dim] that takes each row of a caption to one bundled row, by least
-    squares.
+    squares of the errors relative to the lengths of the rows.
 
     rows: [captions, rows, dim]; bundled: [captions, bundled dim]
     """
     there = rows.abs().sum(dim=2) > 0
     x, y = rows[there].double(), bundled.double().repeat_interleave(there.sum(dim=1), 0)
+    size = x.square().mean(dim=1, keepdim=True).sqrt()
+    x, y = x / size, y / size
     gram = x.T @ x
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram, x.T @ y).T.float()
@@ -187,7 +214,7 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
     student = UNet2DConditionModel.from_config({**config, "cross_attention_dim": rows.shape[-1]})
     old = teacher.state_dict()
     new = {n for n, p in student.named_parameters() if p.shape != old[n].shape}
-    read_as = _bundled_row(rows.float(), bundled[:, -1].float())
+    read_as = bundled_row(rows.float(), bundled[:, -1].float())
     student.load_state_dict({n: t @ read_as if n in new else t for n, t in old.items()})
     groups = [
         {"params": [p for n, p in student.named_parameters() if (n in new) == fresh], "lr": rate}
@@ -200,18 +227,13 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
         decay = 1.0 if progress < 0.6 else max(0.05, (1 - progress) / 0.4)
         for group, rate in zip(optimizer.param_groups, RATES, strict=True):
             group["lr"] = rate * decay
-        pick = torch.randint(IMAGES, (BATCH,), generator=generator)
-        word = torch.randint(IMAGES, len(latents), (BATCH,), generator=generator)
-        pick = torch.where(torch.rand(BATCH, generator=generator) < 0.45, word, pick)
-        read = captions[pick, torch.randint(SAME, (BATCH,), generator=generator)]
+        pick, read = picked(captions, BATCH, generator)
         read[torch.rand(BATCH, generator=generator) < SILENT] = 0
         t = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
         t = (t * (len(alphas) / BATCH)).long().clamp(max=len(alphas) - 1)  # float32 rounds up
         noise = torch.randn(latents[pick].shape, generator=generator)
         noisy = model.scheduler.add_noise(latents[pick], noise, t)
-        context = rows[read].float()
-        jitter = torch.randn(context.shape, generator=generator)
-        context += jitter * context.norm(dim=-1, keepdim=True) * (0.06 / context.shape[-1] ** 0.5)
+        context = jittered(rows[read].float(), generator)
         with torch.no_grad():
             wanted = teacher(noisy, t, bundled[read].float()).sample
         snr = (alphas / (1 - alphas))[t].view(-1, 1, 1, 1)
@@ -244,9 +266,17 @@ def export(state: Path, model: str, path: Path) -> None:
     keep(path, halves, format="pt", config=json.dumps(config))
 
 
-def main() -> None:
+def main(
+    distil: Callable[[Path, TextEncoder, float, Stop], bool] = distil,
+    export: Callable[[Path, str, Path], None] = export,
+    models: Sequence[str] = ("miniature-language", "miniature-llm"),
+) -> None:
+    """The command line.
+
+    distil, export: of a U-Net or of a transformer; models: names of the bundled models
+    """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=LOADERS, default=MINILM.model)
+    parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--state", type=Path, help=".state/MODEL by default")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--export", action="store_true", help="only write what ships, and end")
