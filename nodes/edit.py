@@ -77,8 +77,9 @@ class ClosedFormEdit(io.ComfyNode):
                         display_name="preservation bank",
                         default=DEFAULTS.bank,
                         tooltip=(
-                            "Whether a bank of about 1,000 everyday prompts is preserved as well. "
-                            "Without it, the edit changes much that is not to be erased."
+                            "Whether a bank of about 1,000 everyday prompts is preserved as well, "
+                            "and the other thing in a prompt with the concept. Without it, the "
+                            "edit changes much that is not to be erased."
                         ),
                     )
                 ),

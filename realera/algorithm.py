@@ -9,7 +9,7 @@ a plan can be encoded all at once or part by part.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -31,7 +31,7 @@ from .edit.erasure import (
 )
 from .mining import noise, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
-from .mining.pairs import MinedRows, Pairs, encode_pairs
+from .mining.pairs import THINGS, MinedRows, Pairs, composed, encode_pairs
 from .mining.plan import Plan
 from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .pipelines.interface import Diffusion
@@ -60,6 +60,9 @@ SOURCES: dict[Source, NeighbourSource] = {
     "bank": noise,
     "vocabulary": vocabulary,
 }
+# Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
+# thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
+COMPOSED_WEIGHT = 2.0
 CONCEPTS_PER_BATCH = 4  # concepts with rows in memory: 0.2 GB in SDXL, with 80 words each
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
@@ -85,6 +88,11 @@ class MiningResult:
     @property
     def pairs(self) -> Pairs:
         return self.neighbourhood.pairs
+
+    @cached_property
+    def composed(self) -> MinedRows:
+        """Prompts that hold another thing too (`pairs.composed`), encoded when they are needed."""
+        return composed(self.text, self.pairs, self.plan.things)
 
 
 def mine(
@@ -134,7 +142,9 @@ def plan_mining(
     if preserved:
         refuse_long_prompts(text, preserved)
     plan = Plan(tuple(concepts), neighbor, beyond, preserved)
-    return SOURCES[neighbor.source].complete(text, plan, progress)
+    plan = SOURCES[neighbor.source].complete(text, plan, progress)
+    erased = {word.casefold() for word in (*names, *(word for _, word in plan.near))}
+    return replace(plan, things=tuple(thing for thing in THINGS if thing not in erased))
 
 
 def realise(text: TextEncoder, plan: Plan) -> MiningResult:
@@ -245,14 +255,14 @@ def add_sums(sums: Mapping[str, Sums], others: Mapping[str, Sums]) -> dict[str, 
 def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> dict[str, Sums]:
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
+    erased: list[tuple[Pairs | MinedRows, float]] = [(pairs, settings.pair_weight), (near, 1.0)]
+    if settings.bank:
+        erased.append((mining.composed, COMPOSED_WEIGHT))
     representatives, found = concept_representatives(mining), {}
     for stream, e in pairs.e.items():
         sums = replace(Sums.zeros(e.shape[-1]), representatives=representatives[stream])
-        for rows, spans, weight in (
-            (pairs, pairs.span, settings.pair_weight),
-            (near, near.span, 1.0),
-        ):
-            span = spans[stream]
+        for rows, weight in erased:
+            span = rows.span[stream]
             targets = rows.target.weighed(stream)[span]
             sums = sums.add_erased(rows.e.weighed(stream)[span], targets, weight)
         beyond = far.e.weighed(stream)[far.span[stream]]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from .algorithm import MiningResult, collect, mine
+from .algorithm import COMPOSED_WEIGHT, MiningResult, collect, mine
 from .concepts import (
     TEMPLATES,
     Concept,
@@ -28,7 +28,7 @@ from .concepts import (
     names_without_anchor,
     with_anchors,
 )
-from .edit.closed_form import Edit, solve
+from .edit.closed_form import Edit, Sums, solve
 from .evaluation.coarse_samples import coarse_samples
 from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .mining.vocabulary import vocabulary_rows, word_rows
@@ -213,9 +213,12 @@ class _Effect:
         for rows, weight in weighed:
             erased = rows.e.weighed(CONTEXT)[rows.span[CONTEXT]]
             total += weight * erased.cpu().double().sum(0)
+        composed, span = mining.composed, mining.composed.span[CONTEXT]
+        rows, targets = (of.weighed(CONTEXT)[span] for of in (composed.e, composed.target))
+        away = Sums.zeros(sums.dim).add_erased(rows, targets, COMPOSED_WEIGHT).shift_cov
 
         def solved(shift: Tensor) -> Edit:
-            shifted = replace(sums, shift_cov=torch.outer(shift, total))
+            shifted = replace(sums, shift_cov=torch.outer(shift, total) + away)
             return solve(shifted, kept, settings.lambda1, settings.lambda2, settings.suppression)
 
         unit = torch.zeros(sums.dim, dtype=torch.float64)

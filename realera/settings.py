@@ -251,7 +251,8 @@ class SolveSettings:
         the bank's mean; default: 1.6
     pair_weight: weight of a row of an unperturbed pair or of a prompt to preserve, relative to a
         mined row; default: 100
-    bank: whether everyday prompts are preserved (`mining.preservation_bank`); default: True
+    bank: whether everyday prompts (`mining.preservation_bank`) and the other thing in a prompt with
+        the concept (`mining.pairs.composed`) are preserved; default: True
 
     Raises ValueError for a value of another type or out of its range.
     """

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,37 @@ def test_everyday_prompts_are_suppressed_and_a_preserved_one_less():
 
     assert moved(suppression=1.0) > 3 * moved(suppression=0.0)
     assert moved(suppression=1.0, preserve=(gate,)) < 0.5 * moved(suppression=1.0)
+
+
+def test_a_thing_beside_the_concept_is_kept_by_the_bank_alone():
+    """A thing that no pair holds: without the composed prompts, its rows go to the anchor's."""
+    text = load_text("miniature")
+    cat = Concept("cat", "tree", ("a photo of the {}",))
+    mining = mine(text, [cat], NeighborSettings(source="isotropic", neighbors=0), None)
+    assert "guitar" not in mining.plan.things
+    prompts = ["a photo of the guitar and a cat", "a photo of the guitar"]
+    both, alone = text.encode(prompts)[CONTEXT]
+    ends = [len(ids) - 1 for ids in text.parts[0].tokenize(prompts)]
+    x, due = both[ends[0]], alone[ends[1]]
+
+    def distance(mining, **changes):
+        edit = erase(mining, SolveSettings(suppression=0.0, **changes)).edits[CONTEXT]
+        return float((edit(x) - due).norm() / (x - due).norm())
+
+    without = realise(text, replace(mining.plan, things=()))
+    assert distance(mining) < 0.8 * distance(without)
+    assert distance(mining, bank=False) == distance(without, bank=False)
+
+
+def test_no_thing_beside_a_concept_is_erased_itself(texts, monkeypatch):
+    chosen, concepts = settings_of("vocabulary"), [Concept("Bus", "ground"), AIRPLANE]
+
+    def plan():
+        return plan_mining(texts["sd1"], concepts, chosen.neighbor, chosen.beyond)
+
+    ring = [word for _, word in plan().near if word not in ("Bus", "airplane")]
+    monkeypatch.setattr("realera.algorithm.THINGS", ("lamp", "bus", ring[0]))
+    assert plan().things == plan().part(1, 2).things == ("lamp",)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

@@ -25,7 +25,7 @@ from realera.edit.closed_form import Edit, Sums, solve
 from realera.edit.erasure import Erasure
 from realera.mining import vocabulary
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
-from realera.mining.pairs import Pairs, encode_pairs, first_summaries
+from realera.mining.pairs import Pairs, composed, encode_pairs, first_summaries
 from realera.mining.plan import Plan
 from realera.mining.preservation_bank import (
     _without_long_rows,
@@ -147,6 +147,37 @@ def test_a_concept_that_cannot_be_erased_is_refused(name, anchor, templates, rea
 def test_a_prompt_that_does_not_fit_is_refused(text):
     with pytest.raises(ValueError, match=r"takes .* tokens"):
         encode_pairs(text, [Concept("very " * 80, "ground", ("{}",))])
+
+
+# ---------------------------------------------------------------- prompts of two things
+
+
+def test_a_prompt_of_a_thing_and_a_concept_gets_the_rows_of_the_thing_alone(text):
+    concepts = [Concept("airplane", "ground"), Concept("dog", "tree", ("{}",))]
+    rows = composed(text, encode_pairs(text, concepts), ("lamp", "fish"))
+    prompts = ["a photo of the lamp and a airplane", "a photo of the fish and a airplane"]
+    prompts += ["lamp and a dog", "fish and a dog"]
+    alone = ["a photo of the lamp", "a photo of the fish", "lamp", "fish"]
+    second = len(concepts[0].templates)
+    assert rows.pair.tolist() == [0, 0, second, second]
+    e, target, span = rows.e[CONTEXT], rows.target[CONTEXT], rows.span[CONTEXT]
+    torch.testing.assert_close(e, text.encode(prompts)[CONTEXT])
+    due = text.encode(alone)[CONTEXT]
+    torch.testing.assert_close(target[:, -1], due[:, -4])  # three tokens more
+    first = [5, 5, 1, 1]  # row of the thing
+    for n, thing in enumerate(first):
+        assert span[n].tolist() == [k >= thing for k in range(len(span[n]))]
+        torch.testing.assert_close(target[n, thing], e[n, thing])
+        torch.testing.assert_close(target[n, thing + 3], due[n, thing])  # the concept
+        torch.testing.assert_close(target[n, thing + 4], due[n, thing + 1])  # end of text
+
+
+def test_a_prompt_of_a_thing_and_a_concept_that_is_too_long_is_left_out(text):
+    words = 77 - 2 - len(text.parts[0].tokenize(["lamp and a "])[0]) + 2
+    for count, found in ((words, 1), (words + 1, 0)):
+        name = " ".join(["dog"] * count)
+        pairs = encode_pairs(text, [Concept(name, "tree", ("{}",))])
+        assert len(composed(text, pairs, ("lamp",)).pair) == found
 
 
 # ---------------------------------------------------------------- neighbours and beyond points

@@ -81,7 +81,7 @@ def test_a_bank_loses_the_prompts_that_any_part_erases(texts, concepts, plans, m
     text, prompts = texts["sd1"], ("a photo of the dog", "a ship at sea", "a red kite")
     monkeypatch.setattr("realera.mining.preservation_bank.bank_prompts", lambda: prompts)
     monkeypatch.setattr("realera.mining.preservation_bank.RELATED", 1.01)
-    one, two = (sum_parts(text, part, NO_BANK) for part in plans["sd1"].parts(3))
+    one, two = (sum_parts(text, part, SolveSettings()) for part in plans["sd1"].parts(3))
     erasure = fit(text, plans["sd1"], add_sums(one, two))
     assert set(erasure.bank[CONTEXT].dropped) == set(prompts[:2])
     joint = erase(mine(text, concepts, NEAR, FAR)).edits[CONTEXT].matrix

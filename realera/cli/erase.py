@@ -338,7 +338,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
     )
     edit.add_argument(
         "--no-bank", dest="bank", action="store_false", default=argparse.SUPPRESS,
-        help="do not preserve everyday prompts (the preservation bank)",
+        help="do not preserve everyday prompts (the preservation bank) and the other thing in a "
+        "prompt with the concept",
     )  # fmt: skip
     training = sub.add_argument_group("alignment (Eq. 8-9)")
     count = "number of training steps, 200 in the paper; 0: closed form only"

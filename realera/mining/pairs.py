@@ -10,6 +10,13 @@ from ..concepts import Concept
 from ..text.encoding import BATCH, Encoding, TextEncoder, joined, repeated
 from ..text.token_alignment import map_rows, prompt_summaries
 
+# Things that share a prompt with a concept (`composed`): of many kinds, evenly from the objects and
+# people that the preservation bank names in one word.
+THINGS = (
+    *("rabbit", "rooster", "bus", "lollipop", "pumpkin", "armchair", "saucepan", "book"),
+    *("bracelet", "smartphone", "mosque", "monument", "pond", "xylophone", "chef", "hairdresser"),
+)
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -108,6 +115,38 @@ class MinedRows:
             torch.cat([one.pair for one in mined]),
             tuple(word for one in mined for word in one.words),
         )
+
+
+def composed(text: TextEncoder, pairs: Pairs, things: Sequence[str]) -> MinedRows:
+    """Prompts that hold a thing and a concept, "a photo of the lamp and a cat", compact.
+
+    The target is the prompt of the thing alone, "a photo of the lamp": with the anchor in the place
+    of the concept, many images would show the anchor and not the thing. Prompts that are too long
+    for the encoder are left out.
+
+    text: text encoder of the model
+    pairs: pairs of the concepts; only their first templates are used
+    things: things that belong to no concept
+    """
+    placed: list[Concept] = []
+    index: list[int] = []
+    for concept, pair in zip(pairs.concepts, pairs.first.tolist(), strict=True):
+        for thing in things:
+            phrase = f"{thing} and a {concept.name}"
+            prompt = [concept.templates[0].replace("{}", phrase)]
+            if all(len(part.tokenize(prompt)[0]) <= part.length for part in text.parts):
+                placed.append(Concept(phrase, thing, concept.templates[:1]))
+                index.append(pair)
+    if not placed:
+        nothing = pairs.e.take(torch.tensor([], dtype=torch.int64))
+        span = {stream: rows[:0] for stream, rows in pairs.span.items()}
+        return MinedRows(nothing, nothing, span, torch.tensor(index, dtype=torch.int64))
+    found = []
+    for n in range(0, len(placed), BATCH):
+        rows = encode_pairs(text, placed[n : n + BATCH])
+        span, e, target = rows.e.compact_mask(rows.span), rows.e.compact(), rows.target.compact()
+        found.append(MinedRows(e, target, span, torch.tensor(index[n : n + BATCH])))
+    return MinedRows.cat(found)
 
 
 def first_summaries(text: TextEncoder, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:

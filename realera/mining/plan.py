@@ -31,6 +31,7 @@ class Plan:
     centres: template -> mean row of the vocabulary, [dim]
     contested: words inside the rings of several concepts; they belong to the nearest concept
     steps: bank prompts to step towards, with source "bank"
+    things: things that share a prompt with each concept (`pairs.composed`)
 
     Raises ValueError when settings of neighbours and beyond points contradict each other.
     """
@@ -48,6 +49,7 @@ class Plan:
     centres: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     contested: tuple[str, ...] = ()
     steps: tuple[str, ...] = field(default=(), repr=False)
+    things: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.concepts:
