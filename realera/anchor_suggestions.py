@@ -214,8 +214,8 @@ class _Effect:
             erased = rows.e.weighed(CONTEXT)[rows.span[CONTEXT]]
             total += weight * erased.cpu().double().sum(0)
         composed, span = mining.composed, mining.composed.span[CONTEXT]
-        rows, targets = (of.weighed(CONTEXT)[span] for of in (composed.e, composed.target))
-        away = Sums.zeros(sums.dim).add_erased(rows, targets, COMPOSED_WEIGHT).shift_cov
+        e, e_star = (of.weighed(CONTEXT)[span] for of in (composed.e, composed.target))
+        away = Sums.zeros(sums.dim).add_erased(e, e_star, COMPOSED_WEIGHT).shift_cov
 
         def solved(shift: Tensor) -> Edit:
             shifted = replace(sums, shift_cov=torch.outer(shift, total) + away)
