@@ -152,7 +152,10 @@ def test_a_single_file_loads_as_the_pipeline_it_was_made_of(pipelines, singles, 
             theirs = getattr(pipelines[name], part).state_dict()
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert dict(model.scheduler.config) == dict(DiffusersModel(pipelines[name]).scheduler.config)
+    configs = [m.scheduler.config for m in (model, DiffusersModel(pipelines[name]))]
+    # Saving a pipeline, as other tests do, adds the names of its class and version.
+    ours, theirs = ({k: v for k, v in c.items() if not k.startswith("_")} for c in configs)
+    assert ours == theirs
     assert_same_images(images(model), images(DiffusersModel(pipelines[name])))
 
 
