@@ -2,6 +2,7 @@
 
     python -m benchmarks.models miniature miniature-language miniature-llm
     python -m benchmarks.models miniature-dit miniature-dit-t5
+    python -m benchmarks.models miniature-dit-llm --methods ours UCE OCE
     python -m benchmarks.models miniature --concepts airplane ship --methods SWEEP
     python -m benchmarks.models miniature --methods "OCE, erase 100" "DP, 4 directions"
 
@@ -124,24 +125,45 @@ def measure(
 
             file = re.sub(r"\W+", "-", f"{name} {concept} {method}")
             now, after = kept(STATE / f"{file}.pt", draw)
-            sizes = [len(drew), len(stays), len(implied)]
-            erased, others, implied_now = after.argmax(-1).split(sizes)
-            was, change = latents[stays], now.split(sizes)[1] - latents[stays]
-            residue = 100 * float((erased == k).float().mean()) if len(drew) else 0.0
-            keeps = 100 * float((others == shown[stays]).float().mean())
-            did = implied_before.argmax(-1) == k
-            found.setdefault(method, {})[concept] = {
-                "residue": residue,
-                "kept": keeps,
-                "H_v": 2 * (100 - residue) * keeps / max(1e-9, 100 - residue + keeps),
-                "drift": 100 * float((change.square().mean() / was.square().mean()).sqrt()),
-                "associated": 100 * float((implied_now[did] == k).float().mean()),
-                "words": len(drew),
-                "others": len(stays),
-                "prompts": int(did.sum()),
-            }
+            count = len(drew) + len(stays)
+            found.setdefault(method, {})[concept] = numbers(
+                k,
+                shown[stays],
+                latents[stays],
+                now[:count],
+                after[:count],
+                implied_before.argmax(-1) == k,
+                after[count:],
+            )
             print(name, concept, method, found[method][concept], flush=True)
     return found
+
+
+def numbers(
+    k: int, shown: Tensor, was: Tensor, now: Tensor, after: Tensor, did: Tensor, implied: Tensor
+) -> dict[str, float]:
+    """What an erasure changed.
+
+    k: class of the concept
+    shown, was: classes and latents of the words that stay, before
+    now, after: latents and probabilities of the words that drew the concept, and of those that stay
+    did: which of its associated prompts drew the concept; implied: their probabilities afterwards
+    """
+    drew, stays = len(now) - len(was), len(was)
+    erased, others = after.argmax(-1).split([drew, stays])
+    residue = 100 * float((erased == k).float().mean()) if drew else 0.0
+    keeps = 100 * float((others == shown).float().mean())
+    change = now[drew:] - was
+    return {
+        "residue": residue,
+        "kept": keeps,
+        "H_v": 2 * (100 - residue) * keeps / max(1e-9, 100 - residue + keeps),
+        "drift": 100 * float((change.square().mean() / was.square().mean()).sqrt()),
+        "associated": 100 * float((implied.argmax(-1)[did] == k).float().mean()),
+        "words": drew,
+        "others": stays,
+        "prompts": int(did.sum()),
+    }
 
 
 def rows(found: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> list[list[str]]:
@@ -157,19 +179,23 @@ def rows(found: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> l
     return table
 
 
-def write(stored: Mapping[str, Any]) -> None:
+def table_of(models: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+    """The table of what `measure` found on each model."""
     head = ["", "residue ↓", "kept ↑", "H_v ↑", "drift ↓", "associated ↓"]
+    table = [[*head, "residue/kept/drift by concept"]]
+    for name, found in models.items():
+        table += rows(found, name)
+    counts = [
+        f"{name}: " + ", ".join(f"{c} {n['words']}" for c, n in next(iter(of.values())).items())
+        for name, of in models.items()
+    ]
+    return f"{markdown_table(table)}\n\nWords that drew the concept: {'; '.join(counts)}."
+
+
+def write(stored: Mapping[str, Any]) -> None:
     parts = ["# Ours and its peers on the bundled models", __doc__]
     for title, models in stored.items():
-        table = [[*head, "residue/kept/drift by concept"]]
-        for name, found in models.items():
-            table += rows(found, name)
-        counts = [
-            f"{name}: " + ", ".join(f"{c} {n['words']}" for c, n in next(iter(of.values())).items())
-            for name, of in models.items()
-        ]
-        parts += [f"## {title}", markdown_table(table)]
-        parts.append("Words that drew the concept: " + "; ".join(counts) + ".")
+        parts += [f"## {title}", table_of(models)]
     write_results(RESULTS / "models", stored, "\n\n".join(parts))
 
 
