@@ -1,6 +1,6 @@
 """Which rows of a language model carry a concept, and what an edit of each draws.
 
-    python -m benchmarks.carrying_rows miniature-dit-llm miniature-llm
+    python -m benchmarks.carrying_rows miniature-dit-llm
 
 Behind a chat template a causal model has rows that every prompt has, and each of them has read the
 concept. *Rows of another prompt*: "a photo of the {}" of each thing that the models draw, with some
