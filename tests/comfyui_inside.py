@@ -2,7 +2,7 @@
 
 Every function whose name starts with "claim_" is a test; the interpreter has no pytest. Prints one
 line a claim, `CLAIM {"name": …, "failed": traceback or "", "skipped": reason or ""}`; arguments
-choose claims by a part of their name.
+choose claims by a part of their name. The exit status is 1 if a claim failed.
 """
 
 # ruff: noqa: E402 (ComfyUI reads its arguments while it is imported)
@@ -1330,6 +1330,7 @@ def naming(part):
 
 def main():
     claims = {name: made for name, made in globals().items() if name.startswith("claim_")}
+    failed = 0
     with torch.inference_mode():
         for name, claim in claims.items():
             if ASKED and not any(part in name for part in ASKED):
@@ -1341,8 +1342,10 @@ def main():
                 result["skipped"] = str(reason)
             except Exception:
                 result["failed"] = traceback.format_exc()
+                failed += 1
             print("CLAIM", json.dumps(result), flush=True)
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
