@@ -147,7 +147,8 @@ def numbers(
     k: class of the concept
     shown, was: classes and latents of the words that stay, before
     now, after: latents and probabilities of the words that drew the concept, and of those that stay
-    did: which of its associated prompts drew the concept; implied: their probabilities afterwards
+    did: associated prompts that drew the concept, a mask
+    implied: probabilities of the associated prompts, afterwards
     """
     drew, stays = len(now) - len(was), len(was)
     erased, others = after.argmax(-1).split([drew, stays])

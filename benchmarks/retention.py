@@ -157,11 +157,11 @@ class Retention:
             first, was = self.drawn(f"prompt {name} original", prompts, dict)
             weights: Callable[[], Any] = dict
             if method in METHODS:
-                weights, given = partial(single, self.model, METHODS[method], name), prompts
+                weights, texts = partial(single, self.model, METHODS[method], name), prompts
             else:
                 anchor = concept_of(name, "drawn").anchor
-                given = [p.format(kept=t, concept=anchor) for t in THINGS for p in PROMPTS]
-            latents, now = self.drawn(f"prompt {name} {method}", given, weights)
+                texts = [p.format(kept=t, concept=anchor) for t in THINGS for p in PROMPTS]
+            latents, now = self.drawn(f"prompt {name} {method}", texts, weights)
             before.append(was)
             after.append(now)
             wanted += [t for t in THINGS for _ in PROMPTS]

@@ -39,8 +39,8 @@ class Form:
     causal: whether a row depends on the tokens before it alone
     marker: mark in front of a whole word that the tokens of the vocabulary lack
     words: number of whole words in the vocabulary, the most frequent ones
-    family: family of the network, whose pooled embedding is the number 1 for every prompt; None for
-        a U-Net
+    family: family of a transformer, where the pooled embedding of every prompt is the number 1;
+        None for a U-Net
     """
 
     length: int

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera.checkpoints.loading import load_model
 from realera.miniature import BACKGROUNDS, CHECKPOINT, CONCEPTS, FILES, STYLES
@@ -119,7 +119,7 @@ def prepare(state: Path, text: TextEncoder, model: Diffusion) -> dict[str, Tenso
     bundled: rows of every caption by either encoder, float16 [captions, rows, dim]; pooled: pooled
     embeddings of the bundled encoder, where there are any, [captions, dim]; caption 0 is empty. The
     first IMAGES groups are captions of one drawing, the others of one word or phrase: there the
-    teacher reads the name of the concept, and the latent is one of its drawings.
+    teacher reads the name of the concept, and the latent is a drawing of the concept.
 
     model: teacher
     """
@@ -200,6 +200,18 @@ def bundled_row(rows: Tensor, bundled: Tensor) -> Tensor:
     return torch.linalg.solve(gram, x.T @ y).T.float()
 
 
+def descend(
+    loss: Tensor, student: nn.Module, optimizer: torch.optim.Optimizer, average: Average
+) -> dict[str, float]:
+    """Takes a step down the gradient, which is cut to norm 1, and updates the average."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    average.update()
+    return {"loss": loss.item()}
+
+
 def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
     """The student's average, in unet.safetensors."""
     torch.manual_seed(1)
@@ -239,12 +251,7 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
         snr = (alphas / (1 - alphas))[t].view(-1, 1, 1, 1)
         weight = (snr.clamp(max=5) / snr).clamp(max=5) + 0.2
         loss = (weight * (student(noisy, t, context).sample - wanted).square()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        return {"loss": loss.item()}
+        return descend(loss, student, optimizer, average)
 
     parts = {"student": student, "optimizer": optimizer, "average": average}
     done = long_run(state / "unet.pt", parts, step, minutes, stop)

@@ -32,7 +32,7 @@ CANDIDATES = 4096  # captions from which those of one length are taken
 
 
 def student_of(teacher: Any, prepared: dict[str, Tensor]) -> Any:
-    """The teacher with a context embedder that takes each new row for a row of its encoder."""
+    """The teacher with a context embedder that takes each new row for a bundled encoder's."""
     rows, bundled = prepared["rows"][::2].float(), prepared["bundled"][::2, -1].float()
     config = {k: v for k, v in dict(teacher.config).items() if not k.startswith("_")}
     config |= {"joint_attention_dim": rows.shape[-1], "pooled_projection_dim": 1}
@@ -93,15 +93,10 @@ def distil(state: Path, text: TextEncoder, minutes: float, stop: Stop) -> bool:
                 if len(read[part]):
                     context = rows[read[part], : lengths[read[part]].max()].float()
                     context = language.jittered(context, generator)
-                    given = noisy[part], context, one[part], 1000 * s[part]
-                    predicted.append(student(*given).sample)
+                    inputs = noisy[part], context, one[part], 1000 * s[part]
+                    predicted.append(student(*inputs).sample)
         loss = F.mse_loss(torch.cat(predicted).float(), wanted.float())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        return {"loss": loss.item()}
+        return language.descend(loss, student, optimizer, average)
 
     parts = {"student": student, "optimizer": optimizer, "average": average}
     done = long_run(state / "transformer.pt", parts, step, minutes, stop)
