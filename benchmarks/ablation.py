@@ -164,6 +164,16 @@ def oce(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
     return peers.oce(model, [concept], wordings, PRIOR, **options)
 
 
+def oce_several(
+    model: Diffusion, concepts: Sequence[Concept], names: Sequence[str]
+) -> peers.Weights:
+    """By the authors' settings for ten celebrities at once (`celeb_10.sh`).
+
+    names: names to retain
+    """
+    return peers.oce(model, concepts, ("{}",), PRIOR, names, 3500.0, 50.0, 5.0)
+
+
 def double_projections(model: Diffusion, concept: Concept, **options: Any) -> peers.Weights:
     return peers.double_projections(model, [concept], others(concept), **options)
 

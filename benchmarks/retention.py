@@ -43,7 +43,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.ablation import PRIOR, REPORTING, RESULTS, TUNING, concept_of, restored
+from benchmarks.ablation import (
+    PRIOR,
+    REPORTING,
+    RESULTS,
+    TUNING,
+    concept_of,
+    oce_several,
+    restored,
+)
 from benchmarks.frontier import STEPS, Pen, kept
 from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
@@ -84,7 +92,7 @@ def ours(model: DiffusersModel, concepts: Sequence[Concept]) -> peers.Weights:
 def oce(model: DiffusersModel, concepts: Sequence[Concept], names: Sequence[str]) -> peers.Weights:
     if len(concepts) == 1:
         return peers.oce(model, concepts, peers.EXPANDED, PRIOR)
-    return peers.oce(model, concepts, ("{}",), PRIOR, names, 3500.0, 50.0, 5.0)
+    return oce_several(model, concepts, names)
 
 
 # names: classes that are not erased, and a method may retain

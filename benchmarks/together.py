@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.ablation import (
-    PRIOR,
     REPORTING,
     RESULTS,
     TUNING,
     concept_of,
+    oce_several,
     pooled,
     restored,
 )
@@ -75,8 +75,7 @@ def speed(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
 
 
 def oce(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
-    classes = bundled_task(concepts[0].name).classes
-    return peers.oce(model, concepts, ("{}",), PRIOR, classes, 3500.0, 50.0, 5.0)
+    return oce_several(model, concepts, bundled_task(concepts[0].name).classes)
 
 
 def double_projections(model: DiffusersModel, concepts: Sequence[Concept]) -> Weights:
