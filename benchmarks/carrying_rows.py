@@ -1,6 +1,6 @@
 """Which rows of a language model carry a concept, and what an edit of each draws.
 
-    python -m benchmarks.carrying_rows miniature-dit-llm
+    python -m benchmarks.carrying_rows miniature-dit-llm miniature-llm
 
 Behind a chat template a causal model has rows that every prompt has, and each of them has read the
 concept. *Rows of another prompt*: "a photo of the {}" of each thing that the models draw, with some
@@ -14,6 +14,10 @@ layers alone (`wide_rows`), where a model reads several.
 
 Words that draw the concept are few, and on miniature-dit-llm hardly one has to do with it (*about*,
 *under*): the names say whether it is erased.
+
+On miniature-llm, in Z-Image's form, the last row is read, but does not decide what a plain name
+draws: exchanged, it changes none, and edited alone, it leaves all names and 42 % of the words;
+edited with all others, it takes the names left from 20, 33 and 7 % to 7, 20 and 0 %.
 
 What is drawn is kept in .state/carrying_rows: empty it when the method changes.
 """
