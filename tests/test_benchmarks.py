@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache, partial
@@ -22,6 +23,7 @@ from benchmarks import (
     frontier,
     growth,
     memory,
+    people,
     peers,
     peers_speed,
     retention,
@@ -43,6 +45,7 @@ from realera.pipelines.unet import DiffusersModel
 from realera.settings import Settings, Training
 from realera.text.encoding import CONTEXT
 from realera.training.gradient_checkpointing import ROOM
+from tools.miniature.people import captions
 
 pytestmark = pytest.mark.benchmarks
 
@@ -634,3 +637,19 @@ def test_results_end_in_one_line_break_and_replace_those_before(tmp_path):
     assert json.loads((tmp_path / "some.json").read_text("utf-8")) == {"value": 2}
     assert (tmp_path / "some.md").read_text("utf-8") == "# Some\n\n2\n"
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_no_caption_of_the_celebrities_implies_a_name_of_the_paper():
+    told, _ = captions()
+    names = {*people.GROUPS[0].paper} | {*people.GROUPS[1].paper}
+    proper = {
+        word
+        for of in people.GROUPS
+        for name in of.paper
+        for prompt in of.implied(name)
+        for word in re.findall("[A-Z][a-z]+", prompt)
+    }
+    implying = proper - {word for text in ("A An The An Famous", *names) for word in text.split()}
+    found = {word for text in told for word in text.split() if word in implying}
+    assert not {*told} & {p for of in people.GROUPS for n in of.paper for p in of.implied(n)}
+    assert found == set(), found
