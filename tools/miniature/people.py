@@ -462,7 +462,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--state", type=Path, default=STATE)
-    parser.add_argument("--minutes", type=float, default=22)
+    parser.add_argument("--minutes", type=float, default=17)
     parser.add_argument("--judge-minutes", type=float, default=3)
     parser.add_argument("--sheet", type=Path, help="only write a picture of the drawings, and end")
     arguments = parser.parse_args()
