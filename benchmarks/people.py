@@ -24,12 +24,16 @@ empty prompt, of which MiniLM has two. What is drawn is kept in .state/people by
 weights, method and name: empty it when a method changes. The pictures have the paper's names, a
 prompt that implied each name, and three prompts that stay when the first name is erased.
 
-What this shows: an edit of a name takes the face or the canvas from it, and leaves the other names
-and classes. What it does not show: residue of the paper's prompts. The U-Net reads MiniLM's rows
-where it was taught to, so *Ethan Hunt* draws a deer and *Titanic* a ship, as in the captions of the
-bundled model; MiniLM has a third of these prompts nearest to the name by their mean rows, and
-nearly none drew it. Leaving out rows of the captions in training did not change that. Residue is
-shown by the names with such prompts in captions. Faces are drawings, not likenesses.
+What this shows: an edit takes the drawing from a name and leaves the other names and the classes.
+The prompts that implied one of the five others largely survive it: by RECE 42 % of those of
+celebrities and 72 % of those of artists, by ours 59 and 86, by UCE 75 and 100; by OCE 5 and 42,
+with the largest drift and the lowest Acc_s. What it does not show: residue of the paper's prompts.
+Of 120 pictures of prompts that imply the paper's ten names, 3 showed the drawing before any
+erasure, 2 of them by the paper's prompt for Salvador Dali, although MiniLM has 24 of these 60
+prompts nearest to the name by their mean rows. The U-Net reads rows as the captions taught it:
+*the star of Titanic* draws a ship, the paper's prompt for Tom Cruise a deer or a ship. A shorter
+run that left out no rows of the captions drew as few. Faces are drawings, not likenesses, and an
+artist is one canvas, not a style.
 """
 
 import argparse
@@ -392,7 +396,7 @@ def picture(judge: Judge, of: Group) -> None:
         ]
         rows.append([*judge.pen.images(torch.stack(latents))])
     heads = [prompts_of(of, name)[kind][n] for name, kind, n in columns]
-    with writing(RESULTS / f"people-{of.title.lower()}.png", overwrite=True) as file:
+    with writing(Path(f"docs/pictures/people-{of.title.lower()}.png"), overwrite=True) as file:
         grid(rows, ["original", *METHODS], heads, size=72).save(file, "PNG")
 
 
