@@ -41,7 +41,7 @@ from realera.evaluation.vocabulary import SURE, sample_words
 from realera.miniature import CONCEPTS
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.unet import DiffusersModel
-from realera.settings import BUNDLED, SolveSettings
+from realera.settings import BUNDLED, NeighborSettings, SolveSettings, Source
 
 STATE = Path(".state/models")
 WORDS, OTHERS, PART = 240, 30, 60  # words that are drawn, that stay, at once
@@ -49,8 +49,11 @@ REPORTED = ("cat", "dog", "truck")
 METRICS = ("residue", "kept", "H_v", "drift", "associated")
 
 
-def ours(model: Diffusion, concept: Concept, **changes: Any) -> peers.Weights:
-    edits = erase(mine(model.text, [concept]), SolveSettings(**changes)).edits
+def ours(
+    model: Diffusion, concept: Concept, source: Source = "vocabulary", **changes: Any
+) -> peers.Weights:
+    mining = mine(model.text, [concept], NeighborSettings(source=source), model=model)
+    edits = erase(mining, SolveSettings(**changes)).edits
     return {
         name: reader.layer.weight.detach().double().cpu()
         @ edits[reader.kind.stream].matrix.double()
@@ -61,6 +64,9 @@ def ours(model: Diffusion, concept: Concept, **changes: Any) -> peers.Weights:
 METHODS: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
     "ours": ours,
     "ours, suppression 0": partial(ours, suppression=0.0),
+    "ours, predictions": partial(ours, source="predictions"),
+    "ours, predictions, 0.8": partial(ours, source="predictions", suppression=0.8),
+    "ours, predictions, 0": partial(ours, source="predictions", suppression=0.0),
     "UCE": ablation.uce,
     "OCE": ablation.oce,
     "DP": ablation.double_projections,

@@ -29,7 +29,7 @@ from .edit.erasure import (
     notes_of,
     refuse_misfit,
 )
-from .mining import noise, vocabulary
+from .mining import noise, predictions, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
 from .mining.pairs import THINGS, MinedRows, Pairs, composed, encode_pairs
 from .mining.plan import Plan
@@ -59,6 +59,7 @@ SOURCES: dict[Source, NeighbourSource] = {
     "isotropic": noise,
     "bank": noise,
     "vocabulary": vocabulary,
+    "predictions": predictions,
 }
 # Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
 # thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
@@ -74,12 +75,14 @@ class MiningResult:
     text: text encoder of the rows
     neighbourhood: pairs of the concepts, and the source of rows around them
     neighbors, beyond: rows of the neighbours and beyond points that the plan selects
+    model: original model, for source "predictions"; default: None
     """
 
     text: TextEncoder
     neighbourhood: Neighbourhood
     neighbors: MinedRows
     beyond: MinedRows
+    model: Diffusion | None = None
 
     @property
     def plan(self) -> Plan:
@@ -101,6 +104,7 @@ def mine(
     neighbor: NeighborSettings = NeighborSettings(),
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
+    model: Diffusion | None = None,
 ) -> MiningResult:
     """Mines around each concept (Alg. 1, l. 1-23), with the rows of all concepts in memory.
 
@@ -109,10 +113,12 @@ def mine(
     neighbor: settings of the neighbours; default: `NeighborSettings()`
     beyond: settings of the beyond points; None for none; default: `BeyondSettings()`
     progress: callback(done, total), called in each long stage; default: none
+    model: original model, which source "predictions" needs; default: None
 
     Raises ValueError like `plan_mining`.
     """
-    return realise(text, plan_mining(text, concepts, neighbor, beyond, progress))
+    plan = plan_mining(text, concepts, neighbor, beyond, progress, model)
+    return replace(realise(text, plan), model=model)
 
 
 def plan_mining(
@@ -121,6 +127,7 @@ def plan_mining(
     neighbor: NeighborSettings = NeighborSettings(),
     beyond: BeyondSettings | None = BeyondSettings(),
     progress: Progress = quiet,
+    model: Diffusion | None = None,
 ) -> Plan:
     """Selects the words or prompts to mine around each concept, without encoding their rows.
 
@@ -130,9 +137,11 @@ def plan_mining(
     beyond: settings of the beyond points; None for no beyond points (Alg. 1, l. 1-12 only);
         default: `BeyondSettings()`
     progress: callback(done, total), called in each long stage; default: none
+    model: original model, which source "predictions" needs; default: None
 
     Raises ValueError when an excluded word or a prompt to preserve names a concept, when a prompt
-    is too long for the encoder, and when settings contradict each other.
+    is too long for the encoder, when settings contradict each other, and when the source needs the
+    model and none is given.
     """
     templates = dict.fromkeys(template for concept in concepts for template in concept.templates)
     names = [concept.name for concept in concepts]
@@ -142,7 +151,7 @@ def plan_mining(
     if preserved:
         refuse_long_prompts(text, preserved)
     plan = Plan(tuple(concepts), neighbor, beyond, preserved)
-    plan = SOURCES[neighbor.source].complete(text, plan, progress)
+    plan = SOURCES[neighbor.source].complete(text, plan, progress, model)
     erased = {word.casefold() for word in (*names, *(word for _, word in plan.near))}
     return replace(plan, things=tuple(thing for thing in THINGS if thing not in erased))
 
@@ -170,9 +179,10 @@ def mine_beyond(
             "the mining comes from a Beyond Sampler already, and a second one would replace the "
             "prompts that the first preserves: give all prompts to one Beyond Sampler"
         )
-    plan = plan_mining(mining.text, mining.plan.concepts, mining.plan.neighbor, beyond, progress)
+    concepts, neighbor, model = mining.plan.concepts, mining.plan.neighbor, mining.model
+    plan = plan_mining(mining.text, concepts, neighbor, beyond, progress, model)
     neighbourhood = mining.neighbourhood.replan(plan)
-    return MiningResult(mining.text, neighbourhood, *neighbourhood.planned())
+    return MiningResult(mining.text, neighbourhood, *neighbourhood.planned(), model)
 
 
 def erase(

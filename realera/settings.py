@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 Progress = Callable[[int, int], None]  # callback with (number done, total)
-Source = Literal["isotropic", "bank", "vocabulary"]
+Source = Literal["isotropic", "bank", "vocabulary", "predictions"]
 # Bundled models: a small U-Net, a small transformer with CLIP alone or with CLIP and T5, the U-Net
 # with a sentence encoder and with a causal language model, and the transformer with the latter.
 BUNDLED = (
@@ -21,10 +21,13 @@ BUNDLED = (
     "miniature-llm",
     "miniature-dit-llm",
 )
-SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary")
+SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary", "predictions")
 NOISE: tuple[Source, ...] = ("isotropic", "bank")  # sources of random steps
-S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0}
-S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55}
+WORDS: tuple[Source, ...] = ("vocabulary", "predictions")
+S1: dict[Source, float] = {"isotropic": 0.7, "bank": 0.7, "vocabulary": 1.0, "predictions": 1.0}
+S2: dict[Source, float] = {"isotropic": 0.3, "bank": 0.3, "vocabulary": 0.55, "predictions": 0.3}
+# Largest share of the concept in the prediction of a beyond word
+BEYOND_SHARE = 0.1
 MAX_SUPPRESSION = 2.0
 # Share of |T - I| that a LoRA file may leave out: images then differ by 0.05 % RMS from images of
 # the whole edit, at a fifth of the rank that 0.001 takes (`benchmarks/results/tolerance.json`).
@@ -147,11 +150,12 @@ class NeighborSettings:
     """Parameters of Neighbor Sampler (Sec. 4.1; Alg. 1, l. 4-12); None is automatic.
 
     source: source of neighbours: random directions as in the paper (isotropic), steps towards
-        everyday prompts (bank), or words of the vocabulary; default: "vocabulary"
-    neighbors: number of neighbours M, per prompt; with source "vocabulary", per concept; default:
-        64
-    s1, s2: largest and smallest cosine of a neighbour with the row e of the concept (Eq. 4);
-        default: by source (`S1`, `S2`)
+        everyday prompts (bank), words that the text encoder has near the concept (vocabulary), or
+        words that the model draws like the concept (predictions); default: "vocabulary"
+    neighbors: number of neighbours M, per prompt; with words, per concept; default: 64
+    s1, s2: largest and smallest cosine of a neighbour with the row e of the concept (Eq. 4); with
+        source "predictions", share of the concept in the prediction of a word
+        (`mining.predictions`); default: by source (`S1`, `S2`)
     d1: largest step from e (Eq. 3), in units of the context; default: distance at which the
         expected cosine falls to s2
     d1_anchor: radius of the ball around e* that neighbours are mapped into; default: d1 / 10
@@ -174,7 +178,7 @@ class NeighborSettings:
     d1_anchor: float | None = option(None, POSITIVE, NOISE)
     # With source "bank", a prompt is one v for the whole span anyway.
     shared_noise: bool = option(False, sources=("isotropic",))
-    words: tuple[str, ...] = option((), sources=("vocabulary",))
+    words: tuple[str, ...] = option((), sources=WORDS)
     exclude: tuple[str, ...] = option(())
     seed: int = option(0, SEED)
 
@@ -202,9 +206,9 @@ class NeighborSettings:
 class BeyondSettings:
     """Parameters of Beyond Sampler (Sec. 4.2; Alg. 1, l. 13-22); None is automatic.
 
-    beyond: number of beyond points N, per prompt; with source "vocabulary", per concept; default:
-        16
-    beyond_s2: cosine with e below which beyond points lie; default: s2 of the neighbours
+    beyond: number of beyond points N, per prompt; with words, per concept; default: 16
+    beyond_s2: cosine with e below which beyond points lie; default: s2 of the neighbours; with
+        source "predictions", share of the concept, default: BEYOND_SHARE
     d2: largest step from e (Eq. 3), in units of the context; default: distance at which the
         expected cosine falls to 0
     preserve: prompts whose outputs are preserved in every row
@@ -230,7 +234,8 @@ class BeyondSettings:
         """
         refuse_unused(self, neighbor.source)
         s2 = neighbor.cosines[0]
-        farthest = s2 if self.beyond_s2 is None else self.beyond_s2
+        automatic = min(s2, BEYOND_SHARE) if neighbor.source == "predictions" else s2
+        farthest = automatic if self.beyond_s2 is None else self.beyond_s2
         if farthest > s2:
             raise ValueError(
                 f"S2 = {farthest} of the beyond points is larger than S2 = {s2} of the neighbours: "

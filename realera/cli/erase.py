@@ -195,12 +195,14 @@ def _erase(
     state = folder.path.resolve() / FOLDER  # absolute, since workers run in other folders
     source = options.model if options.model in BUNDLED else str(locate(options.model).resolve())
     # The closed form only needs the text encoder, which may be a third of the size of the model.
-    model = load(options) if training or options.check or options.prompt else None
+    predicts = settings.neighbor.source == "predictions"
+    drawn = training or options.check or options.prompt
+    model = load(options) if drawn or predicts else None
     text = load_encoder(options) if model is None else model.text
     warn(unreadable_names(text, concepts))
     job = Job(source, options.dtype, device_of(options), settings.solve, state).of(text)
     with progress_bar("words") as progress:
-        plan = plan_mining(text, concepts, settings.neighbor, settings.beyond, progress)
+        plan = plan_mining(text, concepts, settings.neighbor, settings.beyond, progress, model)
     warn(anchor_warnings(text, plan))
     parts = plan.parts(options.group)
     state.mkdir(exist_ok=True)
@@ -299,7 +301,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
     mining.add_argument(
         "--source", choices=SOURCES, default=NeighborSettings().source,
         help="source of neighbours: random directions (isotropic), steps towards everyday prompts "
-        "(bank), or words (vocabulary)",
+        "(bank), words that the text encoder has near the concept (vocabulary), or words that the "
+        "model draws like the concept (predictions), for which it predicts 10,000 times",
     )  # fmt: skip
     _number_options(
         mining,

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..pipelines.interface import Diffusion
 from ..settings import Progress
 from ..text.encoding import TextEncoder
 from .pairs import MinedRows, Pairs
@@ -76,12 +77,15 @@ class Neighbourhood(Protocol):
 class NeighbourSource(Protocol):
     """A module that implements one source of neighbours."""
 
-    def complete(self, text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
+    def complete(
+        self, text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None
+    ) -> Plan:
         """Selects the words or prompts of a plan; returns the complete plan.
 
         text: text encoder of the model
         plan: plan with concepts and settings only
         progress: callback(done, total)
+        model: original model; None where it is not known
         """
 
     def neighbourhood(self, text: TextEncoder, plan: Plan, pairs: Pairs) -> Neighbourhood:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..pipelines.interface import Diffusion
 from ..settings import S2, BeyondSettings, Progress
 from ..storage.safetensors_file import digest
 from ..text.encoding import CONTEXT, Encoding, TextEncoder
@@ -168,7 +169,7 @@ class GaussianNeighbourhood:
         return directions, radius
 
 
-def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
+def complete(text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None) -> Plan:
     """The plan with the prompts to step towards, for source "bank": every fourth prompt of the bank
     that is not related to a concept."""
     if plan.neighbor.source == "isotropic":

@@ -8,7 +8,7 @@ a word is moved by e* - e of its concept instead, so that the rest of its meanin
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts import Concept
+from ..pipelines.interface import Diffusion
 from ..settings import Progress, quiet
 from ..storage.cache import cached
 from ..text.encoding import BATCH, Encoding, TextEncoder
@@ -29,6 +30,9 @@ from .plan import Plan, Words
 NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # words encoded between two calls of progress
 CONCEPTS_AT_ONCE = 256  # concepts compared with all words at once: 34 MB of cosines
+
+# Closeness of words to a concept, nearest first by cosine: float32 [at most all words]
+Closeness = Callable[[Concept, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeig
     return VocabularyNeighbourhood(plan, pairs, near, far)
 
 
-def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
+def complete(text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None) -> Plan:
     """The plan with the words around every concept; each word belongs to the nearest concept.
 
     Near words are the NEAR_WORDS nearest words with a centred cosine in [s2, s1], without excluded
@@ -214,21 +218,28 @@ def complete(text: TextEncoder, plan: Plan, progress: Progress) -> Plan:
     plan = choose_words(plan, text, first_summaries(text, plan.concepts)[0], progress)
     neighbor, beyond = plan.neighbor, plan.beyond
     generator = torch.Generator().manual_seed(neighbor.seed)
-
-    def draw(words: Words, count: int) -> tuple[int, ...]:
-        concept = torch.tensor([number for number, _ in words], dtype=torch.int64)
-        return tuple(drawn(concept, count, generator, range(len(plan.concepts))).tolist())
-
-    plan = replace(plan, drawn_near=draw(plan.near, neighbor.neighbors))
+    plan = replace(plan, drawn_near=drawn_words(plan.near, neighbor.neighbors, generator))
     if beyond is None:
         return plan
     if beyond.beyond_seed is not None:
         generator.manual_seed(beyond.beyond_seed)
-    return replace(plan, drawn_far=draw(plan.far, beyond.beyond))
+    return replace(plan, drawn_far=drawn_words(plan.far, beyond.beyond, generator))
+
+
+def drawn_words(words: Words, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Indices of up to `count` random words of each concept."""
+    concept = torch.tensor([number for number, _ in words], dtype=torch.int64)
+    concepts = concept.unique().tolist()  # a concept without words has none to draw
+    return tuple(drawn(concept, count, generator, concepts).tolist())
 
 
 def choose_words(
-    plan: Plan, text: TextEncoder, summary: Tensor, progress: Progress = quiet
+    plan: Plan,
+    text: TextEncoder,
+    summary: Tensor,
+    progress: Progress = quiet,
+    closeness_of: Closeness | None = None,
+    far_words: int = FAR_WORDS,
 ) -> Plan:
     """Selects the words inside and outside the ring of every concept, without random draws.
 
@@ -236,6 +247,9 @@ def choose_words(
     text: text encoder of the model
     summary: summary row of every concept in its first template, [concepts, dim]
     progress: callback with (words encoded, total); default: none
+    closeness_of: closeness to a concept of the words that its ring is chosen from, in the place of
+        the cosine; default: the cosine, for all words
+    far_words: largest number of far words of a concept
     """
     concepts, outer = plan.concepts, plan.farthest
     s2, s1 = plan.neighbor.cosines
@@ -276,9 +290,15 @@ def choose_words(
     by_concept = order[nearest[order].argsort(stable=True)]  # nearest words first
     sizes = torch.bincount(nearest, minlength=len(concepts)).tolist()
     for number, (concept, index) in enumerate(zip(concepts, by_concept.split(sizes), strict=True)):
+        if closeness_of is not None:
+            closeness = closeness_of(concept, [words[k] for k in index.tolist()])
+            index = index[: len(closeness)]
+            cosine[index] = closeness
         closeness = cosine[index]
-        inside = index[(closeness >= s2) & (closeness <= s1)][: NEAR_WORDS - 1].tolist()
-        below = index[(closeness < outer) & (closeness <= s1)][:FAR_WORDS].tolist()
+        nearest_first = closeness.argsort(descending=True, stable=True)
+        ring = nearest_first[(closeness >= s2)[nearest_first] & (closeness <= s1)[nearest_first]]
+        inside = index[ring][: NEAR_WORDS - 1].tolist()
+        below = index[(closeness < outer) & (closeness <= s1)][:far_words].tolist()
         compared += [(number, words[k], float(cosine[k])) for k in inside + below]
         erased = [words[k] for k in inside if words[k].casefold() not in excluded]
         # The name of the concept is the first neighbour, so that no ring is empty.

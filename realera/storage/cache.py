@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("anchors", "bank", "drawn", "tails", "vocabulary")
+KINDS = ("anchors", "bank", "drawn", "shares", "tails", "vocabulary")
 
 
 def cache_folder() -> Path:
