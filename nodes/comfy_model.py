@@ -269,6 +269,16 @@ class ComfyDiffusion:
         return latents if added is None else torch.cat([latents, added.to(latents)], dim=1)
 
 
+class LoadedDiffusion(ComfyDiffusion):
+    """A `ComfyDiffusion` that predicts outside of `training`: ComfyUI loads the network for each
+    prediction, since encoding a prompt may unload it."""
+
+    def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
+        needed = self.model.memory_required(list(latents.shape))
+        comfy.model_management.load_models_gpu([self.model], memory_required=needed)
+        return super().predict(latents.to(self.model.load_device), times, encoding)
+
+
 def refuse_noiseless(model: Any) -> None:
     """Raises ValueError for a MODEL whose sampling has no noise levels, or adds no noise."""
     sampling = model.get_model_object("model_sampling")

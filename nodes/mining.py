@@ -23,6 +23,7 @@ from ..realera.concepts import (
     without_comments,
 )
 from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings, Source
+from .comfy_model import LoadedDiffusion, refuse_noiseless
 from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
 from .progress import reporter
@@ -99,8 +100,8 @@ class NeighborSampler(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip=(
-                        "The model to edit; needed for Krea 2 and Anima, a part of which reads the "
-                        "text before the layers that are edited."
+                        "The model to edit; needed for the source predictions, and for Krea 2 and "
+                        "Anima, a part of which reads the text before the layers that are edited."
                     ),
                 ),
                 io.String.Input(
@@ -122,8 +123,9 @@ class NeighborSampler(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Source of the neighbours. vocabulary: words near the concept, which you "
-                        "can read and leave out. bank: steps towards everyday prompts. isotropic: "
-                        "random directions, as in the paper."
+                        "can read and leave out. predictions: words that the model draws like the "
+                        "concept, for which it predicts 10,000 times. bank: steps towards everyday "
+                        "prompts. isotropic: random directions, as in the paper."
                     ),
                 ),
                 io.Int.Input(
@@ -167,7 +169,7 @@ class NeighborSampler(io.ComfyNode):
                     "nearest cosine (S1)",
                     (
                         "Largest cosine (S1) between a neighbour and the concept. -1: the default "
-                        f"of the source, {S1['vocabulary']:g} for vocabulary and "
+                        f"of the source, {S1['vocabulary']:g} for vocabulary and predictions, and "
                         f"{S1['bank']:g} for bank and isotropic."
                     ),
                 ),
@@ -176,9 +178,9 @@ class NeighborSampler(io.ComfyNode):
                     "farthest cosine (S2)",
                     (
                         "Smallest cosine (S2) between a neighbour and the concept; a smaller value "
-                        "reaches further. -1: the default of the source, "
-                        f"{S2['vocabulary']:g} for vocabulary and {S2['bank']:g} for bank and "
-                        "isotropic."
+                        "reaches further. For predictions, a share of the concept. -1: the default "
+                        f"of the source, {S2['vocabulary']:g} for vocabulary and {S2['bank']:g} "
+                        "for predictions, bank and isotropic."
                     ),
                 ),
                 distance_input(
@@ -209,7 +211,7 @@ class NeighborSampler(io.ComfyNode):
                         tooltip=(
                             "Words, phrases or prompts to search in addition to the vocabulary, "
                             "one per line; those near the concept become neighbours. Only for the "
-                            "source vocabulary."
+                            "sources vocabulary and predictions."
                         ),
                     )
                 ),
@@ -282,7 +284,11 @@ class NeighborSampler(io.ComfyNode):
             text, without_comments(concepts), lines(templates), report
         )
         parsed = concepts_in(written, lines(templates))
-        mining = mine(text, parsed, settings, None, report)
+        diffusion = None
+        if model is not None and source == "predictions":
+            refuse_noiseless(model)
+            diffusion = LoadedDiffusion(model, text)
+        mining = mine(text, parsed, settings, None, report, diffusion)
         plan = mining.plan
         neighbours = "\n".join(
             f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined

@@ -173,7 +173,7 @@ def test_the_script_has_a_name_of_its_own_and_changes_nothing_that_others_share(
 
 def test_the_script_knows_the_values_that_automatic_stands_for():
     script = (ROOT / "web/realera.js").read_text("utf-8")
-    (cosines,) = re.findall(r"const COSINES = \{(.+)\};", script)
+    (cosines,) = re.findall(r"const COSINES = \{([^}]+)\};", script)
     found = {
         source: (float(s2), float(s1))
         for source, s2, s1 in re.findall(r"(\w+): \[([\d.]+), ([\d.]+)\]", cosines)

@@ -74,6 +74,7 @@ const OPTIONS = {
   zh: {
     source: {
       vocabulary: "词表 (vocabulary)",
+      predictions: "模型预测 (predictions)",
       bank: "保留库 (bank)",
       isotropic: "随机方向 (isotropic)",
     },
@@ -370,7 +371,12 @@ function ringOf(node, geometry) {
 
 const AUTOMATIC = { s1: -1, s2: -1, d1: 0, d1_anchor: 0, d2: 0 }; // a widget's value for automatic
 // Smallest and largest cosine of neighbours, by their source: what automatic stands for.
-const COSINES = { vocabulary: [0.55, 1], bank: [0.3, 0.7], isotropic: [0.3, 0.7] };
+const COSINES = {
+  vocabulary: [0.55, 1],
+  predictions: [0.3, 1],
+  bank: [0.3, 0.7],
+  isotropic: [0.3, 0.7],
+};
 
 const isAutomatic = ({ name, value }) => value === AUTOMATIC[name];
 
@@ -721,7 +727,8 @@ function minersOf(node, kind, seen = new Set()) {
 function keepersOf(node) {
   const find = (kind, name) =>
     minersOf(node, kind)[0]?.widgets.find((widget) => widget.name === name) ?? null;
-  const words = find("RealEraNeighborSampler", "source")?.value === "vocabulary";
+  const source = find("RealEraNeighborSampler", "source")?.value;
+  const words = source === "vocabulary" || source === "predictions";
   return {
     leaveOut: words ? find("RealEraNeighborSampler", "leave_out") : null,
     preserve: find("RealEraBeyondSampler", "preserve"),
