@@ -20,6 +20,7 @@ from realera.algorithm import (
     plan_mining,
     scope_report,
 )
+from realera.checkpoints.loading import load_model
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.edit.closed_form import Edit, Sums, solve
 from realera.edit.erasure import Erasure
@@ -27,6 +28,7 @@ from realera.mining import vocabulary
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
 from realera.mining.pairs import Pairs, composed, encode_pairs, first_summaries
 from realera.mining.plan import Plan
+from realera.mining.predictions import _shares
 from realera.mining.preservation_bank import (
     _without_long_rows,
     bank_prompts,
@@ -528,6 +530,40 @@ def test_a_preserved_prompt_that_is_too_long_is_refused_with_its_length(text, pa
     assert preserved(longest) == (longest,)
     with pytest.raises(ValueError, match=r"'dog dog .* takes 78 tokens and the encoder reads 77"):
         preserved("a cat", longest + " dog")
+
+
+# ---------------------------------------------------------------- words by predictions
+
+
+def test_the_share_of_a_concept_is_1_for_the_concept_and_0_for_an_average_word():
+    concept, mean = torch.randn(2, 1, 4, 8, 8, generator=drawn()).double()
+    other = torch.randn(1, 4, 8, 8, generator=drawn(1)).double()
+    halfway = (concept + mean) / 2
+    words = torch.cat([concept, halfway, mean])
+    words = torch.cat([words, 4 * mean - words.sum(0)])  # so that their mean is `mean`
+    found = _shares(torch.cat([concept, words]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 0.0, -1.0]))
+    assert not torch.allclose(_shares(torch.cat([other, words])), found)
+
+
+def test_words_are_mined_that_the_model_draws_like_the_concept(monkeypatch):
+    model, cat = load_model("miniature"), Concept("cat", "tree", ("a photo of the {}",))
+    alike = {"kitten", "feline", "claws", "tabby", "litter"}
+    others = {"rocket", "castle", "bridge", "truck", "galaxy", "harbor", "lamp", "violin"}
+    monkeypatch.setattr(model.text, "words", lambda: sorted({*alike, *others, "cat"}))
+    near, far = NeighborSettings(source="predictions"), BeyondSettings()
+    mining = mine(model.text, [cat], near, far, model=model)
+    found = {word for _, word in mining.plan.near}
+    assert found - {"cat"} <= alike and {"kitten", "feline", "tabby"} <= found
+    assert {word for _, word in mining.plan.far} <= others
+    assert len(mining.neighbors.pair) == len(found)
+    assert len(mining.beyond.pair) == len(mining.plan.far) > 4
+    staged = mine_beyond(mine(model.text, [cat], near, None, model=model), far)
+    assert staged.plan == mining.plan
+    none = mine(model.text, [cat], near, BeyondSettings(beyond=0), model=model)
+    assert not len(none.beyond.pair)
+    with pytest.raises(ValueError, match=r"no model was given.*choose source 'vocabulary'"):
+        mine(model.text, [cat], near)
 
 
 # ---------------------------------------------------------------- the bank

@@ -173,12 +173,12 @@ def test_every_source_mines_and_erases_on_a_device_as_on_the_cpu(placed, source)
     if source == "bank" and not isinstance(placed[0].text, DiffusersText):
         pytest.skip("rows of a number that differs by prompt are not stepped towards the bank")
     near = replace(NEAR, source=source)
-    one, other = (erase(mine(model.text, CAT, near, FAR)) for model in placed)
+    one, other = (erase(mine(model.text, CAT, near, FAR, model=model)) for model in placed)
     assert one.edits.keys() == other.edits.keys()
     for stream, edit in one.edits.items():
         assert not torch.equal(edit.matrix, torch.eye(edit.dim))
         assert_close(edit.matrix, other.edits[stream].matrix)
-    jet = erase(mine(placed[0].text, [Concept("jet", "tree")], near))
+    jet = erase(mine(placed[0].text, [Concept("jet", "tree")], near, model=placed[0]))
     both = [Erasure.merge([erasure, jet]).edits[CONTEXT].matrix for erasure in (one, other)]
     assert_close(*both)
 

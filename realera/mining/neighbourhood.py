@@ -78,7 +78,7 @@ class NeighbourSource(Protocol):
     """A module that implements one source of neighbours."""
 
     def complete(
-        self, text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None
+        self, text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None = None
     ) -> Plan:
         """Selects the words or prompts of a plan; returns the complete plan.
 

@@ -169,7 +169,9 @@ class GaussianNeighbourhood:
         return directions, radius
 
 
-def complete(text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None) -> Plan:
+def complete(
+    text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None = None
+) -> Plan:
     """The plan with the prompts to step towards, for source "bank": every fourth prompt of the bank
     that is not related to a concept."""
     if plan.neighbor.source == "isotropic":

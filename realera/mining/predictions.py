@@ -39,7 +39,9 @@ SAMPLING = Sampling(steps=8)
 neighbourhood = vocabulary.neighbourhood
 
 
-def complete(text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None) -> Plan:
+def complete(
+    text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None = None
+) -> Plan:
     """The plan with the words that the model draws like each concept, and with those that it does
     not.
 

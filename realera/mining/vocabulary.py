@@ -208,7 +208,9 @@ def neighbourhood(text: TextEncoder, plan: Plan, pairs: Pairs) -> VocabularyNeig
     return VocabularyNeighbourhood(plan, pairs, near, far)
 
 
-def complete(text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None) -> Plan:
+def complete(
+    text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None = None
+) -> Plan:
     """The plan with the words around every concept; each word belongs to the nearest concept.
 
     Near words are the NEAR_WORDS nearest words with a centred cosine in [s2, s1], without excluded
@@ -239,7 +241,7 @@ def choose_words(
     summary: Tensor,
     progress: Progress = quiet,
     closeness_of: Closeness | None = None,
-    far_words: int = FAR_WORDS,
+    far_words: int | None = None,
 ) -> Plan:
     """Selects the words inside and outside the ring of every concept, without random draws.
 
@@ -249,8 +251,9 @@ def choose_words(
     progress: callback with (words encoded, total); default: none
     closeness_of: closeness to a concept of the words that its ring is chosen from, in the place of
         the cosine; default: the cosine, for all words
-    far_words: largest number of far words of a concept
+    far_words: largest number of far words of a concept; default: FAR_WORDS
     """
+    far_words = FAR_WORDS if far_words is None else far_words
     concepts, outer = plan.concepts, plan.farthest
     s2, s1 = plan.neighbor.cosines
     excluded = {word.casefold() for word in plan.neighbor.exclude}
