@@ -541,6 +541,19 @@ def claim_the_nodes_and_the_core_find_the_same_to_the_bit():
             assert ours.provenance["settings"] == theirs.provenance["settings"]
 
 
+def claim_neighbor_sampler_mines_the_words_that_the_model_draws_like_the_concept():
+    few = ("aircraft", "jet", "plane", "castle", "flower", "violin", "lamp", "mouse", "truck")
+    one, asked = miniature(), {"concepts": NAMED, "source": "predictions"}
+    with refused("no model was given"):
+        run(mining.NeighborSampler, clip=one.clip, **asked)
+    with replaced(ComfyText, "words", lambda _: sorted(few)):
+        found, _, words = run(mining.NeighborSampler, clip=one.clip, model=one.model, **asked)
+        beyond, _ = run(mining.BeyondSampler, mining=found)
+    listed = {line.rsplit(" ", 1)[0] for line in words.splitlines()}
+    assert {"aircraft", "jet", "plane"} <= listed and not listed & {"castle", "flower", "violin"}
+    assert {"castle", "flower", "violin"} & set(beyond.beyond.words)
+
+
 def claim_a_graph_is_made_again_from_its_provenance():
     text = ComfyText(miniature().clip)
     for source in ("vocabulary", "isotropic"):
