@@ -15,6 +15,7 @@ from .concepts import COMMAS, Concept, first_of, holds_name
 from .mining.pairs import first_summaries
 from .mining.plan import Plan
 from .mining.vocabulary import vocabulary_rows, word_rows
+from .settings import S2
 from .text.encoding import TextEncoder, whole_words
 
 MANY_PIECES, SHORT_PIECE = 3, 3  # tokens per word; letters per token
@@ -61,6 +62,8 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             for word in plan.neighbor.exclude
             if word.casefold() not in within
         ]
+        if plan.neighbor.source == "predictions":  # whose S2 is no cosine
+            s2 = S2["vocabulary"]
         concept_rows, anchor_rows = first_summaries(text, plan.concepts)
         around = {t: normalize(concept_rows - row, dim=-1) for t, row in plan.centres.items()}
         for concept, anchor_row in zip(plan.concepts, anchor_rows, strict=True):

@@ -20,6 +20,7 @@ from realera.algorithm import (
     plan_mining,
     scope_report,
 )
+from realera.anchor_warnings import anchor_warnings
 from realera.checkpoints.loading import load_model
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.edit.closed_form import Edit, Sums, solve
@@ -560,8 +561,15 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(monkeypatch):
     assert len(mining.beyond.pair) == len(mining.plan.far) > 4
     staged = mine_beyond(mine(model.text, [cat], near, None, model=model), far)
     assert staged.plan == mining.plan
+    assert not anchor_warnings(model.text, mining.plan)
     none = mine(model.text, [cat], near, BeyondSettings(beyond=0), model=model)
     assert not len(none.beyond.pair)
+    monkeypatch.setattr("realera.mining.predictions.CANDIDATES", 3)
+    given = replace(near, words=("purring on the sofa", "a red brick"))
+    few = mine(model.text, [cat], given, far, model=model).plan
+    found, apart = ({word for _, word in words} for words in (few.near, few.far))
+    assert "purring on the sofa" in found and "a red brick" in apart
+    assert len(few.compared) == 3
     with pytest.raises(ValueError, match=r"no model was given.*choose source 'vocabulary'"):
         mine(model.text, [cat], near)
 

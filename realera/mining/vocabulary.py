@@ -31,7 +31,7 @@ NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # words encoded between two calls of progress
 CONCEPTS_AT_ONCE = 256  # concepts compared with all words at once: 34 MB of cosines
 
-# Closeness of words to a concept, nearest first by cosine: float32 [at most all words]
+# (concept, words) -> closeness of the first of the words, float32 [at most all words]
 Closeness = Callable[[Concept, Sequence[str]], Tensor]
 
 
@@ -250,7 +250,8 @@ def choose_words(
     summary: summary row of every concept in its first template, [concepts, dim]
     progress: callback with (words encoded, total); default: none
     closeness_of: closeness to a concept of the words that its ring is chosen from, in the place of
-        the cosine; default: the cosine, for all words
+        the cosine; it gets the added words first, then the nearest; default: the cosine, for all
+        words
     far_words: largest number of far words of a concept; default: FAR_WORDS
     """
     far_words = FAR_WORDS if far_words is None else far_words
@@ -294,6 +295,8 @@ def choose_words(
     sizes = torch.bincount(nearest, minlength=len(concepts)).tolist()
     for number, (concept, index) in enumerate(zip(concepts, by_concept.split(sizes), strict=True)):
         if closeness_of is not None:
+            is_added = index >= len(words) - len(added)
+            index = torch.cat([index[is_added], index[~is_added]])
             closeness = closeness_of(concept, [words[k] for k in index.tolist()])
             index = index[: len(closeness)]
             cosine[index] = closeness

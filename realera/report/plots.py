@@ -172,14 +172,17 @@ def points(around: Neighbourhood, neighbors: MinedRows, beyond: MinedRows) -> Im
 
 
 def words(plan: Plan, count: int = 48) -> Image.Image:
-    """The cosines of the first `count` words in the rings and just outside."""
+    """The closeness of the first `count` words in the rings and just outside."""
     shown = plan.listed[:count]
     axes = _row_axes([word for word, _, _ in shown])
     colours = [ERASED if mined else KEPT for _, _, mined in shown]
     axes.barh(range(len(shown)), [cosine for _, cosine, _ in shown], color=colours, height=0.7)
     axes.axvline(plan.neighbor.cosines[0], color=PLAIN, lw=0.8, ls="--")
+    closeness = "cosine with the concept, around the vocabulary's mean"
+    if plan.neighbor.source == "predictions":
+        closeness = "share of the concept in the model's prediction"
     axes.set(
-        xlabel="cosine with the concept, around the vocabulary's mean (dashed: S2)",
+        xlabel=f"{closeness} (dashed: S2)",
         title="words that are erased too (red), others near it (blue)",
     )
     return _picture(axes.figure)
