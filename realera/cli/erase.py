@@ -308,8 +308,9 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
         mining,
         NeighborSettings(),
         neighbors="number of neighbours M: words per concept, or steps per prompt",
-        s1="largest cosine of a neighbour with the concept; default: by source",
-        s2="smallest cosine of a neighbour with the concept; default: by source",
+        s1="largest cosine of a neighbour with the concept, or share of the concept with source "
+        "predictions; default: by source",
+        s2="smallest cosine or share; default: by source",
         d1="largest step to a neighbour; default: where the expected cosine falls to S2",
         d1_anchor="radius of the ball around the anchor; default: a tenth of D1",
     )
@@ -317,7 +318,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
         mining,
         BeyondSettings(),
         beyond="number of beyond points N: words per concept, or steps per prompt",
-        beyond_s2="cosine with the concept below which beyond points lie; default: S2",
+        beyond_s2="cosine or share below which beyond points lie; default: S2, a share of 0.1",
         d2="largest step to a beyond point; default: where the expected cosine falls to 0",
         beyond_seed="seed of the beyond points; default: derived from --seed",
     )
