@@ -3,6 +3,7 @@
     python -m benchmarks.models miniature miniature-language miniature-llm
     python -m benchmarks.models miniature-dit miniature-dit-t5
     python -m benchmarks.models miniature-dit-llm --methods ours UCE OCE
+    python -m benchmarks.models miniature-language miniature-llm --methods "ours, predictions"
     python -m benchmarks.models miniature --concepts airplane ship --methods SWEEP
     python -m benchmarks.models miniature --methods "OCE, erase 100" "DP, 4 directions"
 
@@ -10,7 +11,8 @@ Residue, kept, H_v and drift as in `realera evaluate --vocabulary`, on a sample 
 each vocabulary: all that draw the concept, and 30 that surely draw something else. *Associated*
 is the residue of the concept's associated prompts (those with words that no caption held among
 them). U-Nets are drawn as in `benchmarks.frontier`, transformers as by `realera evaluate`. Peers
-have their authors' settings (peers.md) and our anchors. What is drawn is kept in .state/models by
+have their authors' settings (peers.md) and our anchors. *Predictions* is the source of words
+(`realera.mining.predictions`), with the suppression behind it. What is drawn is kept in .state/models by
 model, method and concept: empty it when a method changes.
 """
 
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=ablation.DRAWN, default=REPORTED)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SWEEP, "SWEEP"])
     options = parser.parse_args()
-    methods = options.methods or [m for m in METHODS if m != "ours, suppression 0"]
+    methods = options.methods or [m for m in METHODS if not m.startswith("ours, ")]
     if methods == ["SWEEP"]:
         methods = [*METHODS, *SWEEP]
     path = RESULTS / "models.json"

@@ -201,6 +201,9 @@ Make = Callable[[DiffusersModel, Group, str], peers.Weights]
 METHODS: dict[str, Make] = {
     "ours": lambda model, of, name: ours(model, of.concept(name)),
     "ours, suppression 0": lambda model, of, name: ours(model, of.concept(name), suppression=0.0),
+    "ours, predictions": lambda model, of, name: ours(
+        model, of.concept(name), source="predictions"
+    ),
     "UCE": lambda model, of, name: peers.uce(model, [of.concept(name)]),
     "UCE, expanded": lambda model, of, name: peers.uce(model, [of.concept(name)], of.expanded),
     "MACE, closed form": lambda model, of, name: peers.mace(model, [of.concept(name)], of.many),

@@ -270,8 +270,8 @@ class ComfyDiffusion:
 
 
 class LoadedDiffusion(ComfyDiffusion):
-    """A `ComfyDiffusion` that predicts outside of `training`: ComfyUI loads the network for each
-    prediction, since encoding a prompt may unload it."""
+    """A `ComfyDiffusion` for predictions without gradients: the network is loaded for each
+    prediction, since ComfyUI may unload it to encode a prompt."""
 
     def predict(self, latents: Tensor, times: Tensor, encoding: Encoding) -> Tensor:
         needed = self.model.memory_required(list(latents.shape))
@@ -294,8 +294,8 @@ def refuse_noiseless(model: Any) -> None:
         bases = ", ".join(base.__name__ for base in kind.__bases__)
         raise ValueError(
             f"the MODEL samples by {kind.__name__} ({bases}), which has no {missing[0]}, so that "
-            "no LoRA can be aligned on it: connect the MODEL from before that sampling node, or "
-            "use the closed form alone"
+            "no LoRA can be aligned on it and no word mined by predictions: connect the MODEL from "
+            "before that sampling node, or use the closed form alone with another source"
         )
 
 

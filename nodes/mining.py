@@ -22,7 +22,15 @@ from ..realera.concepts import (
     refuse_named,
     without_comments,
 )
-from ..realera.settings import S1, S2, SOURCES, BeyondSettings, NeighborSettings, Source
+from ..realera.settings import (
+    BEYOND_SHARE,
+    S1,
+    S2,
+    SOURCES,
+    BeyondSettings,
+    NeighborSettings,
+    Source,
+)
 from .comfy_model import LoadedDiffusion, refuse_noiseless
 from .comfy_transformer_text import text_of
 from .page import ring_data, to_image
@@ -124,8 +132,9 @@ class NeighborSampler(io.ComfyNode):
                     tooltip=(
                         "Source of the neighbours. vocabulary: words near the concept, which you "
                         "can read and leave out. predictions: words that the model draws like the "
-                        "concept, for which it predicts 10,000 times. bank: steps towards everyday "
-                        "prompts. isotropic: random directions, as in the paper."
+                        "concept; connect the model, which predicts 10,000 times per concept. "
+                        "bank: steps towards everyday prompts. isotropic: random directions, as in "
+                        "the paper."
                     ),
                 ),
                 io.Int.Input(
@@ -224,7 +233,7 @@ class NeighborSampler(io.ComfyNode):
                 io.Image.Output(display_name="geometry", tooltip="Picture of the neighbourhood."),
                 io.String.Output(
                     display_name="words",
-                    tooltip="Neighbour words with their cosines, nearest first.",
+                    tooltip="Neighbour words with their cosines or shares, nearest first.",
                 ),
             ],
             view=True,
@@ -328,7 +337,8 @@ class BeyondSampler(io.ComfyNode):
                     max=1000,
                     tooltip=(
                         "Number of beyond points (N): words per concept, or draws per prompt. "
-                        "Their meaning is preserved."
+                        "Their meaning is preserved. With the source predictions all are, or none "
+                        "at 0."
                     ),
                 ),
                 io.String.Input(
@@ -347,7 +357,8 @@ class BeyondSampler(io.ComfyNode):
                     "highest cosine (S2)",
                     (
                         "Upper bound of the cosine (S2) between a beyond point and the concept, at "
-                        "most S2 of Neighbor Sampler. -1: S2 of Neighbor Sampler."
+                        "most S2 of Neighbor Sampler. -1: S2 of Neighbor Sampler; a share of "
+                        f"{BEYOND_SHARE:g} for the source predictions."
                     ),
                 ),
                 distance_input(

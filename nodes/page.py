@@ -27,6 +27,7 @@ def ring_data(mining: MiningResult) -> dict[str, Any]:
         "concepts": [[concept.name, concept.anchor] for concept in plan.concepts],
         "s1": s1,
         "s2": s2,
+        "farthest": plan.farthest,
         "words": [[word, round(cosine, 3), mined] for word, cosine, mined in plan.listed],
         "exclude": list(plan.neighbor.exclude),
         "neighbors": [],

@@ -62,7 +62,8 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             for word in plan.neighbor.exclude
             if word.casefold() not in within
         ]
-        if plan.neighbor.source == "predictions":  # whose S2 is no cosine
+        if plan.neighbor.source == "predictions":  # shares: an anchor is near if it is mined
+            warnings += _mined_anchors(plan)
             s2 = S2["vocabulary"]
         concept_rows, anchor_rows = first_summaries(text, plan.concepts)
         around = {t: normalize(concept_rows - row, dim=-1) for t, row in plan.centres.items()}
@@ -84,6 +85,16 @@ def anchor_warnings(text: TextEncoder, plan: Plan) -> list[str]:
             if not any(holds_name(concept.anchor, name) for name in known)
         ]
     return warnings
+
+
+def _mined_anchors(plan: Plan) -> list[str]:
+    mined = {word.casefold() for _, word in plan.near}
+    return [
+        f"the anchor {concept.anchor!r} is mined as a neighbour and would be erased: choose "
+        "another anchor, or leave the word out"
+        for concept in plan.concepts
+        if concept.anchor.casefold() in mined
+    ]
 
 
 def doubted_names(concepts: Iterable[Concept]) -> list[str]:

@@ -206,7 +206,8 @@ class NeighborSettings:
 class BeyondSettings:
     """Parameters of Beyond Sampler (Sec. 4.2; Alg. 1, l. 13-22); None is automatic.
 
-    beyond: number of beyond points N, per prompt; with words, per concept; default: 16
+    beyond: number of beyond points N, per prompt; with source "vocabulary", per concept; with
+        "predictions", 0 for none and the default for all; default: 16
     beyond_s2: cosine with e below which beyond points lie; default: s2 of the neighbours; with
         source "predictions", share of the concept, default: BEYOND_SHARE
     d2: largest step from e (Eq. 3), in units of the context; default: distance at which the
@@ -233,6 +234,11 @@ class BeyondSettings:
         the source of the neighbours does not use.
         """
         refuse_unused(self, neighbor.source)
+        if neighbor.source == "predictions" and self.beyond not in (0, type(self).beyond):
+            raise ValueError(
+                f"beyond = {self.beyond}: source 'predictions' preserves all beyond words; leave "
+                "it out, or give 0 for none"
+            )
         s2 = neighbor.cosines[0]
         automatic = min(s2, BEYOND_SHARE) if neighbor.source == "predictions" else s2
         farthest = automatic if self.beyond_s2 is None else self.beyond_s2

@@ -29,7 +29,7 @@ from realera.mining import vocabulary
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
 from realera.mining.pairs import Pairs, composed, encode_pairs, first_summaries
 from realera.mining.plan import Plan
-from realera.mining.predictions import _shares
+from realera.mining.predictions import _shares, shares
 from realera.mining.preservation_bank import (
     _without_long_rows,
     bank_prompts,
@@ -547,7 +547,7 @@ def test_the_share_of_a_concept_is_1_for_the_concept_and_0_for_an_average_word()
     assert not torch.allclose(_shares(torch.cat([other, words])), found)
 
 
-def test_words_are_mined_that_the_model_draws_like_the_concept(monkeypatch):
+def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkeypatch):
     model, cat = load_model("miniature"), Concept("cat", "tree", ("a photo of the {}",))
     alike = {"kitten", "feline", "claws", "tabby", "litter"}
     others = {"rocket", "castle", "bridge", "truck", "galaxy", "harbor", "lamp", "violin"}
@@ -562,6 +562,8 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(monkeypatch):
     staged = mine_beyond(mine(model.text, [cat], near, None, model=model), far)
     assert staged.plan == mining.plan
     assert not anchor_warnings(model.text, mining.plan)
+    kitten = mine(model.text, [replace(cat, anchor="kitten")], near, far, model=model).plan
+    assert any("'kitten' is mined as a neighbour" in w for w in anchor_warnings(model.text, kitten))
     none = mine(model.text, [cat], near, BeyondSettings(beyond=0), model=model)
     assert not len(none.beyond.pair)
     monkeypatch.setattr("realera.mining.predictions.CANDIDATES", 3)
@@ -570,8 +572,13 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(monkeypatch):
     found, apart = ({word for _, word in words} for words in (few.near, few.far))
     assert "purring on the sofa" in found and "a red brick" in apart
     assert len(few.compared) == 3
+    with pytest.raises(ValueError, match="preserves all beyond words"):
+        mine(model.text, [cat], near, BeyondSettings(beyond=32), model=model)
     with pytest.raises(ValueError, match=r"no model was given.*choose source 'vocabulary'"):
         mine(model.text, [cat], near)
+    model.text = tiny_text
+    with pytest.raises(ValueError, match=rf"gives {DIM} numbers a row and .* reads"):
+        shares(model, cat, ["dog"], 0, lambda *_: None)
 
 
 # ---------------------------------------------------------------- the bank

@@ -400,6 +400,7 @@ function addAutomatic(node) {
     const source = widgetValue(node, "source") ?? geometry?.source;
     const [s2, s1] = COSINES[source] ?? [];
     const known = { s1, s2, ...(geometry?.source === source ? geometry : {}) };
+    if (widgetValue(node, "source") == null && geometry) known.s2 = geometry.farthest ?? known.s2;
     for (const widget of numbers) {
       if (automatic) widget.value = AUTOMATIC[widget.name];
       else if (isAutomatic(widget)) widget.value = known[widget.name] ?? widget.value;

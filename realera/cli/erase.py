@@ -302,7 +302,7 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
         "--source", choices=SOURCES, default=NeighborSettings().source,
         help="source of neighbours: random directions (isotropic), steps towards everyday prompts "
         "(bank), words that the text encoder has near the concept (vocabulary), or words that the "
-        "model draws like the concept (predictions), for which it predicts 10,000 times",
+        "model draws like the concept (predictions): 10,000 predictions a concept",
     )  # fmt: skip
     _number_options(
         mining,
@@ -318,7 +318,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
         mining,
         BeyondSettings(),
         beyond="number of beyond points N: words per concept, or steps per prompt",
-        beyond_s2="cosine or share below which beyond points lie; default: S2, a share of 0.1",
+        beyond_s2="cosine or share below which beyond points lie; default: S2; for "
+        "predictions, a share of 0.1",
         d2="largest step to a beyond point; default: where the expected cosine falls to 0",
         beyond_seed="seed of the beyond points; default: derived from --seed",
     )

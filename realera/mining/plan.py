@@ -27,7 +27,8 @@ class Plan:
     far: words just outside the rings, nearest first
     outside: all words outside the rings
     drawn_near, drawn_far: indices of the drawn words in near and far
-    compared: (number of the concept, word, cosine) of near, far and excluded words
+    compared: (number of the concept, word, cosine) of near, far and excluded words; with source
+        "predictions", the share of the concept in the place of the cosine
     centres: template -> mean row of the vocabulary, [dim]
     contested: words inside the rings of several concepts; they belong to the nearest concept
     steps: bank prompts to step towards, with source "bank"
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def farthest(self) -> float:
-        """The cosine with e below which beyond points lie."""
+        """The cosine with e, or the share of the concept, below which beyond points lie."""
         return (self.beyond or BeyondSettings()).farthest(self.neighbor)
 
     @property

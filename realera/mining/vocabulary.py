@@ -31,7 +31,7 @@ NEAR_WORDS = FAR_WORDS = 64
 WORDS_AT_ONCE = 1024  # words encoded between two calls of progress
 CONCEPTS_AT_ONCE = 256  # concepts compared with all words at once: 34 MB of cosines
 
-# (concept, words) -> closeness of the first of the words, float32 [at most all words]
+# (concept, words) -> closeness of the words that can be chosen, which come first, float32 [n]
 Closeness = Callable[[Concept, Sequence[str]], Tensor]
 
 
@@ -297,9 +297,9 @@ def choose_words(
         if closeness_of is not None:
             is_added = index >= len(words) - len(added)
             index = torch.cat([index[is_added], index[~is_added]])
-            closeness = closeness_of(concept, [words[k] for k in index.tolist()])
-            index = index[: len(closeness)]
-            cosine[index] = closeness
+            measured = closeness_of(concept, [words[k] for k in index.tolist()])
+            index = index[: len(measured)]
+            cosine[index] = measured  # from now on, what S1 and S2 are compared with
         closeness = cosine[index]
         nearest_first = closeness.argsort(descending=True, stable=True)
         ring = nearest_first[(closeness >= s2)[nearest_first] & (closeness <= s1)[nearest_first]]
@@ -312,13 +312,15 @@ def choose_words(
         far += [(number, words[k]) for k in below]
     if not far:
         raise ValueError(
-            f"every word has a cosine of at least S2 = {outer} with a concept, so that no beyond "
-            "point is left: raise S2 or add words"
+            f"every word is nearer to a concept than S2 = {outer}, so that no beyond point is "
+            "left: raise S2 or add words"
         )
     apart = (cosine < outer).nonzero()[:, 0]
     apart = apart[nearest[apart].argsort(stable=True)]
     outside = tuple(zip(nearest[apart].tolist(), (words[k] for k in apart.tolist()), strict=True))
     contested = tuple(words[k] for k in (rings > 1).nonzero()[:, 0].tolist())
+    if closeness_of is not None:  # the closeness to other concepts is unknown
+        contested = ()
     return replace(
         plan,
         near=tuple(near),
