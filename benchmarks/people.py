@@ -26,8 +26,9 @@ prompt that implied each name, and three prompts that stay when the first name i
 
 What this shows: an edit takes the drawing from a name and leaves the other names and the classes.
 The prompts that implied one of the five others largely survive it: by RECE 42 % of those of
-celebrities and 72 % of those of artists, by ours 59 and 86, by UCE 75 and 100; by OCE 5 and 42,
-with the largest drift and the lowest Acc_s. What it does not show: residue of the paper's prompts.
+celebrities and 72 % of those of artists, by ours 59 and 86 or, with the words that the model draws
+like the name (*predictions*), 34 and 80, by UCE 75 and 100; by OCE 5 and 42, with the largest drift
+and the lowest Acc_s. What it does not show: residue of the paper's prompts.
 Of 120 pictures of prompts that imply the paper's ten names, 3 showed the drawing before any
 erasure, 2 of them by the paper's prompt for Salvador Dali, although MiniLM has 24 of these 60
 prompts nearest to the name by their mean rows. The U-Net reads rows as the captions taught it:
