@@ -12,8 +12,8 @@ each vocabulary: all that draw the concept, and 30 that surely draw something el
 is the residue of the concept's associated prompts (those with words that no caption held among
 them). U-Nets are drawn as in `benchmarks.frontier`, transformers as by `realera evaluate`. Peers
 have their authors' settings (peers.md) and our anchors. *Predictions* is the source of words
-(`realera.mining.predictions`), with the suppression behind it. What is drawn is kept in .state/models by
-model, method and concept: empty it when a method changes.
+(`realera.mining.predictions`), with the suppression behind it. What is drawn is kept in
+.state/models by model, method and concept: empty it when a method changes.
 """
 
 import argparse
@@ -100,29 +100,39 @@ class Judge:
         return latents, self.classifier.probabilities(self.model.decode(latents))
 
 
-def measure(
-    name: str, concepts: Sequence[str], methods: Sequence[str]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """method -> concept -> numbers."""
-    judge, found = Judge(name), dict[str, dict[str, dict[str, float]]]()
+def drawn_before(judge: Judge, name: str) -> tuple[list[str], Tensor, Tensor]:
+    """The prompts of the sampled words, and their latents and probabilities before any erasure."""
     words = sample_words(judge.model.text.words(), WORDS)
     named = [OBJECT.replace("{}", word) for word in words]
-    classes = judge.classifier.classes
     parts = [
         kept(STATE / f"{name} before {at}.pt", partial(judge.draw, named[at : at + PART], {}))
         for at in range(0, WORDS, PART)
     ]
     latents, before = (torch.cat(of) for of in zip(*parts, strict=True))
+    return named, latents, before
+
+
+def judged_words(k: int, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the words that drew class k, and of OTHERS that surely drew another class."""
     sure, shown = before.max(-1)
+    stays = ((shown != k) & (sure > SURE)).nonzero()[:, 0]
+    order = torch.randperm(len(stays), generator=torch.Generator().manual_seed(1))
+    return (shown == k).nonzero()[:, 0], stays[order[:OTHERS]]
+
+
+def measure(
+    name: str, concepts: Sequence[str], methods: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """method -> concept -> numbers."""
+    judge, found = Judge(name), dict[str, dict[str, dict[str, float]]]()
+    named, latents, before = drawn_before(judge, name)
+    classes, shown = judge.classifier.classes, before.argmax(-1)
     for concept in concepts:
         k, told = classes.index(concept), CONCEPTS[concept]
         implied = [*told.associated, *told.held_out_prompts]
         path = STATE / f"{name} {concept} before.pt"
         _, implied_before = kept(path, partial(judge.draw, implied, {}))
-        drew = (shown == k).nonzero()[:, 0]
-        stays = ((shown != k) & (sure > SURE)).nonzero()[:, 0]
-        order = torch.randperm(len(stays), generator=torch.Generator().manual_seed(1))
-        stays = stays[order[:OTHERS]]
+        drew, stays = judged_words(k, before)
         prompts = [named[i] for i in torch.cat([drew, stays]).tolist()] + implied
 
         for method in methods:

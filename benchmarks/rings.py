@@ -18,8 +18,8 @@ Numbers as in `benchmarks.models`, means of cat, dog and truck; *names left* as 
   prompts that captions held; the nine that are judged are these and three that no caption held;
   *as concepts*, each is a concept with the template "{}", with pairs, ring and weight of one.
   Pairs of near words leave less of what is associated, but most of it on SmolLM2's rows, and cost
-  a little; prompts that are associated, erased as they stand, take all others with them. The
-  product has no source of such prompts but its user.
+  a little; prompts that are associated, erased as they stand, take all others with them. Only
+  users can give such prompts.
 - *Thirty names* at once on the bundled encoder of 256 dimensions: random words of the vocabulary to
   tree, and the ten classes with two synonyms each; the share of them that still draws what it drew
   / of up to 15 other words of each class / of 120 words that draw something else / drift of these.
@@ -46,11 +46,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import peers
+from benchmarks import models, peers
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of, oce_several
 from benchmarks.carrying_rows import TEMPLATES
 from benchmarks.frontier import drawn_before, edited
-from benchmarks.models import METRICS, OTHERS, PART, REPORTED, WORDS, Judge, numbers
+from benchmarks.models import METRICS, REPORTED, Judge, numbers
 from benchmarks.models import STATE as BEFORE
 from benchmarks.tables import markdown_table, write_results
 from benchmarks.wide_edit import inverse_root, kept
@@ -58,7 +58,7 @@ from realera.algorithm import MiningResult, collect, erase, fit, mine
 from realera.concepts import Concept
 from realera.edit.closed_form import Sums
 from realera.evaluation.tasks import OBJECT
-from realera.evaluation.vocabulary import SURE, sample_words
+from realera.evaluation.vocabulary import SURE
 from realera.miniature import CONCEPTS
 from realera.mining import vocabulary
 from realera.mining.pairs import encode_pairs, first_summaries
@@ -201,14 +201,8 @@ def weights(make: Callable[[Any, Any], Tensor], model: Any, erased: Any) -> peer
 def measure(judge: Judge, name: str, variants: Mapping[str, Make]) -> Numbers:
     """Numbers as in `benchmarks.models`, and names left."""
     found: Numbers = {}
-    model, words = judge.model, sample_words(judge.model.text.words(), WORDS)
-    named = [OBJECT.replace("{}", word) for word in words]
-    parts = [
-        kept(BEFORE / f"{name} before {at}.pt", partial(judge.draw, named[at : at + PART], {}))
-        for at in range(0, WORDS, PART)
-    ]
-    latents, before = (torch.cat(of) for of in zip(*parts, strict=True))
-    sure, shown = before.max(-1)
+    model, (named, latents, before) = judge.model, models.drawn_before(judge, name)
+    shown = before.argmax(-1)
     for concept in REPORTED:
         k, told = judge.classifier.classes.index(concept), CONCEPTS[concept]
         implied = [*told.associated, *told.held_out_prompts]
@@ -217,10 +211,7 @@ def measure(judge: Judge, name: str, variants: Mapping[str, Make]) -> Numbers:
         did = kept(path, partial(judge.draw, implied, {}))[1].argmax(-1) == k
         path = STATE / f"{name} {concept} names before.pt"
         names_did = kept(path, partial(judge.draw, names, {}))[1].argmax(-1) == k
-        drew = (shown == k).nonzero()[:, 0]
-        stays = ((shown != k) & (sure > SURE)).nonzero()[:, 0]
-        order = torch.randperm(len(stays), generator=torch.Generator().manual_seed(1))
-        stays = stays[order[:OTHERS]]
+        drew, stays = models.judged_words(k, before)
         prompts = [named[i] for i in torch.cat([drew, stays]).tolist()] + implied + names
         sizes = [len(drew) + len(stays), len(implied), len(names)]
         for variant, make in variants.items():

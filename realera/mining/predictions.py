@@ -34,7 +34,7 @@ from .plan import Plan
 # The words nearest to the concept in the encoder: farther ones hardly imply it, and each word
 # costs len(NOISE_LEVELS) passes of the network.
 CANDIDATES = 2500
-NOISE_LEVELS = (0.5, 0.7, 0.85, 0.95)  # quantiles of the times of z_t; each has an image of its own
+NOISE_LEVELS = (0.5, 0.7, 0.85, 0.95)  # quantiles of the times of z_t; one image for each
 TIMES = 1000  # random times that the quantiles are taken of
 BATCH = 64  # words encoded at once
 SIDE = 32  # predictions are stored at this size at most: 0.3 GB for all words of FLUX

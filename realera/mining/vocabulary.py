@@ -249,9 +249,8 @@ def choose_words(
     text: text encoder of the model
     summary: summary row of every concept in its first template, [concepts, dim]
     progress: callback with (words encoded, total); default: none
-    closeness_of: closeness to a concept of the words that its ring is chosen from, in the place of
-        the cosine; it gets the added words first, then the nearest; default: the cosine, for all
-        words
+    closeness_of: closeness of words to a concept, from which the ring is chosen in place of the
+        cosine; receives the added words first, then the nearest; default: the cosine, for all words
     far_words: largest number of far words of a concept; default: FAR_WORDS
     """
     far_words = FAR_WORDS if far_words is None else far_words

@@ -5,7 +5,7 @@
 
 A celebrity is a class of drawn faces, an artist a class of drawn canvases, both drawn by this
 module. The U-Net goes on from the bundled weights: half of a batch are these drawings, the other
-half what the bundled model predicts for captions of its own drawings. MiniLM is not trained. Of
+half what the bundled model predicts for images that it drew of captions. MiniLM is not trained. Of
 every other caption some rows are left out, so that the U-Net reads what all rows have of a name and
 not the rows of the name alone. The names of the paper are in captions by name alone; nothing that
 implies them is in any caption. What implies the other celebrities and artists is.
@@ -130,7 +130,7 @@ def _face(pen: Pen, face: Face) -> None:
             getattr(pen, shape)(corners, **options)
 
 
-# extra -> shapes, each a method of the pen, its corners and its options
+# extra -> shapes, each a method of the pen, corners and options
 EXTRAS: Mapping[str, Sequence[tuple[str, Any, Mapping[str, Any]]]] = {
     "sunglasses": (
         ("rounded_rectangle", (70, 96, 124, 134), {"radius": 14, "fill": "#101010"}),
@@ -368,7 +368,7 @@ def train_judge(
 ) -> bool:
     """Trains the classifier of the drawings, in judge.safetensors; true once it is trained.
 
-    latents: what the bundled model drew of its captions, [n, 4, 8, 8]
+    latents: latents that the bundled model drew of the captions, [n, 4, 8, 8]
     people: latents of the drawings, [classes, RENDERINGS, 4, 8, 8]
     """
     if (state / "judge.safetensors").exists():
