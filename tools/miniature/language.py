@@ -1,7 +1,7 @@
 """A bundled network taught to read another text encoder.
 
     python -m tools.miniature.language [--model miniature-llm]
-    python -m tools.miniature.language_transformer
+    python -m tools.miniature.language_transformer [--model miniature-dit-z-image]
 
 The student starts from the bundled weights, with keys and values that take each new row for the
 bundled encoder's last row (least squares). It learns to predict by the new rows what the bundled

@@ -1,5 +1,7 @@
 """The bundled transformer taught to read a language model, as `language` teaches the U-Net.
 
+    python -m tools.miniature.language_transformer [--model miniature-dit-z-image]
+
 It reads no pooled embedding: the student's is one number, the same for every prompt, and says what
 that of the empty prompt said to the teacher.
 """
@@ -121,4 +123,4 @@ def export(state: Path, model: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    language.main(distil, export, ("miniature-dit-llm",))
+    language.main(distil, export, ("miniature-dit-llm", "miniature-dit-z-image"))
