@@ -2,7 +2,7 @@
 
     python -m benchmarks.models miniature miniature-language miniature-llm
     python -m benchmarks.models miniature-dit miniature-dit-t5
-    python -m benchmarks.models miniature-dit-llm --methods ours UCE OCE
+    python -m benchmarks.models miniature-dit-llm miniature-dit-z-image
     python -m benchmarks.models miniature-language miniature-llm --methods "ours, predictions"
     python -m benchmarks.models miniature --concepts airplane ship --methods SWEEP
     python -m benchmarks.models miniature --methods "OCE, erase 100" "DP, 4 directions"

@@ -356,7 +356,7 @@ def double_projections(
 
     The row goes to its projection onto the span of the rows of all anchors, or to the only such row
     (Eq. 2); the update lies in the left null space of the rows of `retained` (Eq. 4 and 5), or
-    of their leading singular directions.
+    of their leading singular directions. A row in the span of these is not moved.
 
     directions: number of these directions; default: all
     """
@@ -378,6 +378,8 @@ def double_projections(
                 if len(guides) > 1:
                     target = guides.T @ torch.linalg.pinv(guides @ guides.T) @ guides @ row
                 seen = row - held.T @ held @ row
+                if seen.norm() <= 1e-6 * row.norm():
+                    continue
                 t = t + torch.outer(t @ (target - row), seen) / (seen @ seen)
             edits[stream] = t
         edited[name] = reader.layer.weight.detach().double().cpu() @ edits[stream]

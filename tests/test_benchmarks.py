@@ -239,6 +239,12 @@ def test_double_projections_moves_the_concept_into_the_anchors_span_and_nothing_
         assert torch.allclose(new[name] @ kept.T, w @ kept.T, atol=1e-6)
 
 
+def test_double_projections_moves_no_row_in_the_span_of_what_is_retained(model):
+    words = model.text.words()[: 2 * 256]  # they span every row
+    new = peers.double_projections(model, [Concept("airplane", "ground")], words)
+    assert all(torch.equal(new[name], w) for name, w in peers.projections(model).items())
+
+
 def test_esd_trains_cross_attention_and_nothing_else(model):
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     losses = []
