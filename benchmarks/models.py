@@ -63,7 +63,8 @@ def ours(
     }
 
 
-METHODS: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
+Make = Callable[[Diffusion, Concept], peers.Weights]
+METHODS: dict[str, Make] = {
     "ours": ours,
     "ours, suppression 0": partial(ours, suppression=0.0),
     "ours, predictions": partial(ours, source="predictions"),
@@ -73,7 +74,7 @@ METHODS: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
     "OCE": ablation.oce,
     "DP": ablation.double_projections,
 }
-SWEEP: dict[str, Callable[[Diffusion, Concept], peers.Weights]] = {
+SWEEP: dict[str, Make] = {
     **{f"OCE, erase {e:g}": partial(ablation.oce, erase=e) for e in (100.0, 300.0, 800.0)},
     **{
         f"DP, {n} directions": partial(ablation.double_projections, directions=n) for n in (0, 4, 8)
@@ -121,7 +122,7 @@ def judged_words(k: int, before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    name: str, concepts: Sequence[str], methods: Sequence[str]
+    name: str, concepts: Sequence[str], methods: Mapping[str, Make]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """method -> concept -> numbers."""
     judge, found = Judge(name), dict[str, dict[str, dict[str, float]]]()
@@ -135,11 +136,10 @@ def measure(
         drew, stays = judged_words(k, before)
         prompts = [named[i] for i in torch.cat([drew, stays]).tolist()] + implied
 
-        for method in methods:
+        for method, make in methods.items():
 
-            def draw(method: str = method, name: str = concept, of: Any = prompts) -> Any:
-                weights = {**METHODS, **SWEEP}[method](judge.model, concept_of(name, "drawn"))
-                return judge.draw(of, weights)
+            def draw(make: Make = make, name: str = concept, of: Any = prompts) -> Any:
+                return judge.draw(of, make(judge.model, concept_of(name, "drawn")))
 
             file = re.sub(r"\W+", "-", f"{name} {concept} {method}")
             now, after = kept(STATE / f"{file}.pt", draw)
@@ -226,14 +226,16 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=ablation.DRAWN, default=REPORTED)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SWEEP, "SWEEP"])
     options = parser.parse_args()
-    methods = options.methods or [m for m in METHODS if not m.startswith("ours, ")]
-    if methods == ["SWEEP"]:
-        methods = [*METHODS, *SWEEP]
+    methods, known = options.methods, {**METHODS, **SWEEP}
+    if methods is None:
+        methods = [m for m in METHODS if not m.startswith("ours, ")]
+    elif methods == ["SWEEP"]:
+        methods = [*known]
     path = RESULTS / "models.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for name in options.models:
         found = stored.setdefault(", ".join(options.concepts), {}).setdefault(name, {})
-        found.update(measure(name, options.concepts, methods))
+        found.update(measure(name, options.concepts, {m: known[m] for m in methods}))
         write(stored)
 
 

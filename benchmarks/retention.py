@@ -137,10 +137,10 @@ def percent(mask: Tensor) -> float:
 class Retention:
     """The three parts; each returns column -> number."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: Mapping[str, Make] = METHODS) -> None:
         model = load_model("miniature")
         assert isinstance(model, DiffusersModel)
-        self.model, self.pen = model, Pen(model)
+        self.model, self.pen, self.methods = model, Pen(model), methods
         self.shown: dict[str, dict[str, Tensor]] = {}  # method -> concept -> latents to show
 
     def index(self, names: Sequence[str]) -> Tensor:
@@ -158,14 +158,14 @@ class Retention:
         """Index of the class that each latent shows, int64 [n]."""
         return kept(STATE / f"{file} seen.pt", lambda: self.pen.classify(latents).argmax(-1))
 
-    def in_one_prompt(self, method: str) -> dict[str, float]:
+    def in_one_prompt(self, method: str, names: Sequence[str] = REPORTING) -> dict[str, float]:
         before, after, wanted, erased = [], [], [], []
-        for name in REPORTING:
+        for name in names:
             prompts = [p.format(kept=t, concept=name) for t in THINGS for p in PROMPTS]
             first, was = self.drawn(f"prompt {name} original", prompts, dict)
             weights: Callable[[], Any] = dict
-            if method in METHODS:
-                weights, texts = partial(single, self.model, METHODS[method], name), prompts
+            if method in self.methods:
+                weights, texts = partial(single, self.model, self.methods[method], name), prompts
             else:
                 anchor = concept_of(name, "drawn").anchor
                 texts = [p.format(kept=t, concept=anchor) for t in THINGS for p in PROMPTS]
@@ -194,7 +194,7 @@ class Retention:
         erased = ~torch.isin(k, self.index(STAY))
         did = self.drawn("twelve original", prompts, dict)[1] == k
         found: dict[str, float] = {}
-        make = METHODS[method]
+        make = self.methods[method]
         for title, weights in {
             "in a row": lambda: in_a_row(self.model, make),
             "at once": lambda: make(self.model, TWELVE, STAY),
@@ -222,8 +222,8 @@ class Retention:
             ) -> Tensor:
                 text = "" if method == "no text" else OBJECT.replace("{}", name)
                 weights = {}
-                if method in METHODS:
-                    weights = single(self.model, METHODS[method], name)
+                if method in self.methods:
+                    weights = single(self.model, self.methods[method], name)
                 return torch.stack(
                     [
                         self.steps(text, weights, noise[1], pictures, STEPS // 2),
