@@ -22,6 +22,7 @@ from benchmarks import (
     encoding,
     frontier,
     growth,
+    layers,
     memory,
     peers,
     peers_speed,
@@ -190,6 +191,19 @@ def test_in_a_row_every_erasure_reads_what_the_one_before_left(model, monkeypatc
     assert read == [("airplane", False, True), ("dog", False, False)]
     for name, w in peers.projections(model).items():
         assert torch.equal(w, before[name]) and torch.equal(after[name], w / 4)
+
+
+def test_a_candidate_edits_a_layer_by_the_first_pattern_that_matches_and_leaves_others(
+    model, monkeypatch
+):
+    unit = torch.eye(context(model, "dog").shape[1]).double()
+    monkeypatch.setattr(layers, "ends", lambda text, concept: (unit, 3 * unit))
+    found = layers.weights({"middle": 0.0, ".*to_v": 0.5}, model, AIRPLANE)
+    projections = peers.projections(model)
+    middle = {name for name in projections if name.startswith("middle")}
+    assert middle and found.keys() == middle | {n for n in projections if n.endswith("to_v")}
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, projections[name] * (1 if name in middle else 2))
 
 
 def test_oce_turns_values_towards_what_its_paper_asks_and_changes_no_length(model):
