@@ -3,11 +3,13 @@
     python -m benchmarks.ablation                    # all ten CIFAR-10 concepts: hours
     python -m benchmarks.ablation --half tuning --images 1 --steps 8 --align-steps 20
     python -m benchmarks.ablation --concepts airplane,ship --rows original "closed form" bank
+    python -m benchmarks.ablation --rows original bank --out benchmarks/results
     python -m benchmarks.ablation --half styles --anchors paper
     python -m benchmarks.ablation --table sweep --concepts bird,frog --images 2 --steps 8
 
 Every row of a concept draws with the same noise. What is done is kept in .state/ablation, one file
-a row and concept, and is not done again; the table is written anew after every concept. The seconds
+a row and concept, and is not done again; the table is written anew after every concept (at the end
+where rows are drawn into a table of the results, which keeps the others and a note). The seconds
 of a row are those of a cold or warm cache, as it was (anchors' images, the encoded bank).
 """
 
@@ -406,23 +408,48 @@ def halves(concepts: Sequence[str]) -> dict[str, list[str]]:
     return {half: members for half, members in found.items() if members}
 
 
-def markdown(results: Mapping[str, Mapping[str, Result]], notes: Sequence[str]) -> str:
-    """results: concept -> row -> result."""
-    names = list(next(iter(results.values())))
-    parts = ["# Ablation on the bundled miniature", *notes]
+def numbers(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
+    """What is stored of results: concept -> row -> result."""
+    found: dict[str, Any] = {"halves": {}, "concepts": {}}
     for half, concepts in halves(list(results)).items():
+        found["halves"][half] = {}
+        for name in results[concepts[0]]:
+            pool = pooled([results[concept][name].report for concept in concepts])
+            every = [math.nan]
+            if "original" in results[concepts[0]]:
+                every = [drift(results[c][name], results[c]["original"], c) for c in concepts]
+            found["halves"][half][name] = {**pool, "drift": sum(every) / len(every)}
+    for concept, rows in results.items():
+        found["concepts"][concept] = {
+            name: {"seconds": result.seconds, **result.report.to_dict()}
+            for name, result in rows.items()
+        }
+    return found
+
+
+def merged(earlier: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier table with rows drawn anew; both as `numbers` has them."""
+    return {
+        part: {
+            group: {**earlier[part].get(group, {}), **drawn[part].get(group, {})}
+            for group in {**earlier[part], **drawn[part]}
+        }
+        for part in ("halves", "concepts")
+    }
+
+
+def markdown(stored: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """stored: as `numbers` has it"""
+    parts = ["# Ablation on the bundled miniature", *notes]
+    for half, concepts in halves(list(stored["concepts"])).items():
         head = ["", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", *KINDS, "H_o ↑", "H_o by concept"]
         lines = [[*head, "drift ↓", "seconds"]]
-        for name in names:
-            reports = [results[concept][name].report for concept in concepts]
-            each = " ".join(f"{report.h_o:.0f}" for report in reports)
-            seconds = sum(results[c][name].seconds for c in concepts) / len(concepts)
-            numbers = [f"{v:.1f}" if v == v else "-" for v in pooled(reports).values()]
-            moved = "-"
-            if "original" in names:
-                every = [drift(results[c][name], results[c]["original"], c) for c in concepts]
-                moved = f"{sum(every) / len(every):.1f}"
-            lines.append([name, *numbers, each, moved, f"{seconds:.1f}"])
+        for name, pool in stored["halves"][half].items():
+            rows = [stored["concepts"][concept][name] for concept in concepts]
+            each = " ".join(f"{row['metrics']['h_o']:.0f}" for row in rows)
+            seconds = sum(row["seconds"] for row in rows) / len(rows)
+            *cells, moved = [f"{v:.1f}" if v == v else "-" for v in pool.values()]
+            lines.append([name, *cells, each, moved, f"{seconds:.1f}"])
         parts += [f"## {half.capitalize()}: {', '.join(concepts)}", markdown_table(lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -444,24 +471,17 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
     count = sum(s.images for s in [first.efficacy, *first.generality.values()])
     count += sum(s.images for s in first.specificity.values())
     error = 50 / math.sqrt(first.efficacy.images)
-    notes = [
-        f"`python -m benchmarks.ablation {options.command}`, {platform.processor() or 'CPU'}, "
-        f"torch {torch.__version__}.",
-        f"Percent. {options.images} images a prompt ({count} a row and concept), seed "
-        f"{options.seed}, {options.steps} steps, guidance 7.5, scored by the bundled classifier; "
-        "all rows of a concept share their noise. Acc_e of one concept, from "
-        f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
-        "H_o is the mean over the concepts, as in the paper. *drift* is what Acc_s does not see: "
-        "how far the images of the other concepts are from the original's, RMS in percent.",
-        "Anchors: "
-        + ", ".join(f"{c} → {concept_of(c, options.anchors).anchor}" for c in results)
-        + ".",
-        ABOUT[options.table],
-        "Parameters may be chosen on the tuning half alone. *held-out words* occur in no caption "
-        "that the miniature was trained on.",
-    ]
+    shown = next(iter(halves(list(results)).values()))[0]
+    kind = "-styles" if shown in STYLES else ""
+    kind += "" if options.table == "ablation" else f"-{options.table}"
+    kind += options.model.removeprefix("miniature-dit") if options.table == "transformer" else ""
+    stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
+    earlier: dict[str, Any] = {"commands": [], "halves": {}, "concepts": {}}
+    if options.merge:
+        earlier = json.loads(stem.with_suffix(".json").read_text())
     stored = {
-        "command": options.command,
+        "commands": [*dict.fromkeys([*earlier["commands"], options.command])],
+        "note": earlier.get("note", ""),
         "rows": {
             row.name: {
                 "settings": row.settings and row.settings.flat(),
@@ -470,30 +490,29 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
             }
             for row in TABLES[options.table]
         },
-        "halves": {
-            half: {
-                name: pooled([results[concept][name].report for concept in concepts])
-                for name in next(iter(results.values()))
-            }
-            for half, concepts in halves(list(results)).items()
-        },
-        "concepts": {
-            concept: {
-                name: {"seconds": result.seconds, **result.report.to_dict()}
-                for name, result in rows.items()
-            }
-            for concept, rows in results.items()
-        },
+        **merged(earlier, numbers(results)),
     }
-    shown = next(iter(halves(list(results)).values()))[0]
-    kind = "-styles" if shown in STYLES else ""
-    kind += "" if options.table == "ablation" else f"-{options.table}"
-    kind += options.model.removeprefix("miniature-dit") if options.table == "transformer" else ""
-    stem: Path = options.out / f"ablation{kind}{'-paper' if options.anchors == 'paper' else ''}"
+    commands = ", then ".join(f"`python -m benchmarks.ablation {c}`" for c in stored["commands"])
+    notes = [
+        f"{commands}, {platform.processor() or 'CPU'}, torch {torch.__version__}.",
+        f"Percent. {options.images} images a prompt ({count} a row and concept), seed "
+        f"{options.seed}, {options.steps} steps, guidance 7.5, scored by the bundled classifier; "
+        "all rows of a concept share their noise. Acc_e of one concept, from "
+        f"{first.efficacy.images} images, has a standard error of up to {error:.0f} points. "
+        "H_o is the mean over the concepts, as in the paper. *drift* is what Acc_s does not see: "
+        "how far the images of the other concepts are from the original's, RMS in percent.",
+        "Anchors: "
+        + ", ".join(f"{c} → {concept_of(c, options.anchors).anchor}" for c in stored["concepts"])
+        + ".",
+        ABOUT[options.table],
+        "Parameters may be chosen on the tuning half alone. *held-out words* occur in no caption "
+        "that the miniature was trained on.",
+    ]
+    notes += [stored["note"]] if stored["note"] else []
     with writing(stem.with_suffix(".json"), overwrite=True) as part:
         part.write_text(json.dumps(stored, indent=1) + "\n")
     with writing(stem.with_suffix(".md"), overwrite=True) as part:
-        part.write_text(markdown(results, notes))
+        part.write_text(markdown(stored, notes))
     with writing(stem.with_suffix(".png"), overwrite=True) as part:
         sheet(shown, results[shown]).save(part, "PNG")
 
@@ -526,6 +545,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     whole = options.half in ("all", "styles") and not (options.rows or options.concepts)
     whole |= options.table != "ablation" and not options.rows
     options.out = options.out or (RESULTS if whole else STATE)
+    options.merge = bool(options.rows) and options.out == RESULTS
+    if options.merge and options.concepts:
+        parser.error("rows of a table in the results are of a whole half: leave out --concepts")
     chosen = HALVES[options.half]
     if options.concepts:
         chosen = tuple(name.strip() for name in options.concepts.split(","))
@@ -555,7 +577,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[row.name] = measure(row, model, concept, forget, options, weights)
             bar.update()
         results[name] = found
-        write(results, options)
+        if not options.merge or len(results) == len(options.concepts):
+            write(results, options)
     bar.close()
 
 

@@ -376,10 +376,16 @@ def test_the_table_names_each_half_and_row(tmp_path):
         }
         for concept in ("dog", "ship")
     }
-    text = ablation.markdown(results, ["a note"])
+    drawn = ablation.numbers(results)
+    text = ablation.markdown(drawn, ["a note"])
     assert "## Reported: dog" in text and "## Tuned on: ship" in text
     assert text.count("| closed form") == 2 and "95.0" in text
     assert text.count("| 50.0 ") == 2  # the drift
+    anew = ablation.Result(report("dog", 0, 80, 5), 1.0, results["dog"]["original"].pictures)
+    rows = {"original": results["dog"]["original"], "bank": anew}
+    text = ablation.markdown(ablation.merged(drawn, ablation.numbers({"dog": rows})), [])
+    assert text.count("| closed form") == 2 and text.count("| 50.0 ") == 2  # these rows stay
+    assert text.count("| bank ") == 1 and "80.0" in text
 
 
 def test_a_table_is_padded_and_flush_right_except_its_first_column():
