@@ -11,10 +11,10 @@ and every kept of 60 to 90 % one of 2 to 3. Acc_e and Acc_g are of the prompts o
 erased, Acc_s of what stays, as in `benchmarks.ablation`, two images a prompt in 10 steps. Peers
 have their authors' inputs, the parameter that is best in `benchmarks.frontier` (SPEED's 10 and
 UCE's 0.5, there as good as 1 and 0.05, and here no worse; OCE and DP those of their authors, OCE
-for several concepts, and drawn two days after the others, on words that the original, drawn anew,
-gave), and our anchors; ESD-x, whose authors erase one concept, is trained on one of them at random
-a prompt, 100 steps a concept. What is drawn is kept in .state/together: empty it when a method
-changes.
+for several concepts), and our anchors; ESD-x, whose authors erase one concept, is trained on one of
+them at random a prompt, 100 steps a concept. Ours, OCE and DP were drawn on 30 November 2026, the
+others two days before, on words that the original gave then: some are others. What is drawn is kept
+in .state/together: empty it when a method changes.
 """
 
 import argparse
