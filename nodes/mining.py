@@ -67,6 +67,10 @@ def summary(mining: MiningResult) -> str:
     else:
         kind, neighbors = "points", len(mining.neighbors.pair)
     parts = [f"{neighbors} neighbour {kind} are erased too"]
+    if plan.definitions:
+        parts = [
+            f"{neighbors} neighbour {kind} and {len(plan.definitions)} definitions are erased too"
+        ]
     if beyond := len(mining.beyond.pair):
         parts.append(f"{beyond} beyond {kind} are preserved")
     if plan.named:
@@ -131,10 +135,10 @@ class NeighborSampler(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Source of the neighbours. vocabulary: words near the concept, which you "
-                        "can read and leave out. predictions: words that the model draws like the "
-                        "concept; connect the model, which predicts 10,000 times per concept. "
-                        "bank: steps towards everyday prompts. isotropic: random directions, as in "
-                        "the paper."
+                        "can read and leave out. predictions: words and definitions that the model "
+                        "draws like the concept; connect the model, which predicts 14,000 times "
+                        "per concept. bank: steps towards everyday prompts. isotropic: random "
+                        "directions, as in the paper."
                     ),
                 ),
                 io.Int.Input(
@@ -299,9 +303,8 @@ class NeighborSampler(io.ComfyNode):
             diffusion = LoadedDiffusion(model, text)
         mining = mine(text, parsed, settings, None, report, diffusion)
         plan = mining.plan
-        neighbours = "\n".join(
-            f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined
-        )
+        neighbours = [(word, cosine) for word, cosine, mined in plan.listed if mined]
+        neighbours += [(definition, share) for _, definition, share in plan.definitions]
         sentences = [f"{summary(mining)}; the CLIP is that of {text.title}"]
         sentences += [choice_sentence(*suggested) for suggested in suggestions.items()]
         sentences += doubted_names(parsed) + unreadable_names(text, parsed)
@@ -312,7 +315,8 @@ class NeighborSampler(io.ComfyNode):
         ]
         view = {"realera_geometry": [ring_data(mining)], "text": sentences}
         view["realera_suggestions"] = suggested
-        return io.NodeOutput(mining, picture, neighbours, ui=view)
+        names = "\n".join(f"{neighbour} {closeness:.2f}" for neighbour, closeness in neighbours)
+        return io.NodeOutput(mining, picture, names, ui=view)
 
 
 class BeyondSampler(io.ComfyNode):

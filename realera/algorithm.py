@@ -31,7 +31,7 @@ from .edit.erasure import (
 )
 from .mining import noise, predictions, vocabulary
 from .mining.neighbourhood import Neighbourhood, NeighbourSource
-from .mining.pairs import THINGS, MinedRows, Pairs, composed, encode_pairs
+from .mining.pairs import THINGS, MinedRows, Pairs, composed, encode_pairs, implied
 from .mining.plan import Plan
 from .mining.preservation_bank import bank_prompts, drop_related_prompts, encode_bank
 from .pipelines.interface import Diffusion
@@ -64,6 +64,7 @@ SOURCES: dict[Source, NeighbourSource] = {
 # Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
 # thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
 COMPOSED_WEIGHT = 2.0
+IMPLIED_WEIGHT = 3.0  # weight of a row of `MiningResult.implied`, relative to a mined row
 CONCEPTS_PER_BATCH = 4  # concepts with rows in memory: 0.2 GB in SDXL, with 80 words each
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
@@ -96,6 +97,11 @@ class MiningResult:
     def composed(self) -> MinedRows:
         """Prompts that hold another thing too (`pairs.composed`), encoded when they are needed."""
         return composed(self.text, self.pairs, self.plan.things)
+
+    @cached_property
+    def implied(self) -> MinedRows:
+        """Definitions that imply a concept (`pairs.implied`), encoded when they are needed."""
+        return implied(self.text, self.pairs, [(n, d) for n, d, _ in self.plan.definitions])
 
 
 def mine(
@@ -266,6 +272,8 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     erased: list[tuple[Pairs | MinedRows, float]] = [(pairs, settings.pair_weight), (near, 1.0)]
+    if mining.plan.definitions:
+        erased.append((mining.implied, IMPLIED_WEIGHT))
     if settings.bank:
         erased.append((mining.composed, COMPOSED_WEIGHT))
     representatives, found = concept_representatives(mining), {}

@@ -81,7 +81,7 @@ from RealEra.realera.edit.text_layers import FAMILIES as TEXT_FAMILIES
 from RealEra.realera.edit.text_layers import text_layers
 from RealEra.realera.evaluation.coarse_samples import coarse_samples
 from RealEra.realera.miniature import T5, TRANSFORMER
-from RealEra.realera.mining import preservation_bank
+from RealEra.realera.mining import definitions, preservation_bank
 from RealEra.realera.mining.vocabulary import vocabulary_rows
 from RealEra.realera.settings import Settings
 from RealEra.realera.text.encoding import CONTEXT, POOLED, Encoding
@@ -546,11 +546,16 @@ def claim_neighbor_sampler_mines_the_words_that_the_model_draws_like_the_concept
     one, asked = miniature(), {"concepts": NAMED, "source": "predictions"}
     with refused("no model was given"):
         run(mining.NeighborSampler, clip=one.clip, **asked)
-    with replaced(ComfyText, "words", lambda _: sorted(few)):
+    defined = "taking off from the runway", "a castle on a hill"
+    with (
+        replaced(ComfyText, "words", lambda _: sorted(few)),
+        replaced(definitions, "definitions", lambda: defined),
+    ):
         found, _, words = run(mining.NeighborSampler, clip=one.clip, model=one.model, **asked)
         beyond, _ = run(mining.BeyondSampler, mining=found)
     listed = {line.rsplit(" ", 1)[0] for line in words.splitlines()}
-    assert {"aircraft", "jet", "plane"} <= listed and not listed & {"castle", "flower", "violin"}
+    assert {"aircraft", "jet", "plane", defined[0]} <= listed
+    assert not listed & {"castle", "flower", "violin", defined[1]}
     assert {"castle", "flower", "violin"} & set(beyond.beyond.words)
 
 

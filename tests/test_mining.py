@@ -25,7 +25,7 @@ from realera.checkpoints.loading import load_model
 from realera.concepts import Concept, concepts_in, holds_name, listed, parse_concepts
 from realera.edit.closed_form import Edit, Sums, solve
 from realera.edit.erasure import Erasure
-from realera.mining import vocabulary
+from realera.mining import definitions, vocabulary
 from realera.mining.noise import GaussianNeighbourhood, radii_of, seeded
 from realera.mining.pairs import Pairs, composed, encode_pairs, first_summaries
 from realera.mining.plan import Plan
@@ -552,6 +552,7 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkey
     alike = {"kitten", "feline", "claws", "tabby", "litter"}
     others = {"rocket", "castle", "bridge", "truck", "galaxy", "harbor", "lamp", "violin"}
     monkeypatch.setattr(model.text, "words", lambda: sorted({*alike, *others, "cat"}))
+    monkeypatch.setattr(definitions, "definitions", lambda: ("a young cat", "a tall castle"))
     near, far = NeighborSettings(source="predictions"), BeyondSettings()
     mining = mine(model.text, [cat], near, far, model=model)
     found = {word for _, word in mining.plan.near}
@@ -578,7 +579,34 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkey
         mine(model.text, [cat], near)
     model.text = tiny_text
     with pytest.raises(ValueError, match=rf"gives {DIM} numbers a row and .* reads"):
-        shares(model, cat, ["dog"], 0, lambda *_: None)
+        shares(model, "a photo of the cat", ["a photo of the dog"], 0, lambda *_: None)
+
+
+def test_definitions_that_the_model_draws_like_the_concept_become_the_anchor(monkeypatch):
+    model, cat = load_model("miniature"), Concept("cat", "tree", ("a photo of the {}",))
+    implying = {"purring on the sofa", "whiskers and a meow"}
+    others = {"a rocket above the clouds", "a castle on a hill"}
+    monkeypatch.setattr(definitions, "definitions", lambda: tuple(sorted({*implying, *others})))
+    monkeypatch.setattr(model.text, "words", lambda: ["cat", "kitten", "rocket", "castle", "lamp"])
+    near = NeighborSettings(source="predictions")
+    mining = mine(model.text, [cat], near, model=model)
+    assert {prompt for _, prompt, _ in mining.plan.definitions} == implying
+    two = replace(mining.plan, concepts=(cat, cat), definitions=((0, "a", 1.0), (1, "b", 0.5)))
+    assert two.part(1, 2).definitions == ((0, "b", 0.5),)
+    left = replace(near, exclude=("Purring on the sofa",))
+    plan = mine(model.text, [cat], left, model=model).plan
+    assert [prompt for _, prompt, _ in plan.definitions] == ["whiskers and a meow"]
+    few = mine(model.text, [cat], replace(near, neighbors=1), model=model).plan
+    assert len(few.definitions) == 1
+
+    def distance(mining):
+        edit = erase(mining, SolveSettings(bank=False)).edits[CONTEXT]
+        e, anchor = (text.summary([p]) for p in ("whiskers and a meow", "tree"))
+        return float((edit(e) - anchor).norm())
+
+    text = model.text
+    around = replace(mining.neighbourhood, plan=replace(mining.plan, definitions=()))
+    assert distance(mining) < 0.5 * distance(replace(mining, neighbourhood=around))
 
 
 # ---------------------------------------------------------------- the bank

@@ -301,8 +301,9 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
     mining.add_argument(
         "--source", choices=SOURCES, default=NeighborSettings().source,
         help="source of neighbours: random directions (isotropic), steps towards everyday prompts "
-        "(bank), words that the text encoder has near the concept (vocabulary), or words that the "
-        "model draws like the concept (predictions): 10,000 predictions a concept",
+        "(bank), words that the text encoder has near the concept (vocabulary), or words and "
+        "definitions that the model draws like the concept (predictions): 14,000 predictions a "
+        "concept",
     )  # fmt: skip
     _number_options(
         mining,

@@ -217,11 +217,14 @@ def before_after(
 
 
 def words_text(plan: Plan) -> str:
-    """The words that are erased with each concept, contested words and words left out."""
+    """The words and definitions that are erased with each concept, contested words and words left
+    out."""
     mined: dict[int, list[str]] = {}
     for number, word in (plan.near[k] for k in sorted(plan.drawn_near)):
         if word != plan.concepts[number].name:
             mined.setdefault(number, []).append(word)
+    for number, definition, _ in plan.definitions:
+        mined.setdefault(number, []).append(definition)
     lines = [
         f"{concept.name} -> {concept.anchor}: {', '.join(mined.get(n, ()))}"
         for n, concept in enumerate(plan.concepts)

@@ -128,15 +128,43 @@ def composed(text: TextEncoder, pairs: Pairs, things: Sequence[str]) -> MinedRow
     pairs: pairs of the concepts; only their first templates are used
     things: things that belong to no concept
     """
+    return _rows_of(
+        text,
+        pairs,
+        [
+            (n, Concept(f"{thing} and a {concept.name}", thing, concept.templates[:1]))
+            for n, concept in enumerate(pairs.concepts)
+            for thing in things
+        ],
+    )
+
+
+def implied(text: TextEncoder, pairs: Pairs, prompts: Sequence[tuple[int, str]]) -> MinedRows:
+    """Prompts that imply a concept and become the anchor as a whole (Alg. 1, l. 8), compact.
+
+    Prompts that are too long for the encoder are left out.
+
+    text: text encoder of the model
+    pairs: pairs of the concepts
+    prompts: (number of the concept, prompt)
+    """
+    anchors = [concept.anchor for concept in pairs.concepts]
+    return _rows_of(text, pairs, [(n, Concept(p, anchors[n], ("{}",))) for n, p in prompts])
+
+
+def _rows_of(text: TextEncoder, pairs: Pairs, prompts: Sequence[tuple[int, Concept]]) -> MinedRows:
+    """The rows of prompts around the first pair of a concept, compact.
+
+    prompts: (number of the concept, prompt and target as a concept in one template)
+    """
     placed: list[Concept] = []
     index: list[int] = []
-    for concept, pair in zip(pairs.concepts, pairs.first.tolist(), strict=True):
-        for thing in things:
-            phrase = f"{thing} and a {concept.name}"
-            prompt = [concept.templates[0].replace("{}", phrase)]
-            if all(len(part.tokenize(prompt)[0]) <= part.length for part in text.parts):
-                placed.append(Concept(phrase, thing, concept.templates[:1]))
-                index.append(pair)
+    first = pairs.first.tolist()
+    for number, concept in prompts:
+        prompt = [concept.templates[0].replace("{}", concept.name)]
+        if all(len(part.tokenize(prompt)[0]) <= part.length for part in text.parts):
+            placed.append(concept)
+            index.append(first[number])
     if not placed:
         nothing = pairs.e.take(torch.tensor([], dtype=torch.int64))
         span = {stream: rows[:0] for stream, rows in pairs.span.items()}

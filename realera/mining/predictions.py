@@ -10,7 +10,8 @@ with ε(w) and ε(c) the predictions for the word and for the concept, and m the
 for noised images of the concept: 1 for the concept, 0 for an average word. Words with the largest
 shares are neighbours. Beyond points are those words with a share near 0 that are nearest to the
 concept in the encoder. Each word is compared with one concept, the nearest in the encoder, and is
-moved as in `vocabulary`.
+moved as in `vocabulary`. Definitions (`definitions`) are compared in the same way, and those with
+the largest shares are erased too.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,14 @@ from ..settings import Progress
 from ..storage.cache import cached
 from ..text.encoding import TextEncoder
 from . import vocabulary
+from .definitions import nearest_definitions
 from .pairs import first_summaries
 from .plan import Plan
 
 # The words nearest to the concept in the encoder: farther ones hardly imply it, and each word
 # costs len(NOISE_LEVELS) passes of the network.
 CANDIDATES = 2500
+DEFINITIONS = 1000  # the definitions nearest to the concept, of which NEAR_WORDS are erased at most
 NOISE_LEVELS = (0.5, 0.7, 0.85, 0.95)  # quantiles of the times of z_t; one image for each
 TIMES = 1000  # random times that the quantiles are taken of
 BATCH = 64  # words encoded at once
@@ -47,11 +50,13 @@ neighbourhood = vocabulary.neighbourhood
 def complete(
     text: TextEncoder, plan: Plan, progress: Progress, model: Diffusion | None = None
 ) -> Plan:
-    """The plan with the words that the model draws like each concept, and beyond points.
+    """The plan with the words and definitions that the model draws like each concept, and beyond
+    points.
 
     Near words are the `vocabulary.NEAR_WORDS` words with the largest shares in [s2, s1], without
-    excluded ones; far words are the FAR_WORDS candidates nearest in the encoder with shares below
-    beyond_s2. All far words are preserved, unless the plan has no beyond points.
+    excluded ones, and definitions likewise; far words are the FAR_WORDS candidates nearest in the
+    encoder with shares below beyond_s2. All far words are preserved, unless the plan has no beyond
+    points.
 
     Raises ValueError without a model, when the model does not fit the text encoder, and when no
     word has a share below beyond_s2.
@@ -61,16 +66,30 @@ def complete(
             "source 'predictions' mines the words that the model draws like the concept, and no "
             "model was given: give or connect the model, or choose source 'vocabulary'"
         )
-    network = model
+    network, seed = model, plan.neighbor.seed
 
-    def shares_of(concept: Concept, words: Sequence[str]) -> Tensor:
-        return shares(network, concept, words, plan.neighbor.seed, progress)
+    def shares_of(concept: Concept, prompts: Sequence[str]) -> Tensor:
+        name = concept.templates[0].replace("{}", concept.name)
+        return shares(network, name, prompts, seed, progress)
+
+    def shares_of_words(concept: Concept, words: Sequence[str]) -> Tensor:
+        template = concept.templates[0]
+        return shares_of(concept, [template.replace("{}", w) for w in words[:CANDIDATES]])
 
     summary = first_summaries(text, plan.concepts)[0]
-    plan = vocabulary.choose_words(plan, text, summary, progress, shares_of, FAR_WORDS)
+    plan = vocabulary.choose_words(plan, text, summary, progress, shares_of_words, FAR_WORDS)
     generator = torch.Generator().manual_seed(plan.neighbor.seed)
     near = vocabulary.drawn_words(plan.near, plan.neighbor.neighbors, generator)
-    plan = replace(plan, drawn_near=near)
+    (s2, s1), most = plan.neighbor.cosines, min(vocabulary.NEAR_WORDS, plan.neighbor.neighbors)
+    excluded = {prompt.casefold() for prompt in plan.neighbor.exclude}
+    found: list[tuple[int, str, float]] = []
+    for n, prompts in enumerate(nearest_definitions(text, plan, DEFINITIONS, progress)):
+        share = shares_of(plan.concepts[n], prompts)
+        order = share.argsort(descending=True, stable=True)
+        ring = order[((share >= s2) & (share <= s1))[order]][:most].tolist()
+        found += [(n, prompts[k], float(share[k])) for k in ring]
+    definitions = tuple(one for one in found if one[1].casefold() not in excluded)
+    plan = replace(plan, drawn_near=near, definitions=definitions)
     if plan.beyond is None or not plan.beyond.beyond:
         return plan
     return replace(plan, drawn_far=tuple(range(len(plan.far))))
@@ -78,23 +97,22 @@ def complete(
 
 @torch.no_grad()
 def shares(
-    model: Diffusion, concept: Concept, words: Sequence[str], seed: int, progress: Progress
+    model: Diffusion, concept: str, prompts: Sequence[str], seed: int, progress: Progress
 ) -> Tensor:
-    """Share of the concept in the prediction of each of the first CANDIDATES words, in [-1, 1].
+    """Share of the concept in the prediction of each prompt, in [-1, 1].
 
     model: original model
-    concept: concept, of which only the first template is used
-    words: words to compare, in the order in which they are chosen
+    concept: prompt of the concept
+    prompts: prompts to compare
     seed: seed of the images of the concept
-    progress: callback with (words done, total)
+    progress: callback with (prompts done, total)
 
     Raises ValueError when the model does not fit the text encoder, and FloatingPointError when a
     prediction is not finite.
     """
-    words = words[:CANDIDATES]
-    if not words:
+    if not prompts:
         return torch.zeros(0)
-    prompts = [concept.templates[0].replace("{}", word) for word in (concept.name, *words)]
+    prompts = [concept, *prompts]
     encoding, empty = model.text.encode(prompts[:1]), model.text.encode([""])
     for name, reader in text_layers(model.network).items():
         dim = encoding[reader.kind.stream].shape[-1]
@@ -125,17 +143,17 @@ def shares(
                     z = z_t[k : k + 1].expand(len(index), -1, -1, -1)
                     e = checked_finite(model.predict(z, times[k : k + 1], some).float())
                     found.append(adaptive_avg_pool2d(e, size).half().cpu())
-            progress(min(n + BATCH, len(words)), len(words))
+            progress(min(n + BATCH, len(prompts)) - 1, len(prompts) - 1)
         return {"shares": torch.stack([_shares(torch.cat(found)) for found in predicted]).mean(0)}
 
     decided_by: list[object] = [model.fingerprint, model.text.fingerprint, model.latent_shape]
-    decided_by += [prompts, encoding, empty, CANDIDATES, NOISE_LEVELS, TIMES, SIDE]
+    decided_by += [prompts, encoding, empty, NOISE_LEVELS, TIMES, SIDE]
     decided_by += [seed, sampling.steps, sampling.guidance_for(model.network)]
     return cached("shares", decided_by, measure)["shares"]
 
 
 def _shares(predicted: Tensor) -> Tensor:
-    """predicted: predictions for the concept and for each word, [1 + words, c, h, w]"""
+    """predicted: predictions for the concept and for each prompt, [1 + prompts, c, h, w]"""
     rows = predicted.flatten(1).float()
     rows -= rows[1:].mean(0)
     concept = rows[0]

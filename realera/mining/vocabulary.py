@@ -348,7 +348,13 @@ def word_rows(
 
 def vocabulary_rows(text: TextEncoder, template: str, progress: Progress = quiet) -> Tensor:
     """The summary rows of the whole vocabulary, cached per encoder and template."""
-    words = text.words()
+    return summary_rows(text, template, text.words(), progress)
+
+
+def summary_rows(
+    text: TextEncoder, template: str, words: Sequence[str], progress: Progress = quiet
+) -> Tensor:
+    """The result of `word_rows`, cached per encoder, template and words."""
     made = cached(
         "vocabulary",
         # "embedding:name" in a template names a file; its contents determine the tokens.
