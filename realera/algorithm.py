@@ -64,7 +64,6 @@ SOURCES: dict[Source, NeighbourSource] = {
 # Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
 # thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
 COMPOSED_WEIGHT = 2.0
-IMPLIED_WEIGHT = 3.0  # weight of a row of `MiningResult.implied`, relative to a mined row
 CONCEPTS_PER_BATCH = 4  # concepts with rows in memory: 0.2 GB in SDXL, with 80 words each
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
@@ -273,7 +272,7 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     erased: list[tuple[Pairs | MinedRows, float]] = [(pairs, settings.pair_weight), (near, 1.0)]
     if mining.plan.definitions:
-        erased.append((mining.implied, IMPLIED_WEIGHT))
+        erased.append((mining.implied, 1.0))
     if settings.bank:
         erased.append((mining.composed, COMPOSED_WEIGHT))
     representatives, found = concept_representatives(mining), {}
