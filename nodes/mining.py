@@ -66,11 +66,9 @@ def summary(mining: MiningResult) -> str:
         kind, neighbors = "words", sum(mined for *_, mined in plan.listed)
     else:
         kind, neighbors = "points", len(mining.neighbors.pair)
-    parts = [f"{neighbors} neighbour {kind} are erased too"]
     if plan.definitions:
-        parts = [
-            f"{neighbors} neighbour {kind} and {len(plan.definitions)} definitions are erased too"
-        ]
+        kind += f" and {len(plan.definitions)} definitions"
+    parts = [f"{neighbors} neighbour {kind} are erased too"]
     if beyond := len(mining.beyond.pair):
         parts.append(f"{beyond} beyond {kind} are preserved")
     if plan.named:
@@ -149,10 +147,10 @@ class NeighborSampler(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip=(
-                        "Number of neighbours (M): words per concept (at most 64), or random draws "
-                        "per prompt for bank and isotropic (2 are enough for isotropic). More "
-                        "neighbours erase more related prompts, and more unrelated ones. 0: the "
-                        "concept alone."
+                        "Number of neighbours (M): words per concept (at most 64; for predictions, "
+                        "as many definitions too), or random draws per prompt for bank and "
+                        "isotropic (2 are enough for isotropic). More neighbours erase more "
+                        "related prompts, and more unrelated ones. 0: the concept alone."
                     ),
                 ),
                 io.String.Input(
@@ -237,7 +235,10 @@ class NeighborSampler(io.ComfyNode):
                 io.Image.Output(display_name="geometry", tooltip="Picture of the neighbourhood."),
                 io.String.Output(
                     display_name="words",
-                    tooltip="Neighbour words with their cosines or shares, nearest first.",
+                    tooltip=(
+                        "Neighbour words with their cosines or shares, nearest first; then the "
+                        "definitions of the source predictions."
+                    ),
                 ),
             ],
             view=True,
@@ -303,8 +304,8 @@ class NeighborSampler(io.ComfyNode):
             diffusion = LoadedDiffusion(model, text)
         mining = mine(text, parsed, settings, None, report, diffusion)
         plan = mining.plan
-        neighbours = [(word, cosine) for word, cosine, mined in plan.listed if mined]
-        neighbours += [(definition, share) for _, definition, share in plan.definitions]
+        neighbours = [f"{word} {cosine:.2f}" for word, cosine, mined in plan.listed if mined]
+        neighbours += [definition for _, definition in plan.definitions]
         sentences = [f"{summary(mining)}; the CLIP is that of {text.title}"]
         sentences += [choice_sentence(*suggested) for suggested in suggestions.items()]
         sentences += doubted_names(parsed) + unreadable_names(text, parsed)
@@ -315,8 +316,7 @@ class NeighborSampler(io.ComfyNode):
         ]
         view = {"realera_geometry": [ring_data(mining)], "text": sentences}
         view["realera_suggestions"] = suggested
-        names = "\n".join(f"{neighbour} {closeness:.2f}" for neighbour, closeness in neighbours)
-        return io.NodeOutput(mining, picture, names, ui=view)
+        return io.NodeOutput(mining, picture, "\n".join(neighbours), ui=view)
 
 
 class BeyondSampler(io.ComfyNode):

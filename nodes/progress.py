@@ -15,10 +15,14 @@ def reporter(node_id: str | None, what: str) -> Callable[..., None]:
     what: description of the work, such as "mining"
     """
     bar = comfy.utils.ProgressBar(1)
-    started = time.monotonic()
+    started, last = time.monotonic(), 0
 
     def report(done: int, total: int, preview: Any = None) -> None:
+        nonlocal started, last
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if done < last:  # another stage
+            started = time.monotonic()
+        last = done
         bar.update_absolute(done, total, preview)
         left = (time.monotonic() - started) / max(done, 1) * (total - done)
         tell(node_id, f"{what}: {done} of {total}, {_clock(left)} left")

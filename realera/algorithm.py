@@ -64,7 +64,9 @@ SOURCES: dict[Source, NeighbourSource] = {
 # Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
 # thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
 COMPOSED_WEIGHT = 2.0
-CONCEPTS_PER_BATCH = 4  # concepts with rows in memory: 0.2 GB in SDXL, with 80 words each
+CONCEPTS_PER_BATCH = (
+    4  # concepts with rows in memory: 0.4 GB in SDXL, with 80 words each and definitions
+)
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
 
@@ -96,11 +98,6 @@ class MiningResult:
     def composed(self) -> MinedRows:
         """Prompts that hold another thing too (`pairs.composed`), encoded when they are needed."""
         return composed(self.text, self.pairs, self.plan.things)
-
-    @cached_property
-    def implied(self) -> MinedRows:
-        """Definitions that imply a concept (`pairs.implied`), encoded when they are needed."""
-        return implied(self.text, self.pairs, [(n, d) for n, d, _ in self.plan.definitions])
 
 
 def mine(
@@ -271,8 +268,8 @@ def collect(mining: MiningResult, settings: SolveSettings = SolveSettings()) -> 
     """stream -> the sums of Eq. 7 over E = pairs and neighbours and Pre = beyond points."""
     pairs, near, far = mining.pairs, mining.neighbors, mining.beyond
     erased: list[tuple[Pairs | MinedRows, float]] = [(pairs, settings.pair_weight), (near, 1.0)]
-    if mining.plan.definitions:
-        erased.append((mining.implied, 1.0))
+    if definitions := mining.plan.definitions:
+        erased.append((implied(mining.text, pairs, definitions), 1.0))
     if settings.bank:
         erased.append((mining.composed, COMPOSED_WEIGHT))
     representatives, found = concept_representatives(mining), {}

@@ -155,7 +155,8 @@ class NeighborSettings:
         everyday prompts (bank), words that the text encoder has near the concept (vocabulary), or
         words and definitions that the model draws like the concept (predictions); default:
         "vocabulary"
-    neighbors: number of neighbours M, per prompt; with words, per concept; default: 64
+    neighbors: number of neighbours M, per prompt; with words, per concept, and for source
+        "predictions" as many definitions; default: 64
     s1, s2: largest and smallest cosine of a neighbour with the row e of the concept (Eq. 4); with
         source "predictions", share of the concept in the prediction of a word
         (`mining.predictions`); default: by source (`S1`, `S2`)

@@ -542,9 +542,9 @@ def test_the_share_of_a_concept_is_1_for_the_concept_and_0_for_an_average_word()
     halfway = (concept + mean) / 2
     words = torch.cat([concept, halfway, mean])
     words = torch.cat([words, 4 * mean - words.sum(0)])  # so that their mean is `mean`
-    found = _shares(torch.cat([concept, words]))
+    found = _shares(torch.cat([concept, words]), len(words))
     torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 0.0, -1.0]))
-    assert not torch.allclose(_shares(torch.cat([other, words])), found)
+    assert not torch.allclose(_shares(torch.cat([other, words]), len(words)), found)
 
 
 def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkeypatch):
@@ -552,7 +552,9 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkey
     alike = {"kitten", "feline", "claws", "tabby", "litter"}
     others = {"rocket", "castle", "bridge", "truck", "galaxy", "harbor", "lamp", "violin"}
     monkeypatch.setattr(model.text, "words", lambda: sorted({*alike, *others, "cat"}))
-    monkeypatch.setattr(definitions, "definitions", lambda: ("a young cat", "a tall castle"))
+    monkeypatch.setattr(
+        definitions, "wordnet_definitions", lambda: ("a young cat", "a tall castle")
+    )
     near, far = NeighborSettings(source="predictions"), BeyondSettings()
     mining = mine(model.text, [cat], near, far, model=model)
     found = {word for _, word in mining.plan.near}
@@ -579,25 +581,33 @@ def test_words_are_mined_that_the_model_draws_like_the_concept(tiny_text, monkey
         mine(model.text, [cat], near)
     model.text = tiny_text
     with pytest.raises(ValueError, match=rf"gives {DIM} numbers a row and .* reads"):
-        shares(model, "a photo of the cat", ["a photo of the dog"], 0, lambda *_: None)
+        shares(model, "a photo of the cat", ["a photo of the dog"], [], 0, lambda *_: None)
 
 
 def test_definitions_that_the_model_draws_like_the_concept_become_the_anchor(monkeypatch):
     model, cat = load_model("miniature"), Concept("cat", "tree", ("a photo of the {}",))
     implying = {"purring on the sofa", "whiskers and a meow"}
     others = {"a rocket above the clouds", "a castle on a hill"}
-    monkeypatch.setattr(definitions, "definitions", lambda: tuple(sorted({*implying, *others})))
+    monkeypatch.setattr(
+        definitions, "wordnet_definitions", lambda: tuple(sorted({*implying, *others}))
+    )
     monkeypatch.setattr(model.text, "words", lambda: ["cat", "kitten", "rocket", "castle", "lamp"])
     near = NeighborSettings(source="predictions")
     mining = mine(model.text, [cat], near, model=model)
-    assert {prompt for _, prompt, _ in mining.plan.definitions} == implying
-    two = replace(mining.plan, concepts=(cat, cat), definitions=((0, "a", 1.0), (1, "b", 0.5)))
-    assert two.part(1, 2).definitions == ((0, "b", 0.5),)
-    left = replace(near, exclude=("Purring on the sofa",))
+    assert {prompt for _, prompt in mining.plan.definitions} == implying
+    two = replace(mining.plan, concepts=(cat, cat), definitions=((0, "a"), (1, "b")))
+    assert two.part(1, 2).definitions == ((0, "b"),)
+    left = replace(near, exclude=("Sofa",))
     plan = mine(model.text, [cat], left, model=model).plan
-    assert [prompt for _, prompt, _ in plan.definitions] == ["whiskers and a meow"]
-    few = mine(model.text, [cat], replace(near, neighbors=1), model=model).plan
-    assert len(few.definitions) == 1
+    assert [prompt for _, prompt in plan.definitions] == ["whiskers and a meow"]
+    few, none = (
+        mine(model.text, [cat], replace(near, neighbors=count), model=model).plan.definitions
+        for count in (1, 0)
+    )
+    assert len(few) == 1 and none == ()
+    rocket = Concept("rocket", "A castle on a hill", cat.templates)
+    plan = mine(model.text, [rocket, cat], near, model=model).plan  # no definition is the anchor
+    assert set(plan.definitions) == {(0, "a rocket above the clouds"), *((1, p) for p in implying)}
 
     def distance(mining):
         edit = erase(mining, SolveSettings(bank=False)).edits[CONTEXT]

@@ -171,8 +171,8 @@ def placed(pretend, sources, request):
 @pytest.mark.pretend
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_mines_and_erases_on_a_device_as_on_the_cpu(placed, source, monkeypatch):
-    few = definitions.definitions()[:40]
-    monkeypatch.setattr(definitions, "definitions", lambda: few)
+    few = definitions.wordnet_definitions()[:40]
+    monkeypatch.setattr(definitions, "wordnet_definitions", lambda: few)
     if source == "bank" and not isinstance(placed[0].text, DiffusersText):
         pytest.skip("rows of a number that differs by prompt are not stepped towards the bank")
     near = replace(NEAR, source=source)

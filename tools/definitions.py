@@ -28,15 +28,20 @@ def counted(folder: Path) -> set[tuple[str, str]]:
 
 
 def definition(gloss: str) -> str:
-    """The first definition of a gloss, without remarks and examples; "" if one is too long."""
+    """The first definition of a gloss, without remarks, examples and a leading article.
+
+    A causal encoder gives the row of a leading article to every prompt that begins with it. Returns
+    "" where the definition is too long or of a word ("informal term for a man").
+    """
     text = re.sub(r"\([^)]*\)", "", gloss)
     text = " ".join(re.split(r'[";:]', text)[0].split())
-    plain = re.fullmatch(r"[A-Za-z' -]+", text)
+    text = re.sub(r"^(an?|the) ", "", text, flags=re.IGNORECASE)
+    plain = re.fullmatch(r"[A-Za-z' -]+", text) and not re.search(r"\bterms?\b", text)
     return text if plain and len(text.split()) in WORDS else ""
 
 
 def definitions(folder: Path) -> list[str]:
-    """The definitions, in alphabetical order."""
+    """The definitions, sorted."""
     occurs, found = counted(folder), set[str]()
     for name, kind, files in (("noun", "1", NOUNS), ("verb", "2", VERBS)):
         for line in (folder / f"data.{name}").read_text("utf-8").splitlines():

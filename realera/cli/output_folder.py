@@ -223,7 +223,7 @@ def words_text(plan: Plan) -> str:
     for number, word in (plan.near[k] for k in sorted(plan.drawn_near)):
         if word != plan.concepts[number].name:
             mined.setdefault(number, []).append(word)
-    for number, definition, _ in plan.definitions:
+    for number, definition in plan.definitions:
         mined.setdefault(number, []).append(definition)
     lines = [
         f"{concept.name} -> {concept.anchor}: {', '.join(mined.get(n, ()))}"

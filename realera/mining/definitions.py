@@ -1,47 +1,48 @@
-"""Definitions that imply a concept, such as "cry of a dog": prompts beyond words of a tokenizer.
+"""Definitions that imply a concept, such as "cry like a cat": prompts beyond words of a tokenizer.
 
 The list is of WordNet (`tools.definitions`). A definition is a prompt as it stands, and becomes the
-anchor, as in Alg. 1, l. 8.
+anchor as a whole, as in Alg. 1, l. 8.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch.nn.functional import normalize
 
+from ..concepts import Concept
 from ..settings import Progress
 from ..text.encoding import TextEncoder
-from .pairs import first_summaries
-from .plan import Plan
-from .vocabulary import summary_rows
+from .vocabulary import summary_rows, word_rows
 
 
-def definitions() -> tuple[str, ...]:
-    """The bundled definitions, in alphabetical order."""
+def wordnet_definitions() -> tuple[str, ...]:
+    """The bundled definitions, nearly 5,000."""
     text = Path(__file__).with_name("definitions.txt").read_text("utf-8")
     return tuple(text.splitlines())
 
 
 def nearest_definitions(
-    text: TextEncoder, plan: Plan, count: int, progress: Progress
-) -> list[Sequence[str]]:
-    """The definitions nearest to each concept in the text encoder, of which each has one concept.
+    text: TextEncoder, concepts: Sequence[Concept], count: int, progress: Progress
+) -> dict[Concept, list[str]]:
+    """concept -> the definitions that are nearest to its name in the text encoder, nearest first.
 
-    plan: plan with the words of each concept
+    Each definition belongs to the nearest concept. Names and anchors of concepts are left out.
+
+    text: text encoder of the model
+    concepts: concepts to erase
     count: largest number of definitions of a concept
     progress: callback with (definitions encoded, total)
     """
-    found = definitions()
-    rows, summary = (
-        summary_rows(text, "{}", found, progress),
-        first_summaries(text, plan.concepts)[0],
-    )
-    centres = torch.stack([plan.centres[concept.templates[0]] for concept in plan.concepts])
-    concepts = normalize(summary - centres, dim=-1)
-    cosine, nearest = (normalize(rows - rows.mean(0), dim=-1) @ concepts.T).max(1)
-    order = cosine.argsort(descending=True, stable=True)
-    return [
-        [found[k] for k in order[nearest[order] == number][:count].tolist()]
-        for number in range(len(plan.concepts))
-    ]
+    definitions = wordnet_definitions()
+    rows = summary_rows(text, "{}", definitions, progress)
+    names = word_rows(text, "{}", [concept.name for concept in concepts])
+    centre = rows.mean(0)
+    cosines = normalize(rows - centre, dim=-1) @ normalize(names - centre, dim=-1).T
+    cosine, nearest = cosines.max(1)
+    named = {word.casefold() for concept in concepts for word in (concept.name, concept.anchor)}
+    found: dict[Concept, list[str]] = {concept: [] for concept in concepts}
+    for k in cosine.argsort(descending=True, stable=True).tolist():
+        of_concept = found[concepts[int(nearest[k])]]
+        if len(of_concept) < count and definitions[k].casefold() not in named:
+            of_concept.append(definitions[k])
+    return found

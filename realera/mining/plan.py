@@ -33,8 +33,7 @@ class Plan:
     contested: words inside the rings of several concepts; they belong to the nearest concept
     steps: bank prompts to step towards, with source "bank"
     things: things that share a prompt with each concept (`pairs.composed`)
-    definitions: (number of the concept, definition, share of the concept) of the definitions that
-        imply each concept, with source "predictions"
+    definitions: prompts that imply each concept, the most alike first, with source "predictions"
 
     Raises ValueError when settings of neighbours and beyond points contradict each other.
     """
@@ -53,7 +52,7 @@ class Plan:
     contested: tuple[str, ...] = ()
     steps: tuple[str, ...] = field(default=(), repr=False)
     things: tuple[str, ...] = field(default=(), repr=False)
-    definitions: tuple[tuple[int, str, float], ...] = field(default=(), repr=False)
+    definitions: Words = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -90,17 +89,14 @@ class Plan:
         near, drawn_near = words(self.near, self.drawn_near)
         far, drawn_far = words(self.far, self.drawn_far)
         outside, _ = words(self.outside, ())
+        definitions, _ = words(self.definitions, ())
         return replace(
             self,
             concepts=self.concepts[start:stop],
             near=near,
             far=far,
             outside=outside,
-            definitions=tuple(
-                (n - start, prompt, share)
-                for n, prompt, share in self.definitions
-                if start <= n < stop
-            ),
+            definitions=definitions,
             drawn_near=drawn_near,
             drawn_far=drawn_far,
             compared=(),

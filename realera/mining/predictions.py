@@ -10,8 +10,8 @@ with ε(w) and ε(c) the predictions for the word and for the concept, and m the
 for noised images of the concept: 1 for the concept, 0 for an average word. Words with the largest
 shares are neighbours. Beyond points are those words with a share near 0 that are nearest to the
 concept in the encoder. Each word is compared with one concept, the nearest in the encoder, and is
-moved as in `vocabulary`. Definitions (`definitions`) are compared in the same way, and those with
-the largest shares are erased too.
+moved as in `vocabulary`. Definitions are compared beside the words, and those with the largest
+shares become the anchor.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..concepts import Concept
+from ..concepts import Concept, holds_name
 from ..edit.text_layers import text_layers
 from ..pipelines.interface import Diffusion, latents_at_once
 from ..pipelines.sampling import Sampling, checked_finite, sample
@@ -66,30 +66,31 @@ def complete(
             "source 'predictions' mines the words that the model draws like the concept, and no "
             "model was given: give or connect the model, or choose source 'vocabulary'"
         )
-    network, seed = model, plan.neighbor.seed
+    network, most = model, min(vocabulary.NEAR_WORDS, plan.neighbor.neighbors)
+    (s2, s1), exclude, concepts = plan.neighbor.cosines, plan.neighbor.exclude, plan.concepts
+    definitions = nearest_definitions(text, concepts, DEFINITIONS, progress) if most else {}
+    implied: dict[Concept, list[str]] = {}
 
-    def shares_of(concept: Concept, prompts: Sequence[str]) -> Tensor:
-        name = concept.templates[0].replace("{}", concept.name)
-        return shares(network, name, prompts, seed, progress)
+    def shares_of(concept: Concept, words: Sequence[str]) -> Tensor:
+        """The shares of the words; and, in `implied`, the definitions with the largest shares."""
+        template, prompts = concept.templates[0], definitions.get(concept, [])
+        name, *named = [template.replace("{}", w) for w in (concept.name, *words[:CANDIDATES])]
+        share = shares(network, name, named, prompts, plan.neighbor.seed, progress)
+        of_words, of_definitions = share.tensor_split([len(named)])
+        order = of_definitions.argsort(descending=True, stable=True)
+        ring = order[((of_definitions >= s2) & (of_definitions <= s1))[order]].tolist()
+        kept = [
+            prompts[k] for k in ring if not any(holds_name(prompts[k], word) for word in exclude)
+        ]
+        implied[concept] = kept[:most]
+        return of_words
 
-    def shares_of_words(concept: Concept, words: Sequence[str]) -> Tensor:
-        template = concept.templates[0]
-        return shares_of(concept, [template.replace("{}", w) for w in words[:CANDIDATES]])
-
-    summary = first_summaries(text, plan.concepts)[0]
-    plan = vocabulary.choose_words(plan, text, summary, progress, shares_of_words, FAR_WORDS)
+    summary = first_summaries(text, concepts)[0]
+    plan = vocabulary.choose_words(plan, text, summary, progress, shares_of, FAR_WORDS)
     generator = torch.Generator().manual_seed(plan.neighbor.seed)
     near = vocabulary.drawn_words(plan.near, plan.neighbor.neighbors, generator)
-    (s2, s1), most = plan.neighbor.cosines, min(vocabulary.NEAR_WORDS, plan.neighbor.neighbors)
-    excluded = {prompt.casefold() for prompt in plan.neighbor.exclude}
-    found: list[tuple[int, str, float]] = []
-    for n, prompts in enumerate(nearest_definitions(text, plan, DEFINITIONS, progress)):
-        share = shares_of(plan.concepts[n], prompts)
-        order = share.argsort(descending=True, stable=True)
-        ring = order[((share >= s2) & (share <= s1))[order]][:most].tolist()
-        found += [(n, prompts[k], float(share[k])) for k in ring]
-    definitions = tuple(one for one in found if one[1].casefold() not in excluded)
-    plan = replace(plan, drawn_near=near, definitions=definitions)
+    found = tuple((n, prompt) for n, c in enumerate(concepts) for prompt in implied[c])
+    plan = replace(plan, drawn_near=near, definitions=found)
     if plan.beyond is None or not plan.beyond.beyond:
         return plan
     return replace(plan, drawn_far=tuple(range(len(plan.far))))
@@ -97,22 +98,28 @@ def complete(
 
 @torch.no_grad()
 def shares(
-    model: Diffusion, concept: str, prompts: Sequence[str], seed: int, progress: Progress
+    model: Diffusion,
+    concept: str,
+    words: Sequence[str],
+    definitions: Sequence[str],
+    seed: int,
+    progress: Progress,
 ) -> Tensor:
-    """Share of the concept in the prediction of each prompt, in [-1, 1].
+    """Share of the concept in the prediction of each word and definition, in [-1, 1].
 
     model: original model
     concept: prompt of the concept
-    prompts: prompts to compare
+    words: prompts of words, whose mean has a share of 0
+    definitions: prompts that are compared too
     seed: seed of the images of the concept
     progress: callback with (prompts done, total)
 
     Raises ValueError when the model does not fit the text encoder, and FloatingPointError when a
     prediction is not finite.
     """
-    if not prompts:
-        return torch.zeros(0)
-    prompts = [concept, *prompts]
+    if not words:
+        return torch.zeros(len(definitions))
+    prompts = [concept, *words, *definitions]
     encoding, empty = model.text.encode(prompts[:1]), model.text.encode([""])
     for name, reader in text_layers(model.network).items():
         dim = encoding[reader.kind.stream].shape[-1]
@@ -144,17 +151,22 @@ def shares(
                     e = checked_finite(model.predict(z, times[k : k + 1], some).float())
                     found.append(adaptive_avg_pool2d(e, size).half().cpu())
             progress(min(n + BATCH, len(prompts)) - 1, len(prompts) - 1)
-        return {"shares": torch.stack([_shares(torch.cat(found)) for found in predicted]).mean(0)}
+        return {
+            "shares": torch.stack([_shares(torch.cat(of), len(words)) for of in predicted]).mean(0)
+        }
 
     decided_by: list[object] = [model.fingerprint, model.text.fingerprint, model.latent_shape]
-    decided_by += [prompts, encoding, empty, NOISE_LEVELS, TIMES, SIDE]
+    decided_by += [prompts, len(words), encoding, empty, NOISE_LEVELS, TIMES, SIDE]
     decided_by += [seed, sampling.steps, sampling.guidance_for(model.network)]
     return cached("shares", decided_by, measure)["shares"]
 
 
-def _shares(predicted: Tensor) -> Tensor:
-    """predicted: predictions for the concept and for each prompt, [1 + prompts, c, h, w]"""
+def _shares(predicted: Tensor, words: int) -> Tensor:
+    """
+    predicted: predictions for the concept and for each prompt, [1 + prompts, c, h, w]
+    words: number of the prompts that are of words, which come first
+    """
     rows = predicted.flatten(1).float()
-    rows -= rows[1:].mean(0)
+    rows -= rows[1 : 1 + words].mean(0)
     concept = rows[0]
     return (rows[1:] @ concept / concept.square().sum()).clamp(-1, 1)
