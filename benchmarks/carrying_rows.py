@@ -214,7 +214,8 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="+", choices=LANGUAGE_MODELS)
     path = RESULTS / "carrying_rows"
-    found: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    stored = path.with_suffix(".json")
+    found: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
     for name in parser.parse_args().models:
         judge = Judge(name)
         found[name] = {"rows": swapped(judge, name), "edits": measure(judge, name)}

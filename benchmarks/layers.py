@@ -1,7 +1,7 @@
 """Which of the layers that read the text are edited: K and V, V alone, some blocks.
 
     python -m benchmarks.layers tuned       # every candidate on the five concepts of the tuned half
-    python -m benchmarks.layers reported    # those that passed on cat, dog and truck
+    python -m benchmarks.layers reported    # the best of them on cat, dog and truck
 
 The default multiplies K and V of every cross-attention by one T. A candidate leaves some of them as
 they were, or multiplies them by the T of another suppression (the default is 1.6). Numbers as in
@@ -105,7 +105,7 @@ CANDIDATES: dict[str, Candidate] = {
 WITHOUT: dict[str, Candidate] = {
     f"without {name}": {f"(?!{re.escape(name)}\\.)": DEFAULT} for name in ATTENTIONS
 }
-PASSED = (
+BEST = (
     *("ours", "V alone", "K at suppression 0", "lowest resolution", "lowest resolution, V alone"),
     "suppression 0.8 in input_blocks.3",
 )
@@ -140,7 +140,7 @@ def main() -> None:
     methods: dict[str, Candidate] = CANDIDATES
     words: Sequence[str] = TUNING
     if part == "reported":
-        methods, words = {m: CANDIDATES[m] for m in PASSED}, models.REPORTED
+        methods, words = {m: CANDIDATES[m] for m in BEST}, models.REPORTED
     path = RESULTS / "layers.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     stored[part] = {"two things": two_things(methods, part), "models": {}}
