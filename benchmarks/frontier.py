@@ -385,12 +385,13 @@ def write(
         "([peers.md](peers.md)); the anchors are those of the ablation. OCE's erase of 2000 and "
         "DP's 17 directions, all rows of the other classes' names, are those of their authors; "
         "with 0 directions DP preserves nothing. Below 100 OCE was not drawn. "
-        "OCE, DP and ours at suppression 1.6 were drawn on 30 November 2026, and on the reported "
-        "half ours with alignment and UCE as well; the others two days before, ours without "
-        "prompts of two things. The original was drawn anew with them: a word more draws a frog "
-        "and a truck, and the words are another sample. On the earlier one, UCE had a residue of "
-        "6.1 and kept 88.2 of the reported half; without prompts of two things, ours has 6.9 and "
-        "88.2 on the later one, H_v 90.4.",
+        "OCE, DP and ours at suppression 0.8 to 2 were drawn on 30 November 2026, and on the "
+        "reported half ours with alignment and UCE as well; the others two days before, ours "
+        "without prompts of two things. The original was drawn anew with them: a word more draws a "
+        "frog and a truck, and the words are another sample. On the earlier one, UCE had a residue "
+        "of 6.1 and kept 88.2 of the reported half. On the later one, ours at suppression 1.6, the "
+        "default, has 7.9 and 88.0, H_v 89.7, without prompts of two things 6.9 and 88.2, H_v "
+        "90.4.",
         f"## Tuned on: {', '.join(tuning)}",
         markdown_table(lines(found, tuning, None)),
     ]
