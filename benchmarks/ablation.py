@@ -513,8 +513,9 @@ def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespa
         part.write_text(json.dumps(stored, indent=1) + "\n")
     with writing(stem.with_suffix(".md"), overwrite=True) as part:
         part.write_text(markdown(stored, notes))
-    with writing(stem.with_suffix(".png"), overwrite=True) as part:
-        sheet(shown, results[shown]).save(part, "PNG")
+    if not options.merge:  # the pictures of the other rows are not drawn anew
+        with writing(stem.with_suffix(".png"), overwrite=True) as part:
+            sheet(shown, results[shown]).save(part, "PNG")
 
 
 def fingerprint(model: Any) -> str:
@@ -545,9 +546,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     whole = options.half in ("all", "styles") and not (options.rows or options.concepts)
     whole |= options.table != "ablation" and not options.rows
     options.out = options.out or (RESULTS if whole else STATE)
-    options.merge = bool(options.rows) and options.out == RESULTS
+    options.merge = bool(options.rows) and options.out.resolve() == RESULTS.resolve()
     if options.merge and options.concepts:
         parser.error("rows of a table in the results are of a whole half: leave out --concepts")
+    if options.merge and "original" not in options.rows:
+        parser.error("drift is the distance from the original: name that row too")
     chosen = HALVES[options.half]
     if options.concepts:
         chosen = tuple(name.strip() for name in options.concepts.split(","))
