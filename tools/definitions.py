@@ -13,7 +13,7 @@ from pathlib import Path
 
 import realera.mining.definitions
 
-WORDS = range(3, 15)  # number of words of a definition
+WORDS = range(2, 15)  # number of words of a definition
 # Numbers of WordNet's files of nouns: animals, artifacts, bodies, food, objects, phenomena, plants
 # and substances; and of verbs: communication (cries among them), contact and motion.
 NOUNS = {"05", "06", "08", "13", "17", "19", "20", "27"}

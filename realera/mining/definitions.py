@@ -7,12 +7,14 @@ anchor as a whole, as in Alg. 1, l. 8.
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch.nn.functional import normalize
 
 from ..concepts import Concept
 from ..settings import Progress
 from ..text.encoding import TextEncoder
-from .vocabulary import summary_rows, word_rows
+from .pairs import first_summaries
+from .vocabulary import summary_rows, vocabulary_rows
 
 
 def wordnet_definitions() -> tuple[str, ...]:
@@ -24,9 +26,11 @@ def wordnet_definitions() -> tuple[str, ...]:
 def nearest_definitions(
     text: TextEncoder, concepts: Sequence[Concept], count: int, progress: Progress
 ) -> dict[Concept, list[str]]:
-    """concept -> the definitions that are nearest to its name in the text encoder, nearest first.
+    """concept -> the definitions that are nearest to the concept in the text encoder.
 
-    Each definition belongs to the nearest concept. Names and anchors of concepts are left out.
+    They are compared around the mean of the definitions, and the concept around the mean of the
+    vocabulary in the first template: around one mean, short definitions would be nearest. Each
+    definition belongs to the nearest concept. Names and anchors of concepts are left out.
 
     text: text encoder of the model
     concepts: concepts to erase
@@ -35,9 +39,10 @@ def nearest_definitions(
     """
     definitions = wordnet_definitions()
     rows = summary_rows(text, "{}", definitions, progress)
-    names = word_rows(text, "{}", [concept.name for concept in concepts])
-    centre = rows.mean(0)
-    cosines = normalize(rows - centre, dim=-1) @ normalize(names - centre, dim=-1).T
+    templates = [concept.templates[0] for concept in concepts]
+    means = {t: vocabulary_rows(text, t, progress).mean(0) for t in dict.fromkeys(templates)}
+    directions = first_summaries(text, concepts)[0] - torch.stack([means[t] for t in templates])
+    cosines = normalize(rows - rows.mean(0), dim=-1) @ normalize(directions, dim=-1).T
     cosine, nearest = cosines.max(1)
     named = {word.casefold() for concept in concepts for word in (concept.name, concept.anchor)}
     found: dict[Concept, list[str]] = {concept: [] for concept in concepts}
