@@ -11,8 +11,9 @@ Residue, kept, H_v and drift as in `realera evaluate --vocabulary`, on a sample 
 each vocabulary: all that draw the concept, and 30 that surely draw something else. *Associated*
 is the residue of the concept's associated prompts (those with words that no caption held among
 them). U-Nets are drawn as in `benchmarks.frontier`, transformers as by `realera evaluate`. Peers
-have their authors' settings (peers.md) and our anchors. *Predictions* is the source of words
-(`realera.mining.predictions`), with the suppression behind it. What is drawn is kept in
+have their authors' settings (peers.md) and our anchors. *Predictions* is the source of
+words and definitions (`realera.mining.predictions`), with the suppression behind it; rows *of words
+alone* were drawn before there were definitions. What is drawn is kept in
 .state/models by model, method and concept: empty it when a method changes.
 """
 
