@@ -6,6 +6,7 @@
     python -m benchmarks.models miniature-language miniature-llm --methods "ours, predictions"
     python -m benchmarks.models miniature --concepts airplane ship --methods SWEEP
     python -m benchmarks.models miniature --methods "OCE, erase 100" "DP, 4 directions"
+    python -m benchmarks.models miniature-language --picture
 
 Residue, kept, H_v and drift as in `realera evaluate --vocabulary`, on a sample of 240 words of
 each vocabulary: all that draw the concept, and 30 that surely draw something else. *Associated*
@@ -44,12 +45,19 @@ from realera.evaluation.vocabulary import SURE, sample_words
 from realera.miniature import CONCEPTS
 from realera.pipelines.interface import Diffusion
 from realera.pipelines.unet import DiffusersModel
+from realera.report.plots import grid
 from realera.settings import BUNDLED, NeighborSettings, SolveSettings, Source
+from realera.storage.safetensors_file import writing
 
 STATE = Path(".state/models")
 WORDS, OTHERS, PART = 240, 30, 60  # words that are drawn, that stay, at once
 REPORTED = ("cat", "dog", "truck")
 METRICS = ("residue", "kept", "H_v", "drift", "associated")
+UNRELATED = (
+    *("airplane", "automobile", "bird", "deer", "frog", "ship"),
+    *("flower", "house", "apple", "guitar", "butterfly", "elephant"),
+)
+PICTURED = ("ours", "ours, predictions, 0.8", "UCE", "OCE", "DP")
 
 
 def ours(
@@ -219,6 +227,20 @@ def write(stored: Mapping[str, Any]) -> None:
     write_results(RESULTS / "models", stored, "\n\n".join(parts))
 
 
+def picture(name: str) -> None:
+    """docs/pictures/drift.png: what has nothing to do with a cat, with the cat erased."""
+    judge, shown = Judge(name), dict[str, Tensor]()
+    prompts = [OBJECT.replace("{}", thing) for thing in UNRELATED]
+    assert judge.pen is not None
+    shown["original"] = judge.draw(prompts, {})[0]
+    for method in PICTURED:
+        weights = METHODS[method](judge.model, concept_of("cat", "drawn"))
+        shown[method] = judge.draw(prompts, weights)[0]
+    images = [[*judge.pen.images(latents)] for latents in shown.values()]
+    with writing(Path("docs/pictures/drift.png"), overwrite=True) as file:
+        grid(images, list(shown), UNRELATED, size=72).save(file, "PNG")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -226,7 +248,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=BUNDLED)
     parser.add_argument("--concepts", nargs="+", choices=ablation.DRAWN, default=REPORTED)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SWEEP, "SWEEP"])
+    parser.add_argument("--picture", action="store_true", help="of unrelated things, and no table")
     options = parser.parse_args()
+    if options.picture:
+        return picture(options.models[0])
     methods, known = options.methods, {**METHODS, **SWEEP}
     if methods is None:
         methods = [m for m in METHODS if not m.startswith("ours, ")]

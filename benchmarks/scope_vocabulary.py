@@ -1,6 +1,7 @@
 """Predictors of the effect of an erasure on the images of a vocabulary.
 
     python -m benchmarks.scope_vocabulary
+    python -m benchmarks.scope_vocabulary miniature-language miniature-llm   # on language models
 
 After *ours* with its defaults, of words that surely drew something: up to 40 that drew the concept
 and 100 others. Foretold by
@@ -17,9 +18,13 @@ Spearman's rank correlation with what is found when the words are drawn to the e
 - fall: of the probability of what a word drew, in 8 steps from the same noise
 
 In brackets how often a word that draws something else now is foretold more than one that does not
-(AUC). A look costs two passes of the network a step and word, before and after.
+(AUC). A look costs two passes of the network a step and word, before and after. On language models
+the words are those of a sample of 240, as in `benchmarks.models`, and the concepts cat, dog and
+truck; without the small network, which learns from a whole vocabulary.
 """
 
+import argparse
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -28,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm import tqdm
 
-from benchmarks import frontier
+from benchmarks import frontier, models
 from benchmarks.ablation import REPORTING, RESULTS, TUNING, concept_of
 from benchmarks.frontier import STEPS, Pen
 from benchmarks.scope_correlation import spearman
@@ -36,7 +41,7 @@ from benchmarks.tables import markdown_table, write_results
 from realera.algorithm import erase, mine
 from realera.checkpoints.loading import load_model
 from realera.evaluation.tasks import OBJECT
-from realera.evaluation.vocabulary import SURE
+from realera.evaluation.vocabulary import SURE, sample_words
 from realera.pipelines.unet import DiffusersModel
 from realera.report.scope import IMAGE_ERASED, scope
 from realera.storage.cache import cached
@@ -113,7 +118,7 @@ def auc(foretold: Tensor, lost: Tensor) -> float:
 
 
 def measured(
-    pen: Pen, model: DiffusersModel, words: list[str], before: Tensor, rows: Rows, name: str
+    pen: Pen, model: DiffusersModel, words: list[str], before: Tensor, rows: Rows | None, name: str
 ) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
     """foretold by -> truth -> correlation; each word's share of the way, and whether it is lost."""
     drew, others = frontier.compared_words(before, pen.classifier.classes.index(name))
@@ -142,15 +147,16 @@ def measured(
         "fall": (seen - after).gather(1, shown)[:, 0].double(),
     }
     effects = {r.word: r for r in scope(erasure, model.text, [concept], some, OBJECT)}
-    e = rows.rows[chosen]
-    falls = (rows.read(e) - rows.read(e @ matrix.double().T)).gather(1, shown)[:, 0]
     foretold = {
         "moved": torch.tensor([effects[word].moved for word in some]).double(),
         "toward": torch.tensor([effects[word].share_to_anchor for word in some]).double(),
-        "small network": falls.double(),
         **{f"{k} of {STEPS} steps": far[:, k - 1] for k in LOOKS},
         ALL: far[:, -1],
     }
+    if rows is not None:
+        e = rows.rows[chosen]
+        falls = (rows.read(e) - rows.read(e @ matrix.double().T)).gather(1, shown)[:, 0]
+        foretold["small network"] = falls.double()
     told = {
         kind: {
             **{truth: spearman(values, of) for truth, of in truths.items()},
@@ -180,7 +186,39 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
+def on_language_models(names: Sequence[str]) -> None:
+    path = RESULTS / "scope_language"
+    stored = path.with_suffix(".json")
+    found = json.loads(stored.read_text()) if stored.exists() else {}
+    for name in names:
+        judge = models.Judge(name)
+        pen, model = judge.pen, judge.model
+        assert pen is not None and isinstance(model, DiffusersModel)
+        words = list(sample_words(model.text.words(), models.WORDS))
+        _, _, before = models.drawn_before(judge, name)
+        found[name] = {
+            concept: measured(pen, model, words, before, None, concept)[0]
+            for concept in tqdm(models.REPORTED, desc=name)
+        }
+    lines = [["foretold by", *(f"{truth}, {name}" for name in found for truth in TRUTHS)]]
+    for kind in next(iter(next(iter(found.values())).values())):
+        cells = []
+        for of in found.values():
+            row = mean([told[kind] for told in of.values()])
+            cells += [f"{row[truth]:.2f}" for truth in TRUTHS[:-1]]
+            cells.append(f"{row['fall']:.2f} ({row['auc']:.2f})")
+        lines.append([kind, *cells])
+    parts = ["# The scope report on language models", __doc__ or "", markdown_table(lines)]
+    write_results(path, found, "\n\n".join(parts))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", choices=("miniature-language", "miniature-llm"))
+    if names := parser.parse_args().models:
+        return on_language_models(names)
     model = load_model("miniature")
     assert isinstance(model, DiffusersModel)
     pen, words = Pen(model), model.text.words()
