@@ -66,9 +66,8 @@ def summary(mining: MiningResult) -> str:
         kind, neighbors = "words", sum(mined for *_, mined in plan.listed)
     else:
         kind, neighbors = "points", len(mining.neighbors.pair)
-    if plan.definitions:
-        kind += f" and {len(plan.definitions)} definitions"
-    parts = [f"{neighbors} neighbour {kind} are erased too"]
+    also = f" and {len(plan.definitions)} definitions" if plan.definitions else ""
+    parts = [f"{neighbors} neighbour {kind}{also} are erased too"]
     if beyond := len(mining.beyond.pair):
         parts.append(f"{beyond} beyond {kind} are preserved")
     if plan.named:

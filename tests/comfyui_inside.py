@@ -557,6 +557,9 @@ def claim_neighbor_sampler_mines_the_words_that_the_model_draws_like_the_concept
     listed = {line.rsplit(" ", 1)[0] for line in listed}
     assert {"aircraft", "jet", "plane"} <= listed and not listed & {"castle", "flower", "violin"}
     assert implied == defined[0]
+    sentences = mining.summary(beyond).split(", ")
+    assert sentences[0].endswith(" neighbour words and 1 definitions are erased too")
+    assert sentences[1].endswith(" beyond words are preserved")
     assert {"castle", "flower", "violin"} & set(beyond.beyond.words)
 
 
