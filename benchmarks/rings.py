@@ -18,8 +18,8 @@ Numbers as in `benchmarks.models`, means of cat, dog and truck; *names left* as 
   prompts that captions held; the nine that are judged are these and three that no caption held;
   *as concepts*, each is a concept with the template "{}", with pairs, ring and weight of one.
   Pairs of near words leave less of what is associated, but most of it on SmolLM2's rows, and cost
-  a little; prompts that are associated, erased as they stand, take all others with them. Such
-  prompts are given by users, or found among definitions (source "predictions").
+  a little; prompts that are associated, erased as they stand, take all others with them. Users
+  write such prompts, or the source "predictions" finds them among definitions.
 - *Thirty names* at once on the bundled encoder of 256 dimensions: random words of the vocabulary to
   tree, and the ten classes with two synonyms each; the share of them that still draws what it drew
   / of up to 15 other words of each class / of 120 words that draw something else / drift of these.

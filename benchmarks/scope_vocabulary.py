@@ -186,6 +186,11 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
+def cells(row: dict[str, float], truths: Sequence[str] = TRUTHS[:-1]) -> list[str]:
+    fall = f"{row['fall']:.2f} ({row['auc']:.2f})"
+    return [*(f"{row[truth]:.2f}" for truth in truths), fall]
+
+
 def on_language_models(names: Sequence[str]) -> None:
     path = RESULTS / "scope_language"
     stored = path.with_suffix(".json")
@@ -202,12 +207,8 @@ def on_language_models(names: Sequence[str]) -> None:
         }
     lines = [["foretold by", *(f"{truth}, {name}" for name in found for truth in TRUTHS)]]
     for kind in next(iter(next(iter(found.values())).values())):
-        cells = []
-        for of in found.values():
-            row = mean([told[kind] for told in of.values()])
-            cells += [f"{row[truth]:.2f}" for truth in TRUTHS[:-1]]
-            cells.append(f"{row['fall']:.2f} ({row['auc']:.2f})")
-        lines.append([kind, *cells])
+        means = [mean([told[kind] for told in of.values()]) for of in found.values()]
+        lines.append([kind, *(cell for row in means for cell in cells(row))])
     parts = ["# The scope report on language models", __doc__ or "", markdown_table(lines)]
     write_results(path, found, "\n\n".join(parts))
 
@@ -238,17 +239,11 @@ def main() -> None:
     lines = [["foretold by", "passes a word", *(f"{t}, {h}" for h in halves for t in TRUTHS)]]
     passes = {f"{k} of {STEPS} steps": str(4 * k) for k in LOOKS} | {ALL: str(4 * STEPS)}
     for kind in kinds:
-        cells = []
-        for half in halves:
-            row = means[half][kind]
-            cells += [f"{row[truth]:.2f}" for truth in TRUTHS[:-1]]
-            cells.append(f"{row['fall']:.2f} ({row['auc']:.2f})")
-        lines.append([kind, passes.get(kind, "0"), *cells])
+        found_cells = [cell for half in halves for cell in cells(means[half][kind])]
+        lines.append([kind, passes.get(kind, "0"), *found_cells])
     each = [["erased", *TRUTHS[1:]]]
     for name in (*REPORTING, *TUNING):
-        row = found[name][ALL]
-        each.append([name, *(f"{row[t]:.2f}" for t in TRUTHS[1:-1])])
-        each[-1].append(f"{row['fall']:.2f} ({row['auc']:.2f})")
+        each.append([name, *cells(found[name][ALL], TRUTHS[1:-1])])
     parts = [
         "# What foretells what an erasure does to the vocabulary",
         "`python -m benchmarks.scope_vocabulary`",

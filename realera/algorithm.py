@@ -64,9 +64,8 @@ SOURCES: dict[Source, NeighbourSource] = {
 # Weight of a row of `MiningResult.composed`, relative to a mined row. A weight of 4 keeps the other
 # thing more surely, and changes more of what unrelated words draw (`benchmarks/retention.py`).
 COMPOSED_WEIGHT = 2.0
-CONCEPTS_PER_BATCH = (
-    4  # concepts with rows in memory: 0.4 GB in SDXL, with 80 words each and definitions
-)
+# Concepts with rows in memory: 0.2 GB in SDXL, with 80 words each and no definitions.
+CONCEPTS_PER_BATCH = 4
 PACKAGES = ("torch", "diffusers", "transformers", "peft")  # provenance records their versions
 
 

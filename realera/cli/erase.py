@@ -308,7 +308,8 @@ def _erase_options(sub: argparse.ArgumentParser, out: str, steps: int | None) ->
     _number_options(
         mining,
         NeighborSettings(),
-        neighbors="number of neighbours M: words per concept, or steps per prompt",
+        neighbors="number of neighbours M: words per concept (with source predictions as many "
+        "definitions too), or steps per prompt",
         s1="largest cosine of a neighbour with the concept, or share of the concept with source "
         "predictions; default: by source",
         s2="smallest cosine or share; default: by source",

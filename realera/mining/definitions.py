@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts import Concept
 from ..settings import Progress
 from ..text.encoding import TextEncoder
-from .pairs import first_summaries
 from .vocabulary import summary_rows, vocabulary_rows
 
 
 def wordnet_definitions() -> tuple[str, ...]:
-    """The bundled definitions, nearly 5,000."""
+    """The bundled definitions, about 5,000."""
     text = Path(__file__).with_name("definitions.txt").read_text("utf-8")
     return tuple(text.splitlines())
 
 
 def nearest_definitions(
-    text: TextEncoder, concepts: Sequence[Concept], count: int, progress: Progress
+    text: TextEncoder, concepts: Sequence[Concept], summary: Tensor, count: int, progress: Progress
 ) -> dict[Concept, list[str]]:
     """concept -> the definitions that are nearest to the concept in the text encoder.
 
@@ -34,6 +34,7 @@ def nearest_definitions(
 
     text: text encoder of the model
     concepts: concepts to erase
+    summary: summary row of every concept in its first template, [concepts, dim]
     count: largest number of definitions of a concept
     progress: callback with (definitions encoded, total)
     """
@@ -41,7 +42,7 @@ def nearest_definitions(
     rows = summary_rows(text, "{}", definitions, progress)
     templates = [concept.templates[0] for concept in concepts]
     means = {t: vocabulary_rows(text, t, progress).mean(0) for t in dict.fromkeys(templates)}
-    directions = first_summaries(text, concepts)[0] - torch.stack([means[t] for t in templates])
+    directions = summary - torch.stack([means[template] for template in templates])
     cosines = normalize(rows - rows.mean(0), dim=-1) @ normalize(directions, dim=-1).T
     cosine, nearest = cosines.max(1)
     named = {word.casefold() for concept in concepts for word in (concept.name, concept.anchor)}

@@ -68,7 +68,9 @@ def complete(
         )
     network, most = model, min(vocabulary.NEAR_WORDS, plan.neighbor.neighbors)
     (s2, s1), exclude, concepts = plan.neighbor.cosines, plan.neighbor.exclude, plan.concepts
-    definitions = nearest_definitions(text, concepts, DEFINITIONS, progress) if most else {}
+    summary, definitions = first_summaries(text, concepts)[0], dict[Concept, list[str]]()
+    if most:
+        definitions = nearest_definitions(text, concepts, summary, DEFINITIONS, progress)
     implied: dict[Concept, list[str]] = {}
 
     def shares_of(concept: Concept, words: Sequence[str]) -> Tensor:
@@ -78,14 +80,11 @@ def complete(
         share = shares(network, name, named, prompts, plan.neighbor.seed, progress)
         of_words, of_definitions = share.tensor_split([len(named)])
         order = of_definitions.argsort(descending=True, stable=True)
-        ring = order[((of_definitions >= s2) & (of_definitions <= s1))[order]].tolist()
-        kept = [
-            prompts[k] for k in ring if not any(holds_name(prompts[k], word) for word in exclude)
-        ]
+        ring = [prompts[k] for k in order.tolist() if s2 <= of_definitions[k] <= s1]
+        kept = [prompt for prompt in ring if not any(holds_name(prompt, w) for w in exclude)]
         implied[concept] = kept[:most]
         return of_words
 
-    summary = first_summaries(text, concepts)[0]
     plan = vocabulary.choose_words(plan, text, summary, progress, shares_of, FAR_WORDS)
     generator = torch.Generator().manual_seed(plan.neighbor.seed)
     near = vocabulary.drawn_words(plan.near, plan.neighbor.neighbors, generator)
